@@ -1,0 +1,262 @@
+"""Checkpoints: a decoder's configuration and tokenizer, its weights with adapters merged in, its heads."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .adapters import Adapter, canonical
+from .decoder import FAMILIES
+from .files import TensorFiles, folder_of, read_json
+
+#: A Matroyshka model_type is this and the family of its decoder.
+LAYER_WISE = "cost_wise_"
+
+
+class Checkpoint(ABC):
+    """A decoder and its scoring heads, read tensor by tensor with LoRA adapters merged in on the way.
+
+    Args:
+        folder: the decoder's files.
+        argument: the caller's argument and its value, for messages.
+
+    Raises:
+        FileNotFoundError: the folder holds no model.
+        ValueError: the model is of a family that is not supported.
+    """
+
+    def __init__(self, folder: Path, argument: str) -> None:
+        self.folder = folder
+        self.argument = argument
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{argument}: {folder} has no config.json; it is no model folder.")
+        self.settings = read_json(folder / "config.json")
+        self.config = self._decoder_config()
+        self.adapters: Sequence[Adapter] = ()
+        self._files: TensorFiles | None = None
+
+    def _decoder_config(self) -> PreTrainedConfig:
+        model_type = str(self.settings.get("model_type"))
+        family = model_type.removeprefix(LAYER_WISE)
+        if family not in FAMILIES:
+            raise ValueError(
+                f"{self.argument}: model_type {model_type!r} is not supported; allowed: {', '.join(FAMILIES)}, "
+                f"and {LAYER_WISE} + one of these."
+            )
+        if self.settings.get("quantization_config"):
+            raise ValueError(f"{self.argument}: its weights are quantised; open the model they were made from.")
+        ignored = ("model_type", "auto_map", "architectures", "transformers_version")
+        settings = {key: value for key, value in self.settings.items() if key not in ignored}
+        try:
+            return CONFIG_MAPPING[family].from_dict(settings)
+        except Exception as error:  # transformers validates with the errors of several libraries
+            raise ValueError(f"{self.argument}: config.json does not describe a {family} model: {error}") from error
+
+    @property
+    def layers(self) -> int:
+        """How many decoder layers the model has."""
+        return int(self.config.num_hidden_layers)
+
+    @property
+    @abstractmethod
+    def head_layers(self) -> Sequence[int]:
+        """The layers that have a head, ascending; the k-th head belongs to the k-th of them."""
+
+    @abstractmethod
+    def heads(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+        """The heads, fp32 ``[heads, width]``.
+
+        Raises:
+            ValueError: one is missing or of another shape.
+        """
+
+    def head_module(self, index: int) -> str | None:
+        """The name under which an adapter may update a head."""
+        return None
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that comes with the model."""
+        return self._tokenizer(self.folder)
+
+    def _tokenizer(self, folder: Path) -> PreTrainedTokenizerBase:
+        try:
+            return AutoTokenizer.from_pretrained(folder, config=self.config, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"{self.argument}: no usable tokenizer in {folder}: {error}") from error
+
+    @property
+    def files(self) -> TensorFiles:
+        """The weight files; no weight is read by opening them."""
+        if self._files is None:
+            self._files = TensorFiles(self.folder, "model", self.argument)
+            self._names = {canonical(name): name for name in self._files}
+        return self._files
+
+    def __contains__(self, name: str) -> bool:
+        return bool(self.files) and name in self._names
+
+    def check_adapters(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Raise ValueError unless every adapter fits these decoder modules, given with their weights' shapes."""
+        head_shape = (1, int(self.config.hidden_size))
+        heads = {self.head_module(index): head_shape for index in range(len(self.head_layers))}
+        for adapter in self.adapters:
+            adapter.check(shapes | {name: shape for name, shape in heads.items() if name is not None})
+
+    def tensor(self, name: str) -> Tensor:
+        """A weight by its name in the headless decoder: fp32 where an adapter touches it, else as stored.
+
+        Raises:
+            ValueError: the checkpoint has no such tensor.
+        """
+        if name not in self:
+            raise ValueError(f"{self.argument}: the checkpoint has no tensor {name!r}.")
+        return self.merged(name.removesuffix(".weight"), self.files.read(self._names[name]))
+
+    def merged(self, module: str, weight: Tensor) -> Tensor:
+        """A module's weight with the adapters' updates added in their order."""
+        for adapter in self.adapters:
+            if module in adapter.modules:
+                weight = weight.float() + adapter.delta(module)
+        return weight
+
+    def _head(self, weight: Tensor, name: str) -> Tensor:
+        width = int(self.config.hidden_size)
+        if weight.numel() != width:
+            raise ValueError(f"{self.argument}: head {name!r} is {list(weight.shape)}; wanted [1, {width}].")
+        return weight.reshape(width).float()
+
+
+class RankLLaMACheckpoint(Checkpoint):
+    """A PEFT SEQ_CLS adapter over its base, or a merged ``*ForSequenceClassification`` folder.
+
+    Args:
+        model: the adapter or the merged model: folder, ``.gguf`` file or hub id.
+        base_model: what the adapter is put on, instead of the base that it names.
+
+    Raises:
+        FileNotFoundError, ConnectionError: as :func:`~pyterrier_llmrerank.files.folder_of`.
+        ValueError: ``base_model`` is given but ``model`` is no adapter, or as :class:`Checkpoint`.
+    """
+
+    def __init__(self, model: str, base_model: str | None) -> None:
+        folder = folder_of(model, "model")
+        argument = f"model={model!r}"
+        self._adapter: Adapter | None = None
+        self._adapter_folder = folder
+        if (folder / "adapter_config.json").is_file():
+            self._adapter = Adapter(folder, argument)
+            base = base_model or self._adapter.config.get("base_model_name_or_path")
+            if not base:
+                raise ValueError(f"{argument}: the adapter names no base model; give base_model.")
+            named = "base_model" if base_model else f"the base model that {argument} names"
+            folder, argument = folder_of(base, named), f"base_model={base!r}"
+        elif base_model is not None:
+            raise ValueError(
+                f"base_model={base_model!r} is given, but {argument} is no adapter (no adapter_config.json)."
+            )
+        super().__init__(folder, argument)
+        if self._adapter is not None:
+            self.adapters = (self._adapter,)
+
+    @property
+    def head_layers(self) -> Sequence[int]:
+        """The deepest layer alone."""
+        return (self.layers,)
+
+    def heads(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+        """The ``score`` head, out of the adapter where it has one."""
+        name = "score.weight"
+        if self._adapter is not None and name in self._adapter.whole:
+            return self._head(self._adapter.read_whole(name), name)[None]
+        if name not in self:
+            raise ValueError(
+                f"{self.argument}: no score head ({name!r}), neither in an adapter nor in the model; "
+                "wanted a RankLLaMA adapter or a *ForSequenceClassification model with one label."
+            )
+        return self._head(self.tensor(name), name)[None]
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer beside the adapter where there is one, else the base's."""
+        has_own = (self._adapter_folder / "tokenizer_config.json").is_file()
+        return self._tokenizer(self._adapter_folder if has_own else self.folder)
+
+
+class MatroyshkaCheckpoint(Checkpoint):
+    """A layer-wise checkpoint (``cost_wise_*``) or a plain causal LM, with adapters merged in order.
+
+    A plain causal LM gets a head per layer from ``start_layer`` on, each a copy of the row of ``Yes`` in
+    its LM head; without ``start_layer`` it has that one head, at its deepest layer.
+
+    Args:
+        model: folder, ``.gguf`` file or hub id.
+        adapters: LoRA folders, each a local one, one below the model's own folder, or a hub id.
+        start_layer: the shallowest layer with a head.
+
+    Raises:
+        FileNotFoundError, ConnectionError: as :func:`~pyterrier_llmrerank.files.folder_of`.
+        ValueError: ``start_layer`` does not fit the model, or as :class:`Checkpoint`.
+    """
+
+    def __init__(self, model: str, adapters: Sequence[str], start_layer: int | None) -> None:
+        super().__init__(folder_of(model, "model"), f"model={model!r}")
+        self.layer_wise = str(self.settings.get("model_type")).startswith(LAYER_WISE)
+        self.start_layer, self.layer_sep = self._heads_at(start_layer)
+        self.adapters = [Adapter(folder_of(a, "adapters", below=self.folder), f"adapters: {a!r}") for a in adapters]
+        for adapter in self.adapters:
+            if adapter.whole:
+                raise ValueError(f"{adapter.argument}: holds whole tensors {sorted(adapter.whole)}; wanted plain LoRA.")
+            if not self.layer_wise and start_layer is None and adapter.touches("linear_head"):
+                raise ValueError(
+                    f"{adapter.argument}: updates layer-wise heads (linear_head), but {self.argument} has none; "
+                    "give the start_layer that it was trained with."
+                )
+
+    def _heads_at(self, start_layer: int | None) -> tuple[int, int]:
+        if self.layer_wise:
+            start, step = self.settings.get("start_layer"), self.settings.get("layer_sep", 1)
+            if start_layer not in (None, start):
+                raise ValueError(f"start_layer={start_layer}: {self.argument} was trained with start_layer {start!r}.")
+        else:
+            start, step = self.layers if start_layer is None else start_layer, 1
+        if type(start) is not int or type(step) is not int or not 1 <= start <= self.layers or step < 1:
+            raise ValueError(
+                f"start_layer={start!r}, layer_sep={step!r}: {self.argument} has {self.layers} layers; "
+                f"allowed: integers, from 1 to {self.layers} and from 1 on."
+            )
+        return start, step
+
+    def pad_id(self) -> int:
+        """The tokenizer's pad token, which the released code's scores depend on.
+
+        Raises:
+            ValueError: it has none.
+        """
+        pad_id = self.tokenizer().pad_token_id
+        if pad_id is None:
+            raise ValueError(f"released=True: the tokenizer of {self.argument} has no pad token to reproduce it with.")
+        return int(pad_id)
+
+    @property
+    def head_layers(self) -> Sequence[int]:
+        """Every ``layer_sep``-th layer from ``start_layer`` to the deepest."""
+        return range(self.start_layer, self.layers + 1, self.layer_sep)
+
+    def head_module(self, index: int) -> str:
+        """As the original training names it."""
+        return f"lm_head.{index}.linear_head"
+
+    def heads(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+        """Every layer's head, adapters merged in."""
+        modules = [self.head_module(index) for index in range(len(self.head_layers))]
+        if self.layer_wise:
+            return torch.stack([self._head(self.tensor(f"{module}.weight"), module) for module in modules])
+        table = "lm_head.weight" if "lm_head.weight" in self else "embed_tokens.weight"  # tied: stored once
+        yes = tokenizer("Yes", add_special_tokens=False)["input_ids"][-1]
+        row = self.tensor(table)[yes]
+        return torch.stack([self._head(self.merged(module, row[None]), module) for module in modules])

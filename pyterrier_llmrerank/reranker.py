@@ -1,0 +1,287 @@
+"""What both rerankers share: a frame goes in, the same frame comes out with scores and ranks."""
+
+from __future__ import annotations
+
+import inspect
+from abc import abstractmethod
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import numpy as np
+import pandas as pd
+import pyterrier as pt
+
+# Torch and transformers take seconds to import: that waits until weights are asked for.
+if TYPE_CHECKING:
+    from .checkpoints import Checkpoint
+    from .inputs import Ids
+    from .scoring import Shape
+    from .weights import Weights
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class ScoringError(RuntimeError):
+    """Scoring had to stop at a pair.
+
+    Attributes:
+        scores: what was scored until then, NaN elsewhere: ``[cutoffs, pairs]`` from ``compute_score``; a
+            frame with the rows that have a score from ``transform``.
+    """
+
+    def __init__(self, message: str, scores: np.ndarray | pd.DataFrame) -> None:
+        super().__init__(message)
+        self.scores = scores
+
+
+class LLMReranker(pt.Transformer):
+    """A pointwise cross-encoder on a decoder-only language model, as a PyTerrier transformer.
+
+    Subclasses say how a pair becomes ids, where the heads sit and how much of the model is run. Every
+    constructor argument is kept as the attribute of its name. Weights are opened on first use, and
+    rerankers over the same ones share a single copy in memory.
+    """
+
+    schematic: ClassVar[Mapping[str, str]]
+
+    model: str
+    text_field: str
+    batch_size: int | None
+    device: str | None
+    dtype: str
+    verbose: bool
+
+    def _set_shared(
+        self, model: object, text_field: str, batch_size: int | None, device: object, dtype: object, verbose: bool
+    ) -> None:
+        """Check and keep the arguments that every reranker has."""
+        self.model = path_like("model", model)
+        self.text_field = column("text_field", text_field)
+        self.batch_size = None if batch_size is None else positive("batch_size", batch_size)
+        self.device = None if device is None else str(device)
+        self.dtype = str(dtype).removeprefix("torch.")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype!r}; allowed: {', '.join(DTYPES)}.")
+        self.verbose = bool(verbose)
+
+    # -- what subclasses say
+
+    @abstractmethod
+    def _weights_key(self) -> Hashable:
+        """Equal for rerankers that can share weights."""
+
+    @abstractmethod
+    def _open_checkpoint(self) -> Checkpoint:
+        """The checkpoint that the arguments name."""
+
+    @abstractmethod
+    def _shape(self, checkpoint: Checkpoint) -> Shape:
+        """How much of it is run; ValueError where the checkpoint does not allow what the arguments ask."""
+
+    @abstractmethod
+    def _encode(self, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Ids]:
+        """Ids of ``(query, body)`` pairs."""
+
+    @abstractmethod
+    def deepest(self) -> int | None:
+        """The deepest decoder layer that this reranker runs; None for the model's last."""
+
+    def _bodies(self, inp: pd.DataFrame) -> list[str]:
+        """The text of each row as the model reads it."""
+        return list(inp[self.text_field])
+
+    def _layer_columns(self) -> list[str]:
+        """Columns for the scores at each cutoff, where there are several."""
+        return []
+
+    def _finish(self, scores: np.ndarray) -> np.ndarray:
+        """What is done to the logits last."""
+        return scores
+
+    # -- the PyTerrier contract
+
+    def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
+        """Score and rank every row.
+
+        Args:
+            inp: a result frame: ``qid``, ``query``, ``docno`` and the text column. Whatever else it holds
+                passes through; rows keep their order. Rows with the same query and text are scored once.
+
+        Returns:
+            A copy with ``score`` (float64) and ``rank`` (from 0 within each query).
+
+        Raises:
+            pyterrier.validate.InputValidationError: a column is missing.
+            ValueError: a qid, docno, query or text is missing, or the model does not allow what was asked.
+            ScoringError: scoring had to stop; carries the rows already scored.
+        """
+        pt.validate.result_frame(inp, extra_columns=["query", self.text_field], context=self)
+        columns = self._layer_columns()
+        if len(inp) == 0:
+            nothing = pd.Series(dtype="float64")
+            return pt.model.add_ranks(inp.assign(**dict.fromkeys(["score", *columns], nothing)))
+        self._check_rows(inp)
+        pairs = list(zip(inp["query"], self._bodies(inp), strict=True))
+
+        def label(row: int) -> str:
+            return f"qid {inp['qid'].iloc[row]!r}, docno {inp['docno'].iloc[row]!r}"
+
+        def scored(scores: np.ndarray) -> pd.DataFrame:
+            by_layer = dict(zip(columns, scores, strict=True)) if columns else {}
+            return inp.assign(score=scores[-1], **by_layer)
+
+        try:
+            scores = self._score(pairs, label)
+        except ScoringError as error:
+            so_far = scored(cast(np.ndarray, error.scores))
+            error.scores = pt.model.add_ranks(so_far[so_far["score"].notna()].copy())
+            raise
+        return pt.model.add_ranks(scored(scores))
+
+    def compute_score(self, pairs: Sequence[Any]) -> float | np.ndarray:
+        """Score pairs without a frame.
+
+        Args:
+            pairs: one ``(query, passage)`` pair, or a list of them.
+
+        Returns:
+            One pair: a float. A list: an array ``[n]``. With several cutoffs, one per cutoff, shallowest
+            first: ``[cutoffs]`` and ``[cutoffs, n]``.
+
+        Raises:
+            ValueError: something is not a pair of strings.
+            ScoringError: as :meth:`transform`.
+        """
+        single = len(pairs) == 2 and all(isinstance(text, str) for text in pairs)
+        checked = []
+        for number, pair in enumerate([pairs] if single else pairs):
+            ok = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
+            if not ok or not all(isinstance(text, str) for text in pair):
+                raise ValueError(f"pairs[{number}] is {pair!r}; wanted two strings, (query, passage).")
+            checked.append((pair[0], self._body(pair[1])))
+        scores = self._score(checked, "pairs[{}]".format)
+        scores = scores if self._layer_columns() else scores[0]
+        if not single:
+            return scores
+        return scores[..., 0] if scores.ndim > 1 else float(scores[0])
+
+    def _body(self, passage: str) -> str:
+        """A passage that came without a frame."""
+        return passage
+
+    def _check_rows(self, inp: pd.DataFrame) -> None:
+        for name in ("qid", "docno"):
+            if inp[name].isna().any():
+                raise ValueError(f"{name} is missing in row {int(inp[name].isna().argmax())} of the frame.")
+        for name in ("query", self.text_field):
+            for row, value in enumerate(inp[name]):
+                if not isinstance(value, str):
+                    raise ValueError(
+                        f"{name!r} is {value!r} for qid {inp['qid'].iloc[row]!r}, docno {inp['docno'].iloc[row]!r}; "
+                        "wanted a string (an empty one is scored)."
+                    )
+
+    def _score(self, pairs: list[tuple[str, str]], label: Callable[[int], str]) -> np.ndarray:
+        """Scores ``[cutoffs, pairs]``; each distinct pair goes through the model once."""
+        from .scoring import score
+
+        weights = self._weights()
+        shape = self._shape(weights.checkpoint)
+        if not pairs:
+            return np.empty((len(shape.cutoffs), 0))
+        first = {pair: row for row, pair in reversed(list(enumerate(pairs)))}
+        distinct = list(first)
+        at = {pair: index for index, pair in enumerate(distinct)}
+        inverse = np.array([at[pair] for pair in pairs])
+        _, _, tokenizer = weights.at_depth(shape.cutoffs[-1])
+        with pt.tqdm(total=len(distinct), desc=type(self).__name__, unit="pair", disable=not self.verbose) as bar:
+            try:
+                scores = score(
+                    weights,
+                    shape,
+                    self._encode(tokenizer, distinct),
+                    batch_size=self.batch_size,
+                    label=lambda index: label(first[distinct[index]]),
+                    progress=bar.update,
+                )
+            except ScoringError as error:
+                error.scores = self._finish(cast(np.ndarray, error.scores)[:, inverse])
+                raise
+        return self._finish(scores)[:, inverse]
+
+    # -- one copy of the weights
+
+    def _weights(self) -> Weights:
+        """The weights that the arguments name, shared with every living reranker that names the same."""
+        from .weights import Weights, share
+
+        key = (type(self).__name__, self._weights_key(), self.device, self.dtype)
+        if self.__dict__.get("_shared_key") != key:
+            clone = type(self)(**self._arguments())  # what opens later must not keep this reranker alive
+            weights = share(key, lambda: Weights(clone._open_checkpoint, self.device, self.dtype))
+            weights.join(self)
+            self._shared_key, self._shared_weights = key, weights
+        return self._shared_weights
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_shared")}
+
+    # -- a value: equal, hashable and printed by its arguments
+
+    def _arguments(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in list(inspect.signature(type(self).__init__).parameters)[1:]}
+
+    def set_parameter(self, name: str, value: Any) -> None:
+        """Change a constructor argument, as ``pt.GridScan`` does; it is checked as if given to the constructor.
+
+        Raises:
+            ValueError: no such argument, or not a value for it.
+        """
+        arguments = self._arguments()
+        if name not in arguments:
+            raise ValueError(f"no argument {name!r}; allowed: {', '.join(arguments)}.")
+        type(self).__init__(self, **{**arguments, name: value})
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self._arguments() == other._arguments()
+
+    def __hash__(self) -> int:
+        return hash((type(self), tuple(self._arguments().values())))
+
+    def __repr__(self) -> str:
+        parameters = list(inspect.signature(type(self).__init__).parameters.values())[1:]
+        changed = [p.name for p in parameters[1:] if getattr(self, p.name) != p.default]
+        given = [repr(self.model), *(f"{name}={getattr(self, name)!r}" for name in changed)]
+        return f"{type(self).__name__}({', '.join(given)})"
+
+
+# -- arguments
+
+
+def integer(name: str, value: object, allowed: str) -> int:
+    """The value as an int, or ValueError with the argument's name; a bool is no integer."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
+        raise ValueError(f"{name}={value!r}; allowed: {allowed}.")
+    return int(value)
+
+
+def positive(name: str, value: object) -> int:
+    """The value as an int of at least 1, or ValueError with the argument's name."""
+    allowed = "an integer of at least 1"
+    if (number := integer(name, value, allowed)) < 1:
+        raise ValueError(f"{name}={value!r}; allowed: {allowed}.")
+    return number
+
+
+def column(name: str, value: object) -> str:
+    """The value as a column name, or ValueError with the argument's name."""
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{name}={value!r}; allowed: the name of a column.")
+    return value
+
+
+def path_like(name: str, value: object) -> str:
+    """A folder, file or hub id as a string, or ValueError with the argument's name."""
+    if not value or not (isinstance(value, str) or hasattr(value, "__fspath__")):
+        raise ValueError(f"{name}={value!r}; allowed: a folder, a .gguf file or a hub id.")
+    return str(value)

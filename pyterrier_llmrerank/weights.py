@@ -1,0 +1,159 @@
+"""Weights in memory: one copy of a model, shared by every reranker over it, as deep as they need."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedTokenizerBase
+
+from .checkpoints import Checkpoint
+from .decoder import ATTENTION, Decoder
+
+
+class Sharer(Protocol):
+    """A reranker, as its weights see it."""
+
+    def deepest(self) -> int | None:
+        """The deepest layer it runs; None for the model's last."""
+
+
+def resolve_device(device: str | None) -> torch.device:
+    """The device asked for; by default the first of CUDA, Apple's MPS and CPU that is there.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if device is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={device!r} cannot be used here: {error}") from error
+    return resolved
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype of the weights: for ``auto`` bf16 where the device computes in it natively, else fp32."""
+    if dtype != "auto":
+        return cast(torch.dtype, getattr(torch, dtype))
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        native = any(capabilities.get(flag, False) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+    else:
+        native = False
+    return torch.bfloat16 if native else torch.float32
+
+
+class Weights:
+    """A decoder with its heads and tokenizer, opened on first use and then only as deep as asked.
+
+    Args:
+        open_checkpoint: opens the files; called once, on first use.
+        device: as :func:`resolve_device`.
+        dtype: ``auto`` or the name of one.
+    """
+
+    def __init__(self, open_checkpoint: Callable[[], Checkpoint], device: str | None, dtype: str) -> None:
+        self._open_checkpoint = open_checkpoint
+        self._device = device
+        self._dtype = dtype
+        self._lock = threading.RLock()
+        self._sharers: list[weakref.ref[Sharer]] = []
+        self._checkpoint: Checkpoint | None = None
+        self._model: Decoder | None = None
+        self._loaded = 0
+
+    def join(self, sharer: Sharer) -> None:
+        """Count a reranker among those that these weights are kept for, as long as it lives."""
+        with self._lock:
+            self._sharers.append(weakref.ref(sharer, self._leave))
+
+    def _leave(self, reference: weakref.ref[Sharer]) -> None:
+        with self._lock:
+            self._sharers.remove(reference)
+            if self._model is None:
+                return
+            depths = [sharer.deepest() for ref in self._sharers if (sharer := ref()) is not None]
+            wanted = self.checkpoint.layers
+            if depths:
+                wanted = max(self.checkpoint.layers if depth is None else depth for depth in depths)
+            while self._loaded > wanted:
+                self._loaded -= 1
+                self._model.layers[self._loaded].to(device="meta")
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The files behind these weights; opening them reads the configuration only."""
+        with self._lock:
+            if self._checkpoint is None:
+                self._checkpoint = self._open_checkpoint()
+            return self._checkpoint
+
+    @property
+    def loaded_layers(self) -> int:
+        """Decoder layers in memory now."""
+        return self._loaded
+
+    def at_depth(self, depth: int) -> tuple[Decoder, Tensor, PreTrainedTokenizerBase]:
+        """The decoder with at least its first ``depth`` layers in memory, its heads, its tokenizer."""
+        with self._lock:
+            if self._model is None:
+                self._open()
+            assert self._model is not None
+            while self._loaded < depth:
+                self._fill(self._model.layers[self._loaded], f"layers.{self._loaded}.")
+                self._loaded += 1
+            return self._model, self.heads, self.tokenizer
+
+    def _open(self) -> None:
+        checkpoint = self.checkpoint
+        self.device = resolve_device(self._device)
+        self.dtype = resolve_dtype(self._dtype, self.device)
+        with torch.device("meta"):
+            module: nn.Module = AutoModel.from_config(checkpoint.config, attn_implementation=ATTENTION)  # type: ignore[no-untyped-call]
+        module.eval()
+        model = cast(Decoder, module)
+        shapes = {name: tuple(m.weight.shape) for name, m in module.named_modules() if isinstance(m, nn.Linear)}
+        checkpoint.check_adapters(shapes)
+        self.tokenizer = checkpoint.tokenizer()
+        self.heads = checkpoint.heads(self.tokenizer).to(self.device)
+        self._fill(model.embed_tokens, "embed_tokens.")
+        self._fill(model.norm, "norm.")
+        model.rotary_emb = type(model.rotary_emb)(checkpoint.config).to(self.device)  # its buffers are not stored
+        self._model = model
+
+    def _fill(self, module: nn.Module, prefix: str) -> None:
+        """Give a module on the meta device its weights: each is read, merged, converted and placed once."""
+        for name, parameter in list(module.named_parameters()):
+            tensor = self.checkpoint.tensor(prefix + name)
+            if tensor.shape != parameter.shape:
+                raise ValueError(
+                    f"{self.checkpoint.argument}: tensor {prefix + name!r} is {list(tensor.shape)}, "
+                    f"its config.json asks for {list(parameter.shape)}."
+                )
+            owner = module.get_submodule(name.rpartition(".")[0])
+            placed = tensor.to(device=self.device, dtype=self.dtype, copy=True)
+            owner.register_parameter(name.rpartition(".")[2], nn.Parameter(placed, requires_grad=False))
+
+
+_shared: weakref.WeakValueDictionary[Hashable, Weights] = weakref.WeakValueDictionary()
+_shared_lock = threading.Lock()
+
+
+def share(key: Hashable, create: Callable[[], Weights]) -> Weights:
+    """The living weights under this key, else new ones."""
+    with _shared_lock:
+        weights = _shared.get(key)
+        if weights is None:
+            weights = _shared[key] = create()
+        return weights
