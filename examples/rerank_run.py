@@ -36,6 +36,7 @@ def main() -> None:
     documents = pd.read_json(folder / "docs.jsonl.gz", lines=True, dtype=STRINGS)
     qrels = pt.io.read_qrels(str(folder / "qrels.txt"))
     run = pt.io.read_results(str(folder / "runs" / f"{arguments.run}.res.gz"))
+    run["score"] = -run["rank"]  # files round scores until they tie, and ties would be broken by docno
     candidates = run[run["rank"] < arguments.candidates].merge(topics, on="qid").merge(documents, on="docno")
 
     reranker = MatroyshkaReranker(

@@ -2,7 +2,7 @@
 
 from .matroyshka import MatroyshkaReranker
 from .rankllama import RankLLaMAReranker
-from .reranker import ScoringError
+from .reranker import LLMReranker, ScoringError
 
-__all__ = ["MatroyshkaReranker", "RankLLaMAReranker", "ScoringError"]
+__all__ = ["LLMReranker", "MatroyshkaReranker", "RankLLaMAReranker", "ScoringError"]
 __version__ = "0.1.0"

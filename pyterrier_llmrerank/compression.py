@@ -68,4 +68,4 @@ def compress(hidden: Tensor, log_weights: Tensor, spans: Spans, ratio: int) -> t
     logits = log_weights[rows, source].masked_fill(~in_body[..., None], 0.0)  # padding's own could be anything
     weights = logits.masked_fill(absent, -torch.inf).softmax(-1)
     members = hidden[rows, source]
-    return torch.einsum("bpr,bprw->bpw", weights, members.float()).to(hidden.dtype), after
+    return (weights[..., None] * members).sum(2).to(hidden.dtype), after

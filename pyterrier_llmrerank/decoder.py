@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from .compression import Spans, compress
@@ -23,6 +23,9 @@ from .compression import Spans, compress
 #: Model types whose layers may be walked as below: token embedding, layers with rotary positions, final
 #: norm, and nothing else on the way (others scale embeddings or mix kinds of positions).
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+#: Queries that :func:`attention` takes at a time where it has to keep the division of labour fixed.
+BLOCK = 32
 
 #: The name under which transformers finds :func:`attention`.
 ATTENTION = "pyterrier_llmrerank"
@@ -73,23 +76,48 @@ def attention(
     """
     length = key.shape[2]
     window = sliding_window if sliding_window is not None and sliding_window < length else None
-    mask = None
-    if tap.keys is not None or window is not None:
+    options: dict[str, Any] = {
+        "dropout_p": dropout,
+        "scale": scaling,
+        "enable_gqa": query.shape[1] != key.shape[1],
+    }
+    if query.device.type == "cpu" and query.dtype != torch.float32:
+        output = _in_blocks(query, key, value, tap.keys, window, options)
+    elif tap.keys is not None or window is not None:
         position = torch.arange(length, device=key.device)
         mask = _visible(position[None], length, tap.keys, window)
-    output = scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        dropout_p=dropout,
-        is_causal=mask is None,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+        output = scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
+    else:
+        output = scaled_dot_product_attention(query, key, value, is_causal=True, **options)
     if tap.query is not None:
         tap.log_weights = _log_weights(query, key, tap.query, scaling, tap.keys, window)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _in_blocks(
+    query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None, window: int | None, options: dict[str, Any]
+) -> Tensor:
+    """Attention of which each position's result does not depend on how long the batch's longest row is.
+
+    The CPU kernel divides a sequence by its length, which changes the last bits of a result; in bf16 the
+    layers above grow that to a quarter of the scores' standard deviation. Here a block of queries always
+    meets the same number of keys. It costs no time that could be measured.
+    """
+    length = key.shape[2]
+    padding = (0, 0, 0, -length % BLOCK)
+    query, key, value = (pad(states, padding) for states in (query, key, value))
+    real = None if keys is None else pad(keys, padding[2:])
+    blocks = []
+    for start in range(0, length, BLOCK):
+        end = start + BLOCK
+        position = torch.arange(start, end)
+        mask = _visible(position[None], end, None if real is None else real[:, :end], window)
+        blocks.append(
+            scaled_dot_product_attention(
+                query[:, :, start:end], key[:, :, :end], value[:, :, :end], attn_mask=mask, **options
+            )
+        )
+    return torch.cat(blocks, dim=2)[:, :, :length]
 
 
 def _visible(queries: Tensor, length: int, keys: Tensor | None, window: int | None) -> Tensor:
@@ -109,14 +137,16 @@ def _log_weights(
     """Log of the attention of one query position a row, summed over heads: fp32 ``[batch, length]``."""
     batch, heads, _, width = query.shape
     kv_heads, length = key.shape[1:3]
+    # Twice the precision, where there is one, hides in which order the kernels add: see _in_blocks.
+    precise = torch.float64 if query.device.type == "cpu" else torch.float32
     asked = query[torch.arange(batch, device=query.device), :, position]
-    asked = asked.view(batch, kv_heads, heads // kv_heads, width).float()
-    logits = asked @ key.float().transpose(2, 3) * scaling
+    asked = asked.view(batch, kv_heads, heads // kv_heads, width).to(precise)
+    logits = asked @ key.to(precise).transpose(2, 3) * scaling
     unseen = ~_visible(position[:, None], length, keys, window)
     # Finite for what is not seen: its gradient stays finite too, and a group of the body that lies wholly
     # outside a sliding window becomes its plain mean.
     per_head = logits.masked_fill(unseen, -1e30).log_softmax(-1)
-    return per_head.flatten(1, 2).logsumexp(1)
+    return per_head.flatten(1, 2).logsumexp(1).float()
 
 
 AttentionInterface.register(ATTENTION, attention)

@@ -13,13 +13,13 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyterrier as pt
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*")
 
@@ -36,6 +36,12 @@ def smollm2() -> str:
         for file in sorted(Path(folder).glob("*.gguf")):
             return str(file)
     return "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def names_folder(reference: str) -> bool:
+    """Whether a reference is to be found on this machine or nowhere: an existing folder, or no possible hub id."""
+    path = Path(reference).expanduser()
+    return path.suffix != ".gguf" and (path.is_dir() or not HUB_ID.fullmatch(reference))
 
 
 def folder_of(reference: str, argument: str, *, below: Path | None = None) -> Path:
@@ -98,10 +104,12 @@ def dequantised(file: Path) -> Path:
         ImportError: the ``gguf`` package is missing.
         ValueError: the file cannot be read as a decoder of a known family.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     if importlib.util.find_spec("gguf") is None:
         raise ImportError(f"model={str(file)!r}: reading a GGUF file needs the gguf package: pip install gguf")
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     file = file.resolve()
     stat = file.stat()
     home = Path(pt.io.pyterrier_home()) / "llmrerank"
@@ -208,6 +216,8 @@ def _open_tensors(path: Path) -> Any:
             return safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
+    import torch
+
     try:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -215,6 +225,6 @@ def _open_tensors(path: Path) -> Any:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises whatever a broken or hostile file makes it raise
         raise ValueError(f"{path}: refused, it is not a plain file of tensors: {error}") from error
-    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+    if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
         raise ValueError(f"{path}: refused, it is not a plain file of tensors.")
     return content

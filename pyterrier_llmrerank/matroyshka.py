@@ -47,7 +47,9 @@ class MatroyshkaReranker(LLMReranker):
             :class:`~pyterrier_llmrerank.RankLLaMAReranker`.
 
     Raises:
-        ValueError: an argument is not what is allowed.
+        ValueError: an argument is not what is allowed, or not what a local checkpoint allows.
+        FileNotFoundError: a local checkpoint is not there. What is to come from the hub is looked for, and
+            may fail, on first use.
 
     >>> from pyterrier_llmrerank import MatroyshkaReranker
     >>> deep = MatroyshkaReranker()
@@ -93,6 +95,7 @@ class MatroyshkaReranker(LLMReranker):
         self.normalize = bool(normalize)
         self.released = bool(released)
         self.start_layer = None if start_layer is None else positive("start_layer", start_layer)
+        self._check_local()
 
     def at(self, **shape: Any) -> MatroyshkaReranker:
         """The same reranker in another shape, over the same weights in memory.

@@ -41,7 +41,9 @@ class RankLLaMAReranker(LLMReranker):
         verbose: show a progress bar.
 
     Raises:
-        ValueError: an argument is not what is allowed.
+        ValueError: an argument is not what is allowed, or not what a local checkpoint allows.
+        FileNotFoundError: a local checkpoint is not there. What is to come from the hub is looked for, and
+            may fail, on first use.
 
     >>> from pyterrier_llmrerank import RankLLaMAReranker
     >>> RankLLaMAReranker(passage_max_length=256)
@@ -71,6 +73,7 @@ class RankLLaMAReranker(LLMReranker):
         self.passage_max_length = positive("passage_max_length", passage_max_length)
         self.title_field = None if title_field is None else column("title_field", title_field)
         self.url_field = None if url_field is None else column("url_field", url_field)
+        self._check_local()
 
     def _weights_key(self) -> Hashable:
         return self.model, self.base_model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -50,6 +51,8 @@ class LLMReranker(pt.Transformer):
     device: str | None
     dtype: str
     verbose: bool
+    _shared_key: Hashable
+    _shared_weights: Weights
 
     def _set_shared(
         self, model: object, text_field: str, batch_size: int | None, device: object, dtype: object, verbose: bool
@@ -63,6 +66,13 @@ class LLMReranker(pt.Transformer):
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r}; allowed: {', '.join(DTYPES)}.")
         self.verbose = bool(verbose)
+
+    def _check_local(self) -> None:
+        """Fail now, not after a first stage has run, on what a local checkpoint's configuration rules out."""
+        from .files import names_folder
+
+        if names_folder(self.model):
+            self._shape(self._weights().checkpoint)
 
     # -- what subclasses say
 
@@ -217,8 +227,10 @@ class LLMReranker(pt.Transformer):
 
         key = (type(self).__name__, self._weights_key(), self.device, self.dtype)
         if self.__dict__.get("_shared_key") != key:
-            clone = type(self)(**self._arguments())  # what opens later must not keep this reranker alive
+            clone = copy.copy(self)  # what opens the checkpoint later must not keep this reranker alive
             weights = share(key, lambda: Weights(clone._open_checkpoint, self.device, self.dtype))
+            if "_shared_weights" in self.__dict__:
+                self._shared_weights.leave(self)
             weights.join(self)
             self._shared_key, self._shared_weights = key, weights
         return self._shared_weights
@@ -230,6 +242,10 @@ class LLMReranker(pt.Transformer):
 
     def _arguments(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in list(inspect.signature(type(self).__init__).parameters)[1:]}
+
+    def subtransformers(self) -> dict[str, pt.Transformer]:
+        """None: PyTerrier would take an empty tuple among the arguments for a list of them."""
+        return {}
 
     def set_parameter(self, name: str, value: Any) -> None:
         """Change a constructor argument, as ``pt.GridScan`` does; it is checked as if given to the constructor.

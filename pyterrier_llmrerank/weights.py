@@ -68,25 +68,32 @@ class Weights:
         self._device = device
         self._dtype = dtype
         self._lock = threading.RLock()
-        self._sharers: list[weakref.ref[Sharer]] = []
+        self._sharers: dict[int, weakref.finalize[..., Sharer]] = {}
         self._checkpoint: Checkpoint | None = None
         self._model: Decoder | None = None
         self._loaded = 0
 
     def join(self, sharer: Sharer) -> None:
-        """Count a reranker among those that these weights are kept for, as long as it lives."""
+        """Count a reranker among those that these weights are kept for, until it leaves or dies."""
         with self._lock:
-            self._sharers.append(weakref.ref(sharer, self._leave))
+            self._sharers[id(sharer)] = weakref.finalize(sharer, self._forget, id(sharer))
+            self._sharers[id(sharer)].atexit = False
 
-    def _leave(self, reference: weakref.ref[Sharer]) -> None:
+    def leave(self, sharer: Sharer) -> None:
+        """Count a reranker no more."""
         with self._lock:
-            self._sharers.remove(reference)
+            self._sharers[id(sharer)].detach()
+            self._forget(id(sharer))
+
+    def _forget(self, identity: int) -> None:
+        """Drop the layers that only this sharer needed."""
+        with self._lock:
+            del self._sharers[identity]
             if self._model is None:
                 return
-            depths = [sharer.deepest() for ref in self._sharers if (sharer := ref()) is not None]
-            wanted = self.checkpoint.layers
-            if depths:
-                wanted = max(self.checkpoint.layers if depth is None else depth for depth in depths)
+            living = [alive[0] for finalizer in self._sharers.values() if (alive := finalizer.peek()) is not None]
+            depths = [sharer.deepest() for sharer in living]
+            wanted = max((self.checkpoint.layers if depth is None else depth for depth in depths), default=0)
             while self._loaded > wanted:
                 self._loaded -= 1
                 self._model.layers[self._loaded].to(device="meta")

@@ -85,7 +85,7 @@ def test_half_an_update_is_named(change: Callable[..., Path]) -> None:
 def test_another_shape_is_named(change: Callable[..., Path]) -> None:
     folder = change(**{"layers.0.mlp.up_proj.lora_A.weight": torch.ones(8, 63)})
     adapter = Adapter(folder, "adapters: 'mine'")
-    shapes = {module: (160, 64) for module in adapter.modules}
+    shapes = dict.fromkeys(adapter.modules, (160, 64))
     with pytest.raises(ValueError, match="adapters: 'mine': adapter of another shape"):
         adapter.check(shapes)
 

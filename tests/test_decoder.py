@@ -76,10 +76,11 @@ def test_compression_equals_full_attention_matrices(name: str, ratio: int) -> No
     ours, theirs = models(name)
     states = decode(ours, ids(), SPANS, [2, 4], compress_layers={1, 3}, compress_ratio=ratio)
     for row, (prefix, body, suffix) in enumerate(ROWS):
+        attention = torch.empty(0)
         hidden = theirs.embed_tokens(ids()[row : row + 1, : prefix + body + suffix])
         for index, layer in enumerate(theirs.layers):
             if index in (1, 3):
-                weights = attention[0, :, -1].sum(0)  # noqa: F821 (set by the layer before)
+                weights = attention[0, :, -1].sum(0)  # of the layer before
                 hidden = by_definition(hidden[0], weights, (prefix, body, suffix), ratio)[None]
                 body = -(-body // ratio)
             length = hidden.shape[1]

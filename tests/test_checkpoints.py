@@ -1,0 +1,202 @@
+"""Every layout that the systems are published in opens; what does not fit is refused by name."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MODELS
+from safetensors.torch import load_file, save_file
+
+from pyterrier_llmrerank.checkpoints import MatroyshkaCheckpoint, RankLLaMACheckpoint
+
+RAW, FULL, SD = (str(MODELS / name) for name in ("mistral_base", "costwise_full", "adapter_sd"))
+BASE, ADAPTER = str(MODELS / "rankllama_base"), str(MODELS / "rankllama_adapter")
+
+
+@pytest.fixture
+def changed(tmp_path: Path) -> Callable[..., str]:
+    """A copy of a model with its configuration changed and some tensors left out or replaced."""
+
+    def change(model: str, config: dict[str, object] | None = None, **tensors: torch.Tensor | None) -> str:
+        folder = tmp_path / Path(model).name
+        shutil.copytree(model, folder)
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | (config or {})))
+        stored = load_file(folder / "model.safetensors")
+        for name, tensor in tensors.items():
+            stored.pop(name, None)
+            if tensor is not None:
+                stored[name] = tensor
+        save_file(stored, folder / "model.safetensors")
+        return str(folder)
+
+    return change
+
+
+def heads(checkpoint: RankLLaMACheckpoint | MatroyshkaCheckpoint) -> torch.Tensor:
+    return checkpoint.heads(checkpoint.tokenizer())
+
+
+def test_layer_wise_heads_are_the_files() -> None:
+    checkpoint = MatroyshkaCheckpoint(FULL, (), None)
+    assert list(checkpoint.head_layers) == [2, 3, 4, 5, 6, 7, 8]
+    stored = load_file(MODELS / "costwise_full" / "model.safetensors")
+    wanted = torch.cat([stored[f"lm_head.{k}.linear_head.weight"] for k in range(7)])
+    assert torch.equal(heads(checkpoint), wanted)
+
+
+def test_a_plain_model_starts_from_the_row_of_yes() -> None:
+    row = load_file(MODELS / "mistral_base" / "model.safetensors")["lm_head.weight"][351]
+    assert torch.equal(heads(MatroyshkaCheckpoint(RAW, (), 6)), torch.stack([row] * 3))
+    only = MatroyshkaCheckpoint(RAW, (), None)
+    assert list(only.head_layers) == [8]
+    assert torch.equal(heads(only), row[None])
+
+
+def test_a_tied_head_is_found_in_the_embedding(changed: Callable[..., str]) -> None:
+    tied = changed(RAW, {"tie_word_embeddings": True}, **{"lm_head.weight": None})
+    row = load_file(MODELS / "mistral_base" / "model.safetensors")["model.embed_tokens.weight"][351]
+    assert torch.equal(heads(MatroyshkaCheckpoint(tied, (), None)), row[None])
+
+
+def test_steps_between_heads(changed: Callable[..., str]) -> None:
+    assert list(MatroyshkaCheckpoint(changed(FULL, {"layer_sep": 2}), (), None).head_layers) == [2, 4, 6, 8]
+
+
+def test_adapters_are_merged_in_fp32_in_order() -> None:
+    both = MatroyshkaCheckpoint(RAW, [SD, str(MODELS / "adapter_comp_layer")], 2)
+    plain = MatroyshkaCheckpoint(RAW, [], 2)
+    module = "layers.3.mlp.down_proj"
+    wanted = plain.tensor(f"{module}.weight") + both.adapters[0].delta(module) + both.adapters[1].delta(module)
+    assert torch.equal(both.tensor(f"{module}.weight"), wanted)
+    assert both.tensor(f"{module}.weight").dtype == torch.float32
+    head = "lm_head.6.linear_head"
+    torch.testing.assert_close(
+        heads(both)[6], heads(plain)[6] + sum(adapter.delta(head)[0] for adapter in both.adapters)
+    )
+
+
+def test_adapters_below_the_models_folder(tmp_path: Path) -> None:
+    shutil.copytree(FULL, tmp_path / "model")
+    shutil.copytree(SD, tmp_path / "model" / "compensate" / "layer" / "full")
+    checkpoint = MatroyshkaCheckpoint(str(tmp_path / "model"), ["compensate/layer/full"], None)
+    assert checkpoint.adapters[0].touches("linear_head")
+
+
+def test_remote_code_is_neither_needed_nor_run(changed: Callable[..., str]) -> None:
+    folder = changed(FULL, {"auto_map": {"AutoModelForCausalLM": "code.Evil", "AutoConfig": "code.Evil"}})
+    (Path(folder) / "code.py").write_text("raise SystemExit('executed')")
+    assert heads(MatroyshkaCheckpoint(folder, (), None)).shape == (7, 64)
+
+
+def test_rankllama_adapter_names_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(MODELS)  # the adapter says "rankllama_base"
+    named, given = RankLLaMACheckpoint(ADAPTER, None), RankLLaMACheckpoint(ADAPTER, BASE)
+    assert torch.equal(heads(named), heads(given))
+    assert list(given.head_layers) == [4]
+
+
+def test_rankllama_adapter_as_bin_and_merged(tmp_path: Path, changed: Callable[..., str]) -> None:
+    safe = RankLLaMACheckpoint(ADAPTER, BASE)
+    shutil.copytree(ADAPTER, tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    torch.save(load_file(Path(ADAPTER) / "adapter_model.safetensors"), tmp_path / "adapter" / "adapter_model.bin")
+    in_bin = RankLLaMACheckpoint(str(tmp_path / "adapter"), BASE)
+    name = "layers.0.self_attn.q_proj.weight"
+    merged = RankLLaMACheckpoint(
+        changed(BASE, **{"score.weight": heads(safe), f"model.{name}": safe.tensor(name)}), None
+    )
+    for other in (in_bin, merged):
+        assert torch.equal(heads(other), heads(safe))
+        assert torch.equal(other.tensor(name), safe.tensor(name))
+
+
+def test_the_adapters_own_tokenizer_is_preferred(tmp_path: Path) -> None:
+    shutil.copytree(ADAPTER, tmp_path / "adapter")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(BASE) / name, tmp_path / "adapter")
+    settings = json.loads((tmp_path / "adapter" / "tokenizer_config.json").read_text())
+    (tmp_path / "adapter" / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": "</s>"}))
+    assert RankLLaMACheckpoint(str(tmp_path / "adapter"), BASE).tokenizer().pad_token == "</s>"
+    assert RankLLaMACheckpoint(ADAPTER, BASE).tokenizer().pad_token is None
+
+
+def test_no_model_folder() -> None:
+    with pytest.raises(FileNotFoundError, match=r"model='.*adapter_sd': .* has no config\.json"):
+        MatroyshkaCheckpoint(SD, (), None)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; allowed: llama, mistral"),
+        ({"quantization_config": {"bits": 4}}, "weights are quantised"),
+        ({"num_attention_heads": "many"}, r"config\.json does not describe a mistral model"),
+    ],
+)
+def test_a_configuration_that_does_not_do(changed: Callable[..., str], config: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MatroyshkaCheckpoint(changed(RAW, config), (), None)
+
+
+@pytest.mark.parametrize(("model", "start"), [(FULL, 3), (RAW, 9)])
+def test_a_start_layer_that_does_not_fit(model: str, start: int) -> None:
+    with pytest.raises(ValueError, match=rf"start_layer={start}"):
+        MatroyshkaCheckpoint(model, (), start)
+
+
+@pytest.mark.parametrize("config", [{"start_layer": None}, {"start_layer": 0}, {"layer_sep": 0}, {"layer_sep": "1"}])
+def test_a_layer_wise_configuration_out_of_bounds(changed: Callable[..., str], config: dict) -> None:
+    with pytest.raises(ValueError, match="start_layer=.*layer_sep=.*allowed"):
+        MatroyshkaCheckpoint(changed(FULL, config), (), None)
+
+
+def test_a_head_that_is_missing(changed: Callable[..., str]) -> None:
+    with pytest.raises(ValueError, match=r"no tensor 'lm_head\.3\.linear_head\.weight'"):
+        heads(MatroyshkaCheckpoint(changed(FULL, **{"lm_head.3.linear_head.weight": None}), (), None))
+    with pytest.raises(ValueError, match="no score head"):
+        heads(RankLLaMACheckpoint(BASE, None))
+
+
+def test_a_head_of_two_labels(changed: Callable[..., str]) -> None:
+    with pytest.raises(ValueError, match=r"'score\.weight' is \[2, 64\]; wanted \[1, 64\]"):
+        heads(RankLLaMACheckpoint(changed(BASE, **{"score.weight": torch.ones(2, 64)}), None))
+
+
+def test_layer_wise_adapter_on_a_model_without_such_heads() -> None:
+    with pytest.raises(ValueError, match=r"updates layer-wise heads \(linear_head\).*has none; give the start_layer"):
+        MatroyshkaCheckpoint(RAW, [SD], None)
+
+
+def test_a_rankllama_adapter_among_matroyshkas() -> None:
+    with pytest.raises(ValueError, match=r"holds whole tensors \['score.weight'\]"):
+        MatroyshkaCheckpoint(RAW, [ADAPTER], 2)
+
+
+def test_base_model_without_an_adapter() -> None:
+    with pytest.raises(ValueError, match="base_model='.*' is given, but model='.*' is no adapter"):
+        RankLLaMACheckpoint(BASE, BASE)
+
+
+def test_an_adapter_that_names_no_base(tmp_path: Path) -> None:
+    shutil.copytree(ADAPTER, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": None}))
+    with pytest.raises(ValueError, match="names no base model; give base_model"):
+        RankLLaMACheckpoint(str(tmp_path / "adapter"), None)
+
+
+def test_a_base_out_of_reach_is_named() -> None:
+    with pytest.raises(ConnectionError, match="the base model that model='.*' names='rankllama_base'"):
+        RankLLaMACheckpoint(ADAPTER, None)
+
+
+def test_no_tokenizer(changed: Callable[..., str]) -> None:
+    folder = changed(RAW)
+    for file in Path(folder).glob("*token*"):
+        file.unlink()
+    with pytest.raises(ValueError, match="no usable tokenizer"):
+        MatroyshkaCheckpoint(folder, (), None).tokenizer()

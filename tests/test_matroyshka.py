@@ -1,0 +1,221 @@
+"""Matroyshka scores what the original scores, at every depth and width, in every layout."""
+
+import functools
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import MODELS, frame, golden, words
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyterrier_llmrerank import MatroyshkaReranker
+from pyterrier_llmrerank.inputs import PROMPT, MatroyshkaInputs
+
+GOLDEN = golden("matroyshka_inference.json")
+FULL = str(MODELS / "costwise_full")
+PAIRS = [(pair["query"], pair["passage"]) for pair in GOLDEN["pairs"]]
+
+
+def opened(run: dict[str, Any], **changes: Any) -> MatroyshkaReranker:
+    """The reranker that a golden run describes."""
+    layout, config = GOLDEN["layouts"][run["layout"]], run["config"]
+    adapters = [MODELS / path.removeprefix("models/") for path in layout["peft_path"] or []]
+    arguments = {
+        "adapters": adapters,
+        "start_layer": layout["start_layer"] if layout["from_raw"] else None,
+        "cutoff": config["cutoff_layers"],
+        "compress_layers": config["compress_layers"],
+        "compress_ratio": config["compress_ratio"],
+        "prompt": config["prompt"] or PROMPT,
+        "query_max_length": config["query_max_length"],
+        "max_length": config["max_length"],
+        "normalize": config["normalize"],
+        "dtype": "float32",
+    }
+    reranker = MatroyshkaReranker(MODELS / layout["model"].removeprefix("models/"), **arguments | changes)
+    # The instructions before query and passage are fixed in the transformer; some goldens vary them.
+    instructions = (config["query_instruction_for_rerank"] or "", config["passage_instruction_for_rerank"] or "")
+    inputs = MatroyshkaInputs(reranker.prompt, reranker.query_max_length, reranker.max_length, *instructions)
+    reranker._encode = inputs
+    return reranker
+
+
+@pytest.fixture(scope="module", autouse=True)
+def keep_weights() -> list[MatroyshkaReranker]:
+    """One reranker a layout that lives as long as this file, so that each model is opened once."""
+    runs = {run["layout"]: run for run in GOLDEN["runs"]}
+    return [opened(run, cutoff=None) for run in runs.values() if opened(run).compute_score(PAIRS[0]) is not None]
+
+
+def ours(head_index: str, weight_row: str) -> list[dict[str, Any]]:
+    """Golden runs of this kind; cutoffs of contiguous layers from start_layer on have the same heads in both."""
+    return [
+        run for run in GOLDEN["runs"] if run["head_index"] == head_index and run["weight_row"] in (weight_row, "any")
+    ]
+
+
+@pytest.mark.parametrize("run", ours("per_layer", "nopad"), ids=lambda run: run["id"])
+def test_scores_are_the_original_ones(run: dict[str, Any]) -> None:
+    got = np.atleast_2d(opened(run).compute_score(PAIRS))
+    np.testing.assert_allclose(got, run["scores"], atol=2e-4)
+
+
+@pytest.mark.parametrize("run", ours("released", "pad8"), ids=lambda run: run["id"])
+def test_released_scores_are_the_released_ones(run: dict[str, Any]) -> None:
+    """All pairs go through in one batch: even in this mode a score does not depend on its neighbours."""
+    got = np.atleast_2d(opened(run, released=True).compute_score(PAIRS))
+    np.testing.assert_allclose(got, run["scores"], atol=2e-4)
+
+
+@functools.cache
+def full() -> MatroyshkaReranker:
+    return MatroyshkaReranker(FULL, dtype="float32")
+
+
+CUTOFFS = st.lists(st.integers(2, 8), min_size=2, max_size=5, unique=True)
+TEXTS = st.lists(st.integers(0, 50), min_size=1, max_size=4).map(lambda ns: [(words(n, 3), words(n, n)) for n in ns])
+
+
+@settings(max_examples=15, deadline=None)
+@given(CUTOFFS, TEXTS, st.sampled_from([1, 2, 4]), st.lists(st.integers(0, 7), max_size=3))
+def test_several_cutoffs_in_one_pass_equal_single_passes(
+    cutoffs: list[int], pairs: list[tuple[str, str]], ratio: int, layers: list[int]
+) -> None:
+    shape = {"compress_layers": layers, "compress_ratio": ratio}
+    together = full().at(cutoff=cutoffs, **shape).compute_score(pairs)
+    apart = np.stack([full().at(cutoff=cutoff, **shape).compute_score(pairs) for cutoff in sorted(cutoffs)])
+    np.testing.assert_allclose(together, apart, atol=1e-4)
+
+
+@settings(max_examples=10, deadline=None)
+@given(TEXTS, st.lists(st.integers(0, 7), max_size=4), st.integers(2, 8))
+def test_ratio_one_and_layers_without_effect_are_no_compression(
+    pairs: list[tuple[str, str]], layers: list[int], cutoff: int
+) -> None:
+    plain = full().at(cutoff=cutoff).compute_score(pairs)
+    without_effect = [0, *range(cutoff, 8)]
+    for shape in (
+        {"compress_layers": layers, "compress_ratio": 1},
+        {"compress_layers": [], "compress_ratio": 4},
+        {"compress_layers": without_effect, "compress_ratio": 4},
+    ):
+        np.testing.assert_allclose(full().at(cutoff=cutoff, **shape).compute_score(pairs), plain, atol=1e-5)
+
+
+def test_several_cutoffs_become_columns() -> None:
+    rows = frame()
+    got = full().at(cutoff=[8, 3, 8]).transform(rows)
+    assert [c for c in got.columns if c not in rows.columns] == ["score_3", "score_8"]
+    assert (got["score"] == got["score_8"]).all()
+    np.testing.assert_allclose(got["score_3"], full().at(cutoff=3).transform(rows)["score"], atol=1e-4)
+
+
+def test_forms_of_a_score() -> None:
+    one, two = full(), full().at(cutoff=[3, 8])
+    assert isinstance(one.compute_score(PAIRS[0]), float)
+    assert isinstance(one.compute_score(list(PAIRS[0])), float)
+    assert one.compute_score(PAIRS[:3]).shape == (3,)
+    assert one.compute_score(PAIRS[:2]).shape == (2,)
+    assert one.compute_score([list(PAIRS[0])]).shape == (1,)
+    assert one.compute_score([]).shape == (0,)
+    assert two.compute_score(PAIRS[0]).shape == (2,)
+    assert two.compute_score(PAIRS[:3]).shape == (2, 3)
+    assert two.compute_score([]).shape == (2, 0)
+
+
+@pytest.mark.parametrize("pairs", [[("a", None)], [("a",)], ["ab", "cd", "ef"], [1], [("a", "b", "c")]])
+def test_what_is_no_pair_is_named(pairs: list[Any]) -> None:
+    with pytest.raises(ValueError, match=r"pairs\[0\] is .*; wanted two strings"):
+        full().compute_score(pairs)
+
+
+def test_normalize_is_the_sigmoid_and_never_overflows() -> None:
+    raw = full().compute_score(PAIRS)
+    np.testing.assert_allclose(full().at(normalize=True).compute_score(PAIRS), 1 / (1 + np.exp(-raw)), atol=1e-12)
+    with np.errstate(all="raise", under="ignore"):
+        extremes = full().at(normalize=True)._finish(np.array([[-1e4, 0.0, 1e4]]))
+    assert extremes.tolist() == [[0.0, 0.5, 1.0]]
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("cutoff", 0),
+        ("cutoff", -3),
+        ("cutoff", []),
+        ("cutoff", "8"),
+        ("cutoff", True),
+        ("cutoff", [8, False]),
+        ("cutoff", 7.5),
+        ("compress_layers", [-1]),
+        ("compress_layers", ["2"]),
+        ("compress_layers", [True]),
+        ("compress_ratio", 3),
+        ("compress_ratio", 0),
+        ("compress_ratio", -2),
+        ("compress_ratio", 2.0),
+        ("compress_ratio", True),
+        ("max_length", 0),
+        ("query_max_length", 0),
+        ("start_layer", 0),
+        ("batch_size", 0),
+        ("batch_size", True),
+        ("prompt", None),
+        ("text_field", ""),
+        ("adapters", [""]),
+        ("model", ""),
+        ("dtype", "int8"),
+    ],
+)
+def test_arguments_are_checked(argument: str, value: object) -> None:
+    shown = value[0] if argument == "adapters" else value
+    with pytest.raises(ValueError, match=rf"^{argument}=") as info:
+        MatroyshkaReranker(**{argument: value})
+    assert "allowed" in str(info.value)
+    assert repr(shown) in str(info.value) or repr(value[-1]) in str(info.value)
+
+
+@pytest.mark.parametrize("cutoff", [1, 9, 40, [2, 9]])
+def test_a_cutoff_without_a_head_fails_before_any_work(cutoff: object) -> None:
+    with pytest.raises(ValueError, match=r"cutoff=\d+: model='.*' has heads at layers 2 to 8\."):
+        full().at(cutoff=cutoff)
+
+
+def test_a_cutoff_of_a_model_with_one_head() -> None:
+    with pytest.raises(ValueError, match=r"has heads at layers 8 only; start_layer gives"):
+        MatroyshkaReranker(MODELS / "mistral_base", cutoff=6)
+
+
+def test_a_compress_layer_beyond_the_model() -> None:
+    with pytest.raises(ValueError, match=r"compress_layers=\[2, 8\]: layer index 8 is beyond .*; allowed: 0 to 7"):
+        full().at(compress_layers=[8, 2], compress_ratio=2)
+
+
+def test_at_takes_shapes_only() -> None:
+    with pytest.raises(TypeError, match=r"at\(\) has no argument 'max_length'; allowed: cutoff"):
+        full().at(max_length=3)
+
+
+def test_arguments_are_kept_in_one_form() -> None:
+    same = MatroyshkaReranker(FULL, cutoff=[np.int64(8), 3, 8], compress_layers=5, adapters=str(MODELS / "adapter_sd"))
+    assert (same.cutoff, same.compress_layers, same.adapters) == ((3, 8), (5,), (str(MODELS / "adapter_sd"),))
+    assert same == MatroyshkaReranker(FULL, cutoff=(3, 8), compress_layers=[5], adapters=[MODELS / "adapter_sd"])
+    assert MatroyshkaReranker(FULL, cutoff=[4]).cutoff == 4
+
+
+def test_released_needs_the_pad_token_only_to_pool(tmp_path: Any) -> None:
+    """The tiny Mistral has a pad token; without one there is nothing to reproduce."""
+    import json
+    import shutil
+
+    shutil.copytree(FULL, tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer_config.json"
+    settings_ = json.loads(path.read_text())
+    settings_.pop("pad_token")
+    path.write_text(json.dumps(settings_))
+    (tmp_path / "model" / "special_tokens_map.json").unlink()
+    plain = MatroyshkaReranker(tmp_path / "model", released=True, dtype="float32")
+    assert plain.compute_score(PAIRS[0]) == pytest.approx(full().at(cutoff=2).compute_score(PAIRS[0]), abs=10)
+    with pytest.raises(ValueError, match="released=True: the tokenizer of .* has no pad token"):
+        plain.at(compress_layers=[2], compress_ratio=2)

@@ -1,0 +1,327 @@
+"""The PyTerrier contract: frames in and out, composition, inspection, caching, copies and parallel work."""
+
+import copy
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyterrier as pt
+import pytest
+from conftest import MODELS, frame, words
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyterrier.measures import nDCG
+
+from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker, ScoringError, scoring
+
+FULL = str(MODELS / "costwise_full")
+RERANKERS = {
+    "rankllama": RankLLaMAReranker(MODELS / "rankllama_adapter", base_model=MODELS / "rankllama_base", dtype="float32"),
+    "matroyshka": MatroyshkaReranker(FULL, dtype="float32"),
+    "several cutoffs": MatroyshkaReranker(FULL, dtype="float32", cutoff=[4, 8]),
+}
+EITHER = pytest.mark.parametrize("reranker", RERANKERS.values(), ids=RERANKERS)
+MATROYSHKA = RERANKERS["matroyshka"]
+
+
+# -- frames
+
+
+@EITHER
+def test_scores_and_ranks_are_added_and_nothing_else_is_touched(reranker: LLMReranker) -> None:
+    rows = frame().assign(extra=range(6))
+    rows.index = [7, 3, 3, 100, -1, 0]  # a cache hands over what is left of an index
+    before = rows.copy()
+    got = reranker.transform(rows)
+    pd.testing.assert_frame_equal(rows, before)
+    kept = [name for name in before.columns if name not in ("score", "rank")]
+    pd.testing.assert_frame_equal(got[kept], before[kept])
+    assert got["score"].dtype == np.float64
+    for _, query in got.groupby("qid"):
+        assert sorted(query["rank"]) == [0, 1, 2]
+        assert query.sort_values("rank")["score"].is_monotonic_decreasing
+
+
+ROWS = st.lists(
+    st.tuples(st.integers(0, 3), st.integers(0, 5), st.text(max_size=20), st.integers(0, 30)), min_size=1, max_size=8
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(ROWS)
+def test_any_frame_of_texts_is_ranked(drawn: list[tuple[int, int, str, int]]) -> None:
+    """Whatever the characters, the order and the repetitions of qids and docnos."""
+    rows = pd.DataFrame(
+        [{"qid": f"q{q}", "docno": f"d{d}", "query": text, "text": words(n, n)} for q, d, text, n in drawn]
+    )
+    got = MATROYSHKA.transform(rows)
+    assert np.isfinite(got["score"]).all()
+    assert len(got) == len(rows)
+    for _, query in got.groupby("qid"):
+        assert sorted(query["rank"]) == list(range(len(query)))
+
+
+@EITHER
+def test_an_empty_frame_costs_nothing(reranker: LLMReranker) -> None:
+    fresh = type(reranker)(**{**reranker._arguments(), "model": "someone/not-downloaded"})
+    for columns in (["qid", "query", "docno", "text"], ["qid", "docno", "text", "query", "score", "rank", "extra"]):
+        got = fresh.transform(pd.DataFrame(columns=columns))
+        assert len(got) == 0
+        assert set(got.columns) == {*columns, "score", "rank", *fresh._layer_columns()}
+        assert got["score"].dtype == np.float64
+
+
+def test_duplicate_rows_are_each_scored_and_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = pd.concat([frame(1, 2)] * 3)
+    seen = []
+    real = scoring.decode
+
+    def counting(model: object, ids: object, *args: object, **options: object) -> object:
+        seen.append(len(ids))
+        return real(model, ids, *args, **options)
+
+    monkeypatch.setattr(scoring, "decode", counting)
+    got = MATROYSHKA.transform(rows)
+    assert sum(seen) == 2
+    assert got["score"].nunique() == 2
+    assert sorted(got["rank"]) == list(range(6))
+
+
+def test_integer_qids_stay_integers() -> None:
+    got = MATROYSHKA.transform(frame().assign(qid=[1, 1, 1, 2, 2, 2]))
+    assert got["qid"].dtype.kind == "i"
+    assert sorted(got["rank"]) == [0, 0, 1, 1, 2, 2]
+
+
+def test_empty_texts_are_scored() -> None:
+    assert np.isfinite(MATROYSHKA.transform(frame().assign(text="", query=""))["score"]).all()
+
+
+def test_another_text_field() -> None:
+    reranker = MatroyshkaReranker(FULL, dtype="float32", text_field="body")
+    rows = frame()
+    got = reranker.transform(rows.rename(columns={"text": "body"}))
+    np.testing.assert_allclose(got["score"], MATROYSHKA.transform(rows)["score"], atol=1e-5)
+
+
+# -- bad input
+
+
+@EITHER
+@pytest.mark.parametrize("missing", ["qid", "query", "docno", "text"])
+def test_a_missing_column_is_named(reranker: LLMReranker, missing: str) -> None:
+    with pytest.raises(pt.validate.InputValidationError, match=missing):
+        reranker.transform(frame().drop(columns=missing))
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), pd.NA, 3, b"bytes"])
+@pytest.mark.parametrize("column", ["query", "text"])
+def test_a_value_that_is_no_text_is_named_by_qid_and_docno(column: str, value: object) -> None:
+    rows = frame().astype(object)
+    rows.loc[4, column] = value
+    with pytest.raises(ValueError, match=rf"'{column}' is .* for qid 'q1', docno 'd1'; wanted a string"):
+        MATROYSHKA.transform(rows)
+
+
+@pytest.mark.parametrize("column", ["qid", "docno"])
+def test_a_row_without_identity_is_named(column: str) -> None:
+    rows = frame().astype(object)
+    rows.loc[2, column] = None
+    with pytest.raises(ValueError, match=f"{column} is missing in row 2"):
+        MATROYSHKA.transform(rows)
+
+
+def test_what_was_scored_before_a_failure_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    reranker = MatroyshkaReranker(FULL, dtype="float32", batch_size=1)
+    rows = frame()
+    real = scoring.decode
+    calls = []
+
+    def fails_at_the_third(*args: object, **options: object) -> object:
+        calls.append(1)
+        return real(*args, **options) * (np.inf if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(scoring, "decode", fails_at_the_third)
+    with pytest.raises(ScoringError, match=r"score of qid 'q\d', docno 'd\d' is not finite") as info:
+        reranker.transform(rows)
+    kept = info.value.scores
+    assert len(kept) == 2
+    wanted = MATROYSHKA.transform(rows).loc[kept.index]
+    np.testing.assert_allclose(kept["score"], wanted["score"], atol=1e-4)
+    assert set(kept["rank"]) == {0}
+
+
+@pytest.mark.parametrize("model", ["./nowhere", "/no/where"])
+def test_a_path_that_does_not_exist_fails_at_once(model: str) -> None:
+    for cls in (RankLLaMAReranker, MatroyshkaReranker):
+        with pytest.raises(FileNotFoundError, match=f"model={model!r}: no such model folder"):
+            cls(model)
+
+
+def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(Path(FULL, "config.json").read_bytes())
+    for file in Path(FULL).glob("*token*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(FileNotFoundError, match=r"no weights in .*wanted model\.safetensors"):
+        MatroyshkaReranker(tmp_path).compute_score(("a", "b"))
+
+
+def test_a_hub_out_of_reach_shows_on_use_only() -> None:
+    reranker = RankLLaMAReranker()
+    with pytest.raises(ConnectionError, match="castorini/rankllama-v1-7b-lora-passage.*offline"):
+        reranker.transform(frame())
+
+
+# -- a value
+
+
+@EITHER
+def test_repr_is_the_call_and_equal_arguments_make_equal_rerankers(reranker: LLMReranker) -> None:
+    again = eval(repr(reranker), {type(reranker).__name__: type(reranker)})
+    assert again == reranker
+    assert hash(again) == hash(reranker)
+    assert again is not reranker
+    other = type(reranker)(**{**reranker._arguments(), "text_field": "body"})
+    assert other != reranker
+    assert reranker != "something else"
+
+
+@EITHER
+def test_copies_and_pickles_hold_no_weights(reranker: LLMReranker) -> None:
+    wanted = reranker.transform(frame())
+    pickled = pickle.dumps(reranker)
+    assert len(pickled) < 2000
+    for other in (pickle.loads(pickled), copy.deepcopy(reranker)):
+        assert other == reranker
+        pd.testing.assert_frame_equal(other.transform(frame()), wanted)
+
+
+def test_set_parameter_checks_as_the_constructor_does() -> None:
+    reranker = MatroyshkaReranker(FULL)
+    reranker.set_parameter("cutoff", [4, 2])
+    assert reranker.cutoff == (2, 4)
+    assert reranker.get_parameter("cutoff") == (2, 4)
+    with pytest.raises(ValueError, match="cutoff=1"):
+        reranker.set_parameter("cutoff", 1)
+    with pytest.raises(ValueError, match="no argument 'depth'; allowed: model, adapters"):
+        reranker.set_parameter("depth", 1)
+
+
+# -- pipelines
+
+
+def first_stage(rows: pd.DataFrame) -> pt.Transformer:
+    return pt.Transformer.from_df(rows)
+
+
+TOPICS = frame()[["qid", "query"]].drop_duplicates()
+
+
+def test_it_composes() -> None:
+    rows = frame(2, 8)
+    got = (first_stage(rows) >> MATROYSHKA % 3).transform(TOPICS)
+    assert len(got) == 6
+    assert set(got["rank"]) == {0, 1, 2}
+    features = (first_stage(rows) >> (MATROYSHKA ** MATROYSHKA.at(cutoff=4))).transform(TOPICS)
+    assert features["features"].iloc[0].shape == (2,)
+
+
+def test_an_experiment_names_and_shares() -> None:
+    rows = frame(2, 8)
+    first = first_stage(rows)
+    systems = [first, first >> MATROYSHKA, first >> MATROYSHKA.at(cutoff=4), first >> RERANKERS["rankllama"]]
+    qrels = rows.assign(label=lambda r: (r["rank"] == 5).astype(int))[["qid", "docno", "label"]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pt.validate.InputValidationWarning)
+        table = pt.Experiment(systems, TOPICS, qrels, [nDCG @ 10, "mrt"], plan="tree", verbose=False)
+    assert len(table) == 4
+    assert repr(MATROYSHKA) in table["name"][1]
+
+
+def test_a_scorer_cache_wraps_it(tmp_path: Path) -> None:
+    from pyterrier_caching import ScorerCache
+
+    cache = ScorerCache(str(tmp_path / "cache"), MATROYSHKA)
+    rows = frame(2, 6)
+    part = cache(rows[rows["docno"] != "d3"])
+    assert len(part) == 10
+    whole = cache(rows)
+    pd.testing.assert_series_equal(whole["score"], MATROYSHKA.transform(rows)["score"], atol=1e-4, check_exact=False)
+    cache.close()
+
+
+def test_sliding_windows_and_their_maximum() -> None:
+    long = pd.DataFrame([{"qid": "q", "query": "panda", "docno": f"d{i}", "text": words(i, 40 + i)} for i in range(3)])
+    pipeline = (
+        pt.text.sliding(text_attr="text", length=15, stride=8, prepend_attr=None) >> MATROYSHKA >> pt.text.max_passage()
+    )
+    got = pipeline.transform(long)
+    assert sorted(got["docno"]) == ["d0", "d1", "d2"]
+    windows = pt.text.sliding(text_attr="text", length=15, stride=8, prepend_attr=None).transform(long)
+    best = (
+        MATROYSHKA.transform(windows)
+        .assign(parent=lambda r: r["docno"].str.split("%").str[0])
+        .groupby("parent")["score"]
+        .max()
+    )
+    np.testing.assert_allclose(got.set_index("docno")["score"].sort_index(), best.sort_index(), atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["joblib", "ray"])
+def test_parallel_workers_give_the_same(backend: str) -> None:
+    rows = frame(4, 3)
+    wanted = MATROYSHKA.transform(rows)
+    if backend == "ray":
+        ray = pytest.importorskip("ray")
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    try:
+        got = MATROYSHKA.parallel(2, backend).transform(rows)
+    finally:
+        if backend == "ray":
+            ray.shutdown()
+    np.testing.assert_allclose(got.sort_index()["score"], wanted["score"], atol=1e-4)
+    assert got.sort_index()["rank"].tolist() == wanted["rank"].tolist()
+
+
+def test_progress_is_shown_when_asked_for(capfd: pytest.CaptureFixture[str]) -> None:
+    MATROYSHKA.transform(frame())
+    assert capfd.readouterr().err == ""
+    MatroyshkaReranker(FULL, dtype="float32", verbose=True).transform(frame())
+    assert "MatroyshkaReranker: 100%" in capfd.readouterr().err
+
+
+# -- inspection
+
+
+class TestMatroyshka(pt.testing.transformer_test_class(lambda: MatroyshkaReranker(cutoff=[8, 16]))):
+    """PyTerrier's own tests of inspection and schematics."""
+
+
+class TestRankLLaMA(pt.testing.transformer_test_class(RankLLaMAReranker)):
+    """PyTerrier's own tests of inspection and schematics."""
+
+
+@EITHER
+def test_inspection(reranker: LLMReranker) -> None:
+    assert pt.inspect.transformer_inputs(reranker) == [["qid", "docno", "query", "text"]]
+    outputs = pt.inspect.transformer_outputs(reranker, ["qid", "query", "docno", "text", "more"])
+    assert set(outputs) == {"qid", "query", "docno", "text", "more", "score", "rank", *reranker._layer_columns()}
+    attributes = {attribute.name: attribute.value for attribute in pt.inspect.transformer_attributes(reranker)}
+    assert attributes == reranker._arguments()
+    changed = pt.inspect.transformer_apply_attributes(reranker, batch_size=3)
+    assert changed.batch_size == 3
+    assert pt.schematic.transformer_schematic(reranker)["help_url"].startswith("https://")
+
+
+def test_importing_waits_for_torch() -> None:
+    """Torch and transformers take seconds; a pipeline that is only built or drawn needs neither."""
+    code = (
+        "import sys, pandas as pd; from pyterrier_llmrerank import MatroyshkaReranker;"
+        "MatroyshkaReranker().transform(pd.DataFrame(columns=['qid', 'query', 'docno', 'text']));"
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,111 @@
+"""A score depends on its pair alone, and what cannot be scored is named without losing what was."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import MODELS, words
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker, ScoringError, batching, scoring
+
+FULL = str(MODELS / "costwise_full")
+RERANKERS = {
+    "rankllama": RankLLaMAReranker(MODELS / "rankllama_adapter", base_model=MODELS / "rankllama_base", dtype="float32"),
+    "plain": MatroyshkaReranker(FULL, dtype="float32"),
+    "compressed": MatroyshkaReranker(FULL, dtype="float32", compress_layers=[2, 5], compress_ratio=4, cutoff=[3, 8]),
+    "released": MatroyshkaReranker(FULL, dtype="float32", compress_layers=[2], compress_ratio=2, released=True),
+}
+PAIRS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 60), st.integers(0, 99)), min_size=1, max_size=12)
+
+
+def pair(query: int, length: int, seed: int) -> tuple[str, str]:
+    return words(query, 1 + query % 5), words(seed, length)
+
+
+@pytest.mark.parametrize("name", RERANKERS)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(PAIRS, st.none() | st.integers(1, 5), st.randoms(use_true_random=False))
+def test_a_score_depends_on_its_pair_alone(name: str, drawn: list, batch_size: int | None, order: object) -> None:
+    reranker = RERANKERS[name]
+    pairs = [pair(*numbers) for numbers in drawn]
+    alone = np.stack([np.asarray(reranker.compute_score(p)) for p in pairs], axis=-1)
+    permutation = list(range(len(pairs)))
+    order.shuffle(permutation)
+    batched = type(reranker)(**{**reranker._arguments(), "batch_size": batch_size})
+    together = batched.compute_score([pairs[i] for i in permutation])
+    np.testing.assert_allclose(together, alone[..., permutation], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [{}, {"compress_layers": [2, 5], "compress_ratio": 2}])
+def test_in_bf16_too(shape: dict) -> None:
+    """Rounding differently anywhere would grow through the layers; on a CPU nothing rounds by the batch's shape."""
+    reranker = MatroyshkaReranker(FULL, dtype="bfloat16", **shape)
+    pairs = [pair(i, 7 * i, i) for i in range(40)]
+    alone = [reranker.compute_score(p) for p in pairs]
+    np.testing.assert_allclose(reranker.compute_score(pairs), alone, atol=1e-4)
+
+
+def test_memory_running_out_halves_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    reranker = RERANKERS["plain"]
+    pairs = [pair(i, 10, i) for i in range(9)]
+    wanted = reranker.compute_score(pairs)
+    real, sizes = scoring.decode, []
+
+    def short_of_memory(model: object, ids: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+        sizes.append(len(ids))
+        if len(ids) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, ids, *args, **options)
+
+    monkeypatch.setattr(scoring, "decode", short_of_memory)
+    np.testing.assert_allclose(reranker.compute_score(pairs), wanted, atol=1e-4)
+    assert sizes[:3] == [9, 5, 3]
+
+
+def test_one_pair_that_does_not_fit_is_named_and_the_rest_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    reranker = MatroyshkaReranker(FULL, dtype="float32", batch_size=1)
+    real = scoring.decode
+
+    def fails_on_the_short(model: object, ids: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+        if ids.shape[1] < 60:
+            raise MemoryError
+        return real(model, ids, *args, **options)
+
+    monkeypatch.setattr(scoring, "decode", fails_on_the_short)
+    with pytest.raises(ScoringError, match=r"out of memory on cpu with one pair alone: pairs\[1\], \d+ tokens") as info:
+        reranker.compute_score([("a", words(1, 60)), ("b", "short")])
+    assert np.isfinite(info.value.scores).tolist() == [[True, False]]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "advice"), [("float16", "try dtype='float32'"), ("float32", "is the checkpoint sound")]
+)
+def test_a_score_that_is_not_finite_is_named(monkeypatch: pytest.MonkeyPatch, dtype: str, advice: str) -> None:
+    reranker = MatroyshkaReranker(FULL, dtype=dtype)
+    real = scoring.decode
+
+    def overflows(model: object, ids: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+        states = real(model, ids, *args, **options)
+        states[:, 1] = torch.inf
+        return states
+
+    monkeypatch.setattr(scoring, "decode", overflows)
+    with pytest.raises(ScoringError, match=rf"score of pairs\[0\] is not finite in torch\.{dtype}; {advice}") as info:
+        reranker.compute_score([("a", "short"), ("b", words(1, 60))])
+    assert np.isfinite(info.value.scores).tolist() == [[False, True]]
+
+
+def test_default_batches_stay_within_the_devices_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+    real = scoring.decode
+
+    def watched(model: object, ids: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+        shapes.append(ids.numel())
+        return real(model, ids, *args, **options)
+
+    monkeypatch.setattr(scoring, "decode", watched)
+    monkeypatch.setitem(batching.TOKENS, "cpu", 300)
+    RERANKERS["plain"].compute_score([pair(i, 20 + i, i) for i in range(20)])
+    assert len(shapes) > 2
+    assert max(shapes) <= 300
