@@ -1,0 +1,53 @@
+"""The examples run, end to end, on a tiny model; what they print is what a user is told to expect."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import ir_measures
+import pandas as pd
+import pyterrier as pt
+import pytest
+from conftest import MODELS, frame
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", [script, "--model", str(MODELS / "mistral_base"), *arguments])
+    runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+
+
+def test_quickstart(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    run(monkeypatch, "quickstart.py", "--depths", "4", "8")
+    out = capfd.readouterr().out
+    for wanted in ("nDCG@10", "RR@10", "mrt", "BM25 >> 4 layers", "BM25 >> 8 layers", "zero-shot", "25 queries"):
+        assert wanted in out
+
+
+def test_rerank_run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    rows = frame(3, 6)
+    rows["score"] = 0.5  # all tied: the ranks in the file decide
+    (tmp_path / "runs").mkdir()
+    rows[["qid", "query"]].drop_duplicates().to_csv(tmp_path / "topics.tsv", sep="\t", header=False, index=False)
+    rows[["docno", "text"]].drop_duplicates("docno").assign(title="").to_json(
+        tmp_path / "docs.jsonl.gz", orient="records", lines=True
+    )
+    pt.io.write_results(rows, str(tmp_path / "runs" / "first.res.gz"))
+    (tmp_path / "qrels.txt").write_text("".join(f"q{q} 0 d1 1\n" for q in range(3)))
+    run(monkeypatch, "rerank_run.py", str(tmp_path), "--run", "first", "--depths", "4", "8", "--candidates", "4")
+    table = capfd.readouterr().out
+    assert "first >> 8 layers" in table
+    assert "0.6309" in table.splitlines()[1]  # d1 second for every query: 1 / log2(3)
+
+
+def test_the_little_collection_is_sound() -> None:
+    documents = pd.read_json(EXAMPLES / "collection" / "docs.jsonl", lines=True)
+    topics = pd.read_csv(EXAMPLES / "collection" / "topics.tsv", sep="\t", names=["qid", "query"])
+    qrels = list(ir_measures.read_trec_qrels(str(EXAMPLES / "collection" / "qrels.txt")))
+    assert len(documents) == documents["docno"].nunique() == 150
+    assert documents["text"].str.split().str.len().between(25, 90).all()
+    assert len(topics) == 25
+    assert {q.doc_id for q in qrels} <= set(documents["docno"])
+    assert {q.query_id for q in qrels if q.relevance >= 2} == set(topics["qid"])
+    assert {q.relevance for q in qrels} == {0, 1, 2, 3}

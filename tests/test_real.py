@@ -1,0 +1,61 @@
+"""The main job on a real pretrained model, and on real collections where they are at hand."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyterrier as pt
+import pytest
+import torch
+from pyterrier.measures import nDCG
+from transformers import AutoModelForCausalLM
+
+from pyterrier_llmrerank import MatroyshkaReranker
+
+PASSAGES = {
+    "what do pandas eat": "The giant panda feeds almost entirely on bamboo, and eats up to fifteen kilograms a day.",
+    "how high is mount everest": "Everest's summit stands 8,849 metres above sea level.",
+    "who wrote hamlet": "Hamlet is a tragedy by William Shakespeare, written around 1600.",
+    "why is the sky blue": "Air scatters short wavelengths of sunlight more than long ones, so the sky looks blue.",
+}
+PAIRS = [(query, passage) for query in PASSAGES for passage in PASSAGES.values()]
+
+
+def test_scores_are_the_models_own_logits_of_yes(smollm2: str) -> None:
+    """Against transformers' whole forward pass, one pair at a time, through the full vocabulary."""
+    reranker = MatroyshkaReranker(smollm2, dtype="float32")
+    got = reranker.compute_score(PAIRS)
+    weights = reranker._weights()
+    _, _, tokenizer = weights.at_depth(1)
+    model = AutoModelForCausalLM.from_pretrained(weights.checkpoint.folder, dtype=torch.float32).eval()
+    yes = tokenizer("Yes", add_special_tokens=False)["input_ids"][-1]
+    for score, ids in zip(got, reranker._encode(tokenizer, PAIRS), strict=True):
+        with torch.inference_mode():
+            logits = model(torch.tensor([ids.flat()])).logits[0, -1]
+        assert score == pytest.approx(logits[yes].item(), abs=1e-3)
+
+
+@pytest.mark.parametrize("shape", [{}, {"cutoff": 20, "compress_layers": [8], "compress_ratio": 2}])
+def test_a_score_does_not_depend_on_its_batch_in_the_default_dtype(smollm2: str, shape: dict) -> None:
+    reranker = MatroyshkaReranker(smollm2, start_layer=4, **shape)
+    pairs = [(query, passage * repeat) for repeat, (query, passage) in enumerate(PAIRS, start=1)]
+    alone = [reranker.compute_score(pair) for pair in pairs]
+    np.testing.assert_allclose(reranker.compute_score(pairs), alone, atol=2e-2)
+
+
+def test_an_experiment_over_a_real_collection(smollm2: str, collections: Path) -> None:
+    folder = collections / "vaswani"
+    strings = {"qid": str, "query": str, "docno": str, "text": str}
+    topics = pd.read_csv(folder / "topics.tsv", sep="\t", names=["qid", "query"], dtype=strings).head(4)
+    documents = pd.read_json(folder / "docs.jsonl.gz", lines=True, dtype=strings)[["docno", "text"]]
+    qrels = pt.io.read_qrels(str(folder / "qrels.txt"))
+    run = pt.io.read_results(str(folder / "runs" / "bm25.res.gz"))
+    first = pt.Transformer.from_df(run[run["rank"] < 8].merge(documents, on="docno"))
+    deep = MatroyshkaReranker(smollm2, start_layer=10, cutoff=[10, 20])
+    table = pt.Experiment(
+        [first, first >> deep, first >> deep.at(cutoff=10)], topics, qrels, [nDCG @ 10], filter_by_qrels=True
+    )
+    assert table["nDCG@10"].between(0.01, 1).all()
+    both = (first >> deep).transform(topics)
+    single = (first >> deep.at(cutoff=10)).transform(topics)
+    np.testing.assert_allclose(both["score_10"], single["score"], atol=2e-2)
