@@ -39,11 +39,14 @@ def little_collection() -> Collection:
 def irds_collection(name: str) -> Collection:
     """The same four of a collection that ir_datasets knows, by a name such as ``irds:vaswani``."""
     dataset = pt.get_dataset(name)
-    try:
-        topics = dataset.get_topics()
-    except ValueError:  # topics of several fields
-        topics = dataset.get_topics("text")
-    return dataset.get_corpus_iter(), dataset.text_loader(["text"]), topics, dataset.get_qrels()
+    topics = dataset.get_topics()
+    if "query" not in topics:  # topics of several fields
+        topics = topics.rename(columns={"text" if "text" in topics else "title": "query"})
+    known = dataset.irds_ref().docs_cls()._fields
+    fields = [field for field in ("title", "headline", "abstract", "text", "body", "contents") if field in known]
+    joined = pt.apply.text(lambda row: " ".join(row[field] for field in fields))
+    corpus = ({"docno": doc["docno"], "text": " ".join(doc[f] for f in fields)} for doc in dataset.get_corpus_iter())
+    return corpus, dataset.text_loader(fields) >> joined, topics[["qid", "query"]], dataset.get_qrels()
 
 
 @contextmanager
@@ -66,7 +69,9 @@ def main() -> None:
     parser.add_argument("--dataset", help="an ir_datasets collection, for example irds:vaswani")
     parser.add_argument("--depths", type=int, nargs="+", default=[10, 20, 30], help="decoder layers (the model has 30)")
     parser.add_argument("--candidates", type=int, default=20, help="how many of BM25's results are reranked")
-    parser.add_argument("--model", default=smollm2(), help="folder, .gguf file or hub id of a causal language model")
+    parser.add_argument(
+        "--model", default=smollm2(), help="a plain causal language model: folder, .gguf file or hub id"
+    )
     arguments = parser.parse_args()
 
     corpus, with_text, topics, qrels = irds_collection(arguments.dataset) if arguments.dataset else little_collection()

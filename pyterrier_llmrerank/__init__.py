@@ -1,8 +1,8 @@
 """RankLLaMA and Matroyshka re-rankers as PyTerrier transformers."""
 
+from .errors import ScoringError
 from .matroyshka import MatroyshkaReranker
 from .rankllama import RankLLaMAReranker
-from .reranker import LLMReranker, ScoringError
+from .reranker import LLMReranker
 
 __all__ = ["LLMReranker", "MatroyshkaReranker", "RankLLaMAReranker", "ScoringError"]
-__version__ = "0.1.0"

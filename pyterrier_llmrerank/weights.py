@@ -34,8 +34,8 @@ def resolve_device(device: str | None) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         resolved = torch.device(device)
-        torch.empty(0, device=resolved)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=resolved).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device={device!r} cannot be used here: {error}") from error
     return resolved
 
@@ -59,14 +59,14 @@ class Weights:
 
     Args:
         open_checkpoint: opens the files; called once, on first use.
-        device: as :func:`resolve_device`.
-        dtype: ``auto`` or the name of one.
+        device: where the weights go.
+        dtype: what they are converted to.
     """
 
-    def __init__(self, open_checkpoint: Callable[[], Checkpoint], device: str | None, dtype: str) -> None:
+    def __init__(self, open_checkpoint: Callable[[], Checkpoint], device: torch.device, dtype: torch.dtype) -> None:
         self._open_checkpoint = open_checkpoint
-        self._device = device
-        self._dtype = dtype
+        self.device = device
+        self.dtype = dtype
         self._lock = threading.RLock()
         self._sharers: dict[int, weakref.finalize[..., Sharer]] = {}
         self._checkpoint: Checkpoint | None = None
@@ -76,8 +76,9 @@ class Weights:
     def join(self, sharer: Sharer) -> None:
         """Count a reranker among those that these weights are kept for, until it leaves or dies."""
         with self._lock:
-            self._sharers[id(sharer)] = weakref.finalize(sharer, self._forget, id(sharer))
-            self._sharers[id(sharer)].atexit = False
+            if id(sharer) not in self._sharers:
+                self._sharers[id(sharer)] = weakref.finalize(sharer, self._forget, id(sharer))
+                self._sharers[id(sharer)].atexit = False
 
     def leave(self, sharer: Sharer) -> None:
         """Count a reranker no more."""
@@ -88,7 +89,7 @@ class Weights:
     def _forget(self, identity: int) -> None:
         """Drop the layers that only this sharer needed."""
         with self._lock:
-            del self._sharers[identity]
+            self._sharers.pop(identity, None)
             if self._model is None:
                 return
             living = [alive[0] for finalizer in self._sharers.values() if (alive := finalizer.peek()) is not None]
@@ -100,7 +101,7 @@ class Weights:
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """The files behind these weights; opening them reads the configuration only."""
+        """The checkpoint behind these weights; opened on first use, which may download or dequantise it."""
         with self._lock:
             if self._checkpoint is None:
                 self._checkpoint = self._open_checkpoint()
@@ -124,8 +125,6 @@ class Weights:
 
     def _open(self) -> None:
         checkpoint = self.checkpoint
-        self.device = resolve_device(self._device)
-        self.dtype = resolve_dtype(self._dtype, self.device)
         with torch.device("meta"):
             module: nn.Module = AutoModel.from_config(checkpoint.config, attn_implementation=ATTENTION)  # type: ignore[no-untyped-call]
         module.eval()

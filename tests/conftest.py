@@ -9,6 +9,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -23,6 +24,22 @@ WORDS = "panda coffee volcano tide train glacier bread whale of the is a in how 
 def golden(name: str) -> Any:
     """A file of numbers made by the original programs."""
     return json.loads((FIXTURES / name).read_text(encoding="utf-8"))
+
+
+_WORST: dict[str, tuple[int, float]] = {}
+
+
+def agree(system: str, got: Any, wanted: Any) -> None:
+    """Scores equal to the original program's within 2e-4; the largest difference is reported at the end."""
+    got, wanted = np.asarray(got), np.asarray(wanted)
+    scores, worst = _WORST.get(system, (0, 0.0))
+    _WORST[system] = (scores + wanted.size, max(worst, float(np.abs(got - wanted).max())))
+    np.testing.assert_allclose(got, wanted, atol=2e-4, rtol=0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for system, (scores, worst) in sorted(_WORST.items()):
+        terminalreporter.write_line(f"{system}: {scores} scores, {worst:.1e} from the original program's at most")
 
 
 def words(seed: int, count: int) -> str:

@@ -21,6 +21,7 @@ from pyterrier_llmrerank.adapters import Adapter
         {},
         {"use_rslora": True},
         {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.self_attn.q_proj": 7}},
+        {"alpha_pattern": {"model.layers.0.mlp.down_proj": 5}},
     ],
 )
 def test_deltas_are_pefts_own(tmp_path: Path, options: dict[str, object]) -> None:
@@ -94,8 +95,8 @@ def test_an_unknown_module_is_named() -> None:
     adapter = Adapter(MODELS / "adapter_sd", "adapters")
     with pytest.raises(ValueError, match=r"no module 'layers\.0\.mlp\.down_proj'"):
         adapter.check({})
-    assert adapter.touches("linear_head")
-    assert not adapter.touches("embed_tokens")
+    assert len(adapter.ending("linear_head")) == 7
+    assert adapter.ending("embed_tokens") == set()
 
 
 def test_a_whole_tensor_is_kept_by_name() -> None:

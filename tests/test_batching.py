@@ -71,6 +71,7 @@ def test_other_errors_pass() -> None:
         MemoryError(),
         torch.OutOfMemoryError("x"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("MPS backend out of memory"),
     ],
 )

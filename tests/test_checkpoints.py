@@ -10,6 +10,7 @@ import torch
 from conftest import MODELS
 from safetensors.torch import load_file, save_file
 
+from pyterrier_llmrerank import MatroyshkaReranker
 from pyterrier_llmrerank.checkpoints import MatroyshkaCheckpoint, RankLLaMACheckpoint
 
 RAW, FULL, SD = (str(MODELS / name) for name in ("mistral_base", "costwise_full", "adapter_sd"))
@@ -83,13 +84,18 @@ def test_adapters_below_the_models_folder(tmp_path: Path) -> None:
     shutil.copytree(FULL, tmp_path / "model")
     shutil.copytree(SD, tmp_path / "model" / "compensate" / "layer" / "full")
     checkpoint = MatroyshkaCheckpoint(str(tmp_path / "model"), ["compensate/layer/full"], None)
-    assert checkpoint.adapters[0].touches("linear_head")
+    assert len(checkpoint.adapters[0].ending("linear_head")) == 7
 
 
 def test_remote_code_is_neither_needed_nor_run(changed: Callable[..., str]) -> None:
     folder = changed(FULL, {"auto_map": {"AutoModelForCausalLM": "code.Evil", "AutoConfig": "code.Evil"}})
+    tokenizer = Path(folder) / "tokenizer_config.json"
+    own = {"auto_map": {"AutoTokenizer": ["code.Evil", "code.Evil"]}}
+    tokenizer.write_text(json.dumps(json.loads(tokenizer.read_text()) | own))
     (Path(folder) / "code.py").write_text("raise SystemExit('executed')")
     assert heads(MatroyshkaCheckpoint(folder, (), None)).shape == (7, 64)
+    pair = ("a query", "a passage")
+    assert MatroyshkaReranker(folder).compute_score(pair) == MatroyshkaReranker(FULL).compute_score(pair)
 
 
 def test_rankllama_adapter_names_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,6 +128,44 @@ def test_the_adapters_own_tokenizer_is_preferred(tmp_path: Path) -> None:
     (tmp_path / "adapter" / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": "</s>"}))
     assert RankLLaMACheckpoint(str(tmp_path / "adapter"), BASE).tokenizer().pad_token == "</s>"
     assert RankLLaMACheckpoint(ADAPTER, BASE).tokenizer().pad_token is None
+
+
+def test_nothing_is_said_about_a_model_type_of_our_own(capfd: pytest.CaptureFixture[str]) -> None:
+    MatroyshkaCheckpoint(FULL, (), None).tokenizer()
+    assert capfd.readouterr().err == ""
+
+
+def test_a_missing_lm_head_is_not_replaced_by_the_embedding(changed: Callable[..., str]) -> None:
+    untied = changed(RAW, {"tie_word_embeddings": False}, **{"lm_head.weight": None})
+    with pytest.raises(ValueError, match=r"no tensor 'lm_head\.weight'"):
+        heads(MatroyshkaCheckpoint(untied, (), None))
+
+
+@pytest.mark.parametrize("start", [1, 3])
+def test_an_adapter_trained_from_another_start_layer(start: int) -> None:
+    with pytest.raises(ValueError, match=rf"updates 7 layer-wise heads .* has {9 - start} from start_layer={start} on"):
+        MatroyshkaCheckpoint(RAW, [SD], start)
+
+
+def test_a_rankllama_adapter_with_more_whole_tensors(tmp_path: Path) -> None:
+    shutil.copytree(ADAPTER, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file(load_file(file) | {"base_model.model.model.embed_tokens.weight": torch.ones(700, 64)}, file)
+    with pytest.raises(ValueError, match=r"holds the whole tensor 'embed_tokens\.weight'"):
+        RankLLaMACheckpoint(str(tmp_path / "adapter"), BASE)
+
+
+@pytest.mark.parametrize("rotary", ["dynamic", "longrope"])
+def test_positions_that_depend_on_the_batch_are_refused(changed: Callable[..., str], rotary: str) -> None:
+    parameters = {
+        "rope_type": rotary,
+        "rope_theta": 1e4,
+        "factor": 2.0,
+        "long_factor": [1.0] * 8,
+        "short_factor": [1.0] * 8,
+    }
+    with pytest.raises(ValueError, match=f"rope_type '{rotary}' is not supported"):
+        MatroyshkaCheckpoint(changed(RAW, {"rope_parameters": parameters, "rope_theta": None}), (), None)
 
 
 def test_no_model_folder() -> None:
@@ -172,7 +216,7 @@ def test_layer_wise_adapter_on_a_model_without_such_heads() -> None:
 
 
 def test_a_rankllama_adapter_among_matroyshkas() -> None:
-    with pytest.raises(ValueError, match=r"holds whole tensors \['score.weight'\]"):
+    with pytest.raises(ValueError, match=r"holds whole tensors"):
         MatroyshkaCheckpoint(RAW, [ADAPTER], 2)
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import MODELS
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from pyterrier_llmrerank import files
-from pyterrier_llmrerank.files import TensorFiles, dequantised, folder_of, read_json
+from pyterrier_llmrerank import MatroyshkaReranker, files
+from pyterrier_llmrerank.files import TensorFiles, adapter_folder, dequantised, folder_of, read_json
 
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b.weight": torch.ones(4)}
 
@@ -103,13 +104,19 @@ def test_broken_json_is_named(tmp_path: Path, content: bytes) -> None:
 
 def test_folders() -> None:
     assert folder_of(str(MODELS / "costwise_full"), "model") == MODELS / "costwise_full"
-    assert folder_of("adapter_sd", "adapters", below=MODELS) == MODELS / "adapter_sd"
+    assert adapter_folder("adapter_sd", str(MODELS)) == MODELS / "adapter_sd"
+    assert adapter_folder(str(MODELS / "adapter_sd"), "someone/model") == MODELS / "adapter_sd"
 
 
-@pytest.mark.parametrize("reference", ["./nowhere", "/no/where", "no where", "~/no/where", __file__])
+@pytest.mark.parametrize("reference", ["./nowhere", "/no/where", "no where", "~/no/where", "./no.gguf"])
 def test_a_path_that_is_no_folder(reference: str) -> None:
     with pytest.raises(FileNotFoundError, match=r"model='.*': no such model folder\. Allowed: a folder, a \.gguf"):
         folder_of(reference, "model")
+
+
+def test_a_file_is_no_folder() -> None:
+    with pytest.raises(FileNotFoundError, match=r"model='.*test_files\.py': a file\. Allowed: a folder, a \.gguf"):
+        folder_of(__file__, "model")
 
 
 def test_a_hub_that_cannot_be_reached_says_what_works_offline() -> None:
@@ -119,28 +126,120 @@ def test_a_hub_that_cannot_be_reached_says_what_works_offline() -> None:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
-    """A hub with one repository, in which an adapter has only a .bin; it records what is asked of it."""
+    """A hub with two repositories: a model with an adapter in a folder of its own, and an adapter; .bin only."""
+    import httpx2
     import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     asked: dict[str, list[str]] = {"allow": [], "ids": []}
+    response = httpx2.Response(404, request=httpx2.Request("GET", "https://hub"))
 
     def snapshot_download(repo_id: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
         asked["ids"].append(repo_id)
         asked["allow"] += allow_patterns
-        (tmp_path / "sub").mkdir(exist_ok=True)
-        return str(tmp_path)
+        if repo_id == "meta/gated":
+            raise GatedRepoError("gated", response=response)
+        if repo_id not in ("owner/model", "owner/adapter"):
+            raise RepositoryNotFoundError("no such", response=response)
+        folder = tmp_path / repo_id.replace("/", "--")
+        (folder / "compensate" / "layer").mkdir(parents=True, exist_ok=True)
+        return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     return asked
 
 
 def test_a_folder_inside_a_hub_repository(hub: dict[str, list[str]], tmp_path: Path) -> None:
-    assert folder_of("owner/name/sub", "adapters") == tmp_path / "sub"
-    assert hub["ids"] == ["owner/name", "owner/name"]
-    assert "sub/*.safetensors" in hub["allow"]
-    assert hub["allow"][-1] == "sub/*.bin"  # only after there were no safetensors
-    with pytest.raises(FileNotFoundError, match="has no folder 'other'"):
-        folder_of("owner/name/other", "adapters")
+    folder = tmp_path / "owner--model" / "compensate" / "layer"
+    assert folder_of("owner/model/compensate/layer", "adapters") == folder
+    assert hub["ids"] == ["owner/model", "owner/model"]
+    assert "compensate/layer/*.safetensors" in hub["allow"]
+    assert hub["allow"][-1] == "compensate/layer/*.bin"  # only after there were no safetensors
+    with pytest.raises(FileNotFoundError, match="no folder 'other' in 'owner/model'"):
+        folder_of("owner/model/other", "adapters")
+
+
+def test_a_hub_models_adapters_are_looked_up_in_its_repository_first(hub: dict, tmp_path: Path) -> None:
+    below = adapter_folder("compensate/layer", "owner/model")
+    assert below == tmp_path / "owner--model" / "compensate" / "layer"
+    assert adapter_folder("owner/adapter", "owner/model") == tmp_path / "owner--adapter"
+
+
+def test_what_the_hub_refuses(hub: dict) -> None:
+    with pytest.raises(PermissionError, match="base_model='meta/gated': accept its terms.*hf auth login"):
+        folder_of("meta/gated", "base_model")
+    with pytest.raises(FileNotFoundError, match="model='no/body': .* no such model .*private"):
+        folder_of("no/body", "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LlamaForCausalLM]:
+    """A random Llama with the smallest of vocabularies, as a GGUF file and as transformers has it."""
+    gguf = pytest.importorskip("gguf")
+    torch.manual_seed(0)
+    tokens = ["<unk>", "<s>", "</s>", *(chr(c) for c in range(33, 127)), "\u0120", "\u010a", "Y", "e"]
+    tokens = [*dict.fromkeys(tokens), "es", "Yes"]
+    config = LlamaConfig(
+        vocab_size=len(tokens), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(512)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if i < 3 else 1 for i in range(len(tokens))])
+    writer.add_token_merges(["e s", "Y es"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    names = {"embed_tokens": "token_embd", "norm": "output_norm"}
+    parts = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
+             "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down",
+             "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}  # fmt: skip
+    for name, weight in model.named_parameters():
+        steps = name.removesuffix(".weight").split(".")
+        if steps[0] == "lm_head":
+            stored = "output"
+        else:
+            stored = f"blk.{steps[2]}.{parts[steps[-1]]}" if steps[1] == "layers" else names[steps[1]]
+        values = weight.detach()
+        if steps[-1] in ("q_proj", "k_proj"):  # GGUF pairs the rotated halves' dimensions one by one
+            heads = 4 if steps[-1] == "q_proj" else 2
+            values = values.view(heads, 2, 8, 64).transpose(1, 2).reshape(values.shape)
+        writer.add_tensor(f"{stored}.weight", values.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path, model
+
+
+def test_a_gguf_file_scores_what_its_model_does(
+    tiny_gguf: tuple[Path, LlamaForCausalLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTERRIER_HOME", str(tmp_path))
+    path, model = tiny_gguf
+    reranker = MatroyshkaReranker(path, dtype="float32")
+    pair = ("what", "Yes, this")
+    score = reranker.compute_score(pair)
+    _, _, tokenizer = reranker._weights().at_depth(1)
+    (ids,) = reranker._encode(tokenizer, [pair])
+    with torch.inference_mode():
+        logits = model.eval()(torch.tensor([ids.flat()])).logits[0, -1]
+    assert score == pytest.approx(logits[tokenizer("Yes")["input_ids"][-1]].item(), abs=1e-4)
+    (folder,) = (tmp_path / "llmrerank").iterdir()
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    assert dequantised(path) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
 
 
 def test_gguf_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,13 +4,15 @@ import functools
 from typing import Any
 
 import numpy as np
+import pyterrier as pt
 import pytest
-from conftest import MODELS, frame, golden, words
+from conftest import MODELS, agree, frame, golden, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyterrier_llmrerank import MatroyshkaReranker
+from pyterrier_llmrerank import MatroyshkaReranker, scoring
 from pyterrier_llmrerank.inputs import PROMPT, MatroyshkaInputs
+from pyterrier_llmrerank.matroyshka import MatroyshkaFeatures
 
 GOLDEN = golden("matroyshka_inference.json")
 FULL = str(MODELS / "costwise_full")
@@ -34,10 +36,10 @@ def opened(run: dict[str, Any], **changes: Any) -> MatroyshkaReranker:
         "dtype": "float32",
     }
     reranker = MatroyshkaReranker(MODELS / layout["model"].removeprefix("models/"), **arguments | changes)
-    # The instructions before query and passage are fixed in the transformer; some goldens vary them.
     instructions = (config["query_instruction_for_rerank"] or "", config["passage_instruction_for_rerank"] or "")
-    inputs = MatroyshkaInputs(reranker.prompt, reranker.query_max_length, reranker.max_length, *instructions)
-    reranker._encode = inputs
+    if instructions != ("A: ", "B: "):  # fixed in the transformer; two goldens vary them
+        inputs = MatroyshkaInputs(reranker.prompt, reranker.query_max_length, reranker.max_length, *instructions)
+        reranker._encode = inputs
     return reranker
 
 
@@ -57,15 +59,13 @@ def ours(head_index: str, weight_row: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("run", ours("per_layer", "nopad"), ids=lambda run: run["id"])
 def test_scores_are_the_original_ones(run: dict[str, Any]) -> None:
-    got = np.atleast_2d(opened(run).compute_score(PAIRS))
-    np.testing.assert_allclose(got, run["scores"], atol=2e-4)
+    agree("Matroyshka", np.atleast_2d(opened(run).compute_score(PAIRS)), run["scores"])
 
 
 @pytest.mark.parametrize("run", ours("released", "pad8"), ids=lambda run: run["id"])
 def test_released_scores_are_the_released_ones(run: dict[str, Any]) -> None:
     """All pairs go through in one batch: even in this mode a score does not depend on its neighbours."""
-    got = np.atleast_2d(opened(run, released=True).compute_score(PAIRS))
-    np.testing.assert_allclose(got, run["scores"], atol=2e-4)
+    agree("Matroyshka, released", np.atleast_2d(opened(run, released=True).compute_score(PAIRS)), run["scores"])
 
 
 @functools.cache
@@ -124,10 +124,34 @@ def test_forms_of_a_score() -> None:
     assert two.compute_score([]).shape == (2, 0)
 
 
-@pytest.mark.parametrize("pairs", [[("a", None)], [("a",)], ["ab", "cd", "ef"], [1], [("a", "b", "c")]])
+@pytest.mark.parametrize("pairs", [[("a",)], ["ab", "cd", "ef"], [1], [("a", "b", "c")]])
 def test_what_is_no_pair_is_named(pairs: list[Any]) -> None:
     with pytest.raises(ValueError, match=r"pairs\[0\] is .*; wanted two strings"):
         full().compute_score(pairs)
+
+
+@pytest.mark.parametrize(("text", "problem"), [(None, "None, not a string"), ("bad \ud83d", "a lone surrogate")])
+def test_what_is_no_text_is_named(text: Any, problem: str) -> None:
+    for number, pairs in ((0, [("a", text)]), (1, [("a", "b"), ("c", text)])):
+        with pytest.raises(ValueError, match=rf"the passage of pairs\[{number}\] is .*{problem}"):
+            full().compute_score(pairs)
+
+
+def test_any_iterable_of_pairs_will_do() -> None:
+    queries, passages = zip(*PAIRS, strict=True)
+    np.testing.assert_array_equal(
+        full().compute_score(zip(queries, passages, strict=True)), full().compute_score(PAIRS)
+    )
+
+
+def test_lengths_and_prompt_are_honoured() -> None:
+    _, _, tokenizer = full()._weights().at_depth(1)
+    pair = (words(1, 20), words(2, 60))
+    ((prefix, body, suffix),) = MatroyshkaReranker(FULL, query_max_length=5, max_length=12, prompt="好" * 9)._encode(
+        tokenizer, [pair]
+    )
+    assert (len(prefix), len(body)) == (1 + 5 + 2, 12)
+    assert tokenizer.decode(suffix).endswith("好" * 9)
 
 
 def test_normalize_is_the_sigmoid_and_never_overflows() -> None:
@@ -164,16 +188,19 @@ def test_normalize_is_the_sigmoid_and_never_overflows() -> None:
         ("prompt", None),
         ("text_field", ""),
         ("adapters", [""]),
+        ("adapters", None),
+        ("adapters", [5]),
+        ("cutoff", np.array(0)),
         ("model", ""),
         ("dtype", "int8"),
     ],
 )
 def test_arguments_are_checked(argument: str, value: object) -> None:
-    shown = value[0] if argument == "adapters" else value
     with pytest.raises(ValueError, match=rf"^{argument}=") as info:
         MatroyshkaReranker(**{argument: value})
-    assert "allowed" in str(info.value)
-    assert repr(shown) in str(info.value) or repr(value[-1]) in str(info.value)
+    said = str(info.value)
+    assert "allowed" in said
+    assert repr(value) in said or repr(np.ravel(value)[-1].item()) in said or repr(value[-1]) in said
 
 
 @pytest.mark.parametrize("cutoff", [1, 9, 40, [2, 9]])
@@ -215,7 +242,49 @@ def test_released_needs_the_pad_token_only_to_pool(tmp_path: Any) -> None:
     settings_.pop("pad_token")
     path.write_text(json.dumps(settings_))
     (tmp_path / "model" / "special_tokens_map.json").unlink()
-    plain = MatroyshkaReranker(tmp_path / "model", released=True, dtype="float32")
-    assert plain.compute_score(PAIRS[0]) == pytest.approx(full().at(cutoff=2).compute_score(PAIRS[0]), abs=10)
+    plain = MatroyshkaReranker(tmp_path / "model", released=True, dtype="float32", cutoff=[4, 8])
+    assert plain.compute_score(PAIRS[0])[0] != full().at(cutoff=4).compute_score(PAIRS[0])  # read by layer 2's head
     with pytest.raises(ValueError, match="released=True: the tokenizer of .* has no pad token"):
         plain.at(compress_layers=[2], compress_ratio=2)
+
+
+# -- several depths as features
+
+
+def test_a_union_of_depths_is_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = frame(2, 5)
+    union = full().at(cutoff=4) ** full() ** full().at(cutoff=2) ** full().at(cutoff=4)
+    wanted = union.transform(rows)
+    compiled = union.compile()
+    assert isinstance(compiled, MatroyshkaFeatures)
+    passes = []
+    real = scoring.decode
+    monkeypatch.setattr(scoring, "decode", lambda *args, **options: passes.append(1) or real(*args, **options))
+    got = compiled.transform(rows)
+    assert len(passes) == 1
+    np.testing.assert_allclose(np.stack(got["features"]), np.stack(wanted["features"]), atol=1e-4)
+    assert got.drop(columns="features").equals(wanted[got.columns].drop(columns="features"))
+    unranked = rows.drop(columns=["score", "rank"])
+    assert compiled.transform(unranked)["rank"].tolist() == union.transform(unranked)["rank"].tolist()
+    assert list(compiled.transform(rows.head(0)).columns) == list(got.columns)
+
+
+def test_what_differs_in_more_than_depth_stays_apart() -> None:
+    shallow, other = full().at(cutoff=4), full().at(cutoff=8, normalize=True)
+    several, released = full().at(cutoff=[3, 4]), MatroyshkaReranker(FULL, released=True, cutoff=4)
+    for union in (
+        shallow**other,
+        shallow**several,
+        released ** released.at(cutoff=8),
+        shallow ** pt.Transformer.identity(),
+    ):
+        assert not isinstance(union.compile(), MatroyshkaFeatures)
+    fused = (pt.Transformer.identity() ** shallow ** full()).compile()
+    assert repr(fused).count("MatroyshkaFeatures") == 1
+    assert (shallow ** full()).compile() == (shallow ** full()).compile()
+    assert hash((shallow ** full()).compile()) == hash((shallow ** full()).compile())
+    assert (shallow ** full()).compile() != (full() ** shallow).compile()
+
+
+class TestFeatures(pt.testing.transformer_test_class(lambda: MatroyshkaFeatures([MatroyshkaReranker(cutoff=8)]))):
+    """PyTerrier's own tests of inspection and schematics."""

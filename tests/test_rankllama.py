@@ -1,11 +1,18 @@
 """RankLLaMA scores what the original scores, out of any layout, with the columns that a frame happens to have."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import MODELS, frame, golden
+import torch
+from conftest import MODELS, agree, frame, golden, words
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from pyterrier_llmrerank import RankLLaMAReranker, rankllama
+from pyterrier_llmrerank import RankLLaMAReranker
 
 GOLDEN = golden("rankllama.json")
 ADAPTER, BASE = MODELS / "rankllama_adapter", MODELS / "rankllama_base"
@@ -23,12 +30,44 @@ def scores(run: str) -> np.ndarray:
     return np.array(next(r["scores"] for r in GOLDEN["runs"] if r["id"] == run))
 
 
-def test_scores_are_the_original_ones() -> None:
-    got = reranker().transform(golden_frame())["score"].to_numpy()
-    np.testing.assert_allclose(got, scores("title_fixed_unpadded"), atol=2e-4)
+@pytest.fixture(params=["adapter", "adapter in .bin", "merged"])
+def layout(request: pytest.FixtureRequest, tmp_path: Path) -> RankLLaMAReranker:
+    """The same model in each of the layouts that it comes in."""
+    if request.param == "adapter":
+        return reranker()
+    if request.param == "adapter in .bin":
+        torch.save(load_file(ADAPTER / "adapter_model.safetensors"), tmp_path / "adapter_model.bin")
+        shutil.copy(ADAPTER / "adapter_config.json", tmp_path)
+        return RankLLaMAReranker(tmp_path, base_model=BASE, dtype="float32")
+    base = AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=1, dtype=torch.float32)
+    merged = PeftModel.from_pretrained(base, ADAPTER).merge_and_unload()
+    merged.score = torch.nn.Linear(64, 1, bias=False)
+    head = load_file(ADAPTER / "adapter_model.safetensors")["base_model.model.score.weight"]
+    merged.score.weight = torch.nn.Parameter(head)
+    merged.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(BASE).save_pretrained(tmp_path)
+    return RankLLaMAReranker(tmp_path, dtype="float32")
+
+
+def test_scores_are_the_original_ones(layout: RankLLaMAReranker) -> None:
+    got = layout.transform(golden_frame())["score"].to_numpy()
+    agree("RankLLaMA", got, scores("title_fixed_unpadded"))
     titled = golden_frame()["title"].notna().to_numpy()
     for run in ("main_unpadded", "main_padded"):
-        np.testing.assert_allclose(got[titled], scores(run)[titled], atol=2e-4)
+        agree("RankLLaMA", got[titled], scores(run)[titled])
+
+
+def test_lengths_are_honoured() -> None:
+    rows = golden_frame()
+    usual = reranker().transform(rows)["score"]
+    assert (reranker(query_max_length=3).transform(rows)["score"] != usual).sum() >= 5
+    assert (reranker(passage_max_length=9).transform(rows)["score"] != usual).sum() >= 5
+    ids = reranker(query_max_length=3, passage_max_length=9)._encode(*_tokenizer_and_pair())[0]
+    assert (len(ids.prefix), len(ids.body)) == (1, 10)  # both together are held to 3 + 9 - 2
+
+
+def _tokenizer_and_pair() -> tuple:
+    return AutoTokenizer.from_pretrained(BASE), [(words(1, 9), words(2, 40))]
 
 
 def test_title_and_url_are_used_where_there_are_any() -> None:
@@ -73,4 +112,4 @@ def test_arguments_are_checked(argument: str, value: object) -> None:
 
 def test_the_default_is_the_published_passage_model() -> None:
     assert repr(RankLLaMAReranker()) == "RankLLaMAReranker('castorini/rankllama-v1-7b-lora-passage')"
-    assert rankllama.RankLLaMAReranker().deepest() is None
+    assert RankLLaMAReranker().deepest() is None

@@ -123,8 +123,23 @@ def test_a_missing_column_is_named(reranker: LLMReranker, missing: str) -> None:
 def test_a_value_that_is_no_text_is_named_by_qid_and_docno(column: str, value: object) -> None:
     rows = frame().astype(object)
     rows.loc[4, column] = value
-    with pytest.raises(ValueError, match=rf"'{column}' is .* for qid 'q1', docno 'd1'; wanted a string"):
+    with pytest.raises(ValueError, match=rf"'{column}' is .*, not a string .* for qid 'q1', docno 'd1'"):
         MATROYSHKA.transform(rows)
+
+
+def test_a_text_that_is_no_unicode_is_named() -> None:
+    rows = frame().assign(text=["a", "b", "c", "bad \ud83d", "e", "f"])
+    with pytest.raises(
+        ValueError, match=r"'text' is not valid Unicode \(a lone surrogate at character 4\) for qid 'q1'"
+    ):
+        MATROYSHKA.transform(rows)
+
+
+@pytest.mark.parametrize("column", ["qid", "text", "extra"])
+def test_a_repeated_column_is_named(column: str) -> None:
+    rows = frame().assign(extra=1)
+    with pytest.raises(ValueError, match=f"several columns '{column}'"):
+        MATROYSHKA.transform(pd.concat([rows, rows[[column]]], axis=1))
 
 
 @pytest.mark.parametrize("column", ["qid", "docno"])
@@ -153,13 +168,20 @@ def test_what_was_scored_before_a_failure_is_not_lost(monkeypatch: pytest.Monkey
     wanted = MATROYSHKA.transform(rows).loc[kept.index]
     np.testing.assert_allclose(kept["score"], wanted["score"], atol=1e-4)
     assert set(kept["rank"]) == {0}
+    again = pickle.loads(pickle.dumps(info.value))  # out of a worker process
+    assert str(again) == str(info.value)
+    pd.testing.assert_frame_equal(again.scores, kept)
 
 
-@pytest.mark.parametrize("model", ["./nowhere", "/no/where"])
+@pytest.mark.parametrize("model", ["./nowhere", "/no/where", "/no/where.gguf"])
 def test_a_path_that_does_not_exist_fails_at_once(model: str) -> None:
     for cls in (RankLLaMAReranker, MatroyshkaReranker):
         with pytest.raises(FileNotFoundError, match=f"model={model!r}: no such model folder"):
             cls(model)
+    with pytest.raises(FileNotFoundError, match=f"base_model={model!r}"):
+        RankLLaMAReranker("castorini/some-adapter", base_model=model)
+    with pytest.raises(FileNotFoundError, match=f"adapters={model!r}"):
+        MatroyshkaReranker(FULL, adapters=[model])
 
 
 def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
@@ -174,6 +196,12 @@ def test_a_hub_out_of_reach_shows_on_use_only() -> None:
     reranker = RankLLaMAReranker()
     with pytest.raises(ConnectionError, match="castorini/rankllama-v1-7b-lora-passage.*offline"):
         reranker.transform(frame())
+    local_adapter = RankLLaMAReranker(MODELS / "rankllama_adapter")  # whose base is on the hub
+    with pytest.raises(ConnectionError, match="rankllama_base"):
+        local_adapter.transform(frame())
+    hub_adapter = MatroyshkaReranker(MODELS / "mistral_base", adapters="someone/adapter", cutoff=99)
+    with pytest.raises(ConnectionError, match="adapters='someone/adapter'"):
+        hub_adapter.transform(frame())
 
 
 # -- a value
@@ -207,6 +235,9 @@ def test_set_parameter_checks_as_the_constructor_does() -> None:
     assert reranker.get_parameter("cutoff") == (2, 4)
     with pytest.raises(ValueError, match="cutoff=1"):
         reranker.set_parameter("cutoff", 1)
+    with pytest.raises(FileNotFoundError):
+        reranker.set_parameter("model", "./nowhere")
+    assert reranker == MatroyshkaReranker(FULL, cutoff=[2, 4])  # as it was
     with pytest.raises(ValueError, match="no argument 'depth'; allowed: model, adapters"):
         reranker.set_parameter("depth", 1)
 

@@ -3,12 +3,18 @@
 import gc
 import json
 import shutil
+import subprocess
+import sys
+import threading
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import MODELS
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import MistralConfig, MistralForCausalLM
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
 from pyterrier_llmrerank import weights as module
@@ -29,6 +35,36 @@ def test_shapes_and_equal_rerankers_share_one_copy() -> None:
         other.compute_score(PAIR)
         assert other._weights() is first._weights()
         assert other._weights().at_depth(1)[0] is first._weights().at_depth(1)[0]
+
+
+def test_the_same_said_in_another_way_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = MatroyshkaReranker(FULL)
+    dtype = str(first._weights().dtype)
+    monkeypatch.chdir(MODELS)
+    for other in (
+        MatroyshkaReranker(FULL + "/"),
+        MatroyshkaReranker("costwise_full"),
+        MatroyshkaReranker(FULL, device=str(first._weights().device), dtype=dtype),
+    ):
+        assert other._weights() is first._weights()
+
+
+def test_threads_may_share_a_reranker() -> None:
+    """All at once on the very first use: one copy, one score."""
+    reranker = MatroyshkaReranker(FULL, dtype="float16", max_length=77)
+    scores, start = [], threading.Barrier(8)
+
+    def work() -> None:
+        start.wait()
+        scores.append((reranker.at(cutoff=8).compute_score(PAIR), reranker.compute_score(PAIR)))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({score for both in scores for score in both}) == 1
+    assert len(scores) == 8
 
 
 def test_other_weights_are_not_shared() -> None:
@@ -75,13 +111,13 @@ def test_a_template_that_lives_keeps_what_it_may_need() -> None:
 
 
 def test_the_last_sharer_takes_the_weights_with_it() -> None:
-    reranker = MatroyshkaReranker(FULL, max_length=100)
-    key = (type(reranker).__name__, reranker._weights_key(), None, "auto")
+    reranker = MatroyshkaReranker(str(MODELS / "mistral_base"), max_length=100)
     reranker.compute_score(PAIR)
-    assert key in module._shared
+    weights = weakref.ref(reranker._weights())
+    assert weights() in module._shared.values()
     del reranker
     gc.collect()
-    assert key not in module._shared
+    assert weights() is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -113,7 +149,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert resolve_device(None).type == "cpu"
-    for device in ("abacus", "cuda:99"):
+    for device in ("abacus", "cuda:99", "meta"):
         with pytest.raises(ValueError, match=f"device='{device}' cannot be used here"):
             resolve_device(device)
 
@@ -144,3 +180,36 @@ def test_a_changed_argument_leaves_the_old_weights() -> None:
     assert old.loaded_layers == 0  # nobody is left who needs them
     reranker.compute_score(PAIR)
     assert reranker._weights().dtype == torch.float32
+
+
+MEMORY = """
+import sys, resource, torch
+from pyterrier_llmrerank import MatroyshkaReranker
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+reranker = MatroyshkaReranker(sys.argv[1], adapters=[sys.argv[2]], start_layer=1, dtype="bfloat16")
+tiny = MatroyshkaReranker(sys.argv[3], dtype="bfloat16"); tiny.compute_score(("a", "b"))
+before = peak()
+model, _, _ = reranker._weights().at_depth(16)
+reranker.at(cutoff=4)._weights().at_depth(4), reranker.at(normalize=True)._weights().at_depth(16)
+own = sum(p.numel() * p.element_size() for p in model.parameters())
+layer = 4 * sum(p.numel() for p in model.layers[0].parameters())
+print((peak() - before) / own, layer / own)
+"""
+
+
+def test_opening_peaks_at_the_models_own_size_and_a_layer(tmp_path: Path) -> None:
+    """fp32 files to bf16 in memory, an adapter merged in fp32 on the way; more shapes of it cost nothing."""
+    config = MistralConfig(
+        vocab_size=700, hidden_size=512, intermediate_size=2048, num_hidden_layers=16, num_attention_heads=8,
+        num_key_value_heads=8, dtype="float32",
+    )  # fmt: skip
+    base = MistralForCausalLM(config)
+    base.save_pretrained(tmp_path / "model")
+    lora = LoraConfig(r=4, target_modules=["q_proj", "up_proj", "down_proj"])
+    get_peft_model(base, lora).save_pretrained(tmp_path / "adapter")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(FULL) / name, tmp_path / "model")
+    paths = [str(tmp_path / "model"), str(tmp_path / "adapter"), FULL]
+    done = subprocess.run([sys.executable, "-c", MEMORY, *paths], capture_output=True, text=True, check=True)
+    peak, layer = (float(number) for number in done.stdout.split())
+    assert peak < 1 + layer + 0.25  # the allocator's own overhead

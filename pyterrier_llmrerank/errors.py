@@ -1,0 +1,25 @@
+"""What can go wrong after work has begun."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+
+class ScoringError(RuntimeError):
+    """Scoring had to stop at a pair.
+
+    Attributes:
+        scores: what was scored until then, NaN elsewhere: ``[cutoffs, pairs]`` from ``compute_score``; a
+            frame with the rows that have a score from ``transform``.
+    """
+
+    def __init__(self, message: str, scores: np.ndarray | pd.DataFrame) -> None:
+        super().__init__(message)
+        self.scores = scores
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle whole, so that it reaches the caller out of a worker process."""
+        return type(self), (str(self), self.scores)
