@@ -66,17 +66,19 @@ class RankLLaMAInputs:
     Args:
         query_max_length: ids kept of ``query: {query}``, ``<s>`` not counted.
         passage_max_length: ids kept of the document, ``<s>`` not counted.
+        margin: by how much documents are cut shorter than that; 3 in training, as released.
     """
 
     query_max_length: int = 32
     passage_max_length: int = 164
+    margin: int = 0
 
     def __call__(self, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> list[Ids]:
         """Encode ``(query, document)`` pairs, where the document comes from :func:`document`."""
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         cap = self.query_max_length + self.passage_max_length - 2
         queries = token_ids(tokenizer, ["query: " + query for query, _ in pairs], self.query_max_length)
-        bodies = token_ids(tokenizer, [body for _, body in pairs], self.passage_max_length)
+        bodies = token_ids(tokenizer, [body for _, body in pairs], self.passage_max_length - self.margin)
         encoded = []
         for query_ids, body_ids in zip(queries, bodies, strict=True):
             body = bos + body_ids

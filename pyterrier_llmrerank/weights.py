@@ -9,7 +9,7 @@ from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoints import Checkpoint
 from .decoder import ATTENTION, Decoder
@@ -125,31 +125,58 @@ class Weights:
 
     def _open(self) -> None:
         checkpoint = self.checkpoint
-        with torch.device("meta"):
-            module: nn.Module = AutoModel.from_config(checkpoint.config, attn_implementation=ATTENTION)  # type: ignore[no-untyped-call]
-        module.eval()
-        model = cast(Decoder, module)
-        shapes = {name: tuple(m.weight.shape) for name, m in module.named_modules() if isinstance(m, nn.Linear)}
-        checkpoint.check_adapters(shapes)
+        decoder = build_decoder(checkpoint)
         self.tokenizer = checkpoint.tokenizer()
         self.heads = checkpoint.heads(self.tokenizer).to(self.device)
+        model = cast(Decoder, decoder)
         self._fill(model.embed_tokens, "embed_tokens.")
         self._fill(model.norm, "norm.")
-        model.rotary_emb = type(model.rotary_emb)(checkpoint.config).to(self.device)  # its buffers are not stored
+        model.rotary_emb.to(self.device)
         self._model = model
 
     def _fill(self, module: nn.Module, prefix: str) -> None:
-        """Give a module on the meta device its weights: each is read, merged, converted and placed once."""
-        for name, parameter in list(module.named_parameters()):
-            tensor = self.checkpoint.tensor(prefix + name)
-            if tensor.shape != parameter.shape:
-                raise ValueError(
-                    f"{self.checkpoint.argument}: tensor {prefix + name!r} is {list(tensor.shape)}, "
-                    f"its config.json asks for {list(parameter.shape)}."
-                )
-            owner = module.get_submodule(name.rpartition(".")[0])
-            placed = tensor.to(device=self.device, dtype=self.dtype, copy=True)
-            owner.register_parameter(name.rpartition(".")[2], nn.Parameter(placed, requires_grad=False))
+        fill(module, self.checkpoint, prefix, self.device, self.dtype)
+
+
+def build_decoder(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The checkpoint's headless model without its weights: they are still to be filled in.
+
+    Raises:
+        ValueError: an adapter does not fit it.
+    """
+    with torch.device("meta"):
+        decoder: PreTrainedModel = AutoModel.from_config(checkpoint.config, attn_implementation=ATTENTION)  # type: ignore[no-untyped-call]
+    checkpoint.check_adapters(
+        {name: tuple(m.weight.shape) for name, m in decoder.named_modules() if isinstance(m, nn.Linear)}
+    )
+    decoder.rotary_emb = type(decoder.rotary_emb)(checkpoint.config)  # computed, not stored
+    decoder.eval()  # type: ignore[no-untyped-call]
+    return decoder
+
+
+def fill(module: nn.Module, checkpoint: Checkpoint, prefix: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Give a module its weights: each is read, merged, converted and placed once.
+
+    Args:
+        module: a part of the decoder, on the meta device.
+        checkpoint: where its weights are.
+        prefix: what stands before the module's own names there.
+        device: where the weights go.
+        dtype: what they are converted to.
+
+    Raises:
+        ValueError: one is missing or of another shape.
+    """
+    for name, parameter in list(module.named_parameters()):
+        tensor = checkpoint.tensor(prefix + name)
+        if tensor.shape != parameter.shape:
+            raise ValueError(
+                f"{checkpoint.argument}: tensor {prefix + name!r} is {list(tensor.shape)}, "
+                f"its config.json asks for {list(parameter.shape)}."
+            )
+        owner = module.get_submodule(name.rpartition(".")[0])
+        placed = tensor.to(device=device, dtype=dtype, copy=True)
+        owner.register_parameter(name.rpartition(".")[2], nn.Parameter(placed, requires_grad=False))
 
 
 _shared: weakref.WeakValueDictionary[Hashable, Weights] = weakref.WeakValueDictionary()

@@ -1,0 +1,1 @@
+"""Training both re-rankers, on the decoder and the inputs that inference uses."""

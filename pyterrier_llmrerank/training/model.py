@@ -1,0 +1,95 @@
+"""A re-ranker as a module to train: the decoder that inference runs, with its heads as layers of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoints import Checkpoint
+from ..compression import Spans
+from ..decoder import Decoder, decode
+from ..weights import build_decoder, fill
+
+
+class Head(nn.Module):
+    """One layer's head, under the name that the original program gives it."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.linear_head = nn.Linear(weight.shape[-1], 1, bias=False)
+        self.linear_head.weight = nn.Parameter(weight[None])
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Score states: ``[rows, width]`` to ``[rows]``."""
+        return cast(Tensor, self.linear_head(states)).squeeze(-1)
+
+
+class RankingModel(nn.Module):
+    """A decoder and its heads with all weights in memory, merged and trainable.
+
+    Modules are named as in the original checkpoints (``model.layers.3.mlp.up_proj``, and
+    ``lm_head.3.linear_head`` or ``score``), so that adapters trained here fit there and the other way round.
+
+    Args:
+        checkpoint: what to start from; its adapters are merged in.
+        heads: as the checkpoint has them, or others to start with, ``[heads, width]``.
+        dtype: of all weights.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, heads: Tensor, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        decoder = build_decoder(checkpoint)
+        fill(decoder, checkpoint, "", torch.device("cpu"), dtype)
+        self.config = checkpoint.config
+        self.model = decoder
+        self.head_layers = list(checkpoint.head_layers)
+        weights = heads.to(dtype)
+        if checkpoint.head_module(0) is None:
+            self.score = nn.Linear(weights.shape[-1], 1, bias=False)
+            self.score.weight = nn.Parameter(weights.clone())
+        else:
+            self.lm_head = nn.ModuleList(Head(weight.clone()) for weight in weights)
+        self.requires_grad_(True)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        spans: Spans,
+        compress_layers: Collection[int] = (),
+        compress_ratio: int = 1,
+    ) -> Tensor:
+        """Score a batch at every layer with a head.
+
+        Args:
+            input_ids: ``[rows, longest]``, padded on the right.
+            spans: the parts of each row.
+            compress_layers: layer indices before which the bodies are pooled.
+            compress_ratio: tokens pooled into one.
+
+        Returns:
+            fp32 scores, ``[layers, rows]``, shallowest first. Only the last tokens' states meet the heads.
+        """
+        states = decode(
+            cast(Decoder, self.model),
+            input_ids,
+            spans,
+            self.head_layers,
+            compress_layers=compress_layers,
+            compress_ratio=compress_ratio,
+        )
+        if hasattr(self, "score"):
+            return cast(Tensor, self.score(states[0])).squeeze(-1)[None].float()
+        return torch.stack([head(state) for head, state in zip(self.lm_head, states, strict=True)]).float()
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+        """Keep each layer's input only, and run it again for its gradients."""
+        # The pooling weights leave a layer beside its output; only the non-reentrant kind follows those back.
+        options = {**(gradient_checkpointing_kwargs or {}), "use_reentrant": False}
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[no-untyped-call]
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep all activations again."""
+        self.model.gradient_checkpointing_disable()  # type: ignore[no-untyped-call]
