@@ -97,6 +97,8 @@ class MatroyshkaInputs:
         max_length: ids kept of ``B: {passage}``, and the room for ``<s>``, query and passage together.
         query_instruction: what stands before the query.
         passage_instruction: what stands before the passage.
+        total: hold the whole input, suffix included, to so many ids and the passage to what room that leaves,
+            instead of by ``max_length``; the training program does so with query and passage length together.
     """
 
     prompt: str = PROMPT
@@ -104,16 +106,19 @@ class MatroyshkaInputs:
     max_length: int = 512
     query_instruction: str = "A: "
     passage_instruction: str = "B: "
+    total: int | None = None
 
     def __call__(self, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> list[Ids]:
         """Encode ``(query, passage)`` pairs."""
         bos_id = tokenizer.bos_token_id
         bos = [] if bos_id is None or bos_id == tokenizer.pad_token_id else [bos_id]
         separator, prompt = token_ids(tokenizer, ["\n", self.prompt])
-        cap = self.max_length + len(separator) + len(prompt)
+        suffix = separator + prompt
+        passage_limit = self.max_length if self.total is None else self.total
+        cap = self.max_length + len(suffix) if self.total is None else self.total - len(suffix)
         query_limit = self.max_length * 3 // 4 if self.query_max_length is None else self.query_max_length
         queries = token_ids(tokenizer, [self.query_instruction + query for query, _ in pairs], query_limit)
-        bodies = token_ids(tokenizer, [self.passage_instruction + passage for _, passage in pairs], self.max_length)
+        bodies = token_ids(tokenizer, [self.passage_instruction + passage for _, passage in pairs], passage_limit)
         encoded = []
         for query, body in zip(queries, bodies, strict=True):
             prefix = bos + query + separator
@@ -123,5 +128,5 @@ class MatroyshkaInputs:
             if 0 < excess < len(separator) + len(body):
                 prefix = prefix[: len(prefix) - max(0, excess - len(body))]
                 body = body[: max(0, len(body) - excess)]
-            encoded.append(Ids(prefix, body, separator + prompt))
+            encoded.append(Ids(prefix, body, suffix))
         return encoded

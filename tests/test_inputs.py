@@ -38,6 +38,19 @@ def test_matroyshka_ids_are_the_original_ones(name: str) -> None:
         assert (len(ids.prefix), len(ids.suffix)) == (wanted["query_length"], wanted["prompt_length"])
 
 
+@pytest.mark.parametrize("batch", ["mixed", "equal"])
+def test_matroyshkas_training_ids_are_the_original_ones(batch: str) -> None:
+    wanted = golden("matroyshka_train_self_distillation.json")["batches"][batch]
+    query, passage = wanted["args"]["query_max_len"], wanted["args"]["passage_max_len"]
+    inputs = MatroyshkaInputs(query_max_length=query, total=query + passage)
+    for number, (row, mask) in enumerate(zip(wanted["input_ids"], wanted["attention_mask"], strict=True)):
+        example = wanted["rows"][number // 4]
+        texts = dict(zip(example["pos_scores"] + example["neg_scores"], example["pos"] + example["neg"], strict=True))
+        (ids,) = inputs(TOKENIZER, [(example["query"], texts[wanted["teacher_scores"][number]])])
+        assert ids.flat() == row[: sum(mask)]
+        assert len(ids.prefix) == wanted["query_lengths"][number]
+
+
 @given(st.text(max_size=60), st.text(max_size=300), st.integers(1, 40), st.integers(1, 60))
 def test_rankllama_never_exceeds_its_cap_at_the_passages_expense(query: str, text: str, q: int, p: int) -> None:
     (ids,) = RankLLaMAInputs(q, p)(TOKENIZER, [(query, document(text))])
