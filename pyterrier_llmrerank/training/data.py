@@ -1,0 +1,252 @@
+"""Training files to groups: a query, one positive, some negatives, drawn the same way wherever they are drawn."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from ..compression import Spans
+from ..inputs import Ids, document
+from ..scoring import spans_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+#: From a prompt of the data, or None for the usual one, to what encodes pairs.
+Encoder = Callable[[str | None], Callable[["PreTrainedTokenizerBase", Sequence[tuple[str, str]]], list[Ids]]]
+
+
+@dataclass(frozen=True)
+class Group:
+    """What one query trains on at one time.
+
+    Args:
+        query: its text.
+        passages: the positive first.
+        teacher: a teacher's score for each passage, or None.
+        prompt: the prompt that goes with this query, or None for the usual one.
+    """
+
+    query: str
+    passages: list[str]
+    teacher: list[float] | None = None
+    prompt: str | None = None
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """A line of a training file: a query with all its positives and negatives.
+
+    Args:
+        query: its text.
+        positives: passages, at least one.
+        negatives: passages, at least one.
+        teacher: a teacher's scores of the positives and of the negatives, or None.
+        prompt: as :class:`Group`.
+    """
+
+    query: str
+    positives: list[str]
+    negatives: list[str]
+    teacher: tuple[list[float], list[float]] | None = None
+    prompt: str | None = None
+
+    def draw(self, size: int, generator: random.Random) -> Group:
+        """One positive and ``size - 1`` negatives; some of these again where there are fewer."""
+        positive = generator.randrange(len(self.positives))
+        repeats = -(-(size - 1) // len(self.negatives))
+        negatives = generator.sample(list(range(len(self.negatives))) * repeats, size - 1)
+        passages = [self.positives[positive], *(self.negatives[index] for index in negatives)]
+        teacher = None
+        if self.teacher is not None:
+            teacher = [self.teacher[0][positive], *(self.teacher[1][index] for index in negatives)]
+        return Group(self.query, passages, teacher, self.prompt)
+
+
+def candidates(record: Any) -> Candidates:
+    """Read a record of either form.
+
+    Args:
+        record: ``query``, ``positive_passages`` and ``negative_passages`` of ``text`` and perhaps ``title``
+            (Tevatron's form); or ``query``, ``pos``, ``neg`` and perhaps ``pos_scores``, ``neg_scores`` and
+            ``prompt`` (Matroyshka's).
+
+    Raises:
+        ValueError: it is of neither form; the message says what is wrong with which key.
+    """
+    if not isinstance(record, dict):
+        raise ValueError(f"a JSON object is wanted, not {type(record).__name__}")
+    query = record.get("query")
+    if not isinstance(query, str):
+        raise ValueError(f"query is {query!r}; wanted a string")
+    if record.get("positive_passages") is not None:
+        positives, negatives = (_documents(record, key) for key in ("positive_passages", "negative_passages"))
+        return Candidates(query, positives, negatives)
+    positives, negatives = (_texts(record, key) for key in ("pos", "neg"))
+    prompt = record.get("prompt")
+    if not isinstance(prompt, str | None):
+        raise ValueError(f"prompt is {prompt!r}; wanted a string")
+    if record.get("pos_scores") is None and record.get("neg_scores") is None:
+        return Candidates(query, positives, negatives, None, prompt)
+    teacher = _scores(record, "pos_scores", len(positives)), _scores(record, "neg_scores", len(negatives))
+    return Candidates(query, positives, negatives, teacher, prompt)
+
+
+def _texts(record: dict[str, Any], key: str) -> list[str]:
+    value = record.get(key)
+    if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
+        raise ValueError(f"{key} is {_short(value)}; wanted a list of strings, at least one")
+    return cast(list[str], value)
+
+
+def _documents(record: dict[str, Any], key: str) -> list[str]:
+    value = record.get(key)
+    wanted = f"{key} is {_short(value)}; wanted a list of passages with text and perhaps title, at least one"
+    if not isinstance(value, list) or not value:
+        raise ValueError(wanted)
+    for passage in value:
+        texts = isinstance(passage, dict) and isinstance(passage.get("text"), str)
+        if not texts or not isinstance(passage.get("title"), str | None):
+            raise ValueError(wanted)
+    return [document(passage["text"], passage.get("title")) for passage in value]
+
+
+def _scores(record: dict[str, Any], key: str, count: int) -> list[float]:
+    value = record.get(key)
+    numbers = isinstance(value, list) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
+    if not numbers or len(cast(list[Any], value)) != count:
+        raise ValueError(f"{key} is {_short(value)}; wanted {count} numbers, one a passage")
+    return cast(list[float], value)
+
+
+def _short(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) < 60 else shown[:57] + "..."
+
+
+def check_file(path: Path) -> int:
+    """Read a JSON lines file to its end and count its lines, so that a bad one shows before training starts.
+
+    Raises:
+        ValueError: a line is malformed; names the file and the line.
+    """
+    count = 0
+    with path.open("rb") as lines:
+        for count, line in enumerate(lines, start=1):
+            try:
+                candidates(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {count}: {error}.") from error
+    if count == 0:
+        raise ValueError(f"{path}: no training data in it.")
+    return count
+
+
+def open_data(sources: Sequence[str]) -> Dataset:
+    """Training data as a table on disk, mapped into memory rather than loaded.
+
+    Args:
+        sources: JSON lines files, folders of them, or one hub id of a dataset.
+
+    Raises:
+        FileNotFoundError: nothing of that name is here.
+        ValueError: a line is malformed.
+    """
+    from datasets import load_dataset
+
+    files: list[Path] = []
+    for source in sources:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            files += sorted(file for file in path.iterdir() if file.suffix in (".json", ".jsonl"))
+        elif path.is_file():
+            files.append(path)
+        elif len(sources) == 1 and source.count("/") == 1 and not source.startswith((".", "/", "~")):
+            return cast("Dataset", load_dataset(source, split="train"))
+        else:
+            raise FileNotFoundError(f"train_data={source!r}: no such file or folder; allowed: JSON lines, or a hub id.")
+    if not files:
+        raise FileNotFoundError(f"train_data={list(sources)!r}: no .json or .jsonl file there.")
+    for file in files:
+        check_file(file)
+    return cast("Dataset", load_dataset("json", data_files=[str(file) for file in files], split="train"))
+
+
+class Groups(torch.utils.data.Dataset[Group]):
+    """A group for each line, drawn anew each epoch, as a function of seed, epoch and the line's index alone.
+
+    So it does not matter which process or worker draws it, or whether the run was resumed.
+
+    Args:
+        records: rows in a form that :func:`candidates` reads.
+        size: passages a group.
+        seed: of the draw.
+    """
+
+    def __init__(self, records: Any, size: int, seed: int) -> None:
+        self.records = records
+        self.size = size
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Group:
+        generator = random.Random(f"{self.seed}/{self.epoch}/{index}")  # a string's seed is the same in all processes
+        return candidates(self.records[index]).draw(self.size, generator)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Groups as the model takes them.
+
+    Args:
+        input_ids: ``[groups * size, longest]``, padded on the right with id 0, which no attention sees.
+        spans: the parts of each row.
+        teacher: ``[groups, size]``, or None where a group has none.
+        size: passages a group.
+    """
+
+    input_ids: Tensor
+    spans: Spans
+    teacher: Tensor | None
+    size: int
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Groups to a batch.
+
+    Args:
+        tokenizer: the model's.
+        encoder: makes ids of pairs, given a group's prompt.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    encoder: Encoder
+
+    def __call__(self, groups: Iterable[Group]) -> Batch:
+        """Encode, pad to the longest, and stack the teacher's scores."""
+        groups = list(groups)
+        rows = [
+            ids
+            for group in groups
+            for ids in self.encoder(group.prompt)(self.tokenizer, [(group.query, text) for text in group.passages])
+        ]
+        longest = max(row.length for row in rows)
+        scores = [group.teacher for group in groups if group.teacher is not None]
+        return Batch(
+            torch.tensor([row.flat() + [0] * (longest - row.length) for row in rows]),
+            spans_of(rows),
+            torch.tensor(scores) if len(scores) == len(groups) else None,
+            len(groups[0].passages),
+        )

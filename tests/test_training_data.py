@@ -1,0 +1,133 @@
+"""Training files are read in both forms, named when malformed, and drawn from in one way everywhere."""
+
+import json
+import multiprocessing
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import MODELS, golden
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from pyterrier_llmrerank.inputs import MatroyshkaInputs
+from pyterrier_llmrerank.training.data import Candidates, Collator, Groups, candidates, check_file, open_data
+
+MATROYSHKA = {"query": "q", "pos": ["p0", "p1"], "neg": ["n0", "n1", "n2"]}
+SCORED = {**MATROYSHKA, "pos_scores": [1.0, 2], "neg_scores": [0.1, 0.2, 0.3], "prompt": "Relevant?"}
+TEVATRON = {
+    "query_id": "1",
+    "query": "q",
+    "positive_passages": [{"docid": "a", "title": "T", "text": "p"}],
+    "negative_passages": [{"docid": "b", "text": "n"}, {"docid": "c", "title": "", "text": "m"}],
+}
+
+
+def test_both_forms() -> None:
+    assert candidates(MATROYSHKA) == Candidates("q", ["p0", "p1"], ["n0", "n1", "n2"])
+    assert candidates(SCORED).teacher == ([1.0, 2], [0.1, 0.2, 0.3])
+    assert candidates(SCORED).prompt == "Relevant?"
+    assert candidates(TEVATRON) == Candidates("q", ["document: T p"], ["document: n", "document:  m"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": None}, "query is None"),
+        ({"pos": []}, r"pos is \[\]; wanted a list of strings, at least one"),
+        ({"neg": "n"}, "neg is 'n'"),
+        ({"neg": ["a", 3]}, "neg is .*; wanted a list of strings"),
+        ({"prompt": 3}, "prompt is 3"),
+        ({"pos_scores": [1.0]}, r"pos_scores is \[1.0\]; wanted 2 numbers"),
+        ({"neg_scores": None}, "neg_scores is None; wanted 3 numbers"),
+        ({"positive_passages": [{"title": "x"}]}, "positive_passages is .*; wanted a list of passages with text"),
+        ({"positive_passages": [{"text": "x"}]}, "negative_passages is None"),
+    ],
+)
+def test_a_malformed_line_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps(SCORED) + "\n" + json.dumps(SCORED | change) + "\n")
+    with pytest.raises(ValueError, match=rf"train\.jsonl, line 2: {message}"):
+        check_file(path)
+
+
+@pytest.mark.parametrize("line", [b"{", b"[1]", b"\xff\xfe", b""])
+def test_a_line_that_is_no_object(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / "train.jsonl").write_bytes(json.dumps(SCORED).encode() + b"\n" + line + b"\n")
+    with pytest.raises(ValueError, match="line 2: "):
+        check_file(tmp_path / "train.jsonl")
+
+
+def test_files_and_folders(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text((json.dumps(MATROYSHKA | {"query": name}) + "\n") * 2)
+    data = open_data([str(tmp_path)])
+    assert [candidates(row).query for row in data] == ["a.jsonl"] * 2 + ["b.jsonl"] * 2
+    assert len(open_data([str(tmp_path / "b.jsonl"), str(tmp_path / "a.jsonl")])) == 4
+    with pytest.raises(FileNotFoundError, match=r"train_data='\./nothing'"):
+        open_data(["./nothing"])
+    (tmp_path / "a.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"a\.jsonl: no training data"):
+        open_data([str(tmp_path)])
+
+
+@given(st.integers(1, 5), st.integers(1, 20), st.integers(2, 24), st.integers(0, 2**16))
+def test_a_group_is_a_positive_and_different_negatives(positives: int, negatives: int, size: int, seed: int) -> None:
+    pos, neg = ([f"{kind}{i}" for i in range(n)] for kind, n in (("p", positives), ("n", negatives)))
+    scores = [float(i) for i in range(positives)], [float(i) for i in range(negatives)]
+    group = Candidates("q", pos, neg, scores).draw(size, random.Random(seed))
+    assert len(group.passages) == size
+    assert group.passages[0] in pos
+    assert set(group.passages[1:]) <= set(neg)
+    if size - 1 <= negatives:
+        assert len(set(group.passages)) == size
+    assert group.teacher == [float(text[1:]) for text in group.passages]
+
+
+def _drawn(arguments: tuple[int, int]) -> list[str]:
+    epoch, index = arguments
+    groups = Groups([MATROYSHKA] * 30, 3, seed=5)
+    groups.epoch = epoch
+    return groups[index].passages
+
+
+def test_the_draw_is_the_same_in_every_process_and_new_every_epoch() -> None:
+    asked = [(epoch, index) for epoch in (0, 1) for index in (0, 7, 29)]
+    here = [_drawn(each) for each in asked]
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        assert pool.map(_drawn, asked) == here
+    epochs = [[_drawn((epoch, index)) for index in range(30)] for epoch in (0, 1)]
+    assert epochs[0] != epochs[1]
+    assert len({tuple(passages) for passages in epochs[0]}) > 3
+
+
+def test_batches_are_the_original_ones() -> None:
+    wanted = golden("matroyshka_train_self_distillation.json")["batches"]["equal"]
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / "mistral_base")
+    collate = Collator(tokenizer, lambda prompt: MatroyshkaInputs(query_max_length=32, total=32 + 64))
+    groups = []
+    for number, record in enumerate(wanted["rows"]):
+        teacher = wanted["teacher_scores"][4 * number : 4 * number + 4]
+        texts = dict(zip(record["pos_scores"] + record["neg_scores"], record["pos"] + record["neg"], strict=True))
+        one = Candidates(record["query"], [texts[teacher[0]]], [texts[s] for s in teacher[1:]])
+        groups.append(one.draw(4, random.Random(0)))
+    batch = collate(groups)
+    assert batch.size == 4
+    assert batch.teacher is None
+    assert sorted(batch.input_ids.tolist()) == sorted(wanted["input_ids"])
+    assert batch.spans.prefix == wanted["query_lengths"]
+
+
+def test_a_prompt_of_the_data_is_used() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / "mistral_base")
+    collate = Collator(tokenizer, lambda prompt: MatroyshkaInputs(prompt or "usual"))
+    batch = collate([candidates(record).draw(3, random.Random(0)) for record in (SCORED, SCORED)])
+    assert batch.teacher is not None
+    assert batch.teacher.shape == (2, 3)
+    last = batch.input_ids[0, : batch.spans.lengths[0]]
+    assert tokenizer.decode(last).endswith("Relevant?")
+    assert torch.equal(collate([candidates(MATROYSHKA).draw(3, random.Random(0))]).input_ids[0, :1], last[:1])
