@@ -17,7 +17,7 @@ from ..inputs import Ids, document
 from ..scoring import spans_of
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets.arrow_dataset import Dataset
     from transformers import PreTrainedTokenizerBase
 
 #: From a prompt of the data, or None for the usual one, to what encodes pairs.
@@ -160,7 +160,7 @@ def open_data(sources: Sequence[str]) -> Dataset:
         FileNotFoundError: nothing of that name is here.
         ValueError: a line is malformed.
     """
-    from datasets import load_dataset
+    from datasets.load import load_dataset
 
     files: list[Path] = []
     for source in sources:
@@ -170,14 +170,14 @@ def open_data(sources: Sequence[str]) -> Dataset:
         elif path.is_file():
             files.append(path)
         elif len(sources) == 1 and source.count("/") == 1 and not source.startswith((".", "/", "~")):
-            return cast("Dataset", load_dataset(source, split="train"))
+            return load_dataset(source, split="train")
         else:
             raise FileNotFoundError(f"train_data={source!r}: no such file or folder; allowed: JSON lines, or a hub id.")
     if not files:
         raise FileNotFoundError(f"train_data={list(sources)!r}: no .json or .jsonl file there.")
     for file in files:
         check_file(file)
-    return cast("Dataset", load_dataset("json", data_files=[str(file) for file in files], split="train"))
+    return load_dataset("json", data_files=[str(file) for file in files], split="train")
 
 
 class Groups(torch.utils.data.Dataset[Group]):
