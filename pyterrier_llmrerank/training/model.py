@@ -84,11 +84,13 @@ class RankingModel(nn.Module):
             return cast(Tensor, self.score(states[0])).squeeze(-1)[None].float()
         return torch.stack([head(state) for head, state in zip(self.lm_head, states, strict=True)]).float()
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
-        """Keep each layer's input only, and run it again for its gradients."""
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Keep each layer's input only, and run it again for its gradients; the Trainer calls it."""
         # The pooling weights leave a layer beside its output; only the non-reentrant kind follows those back.
-        options = {**(gradient_checkpointing_kwargs or {}), "use_reentrant": False}
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[no-untyped-call]
+        kind = {**(gradient_checkpointing_kwargs or {}), "use_reentrant": False}
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kind, **options)  # type: ignore[no-untyped-call]
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep all activations again."""
