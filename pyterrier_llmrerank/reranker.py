@@ -130,7 +130,7 @@ class LLMReranker(pt.Transformer):
         """Score pairs without a frame.
 
         Args:
-            pairs: one ``(query, passage)`` pair, or a list of them.
+            pairs: one ``(query, passage)`` pair, or an iterable of them. Two strings in a list are one pair too.
 
         Returns:
             One pair: a float. A list: an array ``[n]``. With several cutoffs, one per cutoff, shallowest
@@ -140,7 +140,7 @@ class LLMReranker(pt.Transformer):
             ValueError: something is not a pair of strings.
             ScoringError: as :meth:`transform`.
         """
-        given = list(pairs)
+        given = [pairs] if isinstance(pairs, str) else list(pairs)  # a string is no iterable of pairs
         single = len(given) == 2 and all(isinstance(text, str) for text in given)
         checked = []
         for number, pair in enumerate([given] if single else given):

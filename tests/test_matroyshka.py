@@ -124,7 +124,7 @@ def test_forms_of_a_score() -> None:
     assert two.compute_score([]).shape == (2, 0)
 
 
-@pytest.mark.parametrize("pairs", [[("a",)], ["ab", "cd", "ef"], [1], [("a", "b", "c")]])
+@pytest.mark.parametrize("pairs", ["ab", [("a",)], ["ab", "cd", "ef"], [1], [("a", "b", "c")]])
 def test_what_is_no_pair_is_named(pairs: list[Any]) -> None:
     with pytest.raises(ValueError, match=r"pairs\[0\] is .*; wanted two strings"):
         full().compute_score(pairs)
@@ -220,7 +220,7 @@ def test_a_compress_layer_beyond_the_model() -> None:
 
 
 def test_at_takes_shapes_only() -> None:
-    with pytest.raises(TypeError, match=r"at\(\) has no argument 'max_length'; allowed: cutoff"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'max_length'"):
         full().at(max_length=3)
 
 

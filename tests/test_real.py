@@ -38,7 +38,7 @@ def test_scores_are_the_models_own_logits_of_yes(smollm2: str) -> None:
 @pytest.mark.parametrize("shape", [{}, {"cutoff": 20, "compress_layers": [8], "compress_ratio": 2}])
 def test_a_score_does_not_depend_on_its_batch_in_the_default_dtype(smollm2: str, shape: dict) -> None:
     reranker = MatroyshkaReranker(smollm2, start_layer=4, **shape)
-    pairs = [(query, passage * repeat) for repeat, (query, passage) in enumerate(PAIRS, start=1)]
+    pairs = [(query, passage * (1 + number % 5)) for number, (query, passage) in enumerate(PAIRS[:10])]
     alone = [reranker.compute_score(pair) for pair in pairs]
     np.testing.assert_allclose(reranker.compute_score(pairs), alone, atol=2e-2)
 

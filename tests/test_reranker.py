@@ -128,7 +128,7 @@ def test_a_value_that_is_no_text_is_named_by_qid_and_docno(column: str, value: o
 
 
 def test_a_text_that_is_no_unicode_is_named() -> None:
-    rows = frame().assign(text=["a", "b", "c", "bad \ud83d", "e", "f"])
+    rows = frame().assign(text=pd.Series(["a", "b", "c", "bad \ud83d", "e", "f"], dtype=object))
     with pytest.raises(
         ValueError, match=r"'text' is not valid Unicode \(a lone surrogate at character 4\) for qid 'q1'"
     ):
