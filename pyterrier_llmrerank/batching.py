@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from .errors import ScoringError
+
 #: Tokens in a batch, padding counted, by device type, where the user sets no batch_size. On a CPU more
 #: gains nothing; on a GPU this fills the matrix units with a 7B model and leaves it room.
 TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 8192}
@@ -43,6 +45,8 @@ def run_in_batches(
             run(batch)
             start += len(batch)
             continue
+        except ScoringError:
+            raise
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -47,6 +47,7 @@ class Checkpoint(ABC):
         self.config = self._decoder_config()
         self.adapters: Sequence[Adapter] = ()
         self._files: TensorFiles | None = None
+        self._opened_tokenizer: PreTrainedTokenizerBase | None = None
 
     def _decoder_config(self) -> PreTrainedConfig:
         model_type = str(self.settings.get("model_type"))
@@ -96,9 +97,14 @@ class Checkpoint(ABC):
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that comes with the model."""
-        return self._tokenizer(self.folder)
+        if self._opened_tokenizer is None:
+            self._opened_tokenizer = self._open_tokenizer(self._tokenizer_folder())
+        return self._opened_tokenizer
 
-    def _tokenizer(self, folder: Path) -> PreTrainedTokenizerBase:
+    def _tokenizer_folder(self) -> Path:
+        return self.folder
+
+    def _open_tokenizer(self, folder: Path) -> PreTrainedTokenizerBase:
         said = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity(40)  # errors only: it would warn that it does not know the model type
         try:
@@ -203,10 +209,10 @@ class RankLLaMACheckpoint(Checkpoint):
             )
         return self._head(self.tensor(name), name)[None]
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer beside the adapter where there is one, else the base's."""
+    def _tokenizer_folder(self) -> Path:
+        """Beside the adapter where there is one, else beside the base."""
         has_own = (self._adapter_folder / "tokenizer_config.json").is_file()
-        return self._tokenizer(self._adapter_folder if has_own else self.folder)
+        return self._adapter_folder if has_own else self.folder
 
 
 class MatroyshkaCheckpoint(Checkpoint):

@@ -6,6 +6,8 @@ through torch's restricted unpickler.
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import importlib.util
 import json
 import os
@@ -39,12 +41,15 @@ def smollm2() -> str:
 
 
 def identity(reference: Any) -> Any:
-    """The same value for the same files: paths that are here resolved, also within tuples."""
+    """The same value for the same files as they are now: paths resolved, and when what they hold was written."""
     if isinstance(reference, tuple):
         return tuple(identity(part) for part in reference)
-    if isinstance(reference, str) and Path(reference).expanduser().exists():
-        return str(Path(reference).expanduser().resolve())
-    return reference
+    path = Path(reference).expanduser() if isinstance(reference, str) else None
+    if path is None or not path.exists():
+        return reference
+    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    states = [(file.name, file.stat()) for file in files]
+    return str(path.resolve()), tuple((name, state.st_size, state.st_mtime_ns) for name, state in states)
 
 
 def require(reference: str, argument: str) -> None:
@@ -77,7 +82,7 @@ def folder_of(reference: str, argument: str) -> Path:
         return _hub_folder(reference, argument)
     path = Path(reference).expanduser()
     if path.suffix == ".gguf" and path.is_file():
-        return dequantised(path)
+        return dequantised(path, argument)
     require(reference, argument)
     if not path.is_dir():
         raise FileNotFoundError(f"{argument}={reference!r}: a file. Allowed: a folder, a .gguf file or a hub id.")
@@ -86,14 +91,14 @@ def folder_of(reference: str, argument: str) -> Path:
 
 def adapter_folder(reference: str, model: str) -> Path:
     """The folder of a LoRA adapter: of that name below the model's own, else as :func:`folder_of` finds it."""
-    if not Path(reference).expanduser().is_dir() and HUB_ID.fullmatch(reference):
-        if is_hub_id(model):
-            try:
-                return _hub_folder(f"{model}/{reference}", "adapters")
-            except FileNotFoundError:  # not in the model's repository: one of its own, then
-                pass
-        elif (Path(model).expanduser() / reference).is_dir():
-            return Path(model).expanduser() / reference
+    below = Path(model).expanduser() / reference
+    if below.is_dir():
+        return below
+    if is_hub_id(model) and is_hub_id(reference):
+        try:
+            return _hub_folder(f"{model}/{reference}", "adapters")
+        except FileNotFoundError:  # not in the model's repository: one of its own, then
+            pass
     return folder_of(reference, "adapters")
 
 
@@ -119,6 +124,8 @@ def _hub_folder(reference: str, argument: str) -> Path:
             "(or a private one: log in with 'hf auth login')."
         ) from error
     except Exception as error:  # the hub's client raises the errors of the network library below it
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise  # of this machine, not of the hub
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ConnectionError(
             f"{argument}={reference!r}: no such folder here, it is not in the local cache, and the Hugging Face hub "
@@ -133,7 +140,7 @@ def _hub_folder(reference: str, argument: str) -> Path:
     return got
 
 
-def dequantised(file: Path) -> Path:
+def dequantised(file: Path, argument: str = "model") -> Path:
     """A folder with a GGUF file's model as fp32 safetensors; written once, kept in PyTerrier's home.
 
     Raises:
@@ -141,7 +148,7 @@ def dequantised(file: Path) -> Path:
         ValueError: the file cannot be read as a decoder of a known family.
     """
     if importlib.util.find_spec("gguf") is None:
-        raise ImportError(f"model={str(file)!r}: reading a GGUF file needs the gguf package: pip install gguf")
+        raise ImportError(f"{argument}={str(file)!r}: reading a GGUF file needs the gguf package: pip install gguf")
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -149,7 +156,8 @@ def dequantised(file: Path) -> Path:
     file = file.resolve()
     stat = file.stat()
     home = Path(pt.io.pyterrier_home()) / "llmrerank"
-    folder = home / f"{file.stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
+    state = f"{file} {stat.st_size} {stat.st_mtime_ns}"
+    folder = home / f"{file.stem}-{hashlib.sha256(state.encode()).hexdigest()[:16]}"
     if folder.is_dir():
         return folder
     home.mkdir(parents=True, exist_ok=True)
@@ -159,7 +167,7 @@ def dequantised(file: Path) -> Path:
             AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(ready)
             model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
         except (ValueError, KeyError, RuntimeError, OSError) as error:
-            raise ValueError(f"model={str(file)!r}: cannot be read as a GGUF language model: {error}") from error
+            raise ValueError(f"{argument}={str(file)!r}: cannot be read as a GGUF language model: {error}") from error
         if hasattr(model.config, "quantization_config"):  # no longer true of what is written
             del model.config.quantization_config
         model.config.save_pretrained(ready)
@@ -213,6 +221,8 @@ class TensorFiles:
             self._where: dict[str, Path | dict[str, Tensor]] = {}
             for file in files:
                 path = folder / file
+                if not path.is_file():
+                    raise FileNotFoundError(f"{argument}: {index} names {file}, which is not there.")
                 source = path if path.suffix == ".safetensors" else _load_bin(path)
                 names = source if isinstance(source, dict) else _open_safetensors(path).keys()
                 self._where.update(dict.fromkeys(names, source))

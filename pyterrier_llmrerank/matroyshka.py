@@ -38,7 +38,7 @@ class MatroyshkaReranker(LLMReranker):
         compress_layers: layer indices, from 0, before which the passage's states are pooled. Index 0 and
             indices from the cutoff on have no effect.
         compress_ratio: passage states pooled into one each time: 1 (off), 2, 4 or 8; larger powers of two
-            work, but models are not trained for them.
+            (up to 64) work, but models are not trained for them.
         prompt: the question that ends every input.
         query_max_length: tokens kept of ``A: {query}``; None for three quarters of ``max_length``.
         max_length: tokens kept of ``B: {passage}``; prefix and passage together are held to about that.
@@ -91,8 +91,8 @@ class MatroyshkaReranker(LLMReranker):
         self.cutoff = _cutoff(cutoff)
         self.compress_layers = _layers("compress_layers", compress_layers, at_least=0)
         self.compress_ratio = positive("compress_ratio", compress_ratio)
-        if self.compress_ratio & (self.compress_ratio - 1):
-            raise ValueError(f"compress_ratio={compress_ratio!r}; allowed: 1, 2, 4, 8 (a power of two).")
+        if self.compress_ratio not in (1, 2, 4, 8, 16, 32, 64):
+            raise ValueError(f"compress_ratio={compress_ratio!r}; allowed: 1, 2, 4, 8 (or a power of two up to 64).")
         if not isinstance(prompt, str):
             raise ValueError(f"prompt={prompt!r}; allowed: a string.")
         self.prompt = prompt
@@ -102,6 +102,9 @@ class MatroyshkaReranker(LLMReranker):
         self.released = bool(released)
         self.start_layer = None if start_layer is None else positive("start_layer", start_layer)
         require(self.model, "model")
+        for name in self.adapters:
+            if not (Path(self.model).expanduser() / name).is_dir():
+                require(name, "adapters")
         if self._is_local():  # fail now, not after a first stage has run
             self._shape(self._weights().checkpoint)
 
@@ -131,6 +134,7 @@ class MatroyshkaReranker(LLMReranker):
             "normalize": normalize,
         }
         changed = {name: value for name, value in shape.items() if value is not ...}
+        self._weights()  # opens nothing yet, but from now on the shapes have one copy to share
         return type(self)(**{**self._arguments(), **changed})
 
     def fuse_feature_union(self, other: pt.Transformer, is_left: bool) -> pt.Transformer | None:
@@ -208,6 +212,8 @@ class MatroyshkaFeatures(pt.Transformer):
             features: Any = pd.Series(dtype=object)
             ranks = first.transform(inp)["rank"]
         else:
+            for reranker in self.rerankers:
+                reranker._weights()  # keeps them, and as many layers as this one needs, for the next frame
             layers = [first._last_layer() if r.cutoff is None else cast(int, r.cutoff) for r in self.rerankers]
             scored = first.at(cutoff=layers).transform(inp)
             scores = [scored.get(f"score_{layer}", scored["score"]).to_numpy() for layer in layers]

@@ -10,7 +10,7 @@ import pandas as pd
 
 from .files import require
 from .inputs import Ids, RankLLaMAInputs, document
-from .reranker import LLMReranker, column, path_like, positive
+from .reranker import LLMReranker, column, path_like, positive, problem_of
 
 if TYPE_CHECKING:
     from .checkpoints import Checkpoint
@@ -43,7 +43,7 @@ class RankLLaMAReranker(LLMReranker):
         verbose: show a progress bar.
 
     Raises:
-        ValueError: an argument is not what is allowed, or not what a local checkpoint allows.
+        ValueError: an argument is not what is allowed.
         FileNotFoundError: a local checkpoint is not there. What is to come from the hub is looked for, and
             may fail, on first use.
 
@@ -103,9 +103,12 @@ class RankLLaMAReranker(LLMReranker):
     def _body(self, passage: str) -> str:
         return document(passage)
 
-    @staticmethod
-    def _optional(inp: pd.DataFrame, field: str | None) -> list[str | None]:
+    def _optional(self, inp: pd.DataFrame, field: str | None) -> list[str | None]:
         """A column whose values may be missing, as the whole column may."""
         if field is None or field not in inp.columns:
             return [None] * len(inp)
-        return [None if pd.isna(value) else str(value) for value in inp[field]]
+        values = [None if pd.api.types.is_scalar(value) and pd.isna(value) else value for value in inp[field]]
+        for row, value in enumerate(values):
+            if value is not None and (problem := problem_of(value)):
+                raise ValueError(f"{field!r} is {problem} for {self._label(inp, row)}.")
+        return values

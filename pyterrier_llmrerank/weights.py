@@ -30,10 +30,14 @@ def resolve_device(device: str | None) -> torch.device:
     """
     if device is None:
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            return torch.device("cuda", torch.cuda.current_device())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         resolved = torch.device(device)
+        if resolved.type == "cpu":
+            return torch.device("cpu")
+        if resolved.type == "cuda" and resolved.index is None:
+            resolved = torch.device("cuda", torch.cuda.current_device())
         torch.zeros(1, device=resolved).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device={device!r} cannot be used here: {error}") from error
@@ -47,7 +51,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
+        capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older releases
         native = any(capabilities.get(flag, False) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
     else:
         native = False

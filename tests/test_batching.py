@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pyterrier_llmrerank import ScoringError
 from pyterrier_llmrerank.batching import is_out_of_memory, run_in_batches
 
 LENGTHS = st.lists(st.integers(0, 50), max_size=40)
@@ -55,6 +56,14 @@ def test_what_fitted_once_is_not_tried_larger() -> None:
 
     run_in_batches([7] * 100, run)
     assert failures == 4  # 100, 50, 25, 13
+
+
+def test_a_score_that_failed_is_no_lack_of_memory() -> None:
+    def run(batch: list[int]) -> None:
+        raise ScoringError("the score of docno 'out of memory' is not finite", None)
+
+    with pytest.raises(ScoringError):
+        run_in_batches([1], run)
 
 
 def test_other_errors_pass() -> None:

@@ -1,5 +1,6 @@
 """Files are found, read as data alone, and refused with their name when they are not what they say."""
 
+import errno
 import json
 import pickle
 from pathlib import Path
@@ -249,11 +250,36 @@ def test_gguf_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         folder_of(str(tmp_path / "m.gguf"), "model")
 
 
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    sharded(tmp_path, ".bin")
+    (tmp_path / "shard-1.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"index\.json names shard-1\.bin, which is not there"):
+        TensorFiles(tmp_path, "model", "model")
+
+
+def test_a_full_disk_is_not_blamed_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def full(*args: object, **options: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+    with pytest.raises(OSError, match="No space left"):
+        folder_of("someone/model", "model")
+
+
+def test_the_models_own_folder_is_looked_in_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model" / "comp").mkdir(parents=True)
+    (tmp_path / "comp").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert adapter_folder("comp", str(tmp_path / "model")) == tmp_path / "model" / "comp"
+
+
 def test_a_broken_gguf_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTERRIER_HOME", str(tmp_path / "home"))
     (tmp_path / "m.gguf").write_bytes(b"not a GGUF file")
-    with pytest.raises(ValueError, match=r"m\.gguf.*cannot be read"):
-        folder_of(str(tmp_path / "m.gguf"), "model")
+    with pytest.raises(ValueError, match=r"base_model=.*m\.gguf.*cannot be read"):
+        folder_of(str(tmp_path / "m.gguf"), "base_model")
     assert list((tmp_path / "home" / "llmrerank").iterdir()) == []
 
 

@@ -177,6 +177,7 @@ def test_normalize_is_the_sigmoid_and_never_overflows() -> None:
         ("compress_layers", [True]),
         ("compress_ratio", 3),
         ("compress_ratio", 0),
+        ("compress_ratio", 2**34),
         ("compress_ratio", -2),
         ("compress_ratio", 2.0),
         ("compress_ratio", True),

@@ -84,6 +84,15 @@ def test_title_and_url_are_used_where_there_are_any() -> None:
     assert reranker(title_field=None)._bodies(both) == ("document: " + plain["text"]).tolist()
 
 
+@pytest.mark.parametrize(
+    ("title", "problem"), [("\ud800", "not valid Unicode"), (["a"], "not a string"), (3, "not a string")]
+)
+def test_a_title_that_is_no_text_is_named(title: object, problem: str) -> None:
+    rows = frame().assign(title=pd.Series(["t", None, float("nan"), title, "", "t"], dtype=object))
+    with pytest.raises(ValueError, match=rf"'title' is .*{problem}.* for qid 'q1', docno 'd0'"):
+        reranker().transform(rows)
+
+
 def test_pairs_and_frames_agree() -> None:
     rows = frame()
     got = reranker().transform(rows)["score"]

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MODELS
+from conftest import MODELS, frame
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import MistralConfig, MistralForCausalLM
 
-from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
+from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker, checkpoints
 from pyterrier_llmrerank import weights as module
 from pyterrier_llmrerank.weights import resolve_device, resolve_dtype
 
@@ -43,6 +43,7 @@ def test_the_same_said_in_another_way_is_shared(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(MODELS)
     for other in (
         MatroyshkaReranker(FULL + "/"),
+        MatroyshkaReranker(FULL, device=f"{first._weights().device.type}:0"),
         MatroyshkaReranker("costwise_full"),
         MatroyshkaReranker(FULL, device=str(first._weights().device), dtype=dtype),
     ):
@@ -65,6 +66,39 @@ def test_threads_may_share_a_reranker() -> None:
         thread.join()
     assert len({score for both in scores for score in both}) == 1
     assert len(scores) == 8
+
+
+def test_shapes_of_a_model_from_elsewhere_open_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub model is not opened when made, so nothing but its template holds what its shapes share."""
+    monkeypatch.setattr(MatroyshkaReranker, "_is_local", lambda self: False)
+    opened = []
+    real = checkpoints.MatroyshkaCheckpoint.__init__
+    monkeypatch.setattr(
+        checkpoints.MatroyshkaCheckpoint, "__init__", lambda self, *args: opened.append(1) or real(self, *args)
+    )
+    rows = frame(1, 2)
+    template = MatroyshkaReranker(str(MODELS / "mistral_base"), start_layer=3, dtype="float16")
+    for cutoff in (3, 8, 5):
+        template.at(cutoff=cutoff).transform(rows)
+    assert len(opened) == 1
+    del template
+    gc.collect()
+    features = (
+        MatroyshkaReranker(FULL, dtype="float16", cutoff=4) ** MatroyshkaReranker(FULL, dtype="float16")
+    ).compile()
+    for _ in range(3):
+        features.transform(rows)
+        assert features.rerankers[0]._weights().loaded_layers == 8
+    assert len(opened) <= 2  # once more at most: something else may hold these already
+
+
+def test_weights_written_anew_are_read_anew(tmp_path: Path) -> None:
+    shutil.copytree(FULL, tmp_path / "model")
+    before = MatroyshkaReranker(tmp_path / "model", dtype="float32")
+    old = before.compute_score(PAIR)
+    file = tmp_path / "model" / "model.safetensors"
+    save_file({name: -t if "linear_head" in name else t for name, t in load_file(file).items()}, file)
+    assert MatroyshkaReranker(tmp_path / "model", dtype="float32").compute_score(PAIR) == pytest.approx(-old)
 
 
 def test_other_weights_are_not_shared() -> None:
@@ -137,6 +171,8 @@ def test_auto_is_bf16_only_where_it_is_native(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
     assert resolve_dtype("auto", cpu) == torch.float32
     assert resolve_dtype("float16", cpu) == torch.float16
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert resolve_dtype("auto", cpu) == torch.float32
     for native in (True, False):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
         assert resolve_dtype("auto", torch.device("cuda")) == (torch.bfloat16 if native else torch.float32)
@@ -145,7 +181,8 @@ def test_auto_is_bf16_only_where_it_is_native(monkeypatch: pytest.MonkeyPatch) -
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert resolve_device(None).type == "cuda"
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert resolve_device(None) == torch.device("cuda:1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert resolve_device(None).type == "cpu"
