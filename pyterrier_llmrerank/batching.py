@@ -9,7 +9,7 @@ import torch
 from .errors import ScoringError
 
 #: Tokens in a batch, padding counted, by device type, where the user sets no batch_size. On a CPU more
-#: gains nothing; on a GPU this fills the matrix units with a 7B model and leaves it room.
+#: gains nothing; elsewhere these are starting points, which are halved where memory is short.
 TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 8192}
 
 
@@ -55,9 +55,11 @@ def run_in_batches(
             return batch[0]
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        size = (len(batch) + 1) // 2
-        tokens = size * longest if tokens is not None else None
-        size = size if tokens is None else (rows or len(order))
+        half = (len(batch) + 1) // 2
+        if tokens is None:
+            size = half
+        else:
+            tokens = half * longest
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -46,8 +47,6 @@ class Checkpoint(ABC):
         self.settings = read_json(folder / "config.json")
         self.config = self._decoder_config()
         self.adapters: Sequence[Adapter] = ()
-        self._files: TensorFiles | None = None
-        self._opened_tokenizer: PreTrainedTokenizerBase | None = None
 
     def _decoder_config(self) -> PreTrainedConfig:
         model_type = str(self.settings.get("model_type"))
@@ -96,15 +95,15 @@ class Checkpoint(ABC):
         return None
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that comes with the model."""
-        if self._opened_tokenizer is None:
-            self._opened_tokenizer = self._open_tokenizer(self._tokenizer_folder())
-        return self._opened_tokenizer
+        """The tokenizer that comes with the model; opened once."""
+        return self._tokenizer
 
     def _tokenizer_folder(self) -> Path:
         return self.folder
 
-    def _open_tokenizer(self, folder: Path) -> PreTrainedTokenizerBase:
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        folder = self._tokenizer_folder()
         said = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity(40)  # errors only: it would warn that it does not know the model type
         try:
@@ -114,16 +113,18 @@ class Checkpoint(ABC):
         finally:
             transformers_logging.set_verbosity(said)
 
-    @property
+    @cached_property
     def files(self) -> TensorFiles:
         """The weight files; no weight is read by opening them."""
-        if self._files is None:
-            self._files = TensorFiles(self.folder, "model", self.argument)
-            self._names = {canonical(name): name for name in self._files}
-        return self._files
+        return TensorFiles(self.folder, "model", self.argument)
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        """The files' names of the tensors by those in the headless decoder."""
+        return {canonical(name): name for name in self.files}
 
     def __contains__(self, name: str) -> bool:
-        return bool(self.files) and name in self._names
+        return name in self._names
 
     def check_adapters(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Raise ValueError unless every adapter fits these decoder modules, given with their weights' shapes."""

@@ -1,6 +1,6 @@
 """Token compression: the body's hidden states, pooled in groups by the attention one token pays them.
 
-Section 3 of the Matroyshka paper. The body's states are cut into groups of ``ratio`` neighbours (the last
+The body's states are cut into groups of ``ratio`` neighbours (the last
 group may be short) and each group becomes its weighted mean; prefix and suffix stay as they are, and the
 sequence closes up.
 """

@@ -100,8 +100,8 @@ def _in_blocks(
     """Attention of which each position's result does not depend on how long the batch's longest row is.
 
     The CPU kernel divides a sequence by its length, which changes the last bits of a result; in bf16 the
-    layers above grow that to a quarter of the scores' standard deviation. Here a block of queries always
-    meets the same number of keys. It costs no time that could be measured.
+    layers above let that grow until it reorders results. Here a block of queries always meets the same number
+    of keys.
     """
     length = key.shape[2]
     padding = (0, 0, 0, -length % BLOCK)

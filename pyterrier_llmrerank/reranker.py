@@ -186,8 +186,7 @@ class LLMReranker(pt.Transformer):
         shape = self._shape(weights.checkpoint)
         if not pairs:
             return np.empty((len(shape.cutoffs), 0))
-        first = {pair: row for row, pair in reversed(list(enumerate(pairs)))}
-        distinct = list(first)
+        distinct = list(dict.fromkeys(pairs))
         at = {pair: index for index, pair in enumerate(distinct)}
         inverse = np.array([at[pair] for pair in pairs])
         _, _, tokenizer = weights.at_depth(shape.cutoffs[-1])
@@ -198,7 +197,7 @@ class LLMReranker(pt.Transformer):
                     shape,
                     self._encode(tokenizer, distinct),
                     batch_size=self.batch_size,
-                    label=lambda index: label(first[distinct[index]]),
+                    label=lambda index: label(pairs.index(distinct[index])),
                     progress=bar.update,
                 )
             except ScoringError as error:

@@ -40,7 +40,8 @@ def test_a_score_does_not_depend_on_its_batch_in_the_default_dtype(smollm2: str,
     reranker = MatroyshkaReranker(smollm2, start_layer=4, **shape)
     pairs = [(query, passage * (1 + number % 5)) for number, (query, passage) in enumerate(PAIRS[:10])]
     alone = [reranker.compute_score(pair) for pair in pairs]
-    np.testing.assert_allclose(reranker.compute_score(pairs), alone, atol=2e-2)
+    on_cpu = reranker._weights().device.type == "cpu"
+    np.testing.assert_allclose(reranker.compute_score(pairs), alone, atol=1e-4 if on_cpu else 2e-2)
 
 
 def test_an_experiment_over_a_real_collection(smollm2: str, collections: Path) -> None:

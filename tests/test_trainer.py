@@ -88,10 +88,9 @@ def test_rankllama_is_the_same_loop_with_one_head(tmp_path: Path) -> None:
     reranker = RankLLaMAReranker(tmp_path / "adapter", base_model=MODELS / "rankllama_base", dtype="float32")
     better = [reranker.compute_score([(r["query"], r["pos"][0]), (r["query"], r["neg"][0])]) for r in RECORDS]
     assert np.mean([positive > negative for positive, negative in better]) >= 0.75
-    from peft import AutoPeftModelForSequenceClassification, PeftConfig
+    from peft import PeftConfig
 
     assert PeftConfig.from_pretrained(tmp_path / "adapter").task_type == "SEQ_CLS"
-    assert AutoPeftModelForSequenceClassification is not None
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:

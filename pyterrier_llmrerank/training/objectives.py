@@ -23,7 +23,7 @@ RENEWED_EVERY = 8
 def cross_entropy(scores: Tensor, target: Tensor | None = None) -> Tensor:
     r"""Softmax cross-entropy over groups, :math:`-\sum_i t_i \log \mathrm{softmax}(s)_i`, averaged over them.
 
-    RankLLaMA's loss (Ma et al., 2023, equation 3), and the term that every layer adds in Matroyshka's.
+    RankLLaMA's loss (Ma et al., 2023), and the term that every layer adds in Matroyshka's.
 
     Args:
         scores: ``[groups, size]``.
@@ -37,7 +37,7 @@ def cross_entropy(scores: Tensor, target: Tensor | None = None) -> Tensor:
 
 @dataclass(frozen=True)
 class CascadeLoss:
-    """Matroyshka's loss over all layers, cascaded self-distillation included (Liu et al., 2025, section 3.2).
+    """Matroyshka's loss over all layers, cascaded self-distillation included (Liu et al., 2025).
 
     From the deepest layer to the shallowest, each adds a cross-entropy against the positive; against the
     teacher's scores, where the method ends in ``_teacher``; and against the current target. Targets are
