@@ -31,6 +31,7 @@ class Adapter:
         config = folder / "adapter_config.json"
         if not config.is_file():
             raise FileNotFoundError(f"{argument}: {folder} has no adapter_config.json; wanted a PEFT LoRA folder.")
+        self.folder = folder
         self.argument = argument
         self.config = read_json(config)
         if self.config.get("peft_type") != "LORA" or self.config.get("use_dora"):

@@ -21,6 +21,16 @@ from .files import TensorFiles, adapter_folder, folder_of, read_json
 LAYER_WISE = "cost_wise_"
 
 
+def is_layer_wise(model: str) -> bool:
+    """Whether a model brings layer-wise heads of its own.
+
+    Raises:
+        FileNotFoundError, ConnectionError: as :func:`~pyterrier_llmrerank.files.folder_of`.
+    """
+    config = folder_of(model, "model") / "config.json"
+    return config.is_file() and str(read_json(config).get("model_type")).startswith(LAYER_WISE)
+
+
 class Checkpoint(ABC):
     """A decoder and its scoring heads, read tensor by tensor with LoRA adapters merged in on the way.
 
@@ -81,6 +91,11 @@ class Checkpoint(ABC):
     @abstractmethod
     def head_layers(self) -> Sequence[int]:
         """The layers that have a head, ascending; the k-th head belongs to the k-th of them."""
+
+    @property
+    def has_heads(self) -> bool:
+        """Whether it can score as it is, rather than wait for a head to be trained."""
+        return True
 
     @abstractmethod
     def heads(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -198,6 +213,17 @@ class RankLLaMACheckpoint(Checkpoint):
         """The deepest layer alone."""
         return (self.layers,)
 
+    @property
+    def adapter(self) -> Adapter | None:
+        """The adapter, where it is one over a base."""
+        return self._adapter
+
+    @property
+    def has_heads(self) -> bool:
+        """Whether adapter or model brings a ``score`` head."""
+        name = "score.weight"
+        return (self._adapter is not None and name in self._adapter.whole) or name in self
+
     def heads(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
         """The ``score`` head, out of the adapter where it has one."""
         name = "score.weight"
@@ -206,7 +232,7 @@ class RankLLaMACheckpoint(Checkpoint):
         if name not in self:
             raise ValueError(
                 f"{self.argument}: no score head ({name!r}), neither in an adapter nor in the model; "
-                "wanted a RankLLaMA adapter or a *ForSequenceClassification model with one label."
+                "wanted a RankLLaMA adapter or a *ForSequenceClassification model with one label, or fit() first."
             )
         return self._head(self.tensor(name), name)[None]
 
@@ -226,16 +252,19 @@ class MatroyshkaCheckpoint(Checkpoint):
         model: folder, ``.gguf`` file or hub id.
         adapters: LoRA folders, each a local one, one below the model's own folder, or a hub id.
         start_layer: the shallowest layer with a head.
+        layer_sep: layers from one head to the next; 1 by default.
 
     Raises:
         FileNotFoundError, ConnectionError: as :func:`~pyterrier_llmrerank.files.folder_of`.
-        ValueError: ``start_layer`` does not fit the model, or as :class:`Checkpoint`.
+        ValueError: ``start_layer`` or ``layer_sep`` does not fit the model, or as :class:`Checkpoint`.
     """
 
-    def __init__(self, model: str, adapters: Sequence[str], start_layer: int | None) -> None:
+    def __init__(
+        self, model: str, adapters: Sequence[str], start_layer: int | None, layer_sep: int | None = None
+    ) -> None:
         super().__init__(folder_of(model, "model"), f"model={model!r}")
         self.layer_wise = str(self.settings.get("model_type")).startswith(LAYER_WISE)
-        self.start_layer, self.layer_sep = self._heads_at(start_layer)
+        self.start_layer, self.layer_sep = self._heads_at(start_layer, layer_sep)
         self.adapters = [Adapter(adapter_folder(name, model), f"adapters: {name!r}") for name in adapters]
         for adapter in self.adapters:
             if adapter.whole:
@@ -252,13 +281,14 @@ class MatroyshkaCheckpoint(Checkpoint):
                     f"{len(self.head_layers)} from start_layer={self.start_layer} on; the two must agree."
                 )
 
-    def _heads_at(self, start_layer: int | None) -> tuple[int, int]:
+    def _heads_at(self, start_layer: int | None, layer_sep: int | None) -> tuple[int, int]:
         if self.layer_wise:
             start, step = self.settings.get("start_layer"), self.settings.get("layer_sep", 1)
-            if start_layer not in (None, start):
-                raise ValueError(f"start_layer={start_layer}: {self.argument} was trained with start_layer {start!r}.")
+            for name, given, own in (("start_layer", start_layer, start), ("layer_sep", layer_sep, step)):
+                if given not in (None, own):
+                    raise ValueError(f"{name}={given}: {self.argument} was trained with {name} {own!r}.")
         else:
-            start, step = self.layers if start_layer is None else start_layer, 1
+            start, step = self.layers if start_layer is None else start_layer, layer_sep or 1
         if type(start) is not int or type(step) is not int or not 1 <= start <= self.layers or step < 1:
             raise ValueError(
                 f"start_layer={start!r}, layer_sep={step!r}: {self.argument} has {self.layers} layers; "

@@ -81,7 +81,7 @@ def attention(
         "scale": scaling,
         "enable_gqa": query.shape[1] != key.shape[1],
     }
-    if query.device.type == "cpu" and query.dtype != torch.float32:
+    if query.device.type == "cpu" and query.dtype != torch.float32 and not module.training:
         output = _in_blocks(query, key, value, tap.keys, window, options)
     elif tap.keys is not None or window is not None:
         position = torch.arange(length, device=key.device)

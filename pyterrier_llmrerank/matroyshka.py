@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import EllipsisType
@@ -19,6 +20,8 @@ from .reranker import LLMReranker, integer, path_like, positive
 if TYPE_CHECKING:
     from .checkpoints import Checkpoint, MatroyshkaCheckpoint
     from .scoring import Shape
+    from .training.fitting import Frames
+    from .training.recipes import MatroyshkaTraining
 
 
 class MatroyshkaReranker(LLMReranker):
@@ -49,8 +52,11 @@ class MatroyshkaReranker(LLMReranker):
         start_layer: the shallowest layer with a head, for a causal language model without layer-wise
             heads of its own: heads then start as the LM head's row of ``Yes``. None for what the
             checkpoint says; a plain model has just one head then, at its last layer.
+        layer_sep: layers from one such head to the next; None for 1.
         text_field, batch_size, device, dtype, verbose: as for
             :class:`~pyterrier_llmrerank.RankLLaMAReranker`.
+        training: how :meth:`fit` trains: ``DistillTraining`` (the default, with the original's settings)
+            or ``CompensateTraining``. What it learns becomes one more of ``adapters``.
 
     Raises:
         ValueError: an argument is not what is allowed, or not what a local checkpoint allows.
@@ -63,6 +69,7 @@ class MatroyshkaReranker(LLMReranker):
     MatroyshkaReranker('BAAI/Matroyshka-ReRanker-passage', cutoff=16, compress_layers=(8,), compress_ratio=2)
     """
 
+    training: MatroyshkaTraining | None
     schematic: ClassVar = {"label": "Matroyshka", "help_url": "https://doi.org/10.1145/3696410.3714620"}
 
     def __init__(
@@ -79,13 +86,15 @@ class MatroyshkaReranker(LLMReranker):
         normalize: bool = False,
         released: bool = False,
         start_layer: int | None = None,
+        layer_sep: int | None = None,
         text_field: str = "text",
         batch_size: int | None = None,
         device: str | None = None,
         dtype: str = "auto",
         verbose: bool = False,
+        training: MatroyshkaTraining | None = None,
     ) -> None:
-        self._set_shared(model, text_field, batch_size, device, dtype, verbose)
+        self._set_shared(model, text_field, batch_size, device, dtype, verbose, training)
         folders = adapters if isinstance(adapters, list | tuple) else [adapters]
         self.adapters = tuple(path_like("adapters", folder) for folder in folders)
         self.cutoff = _cutoff(cutoff)
@@ -101,12 +110,38 @@ class MatroyshkaReranker(LLMReranker):
         self.normalize = bool(normalize)
         self.released = bool(released)
         self.start_layer = None if start_layer is None else positive("start_layer", start_layer)
+        self.layer_sep = None if layer_sep is None else positive("layer_sep", layer_sep)
+        if training is not None:
+            from .training.recipes import MatroyshkaTraining
+
+            if not isinstance(training, MatroyshkaTraining):
+                raise ValueError(
+                    f"training={training!r}; allowed: DistillTraining(...), CompensateTraining(...), None."
+                )
         require(self.model, "model")
         for name in self.adapters:
             if not (Path(self.model).expanduser() / name).is_dir():
                 require(name, "adapters")
         if self._is_local():  # fail now, not after a first stage has run
             self._shape(self._weights().checkpoint)
+
+    @classmethod
+    def untrained(cls, base: str, *, start_layer: int = 4, **options: Any) -> MatroyshkaReranker:
+        """A re-ranker to :meth:`fit`, from a causal language model. Before, it scores by the word ``Yes``.
+
+        Args:
+            base: a folder, ``.gguf`` file or hub id.
+            start_layer: the shallowest layer that is to have a head.
+            options: any of the constructor's other arguments; ``training`` holds the settings.
+
+        Raises:
+            ValueError, FileNotFoundError: as the constructor.
+
+        >>> from pyterrier_llmrerank import MatroyshkaReranker
+        >>> MatroyshkaReranker.untrained("mistralai/Mistral-7B-v0.1").start_layer
+        4
+        """
+        return cls(base, start_layer=start_layer, **options)
 
     def at(
         self,
@@ -152,7 +187,7 @@ class MatroyshkaReranker(LLMReranker):
     def _checkpoint(self) -> partial[Any]:
         from .checkpoints import MatroyshkaCheckpoint
 
-        return partial(MatroyshkaCheckpoint, self.model, self.adapters, self.start_layer)
+        return partial(MatroyshkaCheckpoint, self.model, self.adapters, self.start_layer, self.layer_sep)
 
     def _is_local(self) -> bool:
         """Whether the checkpoint can be looked into without downloading or converting anything."""
@@ -180,6 +215,71 @@ class MatroyshkaReranker(LLMReranker):
 
     def _encode(self, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Ids]:
         return MatroyshkaInputs(self.prompt, self.query_max_length, self.max_length)(tokenizer, pairs)
+
+    def _recipe(self) -> MatroyshkaTraining:
+        """As ``training`` says, with this re-ranker's heads and prompt."""
+        from .training.recipes import DistillTraining
+
+        recipe = self.training or DistillTraining()
+        start = recipe.start_layer if self.start_layer is None else self.start_layer
+        step = recipe.layer_sep if self.layer_sep is None else self.layer_sep
+        return replace(recipe, start_layer=start, layer_sep=step, prompt=self.prompt)
+
+    def _train(self, training: Frames, validation: Frames | None) -> Path:
+        from .training.fitting import fit
+
+        return fit(
+            self._recipe(), self.model, self.adapters, training, validation,
+            device=self.device, dtype=self.dtype, verbose=self.verbose,
+        )  # fmt: skip
+
+    def _take_up(self, adapter: str) -> None:
+        from .checkpoints import is_layer_wise
+
+        if not is_layer_wise(self.model):
+            recipe = self._recipe()
+            self.start_layer, self.layer_sep = recipe.start_layer, recipe.layer_sep
+        self.adapters = (*self.adapters, adapter)
+
+    def save(self, folder: str | Path, *, merged: bool = False) -> list[Path]:
+        """Write what was trained, in the form that the original programs, PEFT and the constructor open.
+
+        Args:
+            folder: where to; new or empty.
+            merged: write one layer-wise model (``cost_wise_*``) with all adapters merged in, rather than the
+                PEFT adapters. Weights are as in memory (``dtype``), heads are fp32.
+
+        Returns:
+            What to give as ``adapters`` when opening them: the folder where there is one adapter, else a numbered
+            folder in it for each; nothing where merged, which is opened as ``model``.
+
+        Raises:
+            FileExistsError: there is something in the folder.
+            ValueError: there is no adapter to write.
+        """
+        from .files import adapter_folder
+        from .saving import copy_adapter, empty_folder, write_merged
+
+        if not merged and not self.adapters:
+            raise ValueError("adapters=(): there is none to write; allowed: merged=True.")
+        target = empty_folder(Path(folder).expanduser())
+        if not merged:
+            several = len(self.adapters) > 1
+            targets = [target / str(n) if several else target for n in range(1, len(self.adapters) + 1)]
+            for name, place in zip(self.adapters, targets, strict=True):
+                place.mkdir(exist_ok=True)
+                copy_adapter(adapter_folder(name, self.model), place)
+            return targets
+        weights = self._weights()
+        checkpoint = cast("MatroyshkaCheckpoint", weights.checkpoint)
+        heads = checkpoint.heads(checkpoint.tokenizer())
+        settings = {
+            "model_type": f"cost_wise_{checkpoint.config.model_type}",
+            "start_layer": checkpoint.start_layer, "layer_sep": checkpoint.layer_sep, "layer_wise": True,
+        }  # fmt: skip
+        named = {f"{checkpoint.head_module(k)}.weight": head[None] for k, head in enumerate(heads)}
+        write_merged(checkpoint, named, settings, weights.dtype, target)
+        return []
 
     def _layer_columns(self) -> list[str]:
         return [f"score_{layer}" for layer in self.cutoff] if isinstance(self.cutoff, tuple) else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
@@ -15,6 +16,8 @@ from .reranker import LLMReranker, column, path_like, positive, problem_of
 if TYPE_CHECKING:
     from .checkpoints import Checkpoint
     from .scoring import Shape
+    from .training.fitting import Frames
+    from .training.recipes import RankLLaMATraining, Recipe
 
 
 class RankLLaMAReranker(LLMReranker):
@@ -41,6 +44,7 @@ class RankLLaMAReranker(LLMReranker):
         dtype: ``"auto"`` is bfloat16 where the device computes in it natively, else float32; or name
             ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         verbose: show a progress bar.
+        training: how :meth:`fit` trains; None for the original's settings.
 
     Raises:
         ValueError: an argument is not what is allowed.
@@ -52,6 +56,7 @@ class RankLLaMAReranker(LLMReranker):
     RankLLaMAReranker('castorini/rankllama-v1-7b-lora-passage', passage_max_length=256)
     """
 
+    training: RankLLaMATraining | None
     schematic: ClassVar = {"label": "RankLLaMA", "help_url": "https://arxiv.org/abs/2310.08319"}
 
     def __init__(
@@ -68,8 +73,9 @@ class RankLLaMAReranker(LLMReranker):
         device: str | None = None,
         dtype: str = "auto",
         verbose: bool = False,
+        training: RankLLaMATraining | None = None,
     ) -> None:
-        self._set_shared(model, text_field, batch_size, device, dtype, verbose)
+        self._set_shared(model, text_field, batch_size, device, dtype, verbose, training)
         self.base_model = None if base_model is None else path_like("base_model", base_model)
         self.query_max_length = positive("query_max_length", query_max_length)
         self.passage_max_length = positive("passage_max_length", passage_max_length)
@@ -78,6 +84,30 @@ class RankLLaMAReranker(LLMReranker):
         require(self.model, "model")
         if self.base_model is not None:
             require(self.base_model, "base_model")
+        if training is not None:
+            from .training.recipes import RankLLaMATraining
+
+            if not isinstance(training, RankLLaMATraining):
+                raise ValueError(f"training={training!r}; allowed: RankLLaMATraining(...) or None.")
+
+    @classmethod
+    def untrained(cls, base: str, **options: Any) -> RankLLaMAReranker:
+        """A re-ranker to :meth:`fit`, from a causal language model. It cannot score before.
+
+        Args:
+            base: a folder, ``.gguf`` file or hub id.
+            options: any of the constructor's other arguments; ``training`` holds the settings.
+
+        Raises:
+            ValueError, FileNotFoundError: as the constructor; or ``base`` is an adapter.
+
+        >>> from pyterrier_llmrerank.training import RankLLaMATraining
+        >>> RankLLaMAReranker.untrained("meta-llama/Llama-2-7b-hf", training=RankLLaMATraining(group_size=8)).model
+        'meta-llama/Llama-2-7b-hf'
+        """
+        if (Path(base).expanduser() / "adapter_config.json").is_file():
+            raise ValueError(f"base={str(base)!r}: an adapter, which is trained already; give it to the constructor.")
+        return cls(base, **options)
 
     def _checkpoint(self) -> partial[Any]:
         from .checkpoints import RankLLaMACheckpoint
@@ -112,3 +142,56 @@ class RankLLaMAReranker(LLMReranker):
             if value is not None and (problem := problem_of(value)):
                 raise ValueError(f"{field!r} is {problem} for {self._label(inp, row)}.")
         return values
+
+    def _recipe(self) -> Recipe:
+        from .training.recipes import RankLLaMATraining
+
+        return self.training or RankLLaMATraining()
+
+    def _train(self, training: Frames, validation: Frames | None) -> Path:
+        from .training.fitting import fit
+
+        return fit(
+            self._recipe(), self.model, (), training, validation,
+            device=self.device, dtype=self.dtype, verbose=self.verbose, base_model=self.base_model,
+        )  # fmt: skip
+
+    def _take_up(self, adapter: str) -> None:
+        if not self._is_adapter():
+            self.base_model = self.model
+        self.model = adapter
+
+    def _is_adapter(self) -> bool:
+        from .files import folder_of
+
+        return (folder_of(self.model, "model") / "adapter_config.json").is_file()
+
+    def save(self, folder: str | Path, *, merged: bool = False) -> None:
+        """Write what was trained, in the form that the original programs, PEFT and the constructor open.
+
+        Args:
+            folder: where to; new or empty.
+            merged: write one ``*ForSequenceClassification`` model, rather than the PEFT ``SEQ_CLS`` adapter
+                with its score head. Weights are as in memory (``dtype``), the head is fp32.
+
+        Raises:
+            FileExistsError: there is something in the folder.
+            ValueError: there is no adapter, or it is untrained.
+        """
+        from .files import folder_of
+        from .saving import copy_adapter, empty_folder, write_merged
+
+        weights = self._weights()
+        checkpoint = weights.checkpoint
+        heads = checkpoint.heads(checkpoint.tokenizer())  # raises where it is untrained
+        if not merged and not self._is_adapter():
+            raise ValueError(f"model={self.model!r} is no adapter; allowed: merged=True.")
+        target = empty_folder(Path(folder).expanduser())
+        if not merged:
+            copy_adapter(folder_of(self.model, "model"), target)
+            checkpoint.tokenizer().save_pretrained(target)
+            return
+        family = type(checkpoint.config).__name__.removesuffix("Config")
+        settings = {"architectures": [f"{family}ForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+        settings |= {"label2id": {"LABEL_0": 0}}
+        write_merged(checkpoint, {"score.weight": heads}, settings, weights.dtype, target)

@@ -7,6 +7,7 @@ import threading
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from .checkpoints import Checkpoint
     from .inputs import Ids
     from .scoring import Shape
+    from .training.fitting import Frames
+    from .training.recipes import Recipe
     from .weights import Weights
 
 _WEIGHTS_LOCK = threading.RLock()  # held while a reranker finds its weights, so that threads may share it
@@ -27,7 +30,7 @@ _WEIGHTS_LOCK = threading.RLock()  # held while a reranker finds its weights, so
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-class LLMReranker(pt.Transformer):
+class LLMReranker(pt.Estimator):
     """A pointwise cross-encoder on a decoder-only language model, as a PyTerrier transformer.
 
     Subclasses say how a pair becomes ids, where the heads sit and how much of the model is run. Every
@@ -43,11 +46,19 @@ class LLMReranker(pt.Transformer):
     device: str | None
     dtype: str
     verbose: bool
+    training: Recipe | None
     _shared_key: Hashable
     _shared_weights: Weights
 
     def _set_shared(
-        self, model: object, text_field: str, batch_size: int | None, device: object, dtype: object, verbose: bool
+        self,
+        model: object,
+        text_field: str,
+        batch_size: int | None,
+        device: object,
+        dtype: object,
+        verbose: bool,
+        training: Recipe | None,
     ) -> None:
         """Check and keep the arguments that every reranker has."""
         self.model = path_like("model", model)
@@ -58,6 +69,7 @@ class LLMReranker(pt.Transformer):
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r}; allowed: {', '.join(DTYPES)}.")
         self.verbose = bool(verbose)
+        self.training = training
 
     # -- what subclasses say
 
@@ -204,6 +216,65 @@ class LLMReranker(pt.Transformer):
                 error.scores = self._finish(cast(np.ndarray, error.scores)[:, inverse])
                 raise
         return self._finish(scores)[:, inverse]
+
+    # -- training
+
+    @abstractmethod
+    def _recipe(self) -> Recipe:
+        """How it is trained: as its arguments say."""
+
+    @abstractmethod
+    def _train(self, training: Frames, validation: Frames | None) -> Path:
+        """Train, and return the folder of the new adapter."""
+
+    @abstractmethod
+    def _take_up(self, adapter: str) -> None:
+        """Score with a newly trained adapter from now on."""
+
+    def fit(
+        self,
+        topics_or_res_tr: pd.DataFrame,
+        qrels_tr: pd.DataFrame,
+        topics_or_res_va: pd.DataFrame | None = None,
+        qrels_va: pd.DataFrame | None = None,
+    ) -> None:
+        """Train on results with judgements; in a pipeline those of the stages before: ``(bm25 >> reranker).fit(...)``.
+
+        Each query's relevant results compete with its other results, judged or not. A query with no relevant
+        result gets what is judged relevant from the other queries' results or from the recipe's ``text``, or
+        is left out; one log line counts these. With validation given, nDCG@10 is measured on it every
+        ``eval_steps``, the best checkpoint is kept, and ``patience`` stops early. From then on the re-ranker
+        scores with what it learnt, which lies in the recipe's ``output_dir``; :meth:`save` writes it elsewhere.
+
+        Args:
+            topics_or_res_tr: results with texts: the columns that :meth:`transform` takes, and perhaps
+                ``teacher``, another model's scores to distil from (Matroyshka).
+            qrels_tr: columns ``qid``, ``docno`` and ``label``.
+            topics_or_res_va: results to validate on; with ``qrels_va`` or not at all.
+            qrels_va: likewise.
+
+        Raises:
+            ValueError: a frame is not what is allowed, or leaves nothing to train on.
+            FloatingPointError: the loss is not finite; names the step, learning rate and queries.
+        """
+        from .training.fitting import Frames
+
+        if (topics_or_res_va is None) != (qrels_va is None):
+            given, missing = ("topics_or_res_va", "qrels_va")[:: 1 if qrels_va is None else -1]
+            raise ValueError(f"{given} is given without {missing}; wanted both or neither.")
+        for name, results in (("topics_or_res_tr", topics_or_res_tr), ("topics_or_res_va", topics_or_res_va)):
+            if results is None:
+                continue
+            if missing_columns := [c for c in ("qid", "query", "docno", self.text_field) if c not in results.columns]:
+                raise ValueError(f"{name} has columns {list(results.columns)}; missing: {', '.join(missing_columns)}.")
+            self._check_rows(results)
+        validation = None
+        if topics_or_res_va is not None and qrels_va is not None:
+            validation = Frames(topics_or_res_va, qrels_va, self._bodies)
+        if "_shared_weights" in self.__dict__:  # not needed while another copy is trained
+            self._shared_weights.leave(self)
+            del self._shared_weights, self._shared_key
+        self._take_up(str(self._train(Frames(topics_or_res_tr, qrels_tr, self._bodies), validation)))
 
     # -- one copy of the weights
 

@@ -51,6 +51,13 @@ def words(seed: int, count: int) -> str:
     return " ".join(generator.choice(WORDS) for _ in range(count))
 
 
+#: Training data from which a tiny model can learn: the positive names its query.
+RECORDS = [
+    {"query": topic, "pos": [f"{words(i, 6)} {topic}"], "neg": [words(100 + i + k, 7) for k in range(4)]}
+    for i, topic in enumerate(["panda", "coffee", "volcano", "tide", "train", "glacier", "bread", "whale"])
+]
+
+
 def frame(queries: int = 2, documents: int = 3) -> pd.DataFrame:
     """A result frame with texts of different lengths."""
     rows = [

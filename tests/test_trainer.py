@@ -1,42 +1,54 @@
 """The loop learns, saves what opens again with the same scores, and resumes as if never interrupted."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import MODELS, words
-from transformers import TrainingArguments
+from conftest import MODELS, RECORDS, words
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
-from pyterrier_llmrerank.checkpoints import MatroyshkaCheckpoint, RankLLaMACheckpoint
-from pyterrier_llmrerank.inputs import MatroyshkaInputs, RankLLaMAInputs
+from pyterrier_llmrerank.inputs import MatroyshkaInputs
+from pyterrier_llmrerank.scoring import spans_of
+from pyterrier_llmrerank.training import CompensateTraining, DistillTraining, RankLLaMATraining
 from pyterrier_llmrerank.training.data import Collator, Groups
-from pyterrier_llmrerank.training.objectives import CascadeLoss
-from pyterrier_llmrerank.training.trainer import GroupTrainer, Widths, save, with_lora
+from pyterrier_llmrerank.training.recipes import Recipe
+from pyterrier_llmrerank.training.trainer import GroupTrainer, train, with_lora
+from pyterrier_llmrerank.training.validation import Validation
+from pyterrier_llmrerank.training.widths import Widths
 
 BASE = str(MODELS / "mistral_base")
-RECORDS = [
-    {"query": topic, "pos": [f"{words(i, 6)} {topic}"], "neg": [words(100 + i + k, 7) for k in range(4)]}
-    for i, topic in enumerate(["panda", "coffee", "volcano", "tide", "train", "glacier", "bread", "whale"])
-]
+DISTILL = DistillTraining(
+    group_size=4, query_max_length=8, passage_max_length=52, lora_rank=4, lora_alpha=8, compress_layers=(4, 6),
+    compress_ratios=(1, 2), train_method="normal",
+)  # fmt: skip
+RANKLLAMA = RankLLaMATraining(
+    group_size=4, query_max_length=8, passage_max_length=40, lora_rank=4, lora_alpha=8, lora_dropout=0.0
+)
 
 
-def trainer(folder: Path, method: str = "normal", **options: Any) -> GroupTrainer:
-    torch.manual_seed(0)
-    checkpoint = MatroyshkaCheckpoint(BASE, [], 4)
-    tokenizer = checkpoint.tokenizer()
-    model = with_lora(checkpoint, checkpoint.heads(tokenizer), rank=4, alpha=8)
+def arguments(folder: Path, **options: Any) -> TrainingArguments:
     settings = {
         "output_dir": str(folder), "max_steps": 6, "per_device_train_batch_size": 2, "learning_rate": 5e-3,
-        "logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True,
-        "seed": 3, "gradient_checkpointing": True,
+        "logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True, "seed": 3,
+        "activation_checkpointing": True,
     }  # fmt: skip
-    collate = Collator(tokenizer, lambda prompt: MatroyshkaInputs(query_max_length=8, total=60))
-    widths = Widths((4, 6), (1, 2), seed=3)
-    arguments = TrainingArguments(**(settings | options))
-    return GroupTrainer(model, arguments, Groups(RECORDS, 4, seed=3), collate, CascadeLoss(method), widths)
+    return TrainingArguments(**(settings | options))
+
+
+def trainer(folder: Path, recipe: Recipe = DISTILL, validation: Validation | None = None, **options: Any) -> Any:
+    torch.manual_seed(0)
+    checkpoint = recipe.open(BASE, [])
+    tokenizer = checkpoint.tokenizer()
+    model = with_lora(checkpoint, recipe.heads(checkpoint, tokenizer, 0), recipe, torch.float32, BASE)
+    return GroupTrainer(
+        model, arguments(folder, **options), Groups(RECORDS, 4, 3, recipe.body), Collator(tokenizer, recipe.encoder),
+        recipe.loss, recipe.widths(3), recipe.task_type, validation,
+    )  # fmt: skip
 
 
 def losses(run: GroupTrainer) -> list[float]:
@@ -45,60 +57,82 @@ def losses(run: GroupTrainer) -> list[float]:
 
 @pytest.mark.parametrize("method", ["normal", "distill_fix_layer"])
 def test_it_learns_and_what_is_saved_scores_the_same(tmp_path: Path, method: str) -> None:
-    run = trainer(tmp_path, method, max_steps=25)
+    run = trainer(tmp_path, dataclasses.replace(DISTILL, train_method=method), max_steps=25)
     run.train()
     assert np.mean(losses(run)[-5:]) < 0.7 * np.mean(losses(run)[:5])
-    save(run.model, tmp_path / "adapter", "CAUSAL_LM")
+    run.save_model(str(tmp_path / "adapter"))
     reranker = MatroyshkaReranker(BASE, adapters=[tmp_path / "adapter"], start_layer=4, cutoff=[4, 8], dtype="float32")
-    weights = reranker._weights()
     pair = ("panda", words(5, 9))
-    _, _, tokenizer = weights.at_depth(1)
-    (ids,) = reranker._encode(tokenizer, [pair])
-    from pyterrier_llmrerank.scoring import spans_of
-
+    _, _, tokenizer = reranker._weights().at_depth(1)
+    (ids,) = MatroyshkaInputs()(tokenizer, [pair])
     run.model.eval()
     with torch.inference_mode():
         wanted = run.model(torch.tensor([ids.flat()]), spans_of([ids]))
     np.testing.assert_allclose(reranker.compute_score(pair), wanted[[0, -1], 0].numpy(), atol=1e-4)
 
 
-def test_rankllama_is_the_same_loop_with_one_head(tmp_path: Path) -> None:
-    checkpoint = RankLLaMACheckpoint(str(MODELS / "rankllama_adapter"), str(MODELS / "rankllama_base"))
-    tokenizer = checkpoint.tokenizer()
-    checkpoint.adapters = ()
-    torch.manual_seed(0)
-    model = with_lora(checkpoint, torch.randn(1, 64) / 8, rank=4, modules=["q_proj", "v_proj"])
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=30, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1,
-        save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True,
-    )  # fmt: skip
-    records = [
-        {
-            "query": record["query"],
-            "positive_passages": [{"text": record["pos"][0]}],
-            "negative_passages": [{"text": text} for text in record["neg"]],
-        }
-        for record in RECORDS
-    ]
-    collate = Collator(tokenizer, lambda prompt: RankLLaMAInputs(8, 40, margin=3))
-    run = GroupTrainer(model, arguments, Groups(records, 4, seed=0), collate, CascadeLoss("normal"))
+def test_memory_is_in_the_log(tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_steps=1)
     run.train()
-    assert np.mean(losses(run)[-5:]) < 0.7 * np.mean(losses(run)[:5])
-    save(model, tmp_path / "adapter", "SEQ_CLS")
-    reranker = RankLLaMAReranker(tmp_path / "adapter", base_model=MODELS / "rankllama_base", dtype="float32")
-    better = [reranker.compute_score([(r["query"], r["pos"][0]), (r["query"], r["neg"][0])]) for r in RECORDS]
-    assert np.mean([positive > negative for positive, negative in better]) >= 0.75
-    from peft import PeftConfig
+    (logged,) = [entry["peak_memory_gb"] for entry in run.state.log_history if "loss" in entry]
+    assert 0.05 < logged < 100
 
-    assert PeftConfig.from_pretrained(tmp_path / "adapter").task_type == "SEQ_CLS"
+
+def test_rankllama_is_the_same_loop_and_peft_opens_it(tmp_path: Path) -> None:
+    base = str(MODELS / "rankllama_base")
+    checkpoint = RANKLLAMA.open(base)
+    groups = Groups(RECORDS, 4, 0, RANKLLAMA.body)
+    folder = train(RANKLLAMA, checkpoint, groups, arguments(tmp_path, max_steps=30, learning_rate=1e-2), base)
+    ours = RankLLaMAReranker(folder, dtype="float32", query_max_length=8, passage_max_length=40)
+    better = [ours.compute_score([(r["query"], r["pos"][0]), (r["query"], r["neg"][0])]) for r in RECORDS]
+    assert np.mean([positive > negative for positive, negative in better]) >= 0.75
+    classifier = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32)
+    opened = PeftModel.from_pretrained(classifier, folder).eval()
+    assert opened.peft_config["default"].base_model_name_or_path == base
+    assert opened.peft_config["default"].task_type == "SEQ_CLS"
+    pair = ("panda", words(5, 9))
+    _, _, tokenizer = ours._weights().at_depth(1)
+    (ids,) = ours._encode(tokenizer, [(pair[0], ours._body(pair[1]))])
+    with torch.inference_mode():
+        theirs = opened(input_ids=torch.tensor([ids.flat()])).logits.item()
+    assert ours.compute_score(pair) == pytest.approx(theirs, abs=1e-4)
+
+
+def test_a_rankllama_adapter_goes_on_learning(tmp_path: Path) -> None:
+    adapter, base = str(MODELS / "rankllama_adapter"), str(MODELS / "rankllama_base")
+    checkpoint = RANKLLAMA.open(adapter, base_model=base)
+    groups = Groups(RECORDS, 4, 0, RANKLLAMA.body)
+    folder = train(RANKLLAMA, checkpoint, groups, arguments(tmp_path, max_steps=1, learning_rate=0.0), base)
+    pairs = [("panda", words(5, 9)), ("tide", words(6, 20))]
+    before, after = (RankLLaMAReranker(f, base_model=base, dtype="float32") for f in (adapter, folder))
+    np.testing.assert_allclose(after.compute_score(pairs), before.compute_score(pairs), atol=1e-5)
+
+
+def test_compensation_goes_on_top_of_what_was_distilled(tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_steps=3)
+    run.train()
+    run.save_model(str(tmp_path / "distilled"))
+    recipe = CompensateTraining(
+        finetune_type="token", compress_ratios=(2,), group_size=4, query_max_length=8, passage_max_length=52,
+        lora_rank=2, compress_layers=(4,),
+    )  # fmt: skip
+    checkpoint = recipe.open(BASE, [str(tmp_path / "distilled")])
+    groups = Groups(RECORDS, 4, 0, recipe.body)
+    folder = train(recipe, checkpoint, groups, arguments(tmp_path / "compensation", max_steps=3), BASE)
+    both = MatroyshkaReranker(BASE, adapters=[tmp_path / "distilled", folder], start_layer=4, dtype="float32")
+    one = MatroyshkaReranker(BASE, adapters=[tmp_path / "distilled"], start_layer=4, dtype="float32")
+    pair = ("panda", words(5, 9))
+    assert both.compute_score(pair) != pytest.approx(one.compute_score(pair), abs=1e-4)
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     whole = trainer(tmp_path / "whole", max_steps=8, gradient_accumulation_steps=2)
     whole.train()
-    first = trainer(tmp_path / "cut", max_steps=8, gradient_accumulation_steps=2, save_strategy="steps", save_steps=3)
-    first.train()
-    again = trainer(tmp_path / "cut", max_steps=8, gradient_accumulation_steps=2, save_strategy="steps", save_steps=3)
+    options: dict[str, Any] = {
+        "max_steps": 8, "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 3
+    }  # fmt: skip
+    trainer(tmp_path / "cut", **options).train()
+    again = trainer(tmp_path / "cut", **options)
     again.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
     np.testing.assert_allclose(losses(again)[-5:], losses(whole)[-5:], rtol=1e-5)
     for name, parameter in whole.model.named_parameters():
@@ -106,26 +140,56 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
             torch.testing.assert_close(dict(again.model.named_parameters())[name], parameter, atol=1e-6, rtol=1e-5)
 
 
+def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
+    validation = Validation.of_records(RECORDS, DISTILL.body)
+    measured = iter([0.2, 0.9, 0.5])
+    run = trainer(
+        tmp_path, validation=validation, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2,
+        load_best_model_at_end=True, metric_for_best_model="eval_nDCG@10", greater_is_better=True,
+    )  # fmt: skip
+    real = run.evaluate()["eval_nDCG@10"]
+    assert 0 < real < 1
+    run.eval_dataset = lambda score: next(measured)
+    run.train()
+    assert run.state.best_model_checkpoint.endswith("checkpoint-4")
+    kept = {name: p.detach().clone() for name, p in run.model.named_parameters() if p.requires_grad}
+    at_four = trainer(tmp_path / "other", save_strategy="no", max_steps=6)
+    at_four._load_from_checkpoint(str(tmp_path / "checkpoint-4"))
+    for name, parameter in at_four.model.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(parameter, kept[name])
+
+
+def test_validation_scores_are_those_of_inference(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    pairs = [("panda", words(n, 3 + n)) for n in range(8)]
+    reranker = MatroyshkaReranker(BASE, start_layer=4, dtype="float32")
+    np.testing.assert_allclose(run._scores(pairs), reranker.compute_score(pairs), atol=1e-4)
+    assert run.model.training
+
+
 def test_accumulation_is_averaging(tmp_path: Path) -> None:
     at_once = trainer(tmp_path, max_steps=2, per_device_train_batch_size=4)
-    at_once.widths = Widths()
-    at_once.train()
     in_parts = trainer(tmp_path, max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2)
-    in_parts.widths = Widths()
-    in_parts.train()
+    for run in (at_once, in_parts):
+        run.widths = Widths()
+        run.train()
     np.testing.assert_allclose(losses(in_parts), losses(at_once), rtol=1e-4)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     run = trainer(tmp_path, learning_rate=1e30)
-    with pytest.raises(FloatingPointError, match=r"the loss is nan at step \d+ \(learning rate .*compress_ratio"):
+    with pytest.raises(
+        FloatingPointError,
+        match=r"the loss is nan at step \d+ \(learning rate .*compress_ratio \d, queries line \d, line \d\)",
+    ):
         run.train()
 
 
-def test_widths_are_a_function_of_the_place_in_the_run() -> None:
-    widths = Widths((4, 8, 12), (1, 2, 4))
-    drawn = [widths.draw(step, part) for step in range(200) for part in range(2)]
-    assert drawn == [widths.draw(step, part) for step in range(200) for part in range(2)]
-    assert {ratio for _, ratio in drawn} == {1, 2, 4}
-    for layer in (4, 8, 12):
-        assert 0.4 < np.mean([layer in layers for layers, _ in drawn]) < 0.6
+def test_the_progress_bar_shows_loss_and_measure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    validation = Validation.of_records(RECORDS[:2], DISTILL.body)
+    run = trainer(tmp_path, validation=validation, disable_tqdm=False, max_steps=2, eval_strategy="steps", eval_steps=1)
+    run.train()
+    shown = capsys.readouterr().err
+    assert "loss=" in shown
+    assert "nDCG@10=" in shown

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from pyterrier_llmrerank.inputs import MatroyshkaInputs
+from pyterrier_llmrerank.training import DistillTraining, RankLLaMATraining
 from pyterrier_llmrerank.training.data import Candidates, Collator, Groups, candidates, check_file, open_data
 
 MATROYSHKA = {"query": "q", "pos": ["p0", "p1"], "neg": ["n0", "n1", "n2"]}
@@ -26,11 +27,30 @@ TEVATRON = {
 }
 
 
+def plain(text: str, title: str | None) -> str:
+    return text
+
+
 def test_both_forms() -> None:
-    assert candidates(MATROYSHKA) == Candidates("q", ["p0", "p1"], ["n0", "n1", "n2"])
-    assert candidates(SCORED).teacher == ([1.0, 2], [0.1, 0.2, 0.3])
-    assert candidates(SCORED).prompt == "Relevant?"
-    assert candidates(TEVATRON) == Candidates("q", ["document: T p"], ["document: n", "document:  m"])
+    assert candidates(MATROYSHKA, plain) == Candidates("q", ["p0", "p1"], ["n0", "n1", "n2"])
+    assert candidates(SCORED, plain).teacher == ([1.0, 2], [0.1, 0.2, 0.3])
+    assert candidates(SCORED, plain).prompt == "Relevant?"
+
+
+def test_passages_are_read_as_each_model_reads_them() -> None:
+    read = candidates(TEVATRON, RankLLaMATraining.body)
+    assert read == Candidates("q", ["document: T p"], ["document: n", "document:  m"])
+    assert candidates(TEVATRON, DistillTraining.body) == Candidates("q", ["T p"], ["n", "m"])
+    assert candidates(MATROYSHKA, RankLLaMATraining.body).positives == ["document: p0", "document: p1"]
+    assert candidates(MATROYSHKA, DistillTraining.body).positives == ["p0", "p1"]
+
+
+def test_a_missing_teacher_is_named_where_it_is_needed(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps(SCORED) + "\n" + json.dumps(MATROYSHKA) + "\n")
+    assert check_file(path) == 2
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 2: no pos_scores and neg_scores, which a train_method"):
+        check_file(path, teacher=True)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +86,7 @@ def test_files_and_folders(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_text((json.dumps(MATROYSHKA | {"query": name}) + "\n") * 2)
     data = open_data([str(tmp_path)])
-    assert [candidates(row).query for row in data] == ["a.jsonl"] * 2 + ["b.jsonl"] * 2
+    assert [candidates(row, plain).query for row in data] == ["a.jsonl"] * 2 + ["b.jsonl"] * 2
     assert len(open_data([str(tmp_path / "b.jsonl"), str(tmp_path / "a.jsonl")])) == 4
     with pytest.raises(FileNotFoundError, match=r"train_data='\./nothing'"):
         open_data(["./nothing"])
@@ -90,7 +110,7 @@ def test_a_group_is_a_positive_and_different_negatives(positives: int, negatives
 
 def _drawn(arguments: tuple[int, int]) -> list[str]:
     epoch, index = arguments
-    groups = Groups([MATROYSHKA] * 30, 3, seed=5)
+    groups = Groups([MATROYSHKA] * 30, 3, 5, plain)
     groups.epoch = epoch
     return groups[index].passages
 
@@ -125,9 +145,14 @@ def test_batches_are_the_original_ones() -> None:
 def test_a_prompt_of_the_data_is_used() -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODELS / "mistral_base")
     collate = Collator(tokenizer, lambda prompt: MatroyshkaInputs(prompt or "usual"))
-    batch = collate([candidates(record).draw(3, random.Random(0)) for record in (SCORED, SCORED)])
+    batch = collate([candidates(record, plain).draw(3, random.Random(0)) for record in (SCORED, SCORED)])
     assert batch.teacher is not None
     assert batch.teacher.shape == (2, 3)
     last = batch.input_ids[0, : batch.spans.lengths[0]]
     assert tokenizer.decode(last).endswith("Relevant?")
-    assert torch.equal(collate([candidates(MATROYSHKA).draw(3, random.Random(0))]).input_ids[0, :1], last[:1])
+    assert torch.equal(collate([candidates(MATROYSHKA, plain).draw(3, random.Random(0))]).input_ids[0, :1], last[:1])
+
+
+def test_groups_are_named_by_id_or_place() -> None:
+    groups = Groups([MATROYSHKA, TEVATRON | {"query_id": "q7"}], 3, 0, plain)
+    assert [groups[0].name, groups[1].name] == ["line 1", "q7"]

@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 
 from ..compression import Spans
-from ..inputs import Ids, document
+from ..inputs import Ids
 from ..scoring import spans_of
 
 if TYPE_CHECKING:
     from datasets.arrow_dataset import Dataset
     from transformers import PreTrainedTokenizerBase
+
+#: From a passage's text and its title, or None, to what the model reads of it.
+Body = Callable[[str, str | None], str]
 
 #: From a prompt of the data, or None for the usual one, to what encodes pairs.
 Encoder = Callable[[str | None], Callable[["PreTrainedTokenizerBase", Sequence[tuple[str, str]]], list[Ids]]]
@@ -29,12 +32,14 @@ class Group:
     """What one query trains on at one time.
 
     Args:
+        name: what its user knows the query by: its id in the data, or its place there.
         query: its text.
-        passages: the positive first.
+        passages: as the model reads them, the positive first.
         teacher: a teacher's score for each passage, or None.
         prompt: the prompt that goes with this query, or None for the usual one.
     """
 
+    name: str
     query: str
     passages: list[str]
     teacher: list[float] | None = None
@@ -59,8 +64,8 @@ class Candidates:
     teacher: tuple[list[float], list[float]] | None = None
     prompt: str | None = None
 
-    def draw(self, size: int, generator: random.Random) -> Group:
-        """One positive and ``size - 1`` negatives; some of these again where there are fewer."""
+    def draw(self, size: int, generator: random.Random, name: str = "") -> Group:
+        """A group of this name: one positive and ``size - 1`` negatives; some of these again where there are fewer."""
         positive = generator.randrange(len(self.positives))
         repeats = -(-(size - 1) // len(self.negatives))
         negatives = generator.sample(list(range(len(self.negatives))) * repeats, size - 1)
@@ -68,13 +73,14 @@ class Candidates:
         teacher = None
         if self.teacher is not None:
             teacher = [self.teacher[0][positive], *(self.teacher[1][index] for index in negatives)]
-        return Group(self.query, passages, teacher, self.prompt)
+        return Group(name, self.query, passages, teacher, self.prompt)
 
 
-def candidates(record: Any) -> Candidates:
+def candidates(record: Any, body: Body) -> Candidates:
     """Read a record of either form.
 
     Args:
+        body: makes of text and title, or None, what the model reads.
         record: ``query``, ``positive_passages`` and ``negative_passages`` of ``text`` and perhaps ``title``
             (Tevatron's form); or ``query``, ``pos``, ``neg`` and perhaps ``pos_scores``, ``neg_scores`` and
             ``prompt`` (Matroyshka's).
@@ -88,9 +94,9 @@ def candidates(record: Any) -> Candidates:
     if not isinstance(query, str):
         raise ValueError(f"query is {query!r}; wanted a string")
     if record.get("positive_passages") is not None:
-        positives, negatives = (_documents(record, key) for key in ("positive_passages", "negative_passages"))
+        positives, negatives = (_documents(record, key, body) for key in ("positive_passages", "negative_passages"))
         return Candidates(query, positives, negatives)
-    positives, negatives = (_texts(record, key) for key in ("pos", "neg"))
+    positives, negatives = ([body(text, None) for text in _texts(record, key)] for key in ("pos", "neg"))
     prompt = record.get("prompt")
     if not isinstance(prompt, str | None):
         raise ValueError(f"prompt is {prompt!r}; wanted a string")
@@ -107,7 +113,7 @@ def _texts(record: dict[str, Any], key: str) -> list[str]:
     return cast(list[str], value)
 
 
-def _documents(record: dict[str, Any], key: str) -> list[str]:
+def _documents(record: dict[str, Any], key: str, body: Body) -> list[str]:
     value = record.get(key)
     wanted = f"{key} is {_short(value)}; wanted a list of passages with text and perhaps title, at least one"
     if not isinstance(value, list) or not value:
@@ -116,7 +122,7 @@ def _documents(record: dict[str, Any], key: str) -> list[str]:
         texts = isinstance(passage, dict) and isinstance(passage.get("text"), str)
         if not texts or not isinstance(passage.get("title"), str | None):
             raise ValueError(wanted)
-    return [document(passage["text"], passage.get("title")) for passage in value]
+    return [body(passage["text"], passage.get("title")) for passage in value]
 
 
 def _scores(record: dict[str, Any], key: str, count: int) -> list[float]:
@@ -132,8 +138,12 @@ def _short(value: object) -> str:
     return shown if len(shown) < 60 else shown[:57] + "..."
 
 
-def check_file(path: Path) -> int:
+def check_file(path: Path, teacher: bool = False) -> int:
     """Read a JSON lines file to its end and count its lines, so that a bad one shows before training starts.
+
+    Args:
+        path: the file.
+        teacher: whether every line must have a teacher's scores.
 
     Raises:
         ValueError: a line is malformed; names the file and the line.
@@ -142,7 +152,8 @@ def check_file(path: Path) -> int:
     with path.open("rb") as lines:
         for count, line in enumerate(lines, start=1):
             try:
-                candidates(json.loads(line))
+                if candidates(json.loads(line), lambda text, title: text).teacher is None and teacher:
+                    raise ValueError("no pos_scores and neg_scores, which a train_method with a teacher needs")
             except ValueError as error:
                 raise ValueError(f"{path}, line {count}: {error}.") from error
     if count == 0:
@@ -150,11 +161,13 @@ def check_file(path: Path) -> int:
     return count
 
 
-def open_data(sources: Sequence[str]) -> Dataset:
+def open_data(sources: Sequence[str], split: str = "train", teacher: bool = False) -> Dataset:
     """Training data as a table on disk, mapped into memory rather than loaded.
 
     Args:
         sources: JSON lines files, folders of them, or one hub id of a dataset.
+        split: which part of the hub's dataset.
+        teacher: as :func:`check_file`, for files.
 
     Raises:
         FileNotFoundError: nothing of that name is here.
@@ -170,13 +183,13 @@ def open_data(sources: Sequence[str]) -> Dataset:
         elif path.is_file():
             files.append(path)
         elif len(sources) == 1 and source.count("/") == 1 and not source.startswith((".", "/", "~")):
-            return load_dataset(source, split="train")
+            return load_dataset(source, split=split)
         else:
             raise FileNotFoundError(f"train_data={source!r}: no such file or folder; allowed: JSON lines, or a hub id.")
     if not files:
         raise FileNotFoundError(f"train_data={list(sources)!r}: no .json or .jsonl file there.")
     for file in files:
-        check_file(file)
+        check_file(file, teacher)
     return load_dataset("json", data_files=[str(file) for file in files], split="train")
 
 
@@ -189,10 +202,12 @@ class Groups(torch.utils.data.Dataset[Group]):
         records: rows in a form that :func:`candidates` reads.
         size: passages a group.
         seed: of the draw.
+        body: makes of text and title, or None, what the model reads.
     """
 
-    def __init__(self, records: Any, size: int, seed: int) -> None:
+    def __init__(self, records: Any, size: int, seed: int, body: Body) -> None:
         self.records = records
+        self.body = body
         self.size = size
         self.seed = seed
         self.epoch = 0
@@ -202,7 +217,9 @@ class Groups(torch.utils.data.Dataset[Group]):
 
     def __getitem__(self, index: int) -> Group:
         generator = random.Random(f"{self.seed}/{self.epoch}/{index}")  # a string's seed is the same in all processes
-        return candidates(self.records[index]).draw(self.size, generator)
+        record = self.records[index]
+        name = str(record.get("query_id") or f"line {index + 1}")
+        return candidates(record, self.body).draw(self.size, generator, name)
 
 
 @dataclass(frozen=True)
@@ -214,12 +231,20 @@ class Batch:
         spans: the parts of each row.
         teacher: ``[groups, size]``, or None where a group has none.
         size: passages a group.
+        names: of the groups' queries.
     """
 
     input_ids: Tensor
     spans: Spans
     teacher: Tensor | None
     size: int
+    names: tuple[str, ...]
+
+
+def padded(rows: Sequence[Ids]) -> tuple[Tensor, Spans]:
+    """Rows as one tensor, filled up with id 0 on the right, and their parts."""
+    longest = max(row.length for row in rows)
+    return torch.tensor([row.flat() + [0] * (longest - row.length) for row in rows]), spans_of(rows)
 
 
 @dataclass(frozen=True)
@@ -242,11 +267,12 @@ class Collator:
             for group in groups
             for ids in self.encoder(group.prompt)(self.tokenizer, [(group.query, text) for text in group.passages])
         ]
-        longest = max(row.length for row in rows)
+        ids, spans = padded(rows)
         scores = [group.teacher for group in groups if group.teacher is not None]
         return Batch(
-            torch.tensor([row.flat() + [0] * (longest - row.length) for row in rows]),
-            spans_of(rows),
+            ids,
+            spans,
             torch.tensor(scores) if len(scores) == len(groups) else None,
             len(groups[0].passages),
+            tuple(group.name for group in groups),
         )

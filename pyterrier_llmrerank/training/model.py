@@ -37,10 +37,14 @@ class RankingModel(nn.Module):
         checkpoint: what to start from; its adapters are merged in.
         heads: as the checkpoint has them, or others to start with, ``[heads, width]``.
         dtype: of all weights.
+        name: what adapters trained on it are to call it.
     """
 
-    def __init__(self, checkpoint: Checkpoint, heads: Tensor, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, heads: Tensor, dtype: torch.dtype = torch.float32, name: str | None = None
+    ) -> None:
         super().__init__()
+        self.__dict__["name_or_path"] = name  # where PEFT looks
         decoder = build_decoder(checkpoint)
         fill(decoder, checkpoint, "", torch.device("cpu"), dtype)
         self.config = checkpoint.config

@@ -65,6 +65,11 @@ class CascadeLoss:
         """Whether scores without compression are needed beside the student's."""
         return self.method.startswith(TARGETS)
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the data must have a teacher's scores."""
+        return self.method.endswith("_teacher")
+
     def __call__(self, student: Tensor, full: Tensor | None = None, teacher: Tensor | None = None) -> Tensor:
         """Sum the loss over the layers.
 
@@ -76,7 +81,7 @@ class CascadeLoss:
         Raises:
             ValueError: the method needs scores that are not given.
         """
-        with_teacher = self.method.endswith("_teacher")
+        with_teacher = self.needs_teacher
         if with_teacher and teacher is None:
             raise ValueError(f"train_method={self.method!r} needs teacher scores; the data has none.")
         if self.needs_full_pass and full is None:

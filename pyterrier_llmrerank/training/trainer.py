@@ -2,88 +2,116 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import resource
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from ..adapters import Adapter
+from ..batching import TOKENS, run_in_batches
 from ..checkpoints import Checkpoint
-from .data import Batch, Groups
+from .data import Batch, Collator, Groups, padded
 from .model import RankingModel
 from .objectives import CascadeLoss
-
-#: Projections that LoRA updates in a Matroyshka re-ranker; RankLLaMA leaves ``k_proj`` out.
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True)
-class Widths:
-    """The widths at which a model is trained: each step draws one.
-
-    Args:
-        layers: before each of these, the step pools or not, with equal odds.
-        ratios: the step's ratio is one of these.
-        seed: of the draw.
-    """
-
-    layers: tuple[int, ...] = ()
-    ratios: tuple[int, ...] = (1,)
-    seed: int = 42
-
-    def draw(self, step: int, part: int) -> tuple[tuple[int, ...], int]:
-        """Layers and ratio of one batch, as a function of its place in the run: the same in every process.
-
-        Args:
-            step: optimizer steps done before.
-            part: which of the batches that are accumulated into this step.
-        """
-        generator = random.Random(f"{self.seed}/{step}/{part}")
-        return tuple(layer for layer in self.layers if generator.random() < 0.5), generator.choice(self.ratios)
+from .recipes import Recipe
+from .validation import MEASURE, Validation
+from .widths import Widths
 
 
-def with_lora(
-    checkpoint: Checkpoint,
-    heads: Tensor,
-    *,
-    rank: int = 32,
-    alpha: float = 64,
-    dropout: float = 0.0,
-    modules: Sequence[str] = PROJECTIONS,
-    dtype: torch.dtype = torch.float32,
-) -> PeftModel:
+def with_lora(checkpoint: Checkpoint, heads: Tensor, recipe: Recipe, dtype: torch.dtype, name: str) -> PeftModel:
     """A model of which LoRA adapters and heads are to learn, and nothing else.
 
-    Layer-wise heads learn through LoRA too, as in the original; a single ``score`` head learns whole.
+    Layer-wise heads learn through LoRA too, as in the original; a single ``score`` head learns whole. A
+    RankLLaMA adapter goes on learning, in its own rank and on its own modules.
 
     Args:
-        checkpoint: what to start from; its adapters are merged in first.
+        checkpoint: what to start from; a Matroyshka's adapters are merged in first.
         heads: what the heads start as, ``[heads, width]``.
-        rank: of the updates.
-        alpha: their scale is this over the rank.
-        dropout: on their input.
-        modules: names of the projections to update.
+        recipe: rank, scale, dropout and modules of the updates.
         dtype: of the weights that do not learn; those that do are fp32.
+        name: what the adapter will call its base, where no adapter goes on that names it already.
     """
-    layer_wise = checkpoint.head_module(0) is not None
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=cast(int, alpha),
-        lora_dropout=dropout,
-        target_modules=[*modules, *(["linear_head"] if layer_wise else [])],
-        modules_to_save=None if layer_wise else ["score"],
-        base_model_name_or_path=str(checkpoint.folder),
-    )
-    model = get_peft_model(cast(Any, RankingModel(checkpoint, heads, dtype)), config)
+    started: Adapter | None = getattr(checkpoint, "adapter", None)
+    base = name
+    if started is not None:
+        checkpoint.adapters = ()
+        config = LoraConfig.from_pretrained(str(started.folder))
+        config.inference_mode = False
+        config.modules_to_save = ["score"]  # which PEFT itself adds for SEQ_CLS alone
+        base = config.base_model_name_or_path
+    else:
+        config = LoraConfig(
+            r=recipe.lora_rank,
+            lora_alpha=cast(int, recipe.lora_alpha),
+            lora_dropout=recipe.lora_dropout,
+            target_modules=list(recipe.target_modules),
+            modules_to_save=None if recipe.head_modules else ["score"],
+        )
+    config.task_type = None  # PEFT would wrap the model for inputs that it does not have
+    ranking = RankingModel(checkpoint, heads, dtype, base)
+    model = cast(PeftModel, get_peft_model(cast(Any, ranking), config))
+    if started is not None:
+        set_peft_model_state_dict(model, load_peft_weights(str(started.folder), device="cpu"))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    return cast(PeftModel, model)
+    return model
+
+
+def train(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    groups: Groups,
+    arguments: TrainingArguments,
+    name: str,
+    validation: Validation | None = None,
+) -> Path:
+    """Train by a recipe, and write the adapter with its tokenizer into the output folder.
+
+    Args:
+        recipe: what is trained, and on which groups.
+        checkpoint: what to start from.
+        groups: what to train on.
+        arguments: the Trainer's; ``resume_from_checkpoint`` goes on from a folder, or from the last checkpoint.
+        name: as :func:`with_lora`.
+        validation: what nDCG@10 is measured on; with ``load_best_model_at_end`` the best adapter is kept.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        FloatingPointError: as :class:`GroupTrainer`.
+    """
+    set_seed(arguments.seed)
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several are for torchrun: DataParallel cannot share our batches out
+    tokenizer = checkpoint.tokenizer()
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
+    model = with_lora(checkpoint, recipe.heads(checkpoint, tokenizer, arguments.seed), recipe, dtype, name)
+    trainer = GroupTrainer(
+        model,
+        arguments,
+        groups,
+        Collator(tokenizer, recipe.encoder),
+        recipe.loss,
+        recipe.widths(arguments.seed),
+        recipe.task_type,
+        validation,
+    )
+    if recipe.patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(recipe.patience))
+    resume: str | bool | None = arguments.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=resume if resume not in ("True", "true") else True)
+    trainer.save_model()
+    trainer.save_state()
+    if arguments.push_to_hub:
+        trainer.push_to_hub()
+    return Path(cast(str, arguments.output_dir))
 
 
 class _NewEpoch(TrainerCallback):
@@ -96,6 +124,20 @@ class _NewEpoch(TrainerCallback):
         self.groups.epoch = int(state.epoch or 0)
 
 
+class _Progress(ProgressCallback):
+    """The Trainer's progress bar, with the last loss and nDCG@10 in it."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        super().on_log(args, state, control, logs, **kwargs)  # type: ignore[no-untyped-call]
+        if self.training_bar is not None:
+            self._shown: dict[str, str] = getattr(self, "_shown", {}) | {
+                name.removeprefix("eval_"): f"{value:.4f}"
+                for name, value in (logs or {}).items()
+                if name in ("loss", f"eval_{MEASURE}")
+            }
+            self.training_bar.set_postfix(self._shown)
+
+
 class GroupTrainer(Trainer):
     """Transformers' Trainer over groups of passages.
 
@@ -103,12 +145,14 @@ class GroupTrainer(Trainer):
     resuming, several devices.
 
     Args:
-        model: from :func:`with_lora`, or a :class:`~pyterrier_llmrerank.training.model.RankingModel`.
+        model: from :func:`with_lora`.
         args: the Trainer's.
         groups: what to train on.
         collate: groups to a batch.
         loss: over all layers; with one layer, its ``normal`` is RankLLaMA's.
         widths: drawn at each step.
+        task_type: the PEFT task that adapters are saved under: ``CAUSAL_LM`` or ``SEQ_CLS``.
+        validation: measured where the Trainer evaluates, with the scores of the deepest head.
 
     Raises:
         FloatingPointError: in training, where the loss is not finite; checkpoints written before are kept.
@@ -116,23 +160,31 @@ class GroupTrainer(Trainer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PeftModel,
         args: TrainingArguments,
         groups: Groups,
-        collate: Callable[[Sequence[Any]], Batch],
+        collate: Collator,
         loss: CascadeLoss,
-        widths: Widths | None = None,
+        widths: Widths,
+        task_type: str,
+        validation: Validation | None = None,
     ) -> None:
         args.remove_unused_columns = False
         super().__init__(
-            model=model,
+            model=cast(nn.Module, model),
             args=args,
             train_dataset=groups,
+            eval_dataset=cast(Any, validation),
             data_collator=lambda drawn: {"batch": collate(drawn)},
             callbacks=[_NewEpoch(groups)],
         )
+        if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
+            self.remove_callback(ProgressCallback)
+            self.add_callback(_Progress)
+        self.collate = collate
         self.loss = loss
-        self.widths = widths or Widths()
+        self.widths = widths
+        self.task_type = task_type
         self._place = (0, -1)
 
     def compute_loss(
@@ -156,22 +208,60 @@ class GroupTrainer(Trainer):
             rate = self._get_learning_rate()
             raise FloatingPointError(
                 f"the loss is {loss.item()} at step {step} (learning rate {rate:g}, compress_layers {list(layers)}, "
-                f"compress_ratio {ratio}); the last good checkpoint is in {self.args.output_dir}."
+                f"compress_ratio {ratio}, queries {', '.join(batch.names)}); "
+                f"checkpoints saved before are in {self.args.output_dir}."
             )
         return (loss, {"scores": scores}) if return_outputs else loss
 
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """nDCG@10 of the validation queries, each process measuring all of them."""
+        validation = cast(Validation, eval_dataset or self.eval_dataset)
+        metrics = {f"{metric_key_prefix}_{MEASURE}": validation(self._scores)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
-def save(model: PeftModel, folder: Path, task_type: str) -> None:
-    """Write the adapter as the original programs do, so that they, and the re-rankers here, open it.
+    @torch.no_grad()
+    def _scores(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """Scores of ``(query, body)`` pairs by the deepest head, at full width."""
+        rows = self.collate.encoder(None)(self.collate.tokenizer, pairs)
+        scores = [float("nan")] * len(rows)
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        model = cast(nn.Module, self.model_wrapped if sharded else self.model)
+        model.eval()
 
-    Args:
-        model: a trained one.
-        folder: where to.
-        task_type: ``CAUSAL_LM`` for Matroyshka, ``SEQ_CLS`` for RankLLaMA.
-    """
-    config = model.peft_config["default"]
-    config.task_type = cast(Any, task_type)
-    try:
-        model.save_pretrained(str(folder))
-    finally:
-        config.task_type = None
+        def run(batch: list[int]) -> None:
+            ids, spans = padded([rows[index] for index in batch])
+            with self.autocast_smart_context_manager():
+                deepest = model(ids.to(self.args.device), spans)[-1]
+            for index, score in zip(batch, deepest.tolist(), strict=True):
+                scores[index] = score
+
+        try:
+            failed = run_in_batches([row.length for row in rows], run, tokens=TOKENS.get(self.args.device.type, 2048))
+        finally:
+            model.train()
+        if failed is not None:
+            raise MemoryError(f"validation: no memory for the pair with query {pairs[failed][0]!r} alone.")
+        return scores
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the Trainer's, with the most memory taken so far: of the device, else of the process."""
+        if "loss" in logs:
+            if self.args.device.type == "cuda":
+                taken = torch.cuda.max_memory_allocated(self.args.device)
+            else:
+                taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            logs["peak_memory_gb"] = round(taken / 1e9, 3)
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Adapters go under the task that the original programs give them, and the tokenizer beside them."""
+        model = self.accelerator.unwrap_model(self.model)
+        config = model.peft_config["default"]
+        config.task_type = cast(Any, self.task_type)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            config.task_type = None
+        self.collate.tokenizer.save_pretrained(output_dir or cast(str, self.args.output_dir))

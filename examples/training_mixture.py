@@ -1,0 +1,90 @@
+"""Make one training file out of several sources: so many queries of each, with their hardest negatives.
+
+    python examples/training_mixture.py train.jsonl FOLDER [FOLDER ...] --take msmarco=7000 insuranceqa=3600
+
+Each FOLDER holds docs.jsonl.gz (docid, title, text) and train.ids.jsonl.gz (query_id, source, query, positive
+and negative: lists of docid). Of a query's negatives those stay that share most with it, by BM25 over the passages
+here. The last --held_out queries go to a second file, to validate on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import math
+import random
+import re
+from collections import Counter
+from pathlib import Path
+
+
+def terms(text: str) -> list[str]:
+    """Lower-case words and numbers."""
+    return re.findall(r"\w+", text.lower())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("folders", type=Path, nargs="+")
+    parser.add_argument("--take", nargs="+", required=True, metavar="SOURCE=QUERIES")
+    parser.add_argument("--negatives", type=int, default=8, help="how many stay of each query's")
+    parser.add_argument("--held_out", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=17)
+    arguments = parser.parse_args()
+
+    documents: dict[str, dict[str, str]] = {}
+    by_source: dict[str, list[dict[str, object]]] = {}
+    for folder in arguments.folders:
+        with gzip.open(folder / "docs.jsonl.gz", "rt", encoding="utf-8") as lines:
+            documents |= {record["docid"]: record for record in map(json.loads, lines)}
+        with gzip.open(folder / "train.ids.jsonl.gz", "rt", encoding="utf-8") as lines:
+            for record in map(json.loads, lines):
+                by_source.setdefault(record["source"], []).append(record)
+
+    counts = {docid: Counter(terms(f"{doc['title']} {doc['text']}")) for docid, doc in documents.items()}
+    lengths = {docid: count.total() for docid, count in counts.items()}
+    mean = sum(lengths.values()) / len(lengths)
+    holding = Counter(term for count in counts.values() for term in count)
+
+    def bm25(query: list[str], docid: str) -> float:
+        count = counts[docid]
+        norm = 0.9 * (0.6 + 0.4 * lengths[docid] / mean)
+        return sum(
+            math.log(1 + (len(counts) - holding[term] + 0.5) / (holding[term] + 0.5))
+            * count[term]
+            / (count[term] + norm)
+            for term in query
+            if term in count
+        )
+
+    generator = random.Random(arguments.seed)
+    drawn = []
+    for choice in sorted(arguments.take):
+        source, _, queries = choice.partition("=")
+        drawn += generator.sample(by_source[source], int(queries))
+    generator.shuffle(drawn)
+    kept = len(drawn) - arguments.held_out
+    for path, part in (
+        (arguments.output, drawn[:kept]),
+        (arguments.output.with_suffix(".held_out.jsonl"), drawn[kept:]),
+    ):
+        if not part:
+            continue
+        with path.open("w", encoding="utf-8") as output:
+            for record in part:
+                query = terms(record["query"])
+                hardest = sorted(record["negative"], key=lambda docid: (-bm25(query, docid), docid))
+                line = {
+                    "query_id": record["query_id"],
+                    "query": record["query"],
+                    "positive_passages": [documents[docid] for docid in record["positive"]],
+                    "negative_passages": [documents[docid] for docid in hardest[: arguments.negatives]],
+                }
+                output.write(json.dumps(line, ensure_ascii=False) + "\n")
+        print(f"{path}: {len(part)} queries")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""The ``train`` commands: the original programs' command lines, on transformers' Trainer.
+
+``train rankllama`` fine-tunes RankLLaMA; ``train distill`` and then ``train compensate`` make a Matroyshka
+Re-Ranker. Every option of :class:`transformers.TrainingArguments` is one of theirs too, so that several
+devices (``torchrun``), DeepSpeed, FSDP, mixed precision, checkpoints, logging and upload work as they do there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser, TrainingArguments
+
+from .data import Groups, open_data
+from .recipes import CompensateTraining, DistillTraining, RankLLaMATraining, Recipe, option
+from .trainer import train
+from .validation import MEASURE, Validation
+
+logger = logging.getLogger(__name__)
+
+RECIPES: dict[str, type[Recipe]] = {
+    "rankllama": RankLLaMATraining,
+    "distill": DistillTraining,
+    "compensate": CompensateTraining,
+}
+
+#: Options of the original programs that change nothing here, and why.
+WITHOUT_EFFECT = {
+    "tokenizer_name": "the tokenizer is the model's own",
+    "dataset_proc_num": "texts are tokenised as they are drawn",
+    "overwrite_output_dir": "a run starts anew unless resume_from_checkpoint is given",
+    "use_flash_attn": "the fused kernel that fits the device is used",
+    "loss_type": "the loss follows from train_method",
+    "padding_side": "scores do not depend on padding",
+    "layer_wise": "every layer from start_layer on has a head",
+    "cache_path": "datasets are cached where HF_DATASETS_CACHE says",
+}
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What is trained on."""
+
+    model_name_or_path: str = dataclasses.field(
+        metadata={"help": "the base: a folder, .gguf file or hub id of a causal language model"}
+    )
+    train_data: list[str] = option(None, "JSON lines files, folders of them, or a dataset's hub id", "dataset_name")
+    dataset_split: str = option("train", "which part of a hub dataset")
+    eval_data: list[str] = option(None, "data of the same form, on which nDCG@10 is measured")
+    raw_peft: list[str] = option(None, "adapters merged into the base before, in this order")
+    use_lora: bool = option(True, "true is the only value")
+    warmup_ratio: float | None = option(None, "share of the steps in which the learning rate rises")
+    token: str | None = option(None, "of the Hugging Face hub; HF_TOKEN does the same")
+    cache_dir: str | None = option(None, "where hub files are kept; HF_HUB_CACHE does the same")
+    tokenizer_name: str | None = option(None, "without effect")
+    dataset_proc_num: str | None = option(None, "without effect")
+    overwrite_output_dir: bool = option(False, "without effect")
+    use_flash_attn: bool = option(False, "without effect")
+    loss_type: str | None = option(None, "without effect")
+    padding_side: str | None = option(None, "without effect")
+    layer_wise: bool = option(False, "without effect")
+    cache_path: str | None = option(None, "without effect")
+
+
+def parse(command: str, argv: Sequence[str]) -> tuple[Recipe, Sources, TrainingArguments]:
+    """Read a command line.
+
+    Args:
+        command: one of :data:`RECIPES`.
+        argv: what follows it.
+
+    Raises:
+        ValueError: an option has a value that is not allowed.
+        SystemExit: an option is unknown or malformed; argparse has said which.
+    """
+    recipe_type = RECIPES[command]
+    trainers = {f.name for f in dataclasses.fields(TrainingArguments)}
+    hints = typing.get_type_hints(recipe_type)
+    own = [f for f in dataclasses.fields(recipe_type) if "help" in f.metadata]
+    options = dataclasses.make_dataclass(
+        "Options",
+        [(f.name, _parsed(hints[f.name]), dataclasses.field(metadata=f.metadata, **_default(f.default))) for f in own],
+    )
+    parser = HfArgumentParser(
+        [Sources, options, TrainingArguments],  # type: ignore[list-item]
+        prog=f"python -m pyterrier_llmrerank train {command}",
+        description=(recipe_type.__doc__ or "").split("\n")[0],
+    )
+    shared = {f.name: f.default for f in dataclasses.fields(recipe_type) if f.name in trainers}
+    del shared["gradient_checkpointing"]  # the original commands name it
+    shared = {name: value for name, value in shared.items() if value is not None}
+    parser.set_defaults(**shared)
+    if any(word.split("=")[0] == "--eval_data" for word in argv):
+        measured = {"eval_strategy": "steps", "metric_for_best_model": f"eval_{MEASURE}", "greater_is_better": True}
+        parser.set_defaults(eval_steps=shared["save_steps"], **measured)
+    sources, chosen, arguments = parser.parse_args_into_dataclasses(args=list(argv))
+    recipe = recipe_type(**vars(chosen), **{name: getattr(arguments, name) for name in shared})
+    if not sources.use_lora:
+        raise ValueError("use_lora=False; allowed: True. What is trained are LoRA adapters and heads.")
+    if not sources.train_data:
+        raise ValueError("train_data is missing; wanted JSON lines files, or a dataset's hub id.")
+    for name, reason in WITHOUT_EFFECT.items():
+        if getattr(sources, name):
+            logger.warning("--%s has no effect: %s", name, reason)
+    if sources.warmup_ratio is not None:
+        arguments.warmup_steps = sources.warmup_ratio
+    if not sources.eval_data and recipe.patience is not None:
+        raise ValueError(f"patience={recipe.patience} needs eval_data to measure nDCG@10 on.")
+    return recipe, sources, arguments
+
+
+def _parsed(hint: Any) -> Any:
+    """The type under which an option is parsed: tuples come as lists."""
+    return list[typing.get_args(hint)[0]] if typing.get_origin(hint) is tuple else hint  # type: ignore[misc]
+
+
+def _default(value: Any) -> dict[str, Any]:
+    return {"default_factory": lambda: list(value)} if isinstance(value, tuple) else {"default": value}
+
+
+def main(command: str, argv: Sequence[str]) -> Path:
+    """Run a ``train`` command.
+
+    Returns:
+        The folder with the trained adapter.
+
+    Raises:
+        ValueError, FileNotFoundError: an option, the model or the data is not what is allowed; before training.
+        FloatingPointError: as :class:`~pyterrier_llmrerank.training.trainer.GroupTrainer`.
+    """
+    recipe, sources, arguments = parse(command, argv)
+    checkpoint = recipe.open(sources.model_name_or_path, sources.raw_peft or [])
+    with arguments.main_process_first(desc="reading the data"):
+        records = open_data(sources.train_data, sources.dataset_split, recipe.loss.needs_teacher)
+    validation = None
+    if sources.eval_data:
+        validation = Validation.of_records(open_data(sources.eval_data, sources.dataset_split), recipe.body)
+    seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+    groups = Groups(records, recipe.group_size, seed, recipe.body)
+    return train(recipe, checkpoint, groups, arguments, sources.model_name_or_path, validation)

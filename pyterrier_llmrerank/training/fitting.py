@@ -1,0 +1,106 @@
+"""``fit``: a re-ranker trained on what stands before it in a pipeline."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import pyterrier as pt
+import torch
+from transformers import TrainingArguments
+
+from ..weights import resolve_device, resolve_dtype
+from .data import Groups
+from .frames import judged, records_of, validation_of
+from .recipes import MatroyshkaTraining, Recipe
+from .trainer import train
+from .validation import MEASURE
+
+
+class Frames(NamedTuple):
+    """Results and judgements, and the passages of results as the model reads them."""
+
+    results: pd.DataFrame
+    qrels: pd.DataFrame
+    bodies: Callable[[pd.DataFrame], list[str]]
+
+
+def fit(
+    recipe: Recipe,
+    model: str,
+    adapters: Sequence[str],
+    training: Frames,
+    validation: Frames | None,
+    *,
+    device: str | None,
+    dtype: str,
+    verbose: bool,
+    **opening: Any,
+) -> Path:
+    """Train by a recipe on results with judgements.
+
+    Args:
+        recipe: how; its ``output_dir`` is a new folder in PyTerrier's home by default.
+        model: what to start from.
+        adapters: merged into it before.
+        training: what to learn from.
+        validation: what to measure nDCG@10 on; the best checkpoint is kept.
+        device: as for a re-ranker.
+        dtype: as for a re-ranker; frozen weights are held and steps computed in it.
+        verbose: show a progress bar.
+        opening: what else the recipe's ``open`` takes.
+
+    Returns:
+        The folder with the trained adapter.
+
+    Raises:
+        ValueError: a frame or setting is not what is allowed.
+        FloatingPointError: as :class:`~pyterrier_llmrerank.training.trainer.GroupTrainer`.
+    """
+    records = records_of(
+        training.results, judged(training.qrels, "qrels_tr"), training.bodies, recipe.min_label, recipe.text
+    )
+    if isinstance(recipe, MatroyshkaTraining) and not all("pos_scores" in record for record in records):
+        recipe = dataclasses.replace(recipe, train_method=recipe.train_method.removesuffix("_teacher"))
+    measured = None
+    if validation is not None:
+        measured = validation_of(validation.results, judged(validation.qrels, "qrels_va"), validation.bodies)
+    elif recipe.patience is not None:
+        raise ValueError(f"patience={recipe.patience} needs validation results to measure nDCG@10 on.")
+    place = resolve_device(device)
+    with torch.cuda.device(place) if place.type == "cuda" else nullcontext():
+        arguments = _arguments(recipe, place, resolve_dtype(dtype, place), measured is not None, verbose)
+        groups = Groups(records, recipe.group_size, recipe.seed, lambda text, title: text)
+        return train(recipe, recipe.open(model, adapters, **opening), groups, arguments, model, measured)
+
+
+def _arguments(
+    recipe: Recipe, device: torch.device, dtype: torch.dtype, measured: bool, verbose: bool
+) -> TrainingArguments:
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    settings = {
+        field.name: getattr(recipe, field.name)
+        for field in dataclasses.fields(recipe)
+        if field.name in names and getattr(recipe, field.name) is not None
+    }
+    if "activation_checkpointing" in names:  # the newer name of gradient_checkpointing
+        settings["activation_checkpointing"] = settings.pop("gradient_checkpointing")
+    if recipe.bf16 is None:
+        settings |= {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
+    settings |= {"use_cpu": device.type == "cpu", "report_to": "none", "disable_tqdm": not verbose}
+    settings["save_total_limit"] = 2
+    if recipe.output_dir is None:
+        run = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
+        settings["output_dir"] = str(Path(pt.io.pyterrier_home()) / "llmrerank" / "trained" / run)
+    if measured:
+        every = recipe.eval_steps or recipe.save_steps
+        settings |= {"eval_strategy": "steps", "eval_steps": every, "save_steps": every}
+        settings |= {"load_best_model_at_end": True, "greater_is_better": True}
+        settings["metric_for_best_model"] = f"eval_{MEASURE}"
+    return TrainingArguments(**{**settings, **recipe.arguments})

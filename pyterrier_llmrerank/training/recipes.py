@@ -1,0 +1,266 @@
+"""Recipes: what each of the three trainings sets, with the values of the original programs as defaults."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pyterrier as pt
+
+from ..inputs import PROMPT, MatroyshkaInputs, RankLLaMAInputs, document
+from .objectives import METHODS, CascadeLoss
+from .widths import Widths
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from ..checkpoints import Checkpoint
+    from .data import Encoder
+
+#: Projections that LoRA updates.
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def option(default: Any, help: str, *names: str) -> Any:
+    """A field with a default, what it means, and what else the command line calls it."""
+    return field(default=default, metadata={"help": help, "aliases": [f"--{name}" for name in names]})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What all trainings have in common.
+
+    Fields named as in :class:`transformers.TrainingArguments` mean what they mean there; ``arguments`` takes
+    any others of them. Lengths count tokens, sizes count passages or queries.
+    """
+
+    #: The PEFT task under which the original programs save what is trained.
+    task_type: ClassVar[str]
+
+    group_size: int = option(
+        16, "passages that compete for one query, the positive among them", "train_group_size", "train_n_passages"
+    )
+    query_max_length: int = option(32, "tokens kept of a query", "query_max_len", "q_max_len")
+    passage_max_length: int = option(192, "tokens kept of a passage", "passage_max_len", "p_max_len")
+    lora_rank: int = option(32, "rank of the LoRA updates", "lora_r")
+    lora_alpha: float = option(64.0, "the updates' scale is this over the rank")
+    lora_dropout: float = option(0.0, "dropout on the updates' input")
+    target_modules: tuple[str, ...] = option(PROJECTIONS, "modules that LoRA updates")
+    learning_rate: float = 2e-5
+    num_train_epochs: float = 1.0
+    max_steps: int = -1
+    per_device_train_batch_size: int = 4
+    gradient_accumulation_steps: int = 4
+    warmup_steps: float = 0.1
+    bf16: bool | None = None
+    gradient_checkpointing: bool = True
+    logging_steps: float = 10
+    eval_steps: float | None = None
+    save_steps: float = 200
+    seed: int = 42
+    output_dir: str | None = None
+    patience: int | None = option(None, "stop after so many measurements of nDCG@10 without a better one")
+    min_label: int = 1
+    text: pt.Transformer | None = field(default=None, compare=False)
+    arguments: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        for name, least in {
+            "group_size": 2, "query_max_length": 1, "passage_max_length": 8, "lora_rank": 1, "lora_alpha": 0,
+            "lora_dropout": 0, "learning_rate": 0, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
+            "patience": 1,
+        }.items():  # fmt: skip
+            value = getattr(self, name)
+            if value is None and name == "patience":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
+                raise ValueError(f"{name}={value!r}; allowed: a number of at least {least}.")
+        object.__setattr__(self, "target_modules", tuple(self.target_modules))
+
+    @property
+    def head_modules(self) -> tuple[str, ...]:
+        """Names of the layer-wise heads that LoRA updates too; none where a single head is learnt whole."""
+        return ()
+
+    def widths(self, seed: int) -> Widths:
+        """The widths trained at, drawn with this seed; full width alone by default."""
+        return Widths(seed=seed)
+
+    @property
+    def loss(self) -> CascadeLoss:
+        """The loss over all heads: cross-entropy over the group by default."""
+        return CascadeLoss("normal")
+
+    @abstractmethod
+    def open(self, model: str, adapters: Sequence[str]) -> Checkpoint:
+        """The checkpoint that is trained on."""
+
+    @abstractmethod
+    def heads(self, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, seed: int) -> Tensor:
+        """What the heads start as, ``[heads, width]``."""
+
+    @property
+    @abstractmethod
+    def encoder(self) -> Encoder:
+        """Pairs to ids."""
+
+    @staticmethod
+    @abstractmethod
+    def body(text: str, title: str | None) -> str:
+        """A passage of the data as the model reads it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankLLaMATraining(Recipe):
+    """Fine-tuning RankLLaMA (Ma et al., 2023): LoRA and a score head, cross-entropy over groups.
+
+    >>> RankLLaMATraining(group_size=8).learning_rate
+    0.0001
+    """
+
+    task_type: ClassVar[str] = "SEQ_CLS"
+
+    passage_max_length: int = option(196, "tokens kept of a passage", "passage_max_len", "p_max_len")
+    lora_dropout: float = option(0.1, "dropout on the updates' input")
+    target_modules: tuple[str, ...] = option(
+        tuple(name for name in PROJECTIONS if name != "k_proj"), "modules that LoRA updates"
+    )
+    learning_rate: float = 1e-4
+    gradient_accumulation_steps: int = 8
+
+    def open(self, model: str, adapters: Sequence[str] = (), base_model: str | None = None) -> Checkpoint:
+        """A causal language model, or a RankLLaMA adapter to train on."""
+        from ..checkpoints import RankLLaMACheckpoint
+
+        if adapters:
+            raise ValueError(f"raw_peft={list(adapters)}: RankLLaMA trains on one model or adapter.")
+        return RankLLaMACheckpoint(model, base_model)
+
+    def heads(self, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, seed: int) -> Tensor:
+        """The checkpoint's own score head, or small random numbers where it has none."""
+        import torch
+
+        if checkpoint.has_heads:
+            return checkpoint.heads(tokenizer)
+        generator = torch.Generator().manual_seed(seed)
+        spread = getattr(checkpoint.config, "initializer_range", 0.02)
+        return torch.randn(1, checkpoint.config.hidden_size, generator=generator) * spread
+
+    @property
+    def encoder(self) -> Encoder:
+        """Ids as in inference, with documents three tokens shorter, as released."""
+        inputs = RankLLaMAInputs(self.query_max_length, self.passage_max_length, margin=3)
+        return lambda prompt: inputs
+
+    @staticmethod
+    def body(text: str, title: str | None) -> str:
+        """``document: {title} {text}``."""
+        return document(text, title)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatroyshkaTraining(Recipe):
+    """What both steps of training a Matroyshka Re-Ranker (Liu et al., 2025) have in common."""
+
+    task_type: ClassVar[str] = "CAUSAL_LM"
+
+    target_modules: tuple[str, ...] = option((*PROJECTIONS, "linear_head"), "modules that LoRA updates")
+    start_layer: int = option(4, "the shallowest layer with a head")
+    layer_sep: int = option(1, "layers from one head to the next")
+    compress_layers: tuple[int, ...] = option(
+        (4, 8, 12, 16, 20, 24, 28), "before each of these layers a step pools passages or not, with equal odds"
+    )
+    compress_ratios: tuple[int, ...] = option((1, 2, 4, 8), "each step pools so many passage states into one")
+    train_method: str = option("normal", f"one of {', '.join(METHODS)}")
+    prompt: str = option(PROMPT, "the question that ends every input, where the data has none of its own")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "compress_layers", tuple(self.compress_layers))
+        object.__setattr__(self, "compress_ratios", tuple(self.compress_ratios))
+        for name, least in {"start_layer": 1, "layer_sep": 1}.items():
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)!r}; allowed: an integer of at least {least}.")
+        if not self.compress_ratios or any(ratio not in (1, 2, 4, 8, 16, 32, 64) for ratio in self.compress_ratios):
+            raise ValueError(f"compress_ratios={list(self.compress_ratios)}; allowed: powers of two from 1 to 64.")
+        if any(not isinstance(layer, int) or layer < 0 for layer in self.compress_layers):
+            raise ValueError(f"compress_layers={list(self.compress_layers)}; allowed: layer indices, from 0.")
+        CascadeLoss(self.train_method)
+
+    @property
+    def head_modules(self) -> tuple[str, ...]:
+        """The heads, where they are among the target modules."""
+        return ("linear_head",) if "linear_head" in self.target_modules else ()
+
+    def widths(self, seed: int) -> Widths:
+        """The widths that the recipe names."""
+        return Widths(self.compress_layers, self.compress_ratios, seed)
+
+    @property
+    def loss(self) -> CascadeLoss:
+        """By ``train_method``."""
+        return CascadeLoss(self.train_method)
+
+    def open(self, model: str, adapters: Sequence[str] = ()) -> Checkpoint:
+        """A causal language model or layer-wise checkpoint with adapters merged in."""
+        from ..checkpoints import MatroyshkaCheckpoint, is_layer_wise
+
+        own = is_layer_wise(model)  # then the checkpoint says where its heads are
+        return MatroyshkaCheckpoint(model, adapters, None if own else self.start_layer, None if own else self.layer_sep)
+
+    def heads(self, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, seed: int) -> Tensor:
+        """The checkpoint's."""
+        return checkpoint.heads(tokenizer)
+
+    @property
+    def encoder(self) -> Encoder:
+        """Ids as in inference, the whole input held to query and passage length together, as released."""
+        total = self.query_max_length + self.passage_max_length
+        return lambda prompt: MatroyshkaInputs(
+            self.prompt if prompt is None else prompt, self.query_max_length, total=total
+        )
+
+    @staticmethod
+    def body(text: str, title: str | None) -> str:
+        """``{title} {text}``, or the text alone."""
+        return f"{title} {text}" if title else text
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillTraining(MatroyshkaTraining):
+    """Cascaded self-distillation: every layer from ``start_layer`` on learns to rank, from the deeper ones too.
+
+    Where the data has no teacher's scores, choose a ``train_method`` without ``_teacher``.
+
+    >>> DistillTraining().train_method
+    'distill_fix_layer_teacher'
+    """
+
+    train_method: str = option("distill_fix_layer_teacher", f"one of {', '.join(METHODS)}")
+    learning_rate: float = 2e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompensateTraining(MatroyshkaTraining):
+    """Factorized compensation on top of a distilled model: for its depths, or for one width.
+
+    >>> CompensateTraining(finetune_type="token", compress_ratios=(2,)).widths(0).ratios
+    (2,)
+    """
+
+    finetune_type: str = option("layer", "layer: for all depths at full width; token: for one ratio")
+    compress_ratios: tuple[int, ...] = option((1,), "the ratio to compensate for; 1 for layer")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.finetune_type not in ("layer", "token"):
+            raise ValueError(f"finetune_type={self.finetune_type!r}; allowed: layer, token.")
+        if self.finetune_type == "layer" and self.compress_ratios != (1,):
+            raise ValueError(f"compress_ratios={list(self.compress_ratios)}: finetune_type=layer allows 1 alone.")
+        if self.finetune_type == "token" and (len(self.compress_ratios) != 1 or self.compress_ratios == (1,)):
+            raise ValueError(
+                f"compress_ratios={list(self.compress_ratios)}: finetune_type=token allows one ratio, 2 or more."
+            )

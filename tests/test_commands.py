@@ -1,0 +1,176 @@
+"""The original command lines run, with the script's name changed."""
+
+import json
+import logging
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import MODELS, RECORDS
+from safetensors.torch import load_file
+
+from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
+from pyterrier_llmrerank.__main__ import main
+from pyterrier_llmrerank.training.commands import parse
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+MISTRAL = str(MODELS / "mistral_base")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    return path
+
+
+def distill(data: Path, output: Path, *more: str) -> list[str]:
+    return [
+        "distill", "--model_name_or_path", MISTRAL, "--train_data", str(data), "--output_dir", str(output),
+        "--train_method", "distill_fix_layer", "--train_group_size", "4", "--query_max_len", "8",
+        "--passage_max_len", "52", "--lora_rank", "4", "--max_steps", "4", "--logging_steps", "1", "--use_cpu",
+        "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--compress_layers", "4",
+        "--compress_ratios", "1", "2", "--report_to", "none", "--learning_rate", "5e-3", *more,
+    ]  # fmt: skip
+
+
+def losses(folder: Path) -> list[float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def recipes(script: str) -> list[tuple[str, list[str]]]:
+    """The train commands of an example script: recipe and options."""
+    text = (EXAMPLES / script).read_text(encoding="utf-8").replace("\\\n", " ")
+    found = re.findall(r"-m pyterrier_llmrerank train (\w+) ([^\n]*)", text)
+    filled = [(name, re.sub(r"\$\{?\w+\}?", "2", options)) for name, options in found]
+    return [(name, shlex.split(options)) for name, options in filled]
+
+
+def test_the_original_recipes_mean_what_they_meant(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ((name, options),) = recipes("train_rankllama.sh")
+    without = [o for o in options if o not in ("--bf16",)]
+    without[without.index("--deepspeed") : without.index("--deepspeed") + 2] = []
+    with caplog.at_level(logging.WARNING):
+        recipe, sources, arguments = parse(name, [*without, "--use_cpu"])
+    assert sources.train_data == ["Tevatron/msmarco-passage"]
+    assert (recipe.group_size, recipe.query_max_length, recipe.passage_max_length) == (16, 32, 196)
+    assert (arguments.learning_rate, arguments.warmup_steps, arguments.num_train_epochs) == (1e-4, 0.1, 1)
+    assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (4, 8)
+    assert any("--dataset_proc_num has no effect" in message for message in caplog.messages)
+    names = []
+    for name, options in recipes("train_matroyshka.sh"):
+        without = [o for o in options if o not in ("--bf16",)]
+        without[without.index("--deepspeed") : without.index("--deepspeed") + 2] = []
+        recipe, sources, arguments = parse(name, [*without, "--use_cpu", "--output_dir", str(tmp_path)])
+        names.append((name, getattr(recipe, "finetune_type", None)))
+        assert recipe.target_modules[-1] == "linear_head"
+        assert (recipe.group_size, recipe.lora_rank, recipe.lora_alpha) == (16, 32, 64)
+        assert arguments.dataloader_drop_last
+    assert names == [("distill", None), ("compensate", "layer"), ("compensate", "token")]
+
+
+def test_distil_and_compensate(data: Path, tmp_path: Path) -> None:
+    assert main(["train", *distill(data, tmp_path / "distilled")]) == 0
+    options = distill(data, tmp_path / "layer")[1:]
+    options[options.index("--compress_ratios") : options.index("--compress_ratios") + 3] = []
+    options += ["--raw_peft", str(tmp_path / "distilled"), "--train_method", "normal", "--finetune_type", "layer"]
+    assert main(["train", "compensate", *options]) == 0
+    options = [str(tmp_path / "token") if o == str(tmp_path / "layer") else o for o in options]
+    options += ["--raw_peft", str(tmp_path / "distilled"), str(tmp_path / "layer"), "--finetune_type", "token"]
+    assert main(["train", "compensate", *options, "--compress_ratios", "2"]) == 0
+    reranker = MatroyshkaReranker(
+        MISTRAL, adapters=[tmp_path / name for name in ("distilled", "layer", "token")], start_layer=4
+    )
+    assert np.isfinite(reranker.compute_score(("panda", "a panda")))
+
+
+def test_rankllama_with_validation(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    with path.open("w") as lines:
+        for number, record in enumerate(RECORDS):
+            passages = {
+                "positive_passages": [{"docid": "p", "title": "", "text": text} for text in record["pos"]],
+                "negative_passages": [{"docid": "n", "title": "", "text": text} for text in record["neg"]],
+            }
+            lines.write(json.dumps({"query_id": str(number), "query": record["query"], **passages}) + "\n")
+    options = [
+        "train", "rankllama", "--model_name_or_path", str(MODELS / "rankllama_base"), "--dataset_name", str(path),
+        "--eval_data", str(path), "--eval_steps", "2", "--save_steps", "2", "--max_steps", "4", "--use_cpu",
+        "--train_n_passages", "4", "--load_best_model_at_end", "--patience", "5", "--q_max_len", "8", "--p_max_len",
+        "40", "--output_dir", str(tmp_path / "run"), "--report_to", "none", "--overwrite_output_dir",
+    ]  # fmt: skip
+    assert main(options) == 0
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "eval_nDCG@10" in entry] == [2, 4]
+    assert np.isfinite(RankLLaMAReranker(tmp_path / "run").compute_score(("panda", "a panda")))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--use_lora", "False"], "use_lora=False; allowed: True"),
+        (["--train_method", "distill_fix_layer_teacher"], "train.jsonl, line 1: no pos_scores"),
+        (["--train_data", "nothing.jsonl"], "train_data='nothing.jsonl': no such file"),
+        (["--compress_ratios", "3"], r"compress_ratios=\[3\]; allowed: powers of two"),
+        (["--start_layer", "9"], "start_layer=9"),
+        (["--patience", "3"], "patience=3 needs eval_data"),
+        (["--model_name_or_path", "./none"], "no such model folder"),
+    ],
+)
+def test_errors_come_before_training(
+    data: Path, tmp_path: Path, change: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *distill(data, tmp_path / "run", *change)]) == 1
+    assert re.search(f"error: .*{message}", capsys.readouterr().err)
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+def test_token_and_cache_reach_the_hubs_client(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.setenv("HF_HUB_CACHE", "")
+    main(["train", *distill(data, tmp_path / "run", "--token", "hf_x", "--cache_dir", "c", "--start_layer", "9")])
+    assert (os.environ["HF_TOKEN"], os.environ["HF_HUB_CACHE"]) == ("hf_x", "c")
+
+
+def test_two_processes_are_one_with_twice_the_batch(data: Path, tmp_path: Path) -> None:
+    one = distill(data, tmp_path / "one", "--per_device_train_batch_size", "4", "--max_grad_norm", "0")
+    two = distill(data, tmp_path / "two", "--ddp_find_unused_parameters", "False", "--max_grad_norm", "0")
+    assert main(["train", *one]) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
+    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    subprocess.run(
+        [*torchrun, "-m", "pyterrier_llmrerank", "train", *two],
+        check=True, capture_output=True, env={**os.environ, **environment}, timeout=240,
+    )  # fmt: skip
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
+    weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two")]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, atol=5e-4, rtol=1e-3)  # Adam magnifies what rounds
+
+
+def test_a_killed_run_goes_on_where_it_was(data: Path, tmp_path: Path) -> None:
+    saving = ("--save_steps", "3", "--max_steps", "9")
+    assert main(["train", *distill(data, tmp_path / "whole", *saving)]) == 0
+    command = [sys.executable, "-m", "pyterrier_llmrerank", "train", *distill(data, tmp_path / "cut", *saving)]
+    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "cut" / "checkpoint-3" / "trainer_state.json").exists():
+        assert killed.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    killed.kill()
+    killed.wait()
+    checkpoint = str(tmp_path / "cut" / "checkpoint-3")
+    assert main(["train", *distill(data, tmp_path / "cut", *saving, "--resume_from_checkpoint", checkpoint)]) == 0
+    np.testing.assert_allclose(losses(tmp_path / "cut"), losses(tmp_path / "whole"), rtol=1e-5)
+    whole, cut = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(cut[name], tensor, atol=1e-6, rtol=1e-5)

@@ -1,0 +1,156 @@
+"""Re-rankers fit on what stands before them in a pipeline, and what they learnt is saved and opened."""
+
+import dataclasses
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyterrier as pt
+import pytest
+import torch
+from conftest import MODELS, RECORDS
+from transformers import AutoModelForSequenceClassification
+
+from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker
+from pyterrier_llmrerank.training import CompensateTraining, DistillTraining, RankLLaMATraining
+
+RANKLLAMA_BASE, MISTRAL = str(MODELS / "rankllama_base"), str(MODELS / "mistral_base")
+SHORT: dict[str, Any] = {
+    "group_size": 4, "query_max_length": 8, "passage_max_length": 40, "lora_rank": 4, "lora_alpha": 8,
+    "learning_rate": 1e-2, "max_steps": 20, "gradient_accumulation_steps": 1, "logging_steps": 5,
+    "gradient_checkpointing": False,
+}  # fmt: skip
+
+
+def candidates() -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Topics, results with texts, and judgements: the relevant text stands last."""
+    rows, qrels = [], []
+    for number, record in enumerate(RECORDS):
+        for place, text in enumerate(record["neg"] + record["pos"]):
+            docno = f"d{number}-{place}"
+            rows.append((f"q{number}", record["query"], docno, text, -float(place), place))
+        qrels.append((f"q{number}", docno, 1))
+    results = pd.DataFrame(rows, columns=["qid", "query", "docno", "text", "score", "rank"])
+    return (
+        results[["qid", "query"]].drop_duplicates(ignore_index=True),
+        results,
+        pd.DataFrame(qrels, columns=["qid", "docno", "label"]),
+    )
+
+
+def ndcg(system: pt.Transformer, topics: pd.DataFrame, qrels: pd.DataFrame) -> float:
+    return float(pt.Experiment([system], topics, qrels, ["ndcg_cut_10"])["ndcg_cut_10"][0])
+
+
+def untrained(kind: str, folder: Path, **settings: Any) -> LLMReranker:
+    given = SHORT | {"output_dir": str(folder)} | settings
+    if kind == "rankllama":
+        training = RankLLaMATraining(**given)
+        return RankLLaMAReranker.untrained(RANKLLAMA_BASE, training=training, dtype="float32")
+    distill = DistillTraining(**given, compress_layers=(4,), compress_ratios=(1, 2))
+    return MatroyshkaReranker.untrained(MISTRAL, start_layer=5, training=distill, dtype="float32")
+
+
+@pytest.mark.parametrize("kind", ["rankllama", "matroyshka"])
+def test_a_pipeline_learns(kind: str, tmp_path: Path) -> None:
+    topics, results, qrels = candidates()
+    first = pt.Transformer.from_df(results)
+    reranker = untrained(kind, tmp_path / "run")
+    (first >> reranker).fit(topics, qrels)
+    assert ndcg(first >> reranker, topics, qrels) > ndcg(first, topics, qrels) + 0.2
+
+    reranker.save(tmp_path / "saved")
+    if kind == "rankllama":
+        again: LLMReranker = RankLLaMAReranker(tmp_path / "saved", dtype="float32")
+        assert again.model != reranker.model
+    else:
+        assert reranker.start_layer == 5
+        again = MatroyshkaReranker(MISTRAL, adapters=[tmp_path / "saved"], start_layer=5, dtype="float32")
+    wanted = reranker.transform(results)
+    pd.testing.assert_frame_equal(again.transform(results), wanted)
+    assert not list((tmp_path / "saved").glob("checkpoint*"))
+    pd.testing.assert_frame_equal(pickle.loads(pickle.dumps(reranker)).transform(results), wanted)
+
+
+@pytest.mark.parametrize("kind", ["rankllama", "matroyshka"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_merged_model_scores_the_same(kind: str, dtype: str, tmp_path: Path) -> None:
+    _, results, qrels = candidates()
+    reranker = untrained(kind, tmp_path / "run", max_steps=2)
+    reranker.fit(results, qrels)
+    reranker.set_parameter("dtype", dtype)
+    reranker.save(tmp_path / "merged", merged=True)
+    again = type(reranker)(tmp_path / "merged", dtype=dtype)
+    np.testing.assert_allclose(again.transform(results)["score"], reranker.transform(results)["score"], atol=1e-6)
+    if kind == "matroyshka":
+        assert again.at(cutoff=5)._weights().checkpoint.start_layer == 5
+    elif dtype == "float32":
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+        assert model.score.weight.shape == (1, 64)
+
+
+def test_validation_keeps_the_best_and_stops_early(tmp_path: Path) -> None:
+    topics, results, qrels = candidates()
+    reranker = untrained("matroyshka", tmp_path, learning_rate=1e-9, eval_steps=1, patience=2, max_steps=15)
+    reranker.fit(results, qrels, results, qrels)
+    # Nothing gets better at that rate: one measurement, and two more without an improvement.
+    assert sorted(folder.name for folder in tmp_path.glob("checkpoint-*"))[-1] == "checkpoint-3"
+    assert 0 < ndcg(pt.Transformer.from_df(results) >> reranker, topics, qrels) < 1
+
+
+def test_compensation_is_one_more_adapter(tmp_path: Path) -> None:
+    _, results, qrels = candidates()
+    reranker = untrained("matroyshka", tmp_path / "distilled", max_steps=2)
+    reranker.fit(results, qrels)
+    compensation = CompensateTraining(
+        **SHORT | {"max_steps": 2}, finetune_type="token", compress_ratios=(2,), compress_layers=(4,),
+        output_dir=str(tmp_path / "token"),
+    )  # fmt: skip
+    reranker.set_parameter("training", compensation)
+    reranker.fit(results, qrels)
+    assert [Path(folder).name for folder in reranker.adapters] == ["distilled", "token"]
+    saved = reranker.save(tmp_path / "both")
+    assert saved == [tmp_path / "both" / "1", tmp_path / "both" / "2"]
+    again = MatroyshkaReranker(MISTRAL, adapters=saved, start_layer=5, dtype="float32")
+    pd.testing.assert_frame_equal(again.transform(results), reranker.transform(results))
+
+
+def test_what_is_given_is_checked_before_anything_is_trained(tmp_path: Path) -> None:
+    _, results, qrels = candidates()
+    reranker = untrained("matroyshka", tmp_path)
+    with pytest.raises(ValueError, match="topics_or_res_va is given without qrels_va"):
+        reranker.fit(results, qrels, results)
+    with pytest.raises(ValueError, match="topics_or_res_tr has columns .* missing: text"):
+        reranker.fit(results.drop(columns="text"), qrels)
+    with pytest.raises(ValueError, match="'text' is nan.*docno 'd0-0'"):
+        reranker.fit(results.assign(text=[None, *results["text"][1:]]), qrels)
+    with pytest.raises(ValueError, match="nothing to train on"):
+        reranker.fit(results, qrels.assign(label=0))
+    with pytest.raises(ValueError, match="patience=2 needs validation"):
+        untrained("matroyshka", tmp_path, patience=2).fit(results, qrels)
+    with pytest.raises(ValueError, match=r"training=.*allowed: RankLLaMATraining"):
+        RankLLaMAReranker(RANKLLAMA_BASE, training=DistillTraining())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"training=.*allowed: DistillTraining"):
+        MatroyshkaReranker(MISTRAL, training=RankLLaMATraining())  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_untrained_ones_say_so() -> None:
+    with pytest.raises(ValueError, match=r"no score head .* or fit\(\) first"):
+        RankLLaMAReranker.untrained(RANKLLAMA_BASE).compute_score(("a", "b"))
+    with pytest.raises(ValueError, match="an adapter, which is trained already"):
+        RankLLaMAReranker.untrained(str(MODELS / "rankllama_adapter"))
+    with pytest.raises(ValueError, match=r"adapters=\(\): there is none to write"):
+        MatroyshkaReranker(MISTRAL).save("anywhere")
+    with pytest.raises(ValueError, match="no score head"):
+        RankLLaMAReranker.untrained(RANKLLAMA_BASE).save("anywhere")
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "note").write_text("mine")
+    reranker = RankLLaMAReranker(MODELS / "rankllama_adapter", base_model=RANKLLAMA_BASE)
+    with pytest.raises(FileExistsError, match="allowed: a new or an empty folder"):
+        reranker.save(tmp_path)
+    assert dataclasses.is_dataclass(RankLLaMATraining)

@@ -1,0 +1,93 @@
+"""Results and judgements become groups: positives by label, everything else retrieved as negatives."""
+
+import logging
+
+import pandas as pd
+import pyterrier as pt
+import pytest
+
+from pyterrier_llmrerank.training.frames import judged, records_of, validation_of
+
+
+def bodies(frame: pd.DataFrame) -> list[str]:
+    return [f"<{text}>" for text in frame["text"]]
+
+
+def results() -> pd.DataFrame:
+    rows = [
+        ("1", "d1"), ("1", "d2"), ("1", "d3"),  # d2 is relevant
+        ("2", "d4"), ("2", "d5"),  # d1, of query 1's results, is relevant
+        ("3", "d6"), ("3", "d7"),  # d9, retrieved nowhere, is relevant
+        ("4", "d8"),  # nothing is relevant
+        ("5", "d2"),  # all that was retrieved is relevant
+    ]  # fmt: skip
+    frame = pd.DataFrame(rows, columns=["qid", "docno"])
+    return frame.assign(query="query " + frame["qid"], text="text of " + frame["docno"])
+
+
+QRELS = pd.DataFrame(
+    [("1", "d2", 1), ("1", "d3", 0), ("2", "d1", 2), ("3", "d9", 1), ("5", "d2", 1)], columns=["qid", "docno", "label"]
+)
+
+
+def test_positives_negatives_and_what_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "pyterrier_llmrerank"):
+        records = records_of(results(), QRELS, bodies, 1, None)
+    assert records == [
+        {"query_id": "1", "query": "query 1", "pos": ["<text of d2>"], "neg": ["<text of d1>", "<text of d3>"]},
+        {"query_id": "2", "query": "query 2", "pos": ["<text of d1>"], "neg": ["<text of d4>", "<text of d5>"]},
+    ]
+    (line,) = caplog.messages
+    assert "training on 2 queries; 1 had no relevant result" in line
+    assert line.endswith("left out: 2 without a positive, 1 without a negative")
+
+
+def test_text_brings_in_what_was_not_retrieved() -> None:
+    text = pt.apply.generic(lambda frame: frame.assign(text="fetched " + frame["docno"]))
+    records = records_of(results(), QRELS, bodies, 1, text)
+    assert [(r["query_id"], r["pos"]) for r in records][2] == ("3", ["<fetched d9>"])
+
+
+def test_text_that_fails_leaves_the_query_out() -> None:
+    def missing(frame: pd.DataFrame) -> pd.DataFrame:
+        raise KeyError("d9")
+
+    assert len(records_of(results(), QRELS, bodies, 1, pt.apply.generic(missing))) == 2
+
+
+def test_min_label() -> None:
+    records = records_of(results(), QRELS, bodies, 2, None)
+    assert [r["query_id"] for r in records] == ["2"]
+    with pytest.raises(ValueError, match=r"nothing to train on: 5 queries have no positive \(label of at least 3\)"):
+        records_of(results(), QRELS, bodies, 3, None)
+
+
+def test_a_teachers_scores_go_with_their_passages() -> None:
+    scored = results().assign(teacher=range(9))
+    (record,) = records_of(scored[scored["qid"] == "1"], QRELS, bodies, 1, None)
+    assert (record["pos_scores"], record["neg_scores"]) == ([1], [0, 2])
+    assert all("pos_scores" not in r for r in records_of(scored, QRELS, bodies, 1, None))  # query 2 has none
+
+
+def test_numbers_as_ids_are_fine() -> None:
+    numbers = results().astype({"qid": int})
+    assert len(records_of(numbers, judged(QRELS.astype({"qid": int}), "qrels_tr"), bodies, 1, None)) == 2
+
+
+@pytest.mark.parametrize(
+    ("qrels", "message"),
+    [
+        (QRELS.rename(columns={"label": "grade"}), "qrels_tr has columns .*'grade'.*; wanted qid, docno and label"),
+        (QRELS[:0], "qrels_tr is empty"),
+    ],
+)
+def test_judgements_are_checked(qrels: pd.DataFrame, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        judged(qrels, "qrels_tr")
+
+
+def test_validation_counts_what_was_not_retrieved() -> None:
+    measure = validation_of(results(), QRELS, bodies)
+    perfect = measure(lambda pairs: [float(body == "<text of d2>") for _, body in pairs])
+    # Queries 1 and 5 are perfect, 2 and 3 retrieved nothing relevant; 4 is not judged.
+    assert perfect == pytest.approx(2 / 4)

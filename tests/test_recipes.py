@@ -1,0 +1,70 @@
+"""Recipes hold the original programs' values, and refuse what makes no sense."""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import MODELS
+
+from pyterrier_llmrerank.training import CompensateTraining, DistillTraining, RankLLaMATraining
+from pyterrier_llmrerank.training.recipes import Recipe
+
+
+def test_defaults_are_the_original_programs() -> None:
+    rank = RankLLaMATraining()
+    assert (rank.lora_rank, rank.lora_alpha, rank.lora_dropout, rank.learning_rate) == (32, 64, 0.1, 1e-4)
+    assert (rank.group_size, rank.query_max_length, rank.passage_max_length) == (16, 32, 196)
+    assert "k_proj" not in rank.target_modules
+    assert (rank.per_device_train_batch_size, rank.gradient_accumulation_steps, rank.warmup_steps) == (4, 8, 0.1)
+    distill = DistillTraining()
+    assert (distill.learning_rate, distill.start_layer, distill.compress_ratios) == (2e-4, 4, (1, 2, 4, 8))
+    assert distill.compress_layers == (4, 8, 12, 16, 20, 24, 28)
+    assert distill.train_method == "distill_fix_layer_teacher"
+    assert distill.head_modules == ("linear_head",)
+    compensate = CompensateTraining()
+    assert (compensate.learning_rate, compensate.train_method, compensate.compress_ratios) == (2e-5, "normal", (1,))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "message"),
+    [
+        (RankLLaMATraining, {"group_size": 1}, "group_size=1; allowed: a number of at least 2"),
+        (RankLLaMATraining, {"learning_rate": "fast"}, "learning_rate='fast'"),
+        (RankLLaMATraining, {"lora_rank": True}, "lora_rank=True"),
+        (RankLLaMATraining, {"patience": 0}, "patience=0"),
+        (DistillTraining, {"train_method": "magic"}, "train_method='magic'; allowed: normal"),
+        (DistillTraining, {"compress_ratios": (3,)}, r"compress_ratios=\[3\]"),
+        (DistillTraining, {"compress_ratios": ()}, r"compress_ratios=\[\]"),
+        (DistillTraining, {"compress_layers": (-1,)}, r"compress_layers=\[-1\]"),
+        (DistillTraining, {"start_layer": 0}, "start_layer=0; allowed: an integer of at least 1"),
+        (CompensateTraining, {"finetune_type": "depth"}, "finetune_type='depth'; allowed: layer, token"),
+        (CompensateTraining, {"compress_ratios": (2,)}, "finetune_type=layer allows 1 alone"),
+        (CompensateTraining, {"finetune_type": "token", "compress_ratios": (2, 4)}, "token allows one ratio"),
+        (CompensateTraining, {"finetune_type": "token"}, "token allows one ratio"),
+    ],
+)
+def test_settings_are_checked(recipe: type[Recipe], settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        recipe(**settings)
+
+
+def test_a_score_head_starts_random_or_as_it_is() -> None:
+    recipe = RankLLaMATraining()
+    base = recipe.open(str(MODELS / "rankllama_base"))
+    tokenizer = base.tokenizer()
+    assert not base.has_heads
+    one, other = (recipe.heads(base, tokenizer, seed) for seed in (1, 2))
+    assert one.shape == (1, base.config.hidden_size)
+    assert not torch.equal(one, other)
+    assert torch.equal(one, recipe.heads(base, tokenizer, 1))
+    adapter = recipe.open(str(MODELS / "rankllama_adapter"), base_model=str(MODELS / "rankllama_base"))
+    assert torch.equal(recipe.heads(adapter, tokenizer, 1), adapter.heads(tokenizer))
+    with pytest.raises(ValueError, match="raw_peft="):
+        recipe.open(str(MODELS / "rankllama_base"), ["adapter"])
+
+
+def test_heads_stand_where_the_recipe_or_the_checkpoint_says() -> None:
+    recipe = DistillTraining(start_layer=2, layer_sep=3)
+    assert list(recipe.open(str(MODELS / "mistral_base")).head_layers) == [2, 5, 8]
+    own = recipe.open(str(MODELS / "costwise_full"))  # it brings its own
+    assert own.head_layers[0] != 2 or own.head_layers[1] != 5
