@@ -40,6 +40,34 @@ def smollm2() -> str:
     return "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
+#: The name of the small model whose trained adapters come with this package.
+SHIPPED = "smollm2-135m"
+
+#: Ratios for which there is a shipped token compensation.
+SHIPPED_RATIOS = (2, 4)
+
+
+def shipped(adapter: str) -> str:
+    """The folder of an adapter for SmolLM2-135M-Instruct that comes with this package.
+
+    Args:
+        adapter: ``rankllama-smollm2-135m``, or ``matroyshka-smollm2-135m/`` and ``distilled``, ``layer``,
+            ``token-2`` or ``token-4``.
+
+    Raises:
+        FileNotFoundError: there is none of that name.
+    """
+    folder = Path(__file__).parent / "models" / adapter
+    if not (folder / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"adapter={adapter!r}: none of that name comes with this package.")
+    return str(folder)
+
+
+def is_shipped(model: str) -> bool:
+    """Whether a model is the shipped one by name; a folder of that name comes first, as with hub ids."""
+    return model == SHIPPED and not Path(model).exists()
+
+
 def identity(reference: Any) -> Any:
     """The same value for the same files as they are now: paths resolved, and when what they hold was written."""
     if isinstance(reference, tuple):

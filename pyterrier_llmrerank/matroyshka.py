@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
-from .files import is_hub_id, require
+from .files import SHIPPED_RATIOS, adapter_folder, is_hub_id, is_shipped, require, shipped, smollm2
 from .inputs import PROMPT, Ids, MatroyshkaInputs
 from .reranker import LLMReranker, integer, path_like, positive
 
@@ -33,8 +33,10 @@ class MatroyshkaReranker(LLMReranker):
     Args:
         model: a layer-wise checkpoint (``cost_wise_*``), or any causal language model of a supported
             family, to which ``adapters`` and ``start_layer`` belong: a folder, ``.gguf`` file or hub id.
+            ``"smollm2-135m"`` is SmolLM2-135M-Instruct with the adapters that come with this package.
         adapters: LoRA folders to merge, in this order: paths, folders below the model's own
-            (``"compensate/layer/full"``), or hub ids.
+            (``"compensate/layer/full"``), or hub ids. By default none; of ``"smollm2-135m"`` those that
+            fit the shape: distilled, layer compensation, and token compensation where it compresses.
         cutoff: the layer whose score is wanted, or several: then ``score`` is the deepest's, and each has
             a column ``score_<layer>``, all out of one pass. None for the model's last layer. Layers
             deeper than that are neither run nor, unless another reranker needs them, kept in memory.
@@ -187,7 +189,17 @@ class MatroyshkaReranker(LLMReranker):
     def _checkpoint(self) -> partial[Any]:
         from .checkpoints import MatroyshkaCheckpoint
 
-        return partial(MatroyshkaCheckpoint, self.model, self.adapters, self.start_layer, self.layer_sep)
+        return partial(MatroyshkaCheckpoint, *self._opened())
+
+    def _opened(self) -> tuple[str, tuple[str, ...], int | None, int | None]:
+        """Model, adapters, and where the heads are, that are opened."""
+        if not is_shipped(self.model):
+            return self.model, self.adapters, self.start_layer, self.layer_sep
+        ratio = self.compress_ratio if any(self.compress_layers) else 1
+        fitting = [shipped_ratio for shipped_ratio in SHIPPED_RATIOS if shipped_ratio <= ratio]
+        roles = ["distilled", "layer", *(f"token-{shipped_ratio}" for shipped_ratio in fitting[-1:])]
+        adapters = self.adapters or tuple(shipped(f"matroyshka-{self.model}/{role}") for role in roles)
+        return smollm2(), adapters, self.start_layer or 4, self.layer_sep
 
     def _is_local(self) -> bool:
         """Whether the checkpoint can be looked into without downloading or converting anything."""
@@ -221,25 +233,28 @@ class MatroyshkaReranker(LLMReranker):
         from .training.recipes import DistillTraining
 
         recipe = self.training or DistillTraining()
-        start = recipe.start_layer if self.start_layer is None else self.start_layer
-        step = recipe.layer_sep if self.layer_sep is None else self.layer_sep
+        _, _, start_layer, layer_sep = self._opened()
+        start = recipe.start_layer if start_layer is None else start_layer
+        step = recipe.layer_sep if layer_sep is None else layer_sep
         return replace(recipe, start_layer=start, layer_sep=step, prompt=self.prompt)
 
     def _train(self, training: Frames, validation: Frames | None) -> Path:
         from .training.fitting import fit
 
+        model, adapters, _, _ = self._opened()
         return fit(
-            self._recipe(), self.model, self.adapters, training, validation,
+            self._recipe(), model, adapters, training, validation,
             device=self.device, dtype=self.dtype, verbose=self.verbose,
         )  # fmt: skip
 
     def _take_up(self, adapter: str) -> None:
         from .checkpoints import is_layer_wise
 
+        recipe = self._recipe()
+        self.model, adapters, _, _ = self._opened()
         if not is_layer_wise(self.model):
-            recipe = self._recipe()
             self.start_layer, self.layer_sep = recipe.start_layer, recipe.layer_sep
-        self.adapters = (*self.adapters, adapter)
+        self.adapters = (*adapters, adapter)
 
     def save(self, folder: str | Path, *, merged: bool = False) -> list[Path]:
         """Write what was trained, in the form that the original programs, PEFT and the constructor open.
@@ -257,18 +272,17 @@ class MatroyshkaReranker(LLMReranker):
             FileExistsError: there is something in the folder.
             ValueError: there is no adapter to write.
         """
-        from .files import adapter_folder
         from .saving import copy_adapter, empty_folder, write_merged
 
-        if not merged and not self.adapters:
+        model, adapters, _, _ = self._opened()
+        if not merged and not adapters:
             raise ValueError("adapters=(): there is none to write; allowed: merged=True.")
         target = empty_folder(Path(folder).expanduser())
         if not merged:
-            several = len(self.adapters) > 1
-            targets = [target / str(n) if several else target for n in range(1, len(self.adapters) + 1)]
-            for name, place in zip(self.adapters, targets, strict=True):
+            targets = [target / str(n) for n in range(1, len(adapters) + 1)] if len(adapters) > 1 else [target]
+            for name, place in zip(adapters, targets, strict=True):
                 place.mkdir(exist_ok=True)
-                copy_adapter(adapter_folder(name, self.model), place)
+                copy_adapter(adapter_folder(name, model), place)
             return targets
         weights = self._weights()
         checkpoint = cast("MatroyshkaCheckpoint", weights.checkpoint)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
 
-from .files import require
+from .files import folder_of, is_shipped, require, shipped, smollm2
 from .inputs import Ids, RankLLaMAInputs, document
 from .reranker import LLMReranker, column, path_like, positive, problem_of
 
@@ -28,7 +28,7 @@ class RankLLaMAReranker(LLMReranker):
 
     Args:
         model: a PEFT ``SEQ_CLS`` adapter with its score head, or a merged ``*ForSequenceClassification``
-            model: a folder or a hub id.
+            model: a folder or a hub id. ``"smollm2-135m"`` is the small adapter that comes with this package.
         base_model: what the adapter is put on (folder, ``.gguf`` file or hub id), instead of the base
             that it names itself.
         query_max_length: tokens kept of ``query: {query}``, without ``<s>``.
@@ -112,7 +112,13 @@ class RankLLaMAReranker(LLMReranker):
     def _checkpoint(self) -> partial[Any]:
         from .checkpoints import RankLLaMACheckpoint
 
-        return partial(RankLLaMACheckpoint, self.model, self.base_model)
+        return partial(RankLLaMACheckpoint, *self._opened())
+
+    def _opened(self) -> tuple[str, str | None]:
+        """Model and base model that are opened."""
+        if is_shipped(self.model):
+            return shipped(f"rankllama-{self.model}"), self.base_model or smollm2()
+        return self.model, self.base_model
 
     def _shape(self, checkpoint: Checkpoint) -> Shape:
         from .scoring import Shape
@@ -151,20 +157,19 @@ class RankLLaMAReranker(LLMReranker):
     def _train(self, training: Frames, validation: Frames | None) -> Path:
         from .training.fitting import fit
 
+        model, base_model = self._opened()
         return fit(
-            self._recipe(), self.model, (), training, validation,
-            device=self.device, dtype=self.dtype, verbose=self.verbose, base_model=self.base_model,
+            self._recipe(), model, (), training, validation,
+            device=self.device, dtype=self.dtype, verbose=self.verbose, base_model=base_model,
         )  # fmt: skip
 
     def _take_up(self, adapter: str) -> None:
-        if not self._is_adapter():
-            self.base_model = self.model
+        model, base_model = self._opened()
+        self.base_model = base_model if self._is_adapter() else model
         self.model = adapter
 
     def _is_adapter(self) -> bool:
-        from .files import folder_of
-
-        return (folder_of(self.model, "model") / "adapter_config.json").is_file()
+        return (folder_of(self._opened()[0], "model") / "adapter_config.json").is_file()
 
     def save(self, folder: str | Path, *, merged: bool = False) -> None:
         """Write what was trained, in the form that the original programs, PEFT and the constructor open.
@@ -178,7 +183,6 @@ class RankLLaMAReranker(LLMReranker):
             FileExistsError: there is something in the folder.
             ValueError: there is no adapter, or it is untrained.
         """
-        from .files import folder_of
         from .saving import copy_adapter, empty_folder, write_merged
 
         weights = self._weights()
@@ -188,7 +192,7 @@ class RankLLaMAReranker(LLMReranker):
             raise ValueError(f"model={self.model!r} is no adapter; allowed: merged=True.")
         target = empty_folder(Path(folder).expanduser())
         if not merged:
-            copy_adapter(folder_of(self.model, "model"), target)
+            copy_adapter(folder_of(self._opened()[0], "model"), target)
             checkpoint.tokenizer().save_pretrained(target)
             return
         family = type(checkpoint.config).__name__.removesuffix("Config")

@@ -1,0 +1,147 @@
+"""Tokens trained per second: RankLLaMA's recipe here, and a plain Trainer loop over transformers and PEFT.
+
+    python examples/benchmark_training.py DATA.jsonl --model FOLDER_OR_HUB_ID
+
+Both train the same LoRA modules and score head on the same groups in the same order, with transformers' Trainer,
+in the same precision. The plain loop is what one would write: AutoModelForSequenceClassification, padded
+batches with their attention masks, cross-entropy over each group. They take turns, so that both meet what else the
+machine does; printed are medians over the rounds. Padding is not counted as tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+
+from pyterrier_llmrerank.files import folder_of, smollm2
+from pyterrier_llmrerank.training import RankLLaMATraining
+from pyterrier_llmrerank.training.data import Batch, Collator, Groups, open_data
+from pyterrier_llmrerank.training.trainer import GroupTrainer, with_lora
+
+
+class Clock(TrainerCallback):
+    """Seconds and losses of the steps after the first, which still prepares."""
+
+    def __init__(self) -> None:
+        self.begun = self.seconds = 0.0
+        self.losses: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begun = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if state.global_step > 1:
+            self.seconds += time.perf_counter() - self.begun
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if "loss" in (logs or {}):
+            self.losses.append(logs["loss"])
+
+
+class PlainTrainer(Trainer):
+    """Cross-entropy over groups on a sequence classification model."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        batch: Batch = inputs["batch"]
+        lengths = torch.tensor(batch.spans.lengths)
+        mask = (torch.arange(batch.input_ids.shape[1]) < lengths[:, None]).long()
+        # Such models find their last token by its not being the padding token.
+        ids = batch.input_ids.masked_fill(mask == 0, model.config.pad_token_id)
+        logits = model(input_ids=ids.to(self.args.device), attention_mask=mask.to(self.args.device)).logits
+        groups = logits.float().view(-1, batch.size)
+        return torch.nn.functional.cross_entropy(
+            groups, torch.zeros(len(groups), dtype=torch.long, device=groups.device)
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", help="JSON lines")
+    parser.add_argument("--model", default=smollm2(), help="a causal language model: folder, .gguf file or hub id")
+    parser.add_argument("--group_size", type=int, default=8)
+    parser.add_argument("--queries", type=int, default=1, help="a step")
+    parser.add_argument("--passage_max_length", type=int, default=196)
+    parser.add_argument("--steps", type=int, default=6, help="a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    chosen = parser.parse_args()
+
+    recipe = RankLLaMATraining(
+        group_size=chosen.group_size, passage_max_length=chosen.passage_max_length, lora_dropout=0.0
+    )
+    folder = folder_of(chosen.model, "model")
+    checkpoint = recipe.open(str(folder))
+    tokenizer = checkpoint.tokenizer()
+    heads = recipe.heads(checkpoint, tokenizer, recipe.seed)
+    groups = Groups(open_data([chosen.data]), recipe.group_size, recipe.seed, recipe.body)
+    collate = Collator(tokenizer, recipe.encoder)
+
+    dtype = torch.bfloat16
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=dtype)
+    classifier.config.pad_token_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    classifier.score.weight.data = heads.to(dtype)
+    lora = LoraConfig(
+        task_type="SEQ_CLS", r=recipe.lora_rank, lora_alpha=int(recipe.lora_alpha),
+        target_modules=list(recipe.target_modules),
+    )  # fmt: skip
+    plain = get_peft_model(classifier, lora)
+    for parameter in plain.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    ours = with_lora(checkpoint, heads, recipe, dtype, chosen.model)
+
+    def turn(kind: str) -> Clock:
+        clock = Clock()
+        with tempfile.TemporaryDirectory() as output:
+            arguments = TrainingArguments(
+                output_dir=output, max_steps=chosen.steps, per_device_train_batch_size=chosen.queries, bf16=True,
+                learning_rate=1e-5, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+                remove_unused_columns=False, use_cpu=not torch.cuda.is_available(),
+            )  # fmt: skip
+            if kind == "plain":
+                trainer: Trainer = PlainTrainer(
+                    plain, arguments, train_dataset=groups, data_collator=lambda drawn: {"batch": collate(drawn)}
+                )
+            else:
+                trainer = GroupTrainer(
+                    ours, arguments, groups, collate, recipe.loss, recipe.widths(0), recipe.task_type
+                )
+            trainer.add_callback(clock)
+            trainer.train()
+        return clock
+
+    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(0))  # any sample tells the mean
+    sample = [collate([groups[int(index)]]) for index in order[:50]]
+    tokens = sum(sum(batch.spans.lengths) for batch in sample) / len(sample) * chosen.queries
+    rates: dict[str, list[float]] = {"plain": [], "ours": []}
+    losses: dict[str, list[float]] = {"plain": [], "ours": []}
+    for _ in range(chosen.rounds):
+        for kind in rates:
+            clock = turn(kind)
+            rates[kind].append(tokens * (chosen.steps - 1) / clock.seconds)
+            losses[kind] += clock.losses
+    medians = {kind: statistics.median(values) for kind, values in rates.items()}
+    print(f"\n{'':8}{'tokens/s':>10}{'pairs/s':>10}{'ratio':>8}{'first loss':>12}{'last loss':>11}")
+    for kind, rate in medians.items():
+        pairs = rate / tokens * recipe.group_size * chosen.queries
+        first, last = losses[kind][0], losses[kind][-1]
+        print(f"{kind:8}{rate:10.0f}{pairs:10.2f}{rate / medians['plain']:8.2f}{first:12.4f}{last:11.4f}")
+    if chosen.json:
+        chosen.json.write_text(json.dumps({"tokens_per_second": rates, "losses": losses}, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
