@@ -1,4 +1,4 @@
-"""BM25 against the same BM25 reranked by a small language model at several depths, as one experiment.
+"""BM25 against the same BM25 reranked by small trained models at several depths, as one experiment.
 
     python examples/quickstart.py
     python examples/quickstart.py --dataset irds:vaswani --depths 10 20 30
@@ -20,8 +20,8 @@ import pyterrier as pt
 from pyterrier.measures import RR, nDCG
 from pyterrier_pisa import PisaIndex
 
-from pyterrier_llmrerank import MatroyshkaReranker
-from pyterrier_llmrerank.files import smollm2
+from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker
+from pyterrier_llmrerank.files import SHIPPED
 
 COLLECTION = Path(__file__).parent / "collection"
 Collection = tuple[Iterable[dict[str, str]], pt.Transformer, pd.DataFrame, pd.DataFrame]
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--depths", type=int, nargs="+", default=[10, 20, 30], help="decoder layers (the model has 30)")
     parser.add_argument("--candidates", type=int, default=20, help="how many of BM25's results are reranked")
     parser.add_argument(
-        "--model", default=smollm2(), help="a plain causal language model: folder, .gguf file or hub id"
+        "--model", default=SHIPPED, help="instead, a plain causal language model: folder, .gguf file or hub id"
     )
     arguments = parser.parse_args()
 
@@ -82,12 +82,17 @@ def main() -> None:
             bm25 = index.bm25(num_results=arguments.candidates)
             bm25.search("anything")  # the first search still prepares
 
+        trained = arguments.model == SHIPPED
+        start_layer = None if trained else min(arguments.depths)
+        reranker = MatroyshkaReranker(arguments.model, start_layer=start_layer, verbose=True)
         # One model in memory; .at() reads it at another depth.
-        reranker = MatroyshkaReranker(arguments.model, start_layer=min(arguments.depths), verbose=True)
-        reranker.compute_score([("a query", f"passage {i}, to open the model before time is taken") for i in range(50)])
-        systems = {"BM25": bm25} | {
-            f"BM25 >> {depth} layers": bm25 >> with_text >> reranker.at(cutoff=depth) for depth in arguments.depths
-        }
+        rerankers: dict[str, LLMReranker] = {f"{depth} layers": reranker.at(cutoff=depth) for depth in arguments.depths}
+        if trained:
+            rerankers["RankLLaMA"] = RankLLaMAReranker(SHIPPED, verbose=True)
+        warm_up = [("a query", f"passage {i}, to open the model before time is taken") for i in range(50)]
+        for each in rerankers.values():
+            each.compute_score(warm_up)
+        systems = {"BM25": bm25} | {f"BM25 >> {name}": bm25 >> with_text >> each for name, each in rerankers.items()}
         table = pt.Experiment(
             list(systems.values()),
             topics,
@@ -104,10 +109,11 @@ def main() -> None:
         " mrt is milliseconds a query, measured once.\n"
     )
     print(table.to_string(index=False))
-    print(
-        f"\nNot trained for ranking: {Path(arguments.model).name} is asked zero-shot, through the word 'Yes' of its"
-        "\nlanguage-model head. Expect it to reorder results, not to improve them."
-    )
+    if not trained:
+        print(
+            f"\nNot trained for ranking: {Path(arguments.model).name} is asked zero-shot, through the word 'Yes' of its"
+            "\nlanguage-model head. Expect it to reorder results, not to improve them."
+        )
 
 
 if __name__ == "__main__":

@@ -1,67 +1,117 @@
-"""Rerank a run that some other system made, and compare the two with a significance test.
+"""Rerank runs that some other system made, in many shapes, and test the differences for significance.
 
-    python examples/rerank_run.py FOLDER --run bm25 --depths 10 20 30
+    python examples/rerank_run.py FOLDER [FOLDER ...] --run bm25 --depths 10 15 20 30 --ratios 1 2 4
 
 FOLDER holds topics.tsv (qid, query), qrels.txt (TREC), docs.jsonl.gz (docno, title, text) and
-runs/NAME.res.gz (TREC). All depths come out of one pass over the model.
+runs/NAME.res.gz (TREC). All depths of a ratio come out of one pass over the model. Small models of this package
+are compared with and without their compensation adapters by --compensation both.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 import pyterrier as pt
 from pyterrier.measures import RR, nDCG
 
-from pyterrier_llmrerank import MatroyshkaReranker
-from pyterrier_llmrerank.files import smollm2
+from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker
+from pyterrier_llmrerank.files import SHIPPED, shipped
 
 STRINGS = {"qid": str, "query": str, "docno": str, "title": str, "text": str}
+DISTILLED = f"matroyshka-{SHIPPED}/distilled"
+
+
+def load(folder: Path, run: str, candidates: int, queries: int | None) -> tuple[pd.DataFrame, ...]:
+    """Topics, judgements and the run's best candidates with their texts."""
+    topics = pd.read_csv(folder / "topics.tsv", sep="\t", names=["qid", "query"], dtype=STRINGS, quoting=3)
+    documents = pd.read_json(folder / "docs.jsonl.gz", lines=True, dtype=STRINGS)
+    qrels = pt.io.read_qrels(str(folder / "qrels.txt"))
+    topics = topics[topics["qid"].isin(qrels["qid"])].head(queries)
+    results = pt.io.read_results(str(folder / "runs" / f"{run}.res.gz"))
+    results["score"] = -results["rank"]  # files round scores until they tie, and ties would be broken by docno
+    return topics, qrels, results[results["rank"] < candidates].merge(topics, on="qid").merge(documents, on="docno")
+
+
+def with_title(results: pd.DataFrame) -> pd.DataFrame:
+    """Titles before their texts: Matroyshka reads one column."""
+    return results.assign(text=(results["title"] + " " + results["text"]).str.strip())
+
+
+def rerankers(arguments: argparse.Namespace) -> Iterator[tuple[str, LLMReranker]]:
+    """What is compared, by name: for each ratio one re-ranker that reads all depths."""
+    shared = {"dtype": arguments.dtype, "verbose": True, "batch_size": arguments.batch_size}
+    if arguments.rankllama:
+        yield "RankLLaMA", RankLLaMAReranker(arguments.rankllama, **shared)
+    if not arguments.model:
+        return
+    for ratio in arguments.ratios:
+        shape = {"cutoff": arguments.depths, "compress_layers": arguments.compress_layers, "compress_ratio": ratio}
+        width = "" if ratio == 1 else f" ratio {ratio}"
+        if arguments.model != SHIPPED:
+            lowest = arguments.start_layer or min(arguments.depths)
+            yield (
+                width,
+                MatroyshkaReranker(arguments.model, adapters=arguments.adapters, start_layer=lowest, **shape, **shared),
+            )
+            continue
+        if arguments.compensation in ("with", "both"):
+            yield width, MatroyshkaReranker(arguments.model, **shape, **shared)
+        if arguments.compensation in ("without", "both"):
+            yield (
+                f"{width} uncompensated",
+                MatroyshkaReranker(arguments.model, adapters=[shipped(DISTILLED)], **shape, **shared),
+            )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--run", default="bm25", help="which of runs/*.res.gz")
     parser.add_argument("--candidates", type=int, default=20, help="how many of its results are reranked")
+    parser.add_argument("--queries", type=int, help="so many of the topics, from the first; default all")
+    parser.add_argument("--model", default=SHIPPED, help="for Matroyshka: folder, .gguf file, hub id; '' for none")
+    parser.add_argument("--adapters", nargs="*", default=(), help="LoRA folders for another model")
+    parser.add_argument("--start_layer", type=int, help="the shallowest layer with a head of another model")
     parser.add_argument("--depths", type=int, nargs="+", default=[10, 20, 30], help="decoder layers")
-    parser.add_argument("--model", default=smollm2(), help="folder, .gguf file or hub id of a causal language model")
+    parser.add_argument("--ratios", type=int, nargs="+", default=[1], help="passage states pooled into one")
+    parser.add_argument("--compress_layers", type=int, nargs="+", default=[8], help="layers before which that is done")
+    parser.add_argument("--compensation", choices=["with", "without", "both"], default="with")
+    parser.add_argument("--rankllama", help=f"a RankLLaMA to compare with, for example {SHIPPED}")
+    parser.add_argument("--batch_size", type=int)
     parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
+    parser.add_argument("--csv", type=Path, help="where to write the table too")
     arguments = parser.parse_args()
 
-    folder = arguments.folder
-    topics = pd.read_csv(folder / "topics.tsv", sep="\t", names=["qid", "query"], dtype=STRINGS, quoting=3)
-    documents = pd.read_json(folder / "docs.jsonl.gz", lines=True, dtype=STRINGS)
-    qrels = pt.io.read_qrels(str(folder / "qrels.txt"))
-    run = pt.io.read_results(str(folder / "runs" / f"{arguments.run}.res.gz"))
-    run["score"] = -run["rank"]  # files round scores until they tie, and ties would be broken by docno
-    candidates = run[run["rank"] < arguments.candidates].merge(topics, on="qid").merge(documents, on="docno")
-
-    reranker = MatroyshkaReranker(
-        arguments.model,
-        cutoff=arguments.depths,
-        start_layer=min(arguments.depths),
-        dtype=arguments.dtype,
-        verbose=True,
-    )
-    reranked = reranker(candidates)
-    by_depth = {
-        f"{arguments.run} >> {depth} layers": pt.model.add_ranks(reranked.assign(score=reranked[f"score_{depth}"]))
-        for depth in arguments.depths
-    }
-    systems = {arguments.run: candidates} | by_depth
-    table = pt.Experiment(
-        list(systems.values()),
-        topics[topics["qid"].isin(qrels["qid"])],
-        qrels,
-        [nDCG @ 10, RR(rel=2) @ 10] if qrels["label"].max() > 1 else [nDCG @ 10, RR @ 10],
-        names=list(systems),
-        baseline=0,
-        round=4,
-    )
-    print(table.to_string(index=False))
+    tables = []
+    for folder in arguments.folders:
+        topics, qrels, candidates = load(folder, arguments.run, arguments.candidates, arguments.queries)
+        systems = {arguments.run: candidates}
+        for name, reranker in rerankers(arguments):
+            if isinstance(reranker, RankLLaMAReranker):
+                systems[name] = reranker(candidates)
+                continue
+            reranked = reranker(with_title(candidates))
+            for depth in arguments.depths:
+                score = reranked[f"score_{depth}"] if len(arguments.depths) > 1 else reranked["score"]
+                systems[f"{depth} layers{name}"] = pt.model.add_ranks(reranked.assign(score=score))
+        table = pt.Experiment(
+            list(systems.values()),
+            topics,
+            qrels,
+            [nDCG @ 10, RR(rel=2) @ 10] if qrels["label"].max() > 1 else [nDCG @ 10, RR @ 10],
+            names=list(systems),
+            baseline=0,
+            round=4,
+        )
+        table.insert(0, "collection", f"{folder.name} ({len(topics)})")
+        print(f"\n{folder.name}, {len(topics)} queries, {arguments.candidates} candidates each\n")
+        print(table.drop(columns="collection").to_string(index=False), flush=True)
+        tables.append(table)
+    if arguments.csv:
+        pd.concat(tables).to_csv(arguments.csv, index=False)
 
 
 if __name__ == "__main__":

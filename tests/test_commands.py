@@ -174,3 +174,10 @@ def test_a_killed_run_goes_on_where_it_was(data: Path, tmp_path: Path) -> None:
     whole, cut = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
     for name, tensor in whole.items():
         torch.testing.assert_close(cut[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+def test_the_configurations_for_deepspeed_are_json() -> None:
+    for stage in (1, 3):
+        config = json.loads((EXAMPLES / f"deepspeed_zero{stage}.json").read_text())
+        assert config["zero_optimization"]["stage"] == stage
+        assert config["bf16"] == {"enabled": "auto"}

@@ -4,6 +4,7 @@ import errno
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from conftest import MODELS
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pyterrier_llmrerank import MatroyshkaReranker, files
-from pyterrier_llmrerank.files import TensorFiles, adapter_folder, dequantised, folder_of, read_json
+from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker, files
+from pyterrier_llmrerank.files import TensorFiles, adapter_folder, dequantised, folder_of, read_json, shipped
 
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b.weight": torch.ones(4)}
 
@@ -296,3 +297,35 @@ def test_a_gguf_is_dequantised_once(smollm2: str) -> None:
     tensors = load_file(folder / "model.safetensors")
     assert tensors["model.embed_tokens.weight"].dtype == torch.float32
     assert "quantization_config" not in read_json(folder / "config.json")
+
+
+def test_what_is_shipped_fits_the_shape(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def roles(**shape: Any) -> list[str]:
+        _, adapters, start_layer, _ = MatroyshkaReranker("smollm2-135m", **shape)._opened()
+        assert start_layer == 4
+        return [Path(folder).name for folder in adapters]
+
+    assert roles() == ["distilled", "layer"]
+    assert roles(cutoff=10, compress_layers=8) == ["distilled", "layer"]
+    assert roles(compress_ratio=2) == ["distilled", "layer"]  # no layer at which to compress
+    for ratio, fitting in ((2, 2), (4, 4), (8, 4)):
+        assert roles(compress_layers=8, compress_ratio=ratio) == ["distilled", "layer", f"token-{fitting}"]
+    assert roles(adapters=[shipped("matroyshka-smollm2-135m/distilled")]) == ["distilled"]
+    model, base = RankLLaMAReranker("smollm2-135m")._opened()
+    assert (Path(model).name, base) == ("rankllama-smollm2-135m", files.smollm2())
+    with pytest.raises(FileNotFoundError, match="adapter='other': none of that name"):
+        shipped("other")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2-135m").mkdir()
+    (tmp_path / "smollm2-135m" / "config.json").write_text("{}")
+    assert not files.is_shipped("smollm2-135m")  # a folder of one's own comes first
+
+
+def test_what_is_shipped_is_small_and_described() -> None:
+    models = Path(files.__file__).parent / "models"
+    weights = list(models.rglob("*.safetensors"))
+    assert len(weights) == 5
+    assert sum(file.stat().st_size for file in weights) <= 24e6
+    for folder in ("rankllama-smollm2-135m", "matroyshka-smollm2-135m"):
+        card = (models / folder / "README.md").read_text(encoding="utf-8")
+        assert all(word in card for word in ("Data", "Licence", "Command", "nDCG@10"))

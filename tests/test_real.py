@@ -10,7 +10,8 @@ import torch
 from pyterrier.measures import nDCG
 from transformers import AutoModelForCausalLM
 
-from pyterrier_llmrerank import MatroyshkaReranker
+from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker
+from pyterrier_llmrerank.files import shipped
 
 PASSAGES = {
     "what do pandas eat": "The giant panda feeds almost entirely on bamboo, and eats up to fifteen kilograms a day.",
@@ -42,6 +43,31 @@ def test_a_score_does_not_depend_on_its_batch_in_the_default_dtype(smollm2: str,
     alone = [reranker.compute_score(pair) for pair in pairs]
     on_cpu = reranker._weights().device.type == "cpu"
     np.testing.assert_allclose(reranker.compute_score(pairs), alone, atol=1e-4 if on_cpu else 2e-2)
+
+
+@pytest.mark.parametrize(
+    "reranker",
+    [
+        RankLLaMAReranker("smollm2-135m"),
+        MatroyshkaReranker("smollm2-135m"),
+        MatroyshkaReranker("smollm2-135m", cutoff=20),
+        MatroyshkaReranker("smollm2-135m", cutoff=20, compress_layers=8, compress_ratio=2),
+        MatroyshkaReranker("smollm2-135m", compress_layers=8, compress_ratio=4),
+    ],
+    ids=repr,
+)
+def test_the_shipped_models_rank(smollm2: str, reranker: LLMReranker) -> None:
+    scores = np.asarray(reranker.compute_score(PAIRS)).reshape(len(PASSAGES), -1)
+    assert (scores.argmax(axis=1) == np.arange(len(PASSAGES))).all()
+
+
+def test_a_shipped_model_is_its_adapters_over_the_base(smollm2: str) -> None:
+    folders = [shipped(f"matroyshka-smollm2-135m/{role}") for role in ("distilled", "layer", "token-2")]
+    shape = {"cutoff": 16, "compress_layers": [8], "compress_ratio": 2}
+    named = MatroyshkaReranker(smollm2, adapters=folders, start_layer=4, **shape)
+    np.testing.assert_array_equal(
+        MatroyshkaReranker("smollm2-135m", **shape).compute_score(PAIRS), named.compute_score(PAIRS)
+    )
 
 
 def test_an_experiment_over_a_real_collection(smollm2: str, collections: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from ..adapters import Adapter
 from ..batching import TOKENS, run_in_batches
@@ -92,7 +94,9 @@ def train(
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several are for torchrun: DataParallel cannot share our batches out
     tokenizer = checkpoint.tokenizer()
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
-    model = with_lora(checkpoint, recipe.heads(checkpoint, tokenizer, arguments.seed), recipe, dtype, name)
+    heads = recipe.heads(checkpoint, tokenizer, arguments.seed)
+    with _whole(arguments):
+        model = with_lora(checkpoint, heads, recipe, dtype, name)
     trainer = GroupTrainer(
         model,
         arguments,
@@ -112,6 +116,20 @@ def train(
     if arguments.push_to_hub:
         trainer.push_to_hub()
     return Path(cast(str, arguments.output_dir))
+
+
+@contextmanager
+def _whole(arguments: TrainingArguments) -> Iterator[None]:
+    """Build a model in one piece where DeepSpeed is to shard it: transformers would shard it before it has weights."""
+    config = getattr(arguments, "hf_deepspeed_config", None)
+    if config is None:
+        yield
+        return
+    unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(config)  # type: ignore[no-untyped-call]
 
 
 class _NewEpoch(TrainerCallback):
