@@ -144,7 +144,7 @@ def test_two_processes_are_one_with_twice_the_batch(data: Path, tmp_path: Path) 
     one = distill(data, tmp_path / "one", "--per_device_train_batch_size", "4", "--max_grad_norm", "0")
     two = distill(data, tmp_path / "two", "--ddp_find_unused_parameters", "False", "--max_grad_norm", "0")
     assert main(["train", *one]) == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     subprocess.run(
         [*torchrun, "-m", "pyterrier_llmrerank", "train", *two],

@@ -12,6 +12,7 @@ from pyterrier_llmrerank.checkpoints import MatroyshkaCheckpoint, RankLLaMACheck
 from pyterrier_llmrerank.compression import Spans
 from pyterrier_llmrerank.inputs import RankLLaMAInputs, document
 from pyterrier_llmrerank.scoring import spans_of
+from pyterrier_llmrerank.training.lora import LowRankLinear
 from pyterrier_llmrerank.training.model import RankingModel
 from pyterrier_llmrerank.training.objectives import CascadeLoss, cross_entropy
 
@@ -33,6 +34,7 @@ def opened(name: str) -> torch.nn.Module:
         if not adapter.startswith("merge"):
             config = PeftConfig.from_pretrained(MODELS / adapter)
             config.task_type = None  # it says CAUSAL_LM, for which PEFT wants a model that generates
+            config._register_custom_module({torch.nn.Linear: LowRankLinear})  # as in training
             return PeftModel.from_pretrained(model, MODELS / adapter, config=config, is_trainable=True)
     return model
 

@@ -33,8 +33,28 @@ def option(default: Any, help: str, *names: str) -> Any:
 class Recipe:
     """What all trainings have in common.
 
-    Fields named as in :class:`transformers.TrainingArguments` mean what they mean there; ``arguments`` takes
-    any others of them. Lengths count tokens, sizes count passages or queries.
+    Args:
+        group_size: passages that compete for one query, the positive among them.
+        query_max_length: tokens kept of a query.
+        passage_max_length: tokens kept of a passage.
+        lora_rank: rank of the LoRA updates.
+        lora_alpha: the updates' scale is this over the rank.
+        lora_dropout: dropout on the updates' input.
+        target_modules: modules that LoRA updates.
+        patience: stop after so many measurements of nDCG@10 without a better one; None to go on to the end.
+        min_label: the lowest label that is relevant, for ``fit``.
+        text: a transformer that adds texts to a frame with ``docno``, for ``fit``: a query of which nothing
+            relevant was retrieved gets its positives from it.
+        arguments: any other of :class:`transformers.TrainingArguments`, for ``fit``.
+        output_dir: where ``fit`` writes; None for a new folder in PyTerrier's home.
+        eval_steps: steps from one measurement of nDCG@10 to the next, for ``fit``; None for ``save_steps``.
+        bf16: None, for ``fit``, for what the re-ranker's ``dtype`` says.
+        learning_rate, num_train_epochs, max_steps, per_device_train_batch_size (queries),
+            gradient_accumulation_steps, warmup_steps (below 1: a share of all), gradient_checkpointing,
+            logging_steps, save_steps, seed: as in :class:`transformers.TrainingArguments`.
+
+    Raises:
+        ValueError: a value is not what is allowed.
     """
 
     #: The PEFT task under which the original programs save what is trained.

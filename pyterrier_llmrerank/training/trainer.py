@@ -19,6 +19,7 @@ from ..adapters import Adapter
 from ..batching import TOKENS, run_in_batches
 from ..checkpoints import Checkpoint
 from .data import Batch, Collator, Groups, padded
+from .lora import LowRankLinear
 from .model import RankingModel
 from .objectives import CascadeLoss
 from .recipes import Recipe
@@ -56,6 +57,7 @@ def with_lora(checkpoint: Checkpoint, heads: Tensor, recipe: Recipe, dtype: torc
             modules_to_save=None if recipe.head_modules else ["score"],
         )
     config.task_type = None  # PEFT would wrap the model for inputs that it does not have
+    config._register_custom_module({nn.Linear: LowRankLinear})
     ranking = RankingModel(checkpoint, heads, dtype, base)
     model = cast(PeftModel, get_peft_model(cast(Any, ranking), config))
     if started is not None:
