@@ -86,8 +86,8 @@ def main() -> None:
     checkpoint = recipe.open(str(folder))
     tokenizer = checkpoint.tokenizer()
     heads = recipe.heads(checkpoint, tokenizer, recipe.seed)
-    groups = Groups(open_data([chosen.data]), recipe.group_size, recipe.seed, recipe.body)
-    collate = Collator(tokenizer, recipe.encoder)
+    groups = Groups(open_data("data", [chosen.data]), recipe.group_size, recipe.seed, recipe.body)
+    collate = Collator(tokenizer, recipe.inputs)
 
     dtype = torch.bfloat16
     classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=dtype)

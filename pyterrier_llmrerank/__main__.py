@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -18,14 +19,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     train.add_argument("options", nargs=argparse.REMAINDER, help="of the recipe")
     arguments = parser.parse_args(argv)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    _hub_settings(arguments.options)
+    # transformers takes options with dashes too; here they have one spelling.
+    options = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), o) for o in arguments.options]
+    _hub_settings(options)
     try:
         from .training import commands as training
     except ImportError as error:
         print(f"training needs more packages (pip install 'pyterrier-llmrerank[train]'): {error}", file=sys.stderr)
         return 1
     try:
-        training.main(arguments.recipe, arguments.options)
+        training.main(arguments.recipe, options)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -189,6 +189,8 @@ class RankLLaMACheckpoint(Checkpoint):
         argument = f"model={model!r}"
         self._adapter: Adapter | None = None
         self._adapter_folder = folder
+        #: What the adapter is put on, as its user or it itself names it; else the model.
+        self.base = model
         if (folder / "adapter_config.json").is_file():
             self._adapter = Adapter(folder, argument)
             if others := sorted(set(self._adapter.whole) - {"score.weight"}):
@@ -198,6 +200,7 @@ class RankLLaMACheckpoint(Checkpoint):
             base = base_model or self._adapter.config.get("base_model_name_or_path")
             if not base:
                 raise ValueError(f"{argument}: the adapter names no base model; give base_model.")
+            self.base = base
             named = "base_model" if base_model else f"the base model that {argument} names"
             folder, argument = folder_of(base, named), f"base_model={base!r}"
         elif base_model is not None:

@@ -43,6 +43,9 @@ def smollm2() -> str:
 #: The name of the small model whose trained adapters come with this package.
 SHIPPED = "smollm2-135m"
 
+#: How many decoder layers it has.
+SHIPPED_LAYERS = 30
+
 #: Ratios for which there is a shipped token compensation.
 SHIPPED_RATIOS = (2, 4)
 

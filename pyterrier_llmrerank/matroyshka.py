@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
-from .files import SHIPPED_RATIOS, adapter_folder, is_hub_id, is_shipped, require, shipped, smollm2
+from .files import SHIPPED_LAYERS, SHIPPED_RATIOS, adapter_folder, is_hub_id, is_shipped, require, shipped, smollm2
 from .inputs import PROMPT, Ids, MatroyshkaInputs
 from .reranker import LLMReranker, integer, path_like, positive
 
@@ -114,12 +114,7 @@ class MatroyshkaReranker(LLMReranker):
         self.start_layer = None if start_layer is None else positive("start_layer", start_layer)
         self.layer_sep = None if layer_sep is None else positive("layer_sep", layer_sep)
         if training is not None:
-            from .training.recipes import MatroyshkaTraining
-
-            if not isinstance(training, MatroyshkaTraining):
-                raise ValueError(
-                    f"training={training!r}; allowed: DistillTraining(...), CompensateTraining(...), None."
-                )
+            self._check_training(training)
         require(self.model, "model")
         for name in self.adapters:
             if not (Path(self.model).expanduser() / name).is_dir():
@@ -128,12 +123,12 @@ class MatroyshkaReranker(LLMReranker):
             self._shape(self._weights().checkpoint)
 
     @classmethod
-    def untrained(cls, base: str, *, start_layer: int = 4, **options: Any) -> MatroyshkaReranker:
+    def untrained(cls, base: str, *, start_layer: int | None = None, **options: Any) -> MatroyshkaReranker:
         """A re-ranker to :meth:`fit`, from a causal language model. Before, it scores by the word ``Yes``.
 
         Args:
             base: a folder, ``.gguf`` file or hub id.
-            start_layer: the shallowest layer that is to have a head.
+            start_layer: the shallowest layer that is to have a head; None for the one in ``training``, or 4.
             options: any of the constructor's other arguments; ``training`` holds the settings.
 
         Raises:
@@ -143,7 +138,20 @@ class MatroyshkaReranker(LLMReranker):
         >>> MatroyshkaReranker.untrained("mistralai/Mistral-7B-v0.1").start_layer
         4
         """
-        return cls(base, start_layer=start_layer, **options)
+        training = options.get("training")
+        return cls(base, start_layer=start_layer or getattr(training, "start_layer", 4), **options)
+
+    def _check_training(self, training: object) -> None:
+        """Raise ValueError on what is no recipe of this re-ranker, or one that says otherwise than its arguments."""
+        from .training.recipes import CompensateTraining, DistillTraining
+
+        if not isinstance(training, DistillTraining | CompensateTraining):
+            raise ValueError(f"training={training!r}; allowed: DistillTraining(...), CompensateTraining(...) or None.")
+        usual = type(training).__dataclass_fields__
+        for name in ("start_layer", "layer_sep", "prompt"):
+            own, other = getattr(self, name), getattr(training, name)
+            if other not in (own, usual[name].default) and (own is not None or name == "prompt"):
+                raise ValueError(f"{name}={own!r}, but training has {other!r}; the two must agree.")
 
     def at(
         self,
@@ -154,6 +162,8 @@ class MatroyshkaReranker(LLMReranker):
         normalize: bool | EllipsisType = ...,
     ) -> MatroyshkaReranker:
         """The same reranker in another shape, over the same weights in memory.
+
+        Only for ``"smollm2-135m"`` do other ratios mean other adapters, so weights of their own.
 
         Args:
             cutoff: as for the constructor, like all others here; ``...``, the default, leaves it as it is.
@@ -195,9 +205,9 @@ class MatroyshkaReranker(LLMReranker):
         """Model, adapters, and where the heads are, that are opened."""
         if not is_shipped(self.model):
             return self.model, self.adapters, self.start_layer, self.layer_sep
-        ratio = self.compress_ratio if any(self.compress_layers) else 1
-        fitting = [shipped_ratio for shipped_ratio in SHIPPED_RATIOS if shipped_ratio <= ratio]
-        roles = ["distilled", "layer", *(f"token-{shipped_ratio}" for shipped_ratio in fitting[-1:])]
+        pools = any(0 < layer < (self.deepest() or SHIPPED_LAYERS) for layer in self.compress_layers)
+        fitting = [ratio for ratio in SHIPPED_RATIOS if pools and ratio <= self.compress_ratio]
+        roles = ["distilled", "layer", *(f"token-{ratio}" for ratio in fitting[-1:])]
         adapters = self.adapters or tuple(shipped(f"matroyshka-{self.model}/{role}") for role in roles)
         return smollm2(), adapters, self.start_layer or 4, self.layer_sep
 
@@ -243,7 +253,7 @@ class MatroyshkaReranker(LLMReranker):
 
         model, adapters, _, _ = self._opened()
         return fit(
-            self._recipe(), model, adapters, training, validation,
+            self._recipe(), model, adapters, model, training, validation,
             device=self.device, dtype=self.dtype, verbose=self.verbose,
         )  # fmt: skip
 
@@ -263,6 +273,9 @@ class MatroyshkaReranker(LLMReranker):
             folder: where to; new or empty.
             merged: write one layer-wise model (``cost_wise_*``) with all adapters merged in, rather than the
                 PEFT adapters. Weights are as in memory (``dtype``), heads are fp32.
+
+        Adapters do not say with which ``start_layer``, ``layer_sep`` and ``prompt`` they were trained: give those
+        to the constructor again.
 
         Returns:
             What to give as ``adapters`` when opening them: the folder where there is one adapter, else a numbered
@@ -289,6 +302,7 @@ class MatroyshkaReranker(LLMReranker):
         heads = checkpoint.heads(checkpoint.tokenizer())
         settings = {
             "model_type": f"cost_wise_{checkpoint.config.model_type}",
+            "architectures": [f"CostWise{type(checkpoint.config).__name__.removesuffix('Config')}ForCausalLM"],
             "start_layer": checkpoint.start_layer, "layer_sep": checkpoint.layer_sep, "layer_wise": True,
         }  # fmt: skip
         named = {f"{checkpoint.head_module(k)}.weight": head[None] for k, head in enumerate(heads)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import pandas as pd
 
@@ -14,7 +14,7 @@ from .inputs import Ids, RankLLaMAInputs, document
 from .reranker import LLMReranker, column, path_like, positive, problem_of
 
 if TYPE_CHECKING:
-    from .checkpoints import Checkpoint
+    from .checkpoints import Checkpoint, RankLLaMACheckpoint
     from .scoring import Shape
     from .training.fitting import Frames
     from .training.recipes import RankLLaMATraining, Recipe
@@ -159,14 +159,16 @@ class RankLLaMAReranker(LLMReranker):
 
         model, base_model = self._opened()
         return fit(
-            self._recipe(), model, (), training, validation,
+            self._recipe(), model, (), self._base(), training, validation,
             device=self.device, dtype=self.dtype, verbose=self.verbose, base_model=base_model,
         )  # fmt: skip
 
+    def _base(self) -> str:
+        """What the adapter is put on, or what one is to be."""
+        return cast("RankLLaMACheckpoint", self._checkpoint()()).base
+
     def _take_up(self, adapter: str) -> None:
-        model, base_model = self._opened()
-        self.base_model = base_model if self._is_adapter() else model
-        self.model = adapter
+        self.base_model, self.model = self._base(), adapter
 
     def _is_adapter(self) -> bool:
         return (folder_of(self._opened()[0], "model") / "adapter_config.json").is_file()
@@ -192,7 +194,7 @@ class RankLLaMAReranker(LLMReranker):
             raise ValueError(f"model={self.model!r} is no adapter; allowed: merged=True.")
         target = empty_folder(Path(folder).expanduser())
         if not merged:
-            copy_adapter(folder_of(self._opened()[0], "model"), target)
+            copy_adapter(folder_of(self._opened()[0], "model"), target, self._base())
             checkpoint.tokenizer().save_pretrained(target)
             return
         family = type(checkpoint.config).__name__.removesuffix("Config")

@@ -244,7 +244,10 @@ class LLMReranker(pt.Estimator):
         result gets what is judged relevant from the other queries' results or from the recipe's ``text``, or
         is left out; one log line counts these. With validation given, nDCG@10 is measured on it every
         ``eval_steps``, the best checkpoint is kept, and ``patience`` stops early. From then on the re-ranker
-        scores with what it learnt, which lies in the recipe's ``output_dir``; :meth:`save` writes it elsewhere.
+        scores with what it learnt, which lies, with its checkpoints, in the recipe's ``output_dir`` (by default a
+        new folder in PyTerrier's home); :meth:`save` writes it elsewhere. Fitting again goes on from there: a
+        RankLLaMA's adapter learns on, a Matroyshka gets one more. Texts are cut to the lengths that the recipe
+        says. A re-ranker that was fit equals another one than before.
 
         Args:
             topics_or_res_tr: results with texts: the columns that :meth:`transform` takes, and perhaps
@@ -255,6 +258,7 @@ class LLMReranker(pt.Estimator):
 
         Raises:
             ValueError: a frame is not what is allowed, or leaves nothing to train on.
+            FileExistsError: there is something in the recipe's ``output_dir``.
             FloatingPointError: the loss is not finite; names the step, learning rate and queries.
         """
         from .training.fitting import Frames

@@ -14,28 +14,44 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .checkpoints import Checkpoint
+from .files import read_json
 from .weights import build_decoder
 
 
-def empty_folder(folder: Path) -> Path:
+def empty_folder(folder: Path, argument: str = "folder") -> Path:
     """The folder, made where it is not there.
+
+    Args:
+        folder: the folder.
+        argument: what the caller calls it, for messages.
 
     Raises:
         FileExistsError: there is something in it.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"folder={str(folder)!r}: there is something in it; allowed: a new or an empty folder.")
+        raise FileExistsError(
+            f"{argument}={str(folder)!r}: there is something in it; allowed: a new or an empty folder."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def copy_adapter(source: Path, target: Path) -> None:
-    """Copy a PEFT folder: the adapter and the tokenizer beside it, not what a training run left there."""
+def copy_adapter(source: Path, target: Path, base: str | None = None) -> None:
+    """Copy a PEFT folder: the adapter and the tokenizer beside it, not what a training run left there.
+
+    Args:
+        source: the folder.
+        target: where to.
+        base: what the copy calls its base; None for what the adapter calls it.
+    """
     for file in source.iterdir():
         weights = file.name.startswith("adapter_model.")
         wanted = weights or (file.suffix in (".json", ".model", ".jinja", ".txt") and file.name != "trainer_state.json")
         if file.is_file() and wanted:
-            shutil.copy2(file, target / file.name)
+            shutil.copyfile(file, target / file.name)
+    if base is not None:
+        config = read_json(target / "adapter_config.json") | {"base_model_name_or_path": base}
+        (target / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def write_merged(

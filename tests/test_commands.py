@@ -21,6 +21,7 @@ from pyterrier_llmrerank.__main__ import main
 from pyterrier_llmrerank.training.commands import parse
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+CHECKPOINTING = "activation_checkpointing"  # which gradient_checkpointing sets
 MISTRAL = str(MODELS / "mistral_base")
 
 
@@ -64,6 +65,7 @@ def test_the_original_recipes_mean_what_they_meant(tmp_path: Path, caplog: pytes
     assert (recipe.group_size, recipe.query_max_length, recipe.passage_max_length) == (16, 32, 196)
     assert (arguments.learning_rate, arguments.warmup_steps, arguments.num_train_epochs) == (1e-4, 0.1, 1)
     assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (4, 8)
+    assert getattr(arguments, CHECKPOINTING)
     assert any("--dataset_proc_num has no effect" in message for message in caplog.messages)
     names = []
     for name, options in recipes("train_matroyshka.sh"):
@@ -74,6 +76,7 @@ def test_the_original_recipes_mean_what_they_meant(tmp_path: Path, caplog: pytes
         assert recipe.target_modules[-1] == "linear_head"
         assert (recipe.group_size, recipe.lora_rank, recipe.lora_alpha) == (16, 32, 64)
         assert arguments.dataloader_drop_last
+        assert getattr(arguments, CHECKPOINTING)
     assert names == [("distill", None), ("compensate", "layer"), ("compensate", "token")]
 
 
@@ -104,11 +107,12 @@ def test_rankllama_with_validation(tmp_path: Path) -> None:
     options = [
         "train", "rankllama", "--model_name_or_path", str(MODELS / "rankllama_base"), "--dataset_name", str(path),
         "--eval_data", str(path), "--eval_steps", "2", "--save_steps", "2", "--max_steps", "4", "--use_cpu",
-        "--train_n_passages", "4", "--load_best_model_at_end", "--patience", "5", "--q_max_len", "8", "--p_max_len",
+        "--train_n_passages", "4", "--patience", "5", "--q_max_len", "8", "--p_max_len",
         "40", "--output_dir", str(tmp_path / "run"), "--report_to", "none", "--overwrite_output_dir",
     ]  # fmt: skip
     assert main(options) == 0
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    assert state["best_global_step"] in (2, 4)
     assert [entry["step"] for entry in state["log_history"] if "eval_nDCG@10" in entry] == [2, 4]
     assert np.isfinite(RankLLaMAReranker(tmp_path / "run").compute_score(("panda", "a panda")))
 
@@ -122,6 +126,7 @@ def test_rankllama_with_validation(tmp_path: Path) -> None:
         (["--compress_ratios", "3"], r"compress_ratios=\[3\]; allowed: powers of two"),
         (["--start_layer", "9"], "start_layer=9"),
         (["--patience", "3"], "patience=3 needs eval_data"),
+        (["--eval-data", "nothing.jsonl"], "eval_data='nothing.jsonl': no such file"),
         (["--model_name_or_path", "./none"], "no such model folder"),
     ],
 )
@@ -133,11 +138,14 @@ def test_errors_come_before_training(
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 
-def test_token_and_cache_reach_the_hubs_client(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_TOKEN", "")
-    monkeypatch.setenv("HF_HUB_CACHE", "")
-    main(["train", *distill(data, tmp_path / "run", "--token", "hf_x", "--cache_dir", "c", "--start_layer", "9")])
-    assert (os.environ["HF_TOKEN"], os.environ["HF_HUB_CACHE"]) == ("hf_x", "c")
+@pytest.mark.parametrize("dash", ["_", "-"])
+def test_token_and_cache_reach_the_hubs_client(dash: str) -> None:
+    options = ["--token", "hf_x", f"--cache{dash}dir", "somewhere"]
+    code = "from pyterrier_llmrerank.__main__ import main\n"
+    code += f"main(['train', 'distill', '--model_name_or_path', './none', '--train_data', 'x', *{options}])\n"
+    code += "from huggingface_hub import constants, get_token; print(constants.HF_HUB_CACHE, get_token())"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert ran.stdout.split()[-2:] == ["somewhere", "hf_x"]
 
 
 def test_two_processes_are_one_with_twice_the_batch(data: Path, tmp_path: Path) -> None:
@@ -174,10 +182,3 @@ def test_a_killed_run_goes_on_where_it_was(data: Path, tmp_path: Path) -> None:
     whole, cut = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
     for name, tensor in whole.items():
         torch.testing.assert_close(cut[name], tensor, atol=1e-6, rtol=1e-5)
-
-
-def test_the_configurations_for_deepspeed_are_json() -> None:
-    for stage in (1, 3):
-        config = json.loads((EXAMPLES / f"deepspeed_zero{stage}.json").read_text())
-        assert config["zero_optimization"]["stage"] == stage
-        assert config["bf16"] == {"enabled": "auto"}

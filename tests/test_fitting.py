@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -153,4 +154,42 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     reranker = RankLLaMAReranker(MODELS / "rankllama_adapter", base_model=RANKLLAMA_BASE)
     with pytest.raises(FileExistsError, match="allowed: a new or an empty folder"):
         reranker.save(tmp_path)
-    assert dataclasses.is_dataclass(RankLLaMATraining)
+    assert (tmp_path / "note").read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", ["rankllama", "matroyshka"])
+def test_fitting_again_goes_on_from_there(kind: str, tmp_path: Path) -> None:
+    _, results, qrels = candidates()
+    reranker = untrained(kind, tmp_path / "first", max_steps=3)
+    reranker.fit(results, qrels)
+    with pytest.raises(FileExistsError, match="output_dir="):
+        reranker.fit(results, qrels)
+    before = reranker.transform(results)
+    still = dataclasses.replace(reranker.training, output_dir=str(tmp_path / "second"), learning_rate=0.0)
+    reranker.set_parameter("training", still)
+    reranker.fit(results, qrels)
+    np.testing.assert_allclose(reranker.transform(results)["score"], before["score"], atol=1e-5)
+    if kind == "rankllama":
+        assert (Path(reranker.model).name, reranker.base_model) == ("second", RANKLLAMA_BASE)
+    else:
+        assert [Path(folder).name for folder in reranker.adapters] == ["first", "second"]
+
+
+def test_an_adapter_names_the_base_it_was_trained_on(tmp_path: Path) -> None:
+    other = tmp_path / "other_base"
+    shutil.copytree(RANKLLAMA_BASE, other)
+    reranker = RankLLaMAReranker(MODELS / "rankllama_adapter", base_model=other, dtype="float32")
+    reranker.save(tmp_path / "saved")
+    assert RankLLaMAReranker(tmp_path / "saved", dtype="float32")._weights().checkpoint.folder == other
+
+
+def test_a_recipe_and_its_reranker_agree() -> None:
+    recipe = DistillTraining(start_layer=2)
+    assert MatroyshkaReranker.untrained(MISTRAL, training=recipe).start_layer == 2
+    for arguments, training in (
+        ({"start_layer": 5}, recipe),
+        ({}, DistillTraining(prompt="Relevant?")),
+        ({"layer_sep": 2}, DistillTraining(layer_sep=3)),
+    ):
+        with pytest.raises(ValueError, match="the two must agree"):
+            MatroyshkaReranker(MISTRAL, training=training, **arguments)

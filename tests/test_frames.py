@@ -48,11 +48,18 @@ def test_text_brings_in_what_was_not_retrieved() -> None:
     assert [(r["query_id"], r["pos"]) for r in records][2] == ("3", ["<fetched d9>"])
 
 
-def test_text_that_fails_leaves_the_query_out() -> None:
+@pytest.mark.parametrize("text", [None, float("nan"), 3])
+def test_text_that_is_none_leaves_the_query_out(text: object) -> None:
+    loader = pt.apply.generic(lambda frame: frame.assign(text=pd.Series([text] * len(frame), dtype=object)))
+    assert len(records_of(results(), QRELS, bodies, 1, loader)) == 2
+
+
+def test_text_that_fails_leaves_the_query_out(caplog: pytest.LogCaptureFixture) -> None:
     def missing(frame: pd.DataFrame) -> pd.DataFrame:
         raise KeyError("d9")
 
     assert len(records_of(results(), QRELS, bodies, 1, pt.apply.generic(missing))) == 2
+    assert "text could not load all of 1 passages: KeyError('d9')" in caplog.messages[0]
 
 
 def test_min_label() -> None:
@@ -64,9 +71,10 @@ def test_min_label() -> None:
 
 def test_a_teachers_scores_go_with_their_passages() -> None:
     scored = results().assign(teacher=range(9))
-    (record,) = records_of(scored[scored["qid"] == "1"], QRELS, bodies, 1, None)
-    assert (record["pos_scores"], record["neg_scores"]) == ([1], [0, 2])
-    assert all("pos_scores" not in r for r in records_of(scored, QRELS, bodies, 1, None))  # query 2 has none
+    (record,) = records_of(scored, QRELS, bodies, 1, None)  # query 2's positive would come without a score
+    assert (record["query_id"], record["pos_scores"], record["neg_scores"]) == ("1", [1], [0, 2])
+    with pytest.raises(ValueError, match="'teacher' is nan for qid '2', docno 'd4'"):
+        records_of(scored.assign(teacher=[0.0, 1, 2, float("nan"), 4, 5, 6, 7, 8]), QRELS, bodies, 1, None)
 
 
 def test_numbers_as_ids_are_fine() -> None:
@@ -88,6 +96,6 @@ def test_judgements_are_checked(qrels: pd.DataFrame, message: str) -> None:
 
 def test_validation_counts_what_was_not_retrieved() -> None:
     measure = validation_of(results(), QRELS, bodies)
-    perfect = measure(lambda pairs: [float(body == "<text of d2>") for _, body in pairs])
+    perfect = measure(lambda pairs: [float(body == "<text of d2>") for _, body, _ in pairs])
     # Queries 1 and 5 are perfect, 2 and 3 retrieved nothing relevant; 4 is not judged.
     assert perfect == pytest.approx(2 / 4)

@@ -1,5 +1,6 @@
 """Recipes hold the original programs' values, and refuse what makes no sense."""
 
+import pickle
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from conftest import MODELS
 
 from pyterrier_llmrerank.training import CompensateTraining, DistillTraining, RankLLaMATraining
+from pyterrier_llmrerank.training.data import Collator
 from pyterrier_llmrerank.training.recipes import Recipe
 
 
@@ -28,10 +30,15 @@ def test_defaults_are_the_original_programs() -> None:
 @pytest.mark.parametrize(
     ("recipe", "settings", "message"),
     [
-        (RankLLaMATraining, {"group_size": 1}, "group_size=1; allowed: a number of at least 2"),
+        (RankLLaMATraining, {"group_size": 1}, "group_size=1; allowed: an integer of at least 2"),
         (RankLLaMATraining, {"learning_rate": "fast"}, "learning_rate='fast'"),
         (RankLLaMATraining, {"lora_rank": True}, "lora_rank=True"),
         (RankLLaMATraining, {"patience": 0}, "patience=0"),
+        (RankLLaMATraining, {"group_size": 4.5}, "group_size=4.5; allowed: an integer"),
+        (RankLLaMATraining, {"seed": "x"}, "seed='x'"),
+        (RankLLaMATraining, {"lora_dropout": 7}, "lora_dropout=7; allowed: a number from 0 to less than 1"),
+        (RankLLaMATraining, {"target_modules": "q_proj"}, "target_modules='q_proj'; allowed: a list of str"),
+        (DistillTraining, {"compress_layers": 8}, "compress_layers=8; allowed: a list of int"),
         (DistillTraining, {"train_method": "magic"}, "train_method='magic'; allowed: normal"),
         (DistillTraining, {"compress_ratios": (3,)}, r"compress_ratios=\[3\]"),
         (DistillTraining, {"compress_ratios": ()}, r"compress_ratios=\[\]"),
@@ -67,4 +74,23 @@ def test_heads_stand_where_the_recipe_or_the_checkpoint_says() -> None:
     recipe = DistillTraining(start_layer=2, layer_sep=3)
     assert list(recipe.open(str(MODELS / "mistral_base")).head_layers) == [2, 5, 8]
     own = recipe.open(str(MODELS / "costwise_full"))  # it brings its own
-    assert own.head_layers[0] != 2 or own.head_layers[1] != 5
+    assert list(own.head_layers) == list(range(own.start_layer, 9, own.layer_sep))
+    assert own.layer_wise
+
+
+def test_what_would_compress_nothing_is_refused() -> None:
+    for layers in ((), (0,), (40,)):
+        recipe = CompensateTraining(finetune_type="token", compress_ratios=(2,), compress_layers=layers, start_layer=2)
+        with pytest.raises(ValueError, match="nothing would be compressed; allowed: layer indices from 1 to 7"):
+            recipe.open(str(MODELS / "mistral_base"))
+
+
+def test_recipes_are_values() -> None:
+    assert DistillTraining() == DistillTraining()
+    assert DistillTraining(arguments={"weight_decay": 1.0}) != DistillTraining()
+    assert len({DistillTraining(), DistillTraining(), DistillTraining(seed=1)}) == 2
+    recipe = CompensateTraining(group_size=8, arguments={"weight_decay": 0.1})
+    assert repr(recipe) == "CompensateTraining(group_size=8, arguments={'weight_decay': 0.1})"
+    with pytest.raises(TypeError, match="abstract"):
+        Recipe()  # type: ignore[abstract]
+    assert pickle.loads(pickle.dumps(Collator(None, recipe.inputs))).inputs(None) == recipe.inputs(None)  # type: ignore[arg-type]

@@ -1,6 +1,8 @@
 """The loop learns, saves what opens again with the same scores, and resumes as if never interrupted."""
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,7 @@ def trainer(folder: Path, recipe: Recipe = DISTILL, validation: Validation | Non
     tokenizer = checkpoint.tokenizer()
     model = with_lora(checkpoint, recipe.heads(checkpoint, tokenizer, 0), recipe, torch.float32, BASE)
     return GroupTrainer(
-        model, arguments(folder, **options), Groups(RECORDS, 4, 3, recipe.body), Collator(tokenizer, recipe.encoder),
+        model, arguments(folder, **options), Groups(RECORDS, 4, 3, recipe.body), Collator(tokenizer, recipe.inputs),
         recipe.loss, recipe.widths(3), recipe.task_type, validation,
     )  # fmt: skip
 
@@ -108,6 +110,30 @@ def test_a_rankllama_adapter_goes_on_learning(tmp_path: Path) -> None:
     np.testing.assert_allclose(after.compute_score(pairs), before.compute_score(pairs), atol=1e-5)
 
 
+@pytest.mark.parametrize("key", ["init_lora_weights", "base_model_name_or_path"])
+def test_what_an_adapters_configuration_says_changes_no_base(key: str, tmp_path: Path) -> None:
+    adapter, base = tmp_path / "adapter", str(MODELS / "rankllama_base")
+    shutil.copytree(MODELS / "rankllama_adapter", adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {key: "olora"}))
+    checkpoint = RANKLLAMA.open(str(adapter), base_model=base)
+    folder = train(
+        RANKLLAMA, checkpoint, Groups(RECORDS, 4, 0, RANKLLAMA.body),
+        arguments(tmp_path / "run", max_steps=1, learning_rate=0.0), checkpoint.base,
+    )  # fmt: skip
+    pair = ("panda", words(5, 9))
+    before, after = (
+        RankLLaMAReranker(adapter, base_model=base, dtype="float32"),
+        RankLLaMAReranker(folder, dtype="float32"),
+    )
+    assert after.compute_score(pair) == pytest.approx(before.compute_score(pair), abs=1e-5)
+
+
+def test_modules_that_are_not_there_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="target_modules: the model has no 'nonsense'"):
+        trainer(tmp_path, dataclasses.replace(DISTILL, target_modules=("q_proj", "nonsense")))
+
+
 def test_compensation_goes_on_top_of_what_was_distilled(tmp_path: Path) -> None:
     run = trainer(tmp_path, max_steps=3)
     run.train()
@@ -164,8 +190,10 @@ def test_validation_scores_are_those_of_inference(tmp_path: Path) -> None:
     run = trainer(tmp_path)
     pairs = [("panda", words(n, 3 + n)) for n in range(8)]
     reranker = MatroyshkaReranker(BASE, start_layer=4, dtype="float32")
-    np.testing.assert_allclose(run._scores(pairs), reranker.compute_score(pairs), atol=1e-4)
+    np.testing.assert_allclose(run._scores([(*pair, None) for pair in pairs]), reranker.compute_score(pairs), atol=1e-4)
     assert run.model.training
+    other = MatroyshkaReranker(BASE, start_layer=4, dtype="float32", prompt="Relevant?").compute_score(pairs)
+    np.testing.assert_allclose(run._scores([(*pair, "Relevant?") for pair in pairs]), other, atol=1e-4)
 
 
 def test_accumulation_is_averaging(tmp_path: Path) -> None:
@@ -184,6 +212,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
         match=r"the loss is nan at step \d+ \(learning rate .*compress_ratio \d, queries line \d, line \d\)",
     ):
         run.train()
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    next(p for p in run.model.parameters() if p.requires_grad).data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match=r"no longer finite at step 0 \(learning rate .* are not saved"):
+        run.save_model(str(tmp_path / "adapter"))
+    assert not (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
 def test_the_progress_bar_shows_loss_and_measure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Training files are read in both forms, named when malformed, and drawn from in one way everywhere."""
 
+import gzip
 import json
 import multiprocessing
 import random
@@ -15,7 +16,7 @@ from transformers import AutoTokenizer
 
 from pyterrier_llmrerank.inputs import MatroyshkaInputs
 from pyterrier_llmrerank.training import DistillTraining, RankLLaMATraining
-from pyterrier_llmrerank.training.data import Candidates, Collator, Groups, candidates, check_file, open_data
+from pyterrier_llmrerank.training.data import COLUMNS, Candidates, Collator, Groups, candidates, open_data, read_lines
 
 MATROYSHKA = {"query": "q", "pos": ["p0", "p1"], "neg": ["n0", "n1", "n2"]}
 SCORED = {**MATROYSHKA, "pos_scores": [1.0, 2], "neg_scores": [0.1, 0.2, 0.3], "prompt": "Relevant?"}
@@ -48,9 +49,9 @@ def test_passages_are_read_as_each_model_reads_them() -> None:
 def test_a_missing_teacher_is_named_where_it_is_needed(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text(json.dumps(SCORED) + "\n" + json.dumps(MATROYSHKA) + "\n")
-    assert check_file(path) == 2
+    assert len(list(read_lines(path))) == 2
     with pytest.raises(ValueError, match=r"train\.jsonl, line 2: no pos_scores and neg_scores, which a train_method"):
-        check_file(path, teacher=True)
+        list(read_lines(path, teacher=True))
 
 
 @pytest.mark.parametrize(
@@ -61,8 +62,9 @@ def test_a_missing_teacher_is_named_where_it_is_needed(tmp_path: Path) -> None:
         ({"neg": "n"}, "neg is 'n'"),
         ({"neg": ["a", 3]}, "neg is .*; wanted a list of strings"),
         ({"prompt": 3}, "prompt is 3"),
-        ({"pos_scores": [1.0]}, r"pos_scores is \[1.0\]; wanted 2 numbers"),
-        ({"neg_scores": None}, "neg_scores is None; wanted 3 numbers"),
+        ({"pos_scores": [1.0]}, r"pos_scores is \[1.0\]; wanted 2 finite numbers"),
+        ({"pos_scores": [1.0, float("nan")]}, r"pos_scores is \[1.0, nan\]; wanted 2 finite numbers"),
+        ({"neg_scores": None}, "neg_scores is None; wanted 3 finite numbers"),
         ({"positive_passages": [{"title": "x"}]}, "positive_passages is .*; wanted a list of passages with text"),
         ({"positive_passages": [{"text": "x"}]}, "negative_passages is None"),
     ],
@@ -71,28 +73,47 @@ def test_a_malformed_line_is_named(tmp_path: Path, change: dict[str, Any], messa
     path = tmp_path / "train.jsonl"
     path.write_text(json.dumps(SCORED) + "\n" + json.dumps(SCORED | change) + "\n")
     with pytest.raises(ValueError, match=rf"train\.jsonl, line 2: {message}"):
-        check_file(path)
+        list(read_lines(path))
 
 
 @pytest.mark.parametrize("line", [b"{", b"[1]", b"\xff\xfe", b""])
 def test_a_line_that_is_no_object(tmp_path: Path, line: bytes) -> None:
     (tmp_path / "train.jsonl").write_bytes(json.dumps(SCORED).encode() + b"\n" + line + b"\n")
     with pytest.raises(ValueError, match="line 2: "):
-        check_file(tmp_path / "train.jsonl")
+        list(read_lines(tmp_path / "train.jsonl"))
 
 
 def test_files_and_folders(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_text((json.dumps(MATROYSHKA | {"query": name}) + "\n") * 2)
-    data = open_data([str(tmp_path)])
+    data = open_data("train_data", [str(tmp_path)])
     assert [candidates(row, plain).query for row in data] == ["a.jsonl"] * 2 + ["b.jsonl"] * 2
-    assert len(open_data([str(tmp_path / "b.jsonl"), str(tmp_path / "a.jsonl")])) == 4
-    with pytest.raises(FileNotFoundError, match=r"train_data='\./nothing'"):
-        open_data(["./nothing"])
+    assert len(open_data("train_data", [str(tmp_path / "b.jsonl"), str(tmp_path / "a.jsonl")])) == 4
+    for name in ("./nothing", "data/nothing.jsonl", "a.txt"):
+        with pytest.raises(FileNotFoundError, match=f"eval_data='{name}': no such file"):
+            open_data("eval_data", [name])
     (tmp_path / "a.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"a\.jsonl: no training data"):
-        open_data([str(tmp_path)])
+        open_data("train_data", [str(tmp_path)])
+
+
+def test_what_differs_from_line_to_line_and_file_to_file(tmp_path: Path) -> None:
+    """Both forms, numbers of both kinds, missing titles, compression: none of it stops a run that was checked."""
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in (MATROYSHKA, SCORED | {"pos_scores": [1, 2]}, TEVATRON | {"query_id": 7}))
+    )
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as lines:
+        lines.write(json.dumps(SCORED | {"pos_scores": [0.5, 2]}) + "\n" + json.dumps(TEVATRON | {"extra": 1}) + "\n")
+    data = open_data("train_data", [str(tmp_path)])
+    assert set(data.column_names) == {*COLUMNS, "prompt"}
+    read = [candidates(row, DistillTraining.body) for row in data]
+    wanted = [MATROYSHKA, SCORED | {"pos_scores": [1, 2]}, TEVATRON, SCORED | {"pos_scores": [0.5, 2]}, TEVATRON]
+    assert read == [candidates(record, DistillTraining.body) for record in wanted]
+    assert data[2]["query_id"] == "7"
+    (tmp_path / "b.jsonl.gz").write_bytes((tmp_path / "b.jsonl.gz").read_bytes()[:-12])
+    with pytest.raises(ValueError, match=r"b\.jsonl\.gz, line \d"):
+        open_data("train_data", [str(tmp_path)])
 
 
 @given(st.integers(1, 5), st.integers(1, 20), st.integers(2, 24), st.integers(0, 2**16))
@@ -123,6 +144,19 @@ def test_the_draw_is_the_same_in_every_process_and_new_every_epoch() -> None:
     epochs = [[_drawn((epoch, index)) for index in range(30)] for epoch in (0, 1)]
     assert epochs[0] != epochs[1]
     assert len({tuple(passages) for passages in epochs[0]}) > 3
+
+
+def test_workers_that_outlive_an_epoch_draw_it_anew() -> None:
+    groups = Groups([MATROYSHKA] * 8, 3, 5, plain)
+    loader = torch.utils.data.DataLoader(
+        groups, batch_size=None, num_workers=1, persistent_workers=True, multiprocessing_context="fork"
+    )
+    drawn = []
+    for epoch in range(2):
+        groups.epoch = epoch
+        drawn.append([group.passages for group in loader])
+        assert drawn[-1] == [groups[index].passages for index in range(8)]
+    assert drawn[0] != drawn[1]
 
 
 def test_batches_are_the_original_ones() -> None:

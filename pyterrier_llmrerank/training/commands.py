@@ -52,7 +52,9 @@ class Sources:
     )
     train_data: list[str] = option(None, "JSON lines files, folders of them, or a dataset's hub id", "dataset_name")
     dataset_split: str = option("train", "which part of a hub dataset")
-    eval_data: list[str] = option(None, "data of the same form, on which nDCG@10 is measured")
+    eval_data: list[str] = option(
+        None, "data of the same form, on which nDCG@10 is measured; the best checkpoint is kept"
+    )
     raw_peft: list[str] = option(None, "adapters merged into the base before, in this order")
     use_lora: bool = option(True, "true is the only value")
     warmup_ratio: float | None = option(None, "share of the steps in which the learning rate rises")
@@ -96,9 +98,16 @@ def parse(command: str, argv: Sequence[str]) -> tuple[Recipe, Sources, TrainingA
     del shared["gradient_checkpointing"]  # the original commands name it
     shared = {name: value for name, value in shared.items() if value is not None}
     parser.set_defaults(**shared)
-    if any(word.split("=")[0] == "--eval_data" for word in argv):
-        measured = {"eval_strategy": "steps", "metric_for_best_model": f"eval_{MEASURE}", "greater_is_better": True}
-        parser.set_defaults(eval_steps=shared["save_steps"], **measured)
+    given = parser.parse_args(list(argv))
+    if given.warmup_ratio is not None:
+        parser.set_defaults(warmup_steps=given.warmup_ratio)
+    if given.eval_data:
+        every = given.save_steps if given.eval_steps is None else given.eval_steps
+        parser.set_defaults(
+            eval_strategy="steps", eval_steps=every, metric_for_best_model=f"eval_{MEASURE}", greater_is_better=True
+        )
+        if given.eval_strategy == "no" and given.save_strategy == "steps" and given.save_steps % every == 0:
+            parser.set_defaults(load_best_model_at_end=True)
     sources, chosen, arguments = parser.parse_args_into_dataclasses(args=list(argv))
     recipe = recipe_type(**vars(chosen), **{name: getattr(arguments, name) for name in shared})
     if not sources.use_lora:
@@ -108,8 +117,6 @@ def parse(command: str, argv: Sequence[str]) -> tuple[Recipe, Sources, TrainingA
     for name, reason in WITHOUT_EFFECT.items():
         if getattr(sources, name):
             logger.warning("--%s has no effect: %s", name, reason)
-    if sources.warmup_ratio is not None:
-        arguments.warmup_steps = sources.warmup_ratio
     if not sources.eval_data and recipe.patience is not None:
         raise ValueError(f"patience={recipe.patience} needs eval_data to measure nDCG@10 on.")
     return recipe, sources, arguments
@@ -137,10 +144,12 @@ def main(command: str, argv: Sequence[str]) -> Path:
     recipe, sources, arguments = parse(command, argv)
     checkpoint = recipe.open(sources.model_name_or_path, sources.raw_peft or [])
     with arguments.main_process_first(desc="reading the data"):
-        records = open_data(sources.train_data, sources.dataset_split, recipe.loss.needs_teacher)
+        records = open_data("train_data", sources.train_data, sources.dataset_split, recipe.loss.needs_teacher)
     validation = None
     if sources.eval_data:
-        validation = Validation.of_records(open_data(sources.eval_data, sources.dataset_split), recipe.body)
+        validation = Validation.of_records(
+            open_data("eval_data", sources.eval_data, sources.dataset_split), recipe.body
+        )
     seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     groups = Groups(records, recipe.group_size, seed, recipe.body)
     return train(recipe, checkpoint, groups, arguments, sources.model_name_or_path, validation)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..compression import Spans
+from ..files import HUB_ID
 from ..inputs import Ids
 from ..scoring import spans_of
 
@@ -23,8 +26,8 @@ if TYPE_CHECKING:
 #: From a passage's text and its title, or None, to what the model reads of it.
 Body = Callable[[str, str | None], str]
 
-#: From a prompt of the data, or None for the usual one, to what encodes pairs.
-Encoder = Callable[[str | None], Callable[["PreTrainedTokenizerBase", Sequence[tuple[str, str]]], list[Ids]]]
+#: What encodes pairs.
+Inputs = Callable[["PreTrainedTokenizerBase", Sequence[tuple[str, str]]], list[Ids]]
 
 
 @dataclass(frozen=True)
@@ -128,9 +131,9 @@ def _documents(record: dict[str, Any], key: str, body: Body) -> list[str]:
 def _scores(record: dict[str, Any], key: str, count: int) -> list[float]:
     value = record.get(key)
     numbers = isinstance(value, list) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
-    if not numbers or len(cast(list[Any], value)) != count:
-        raise ValueError(f"{key} is {_short(value)}; wanted {count} numbers, one a passage")
-    return cast(list[float], value)
+    if not numbers or len(cast(list[Any], value)) != count or not all(map(math.isfinite, cast(list[float], value))):
+        raise ValueError(f"{key} is {_short(value)}; wanted {count} finite numbers, one a passage")
+    return [float(score) for score in cast(list[float], value)]
 
 
 def _short(value: object) -> str:
@@ -138,59 +141,98 @@ def _short(value: object) -> str:
     return shown if len(shown) < 60 else shown[:57] + "..."
 
 
-def check_file(path: Path, teacher: bool = False) -> int:
-    """Read a JSON lines file to its end and count its lines, so that a bad one shows before training starts.
+def read_lines(path: Path, teacher: bool = False) -> Iterator[dict[str, Any]]:
+    """The records of a JSON lines file, each checked.
 
     Args:
-        path: the file.
+        path: the file; compressed where its name ends in ``.gz``.
         teacher: whether every line must have a teacher's scores.
 
     Raises:
         ValueError: a line is malformed; names the file and the line.
     """
-    count = 0
-    with path.open("rb") as lines:
-        for count, line in enumerate(lines, start=1):
-            try:
-                if candidates(json.loads(line), lambda text, title: text).teacher is None and teacher:
-                    raise ValueError("no pos_scores and neg_scores, which a train_method with a teacher needs")
-            except ValueError as error:
-                raise ValueError(f"{path}, line {count}: {error}.") from error
-    if count == 0:
+    number = 0
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
+            for line in lines:
+                number += 1
+                record = json.loads(line)
+                _check(record, teacher)
+                yield record
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{path}, line {number}: {error}.") from error
+    if number == 0:
         raise ValueError(f"{path}: no training data in it.")
-    return count
 
 
-def open_data(sources: Sequence[str], split: str = "train", teacher: bool = False) -> Dataset:
-    """Training data as a table on disk, mapped into memory rather than loaded.
+def _check(record: Any, teacher: bool) -> None:
+    if candidates(record, lambda text, title: text).teacher is None and teacher:
+        raise ValueError("no pos_scores and neg_scores, which a train_method with a teacher needs")
+
+
+#: The columns of the table that files become: both forms' together, None where a line lacks one.
+COLUMNS = ("query_id", "query", "positive_passages", "negative_passages", "pos", "neg", "pos_scores", "neg_scores")
+
+
+def _rows(files: list[tuple[str, int, int]], teacher: bool) -> Iterator[dict[str, Any]]:
+    for path, _, _ in files:
+        for record in read_lines(Path(path), teacher):
+            row = {name: record.get(name) for name in (*COLUMNS, "prompt")}
+            for key in ("positive_passages", "negative_passages"):
+                if row[key] is not None:
+                    row[key] = [{"title": passage.get("title"), "text": passage["text"]} for passage in record[key]]
+            yield row | {"query_id": None if row["query_id"] is None else str(row["query_id"])}
+
+
+def open_data(argument: str, sources: Sequence[str], split: str = "train", teacher: bool = False) -> Dataset:
+    """Training data as a table on disk, mapped into memory rather than loaded; every record is checked before.
 
     Args:
-        sources: JSON lines files, folders of them, or one hub id of a dataset.
+        argument: what the caller names the sources, for messages.
+        sources: JSON lines files (``.json``, ``.jsonl``, also with ``.gz``), folders of them, or one hub id.
         split: which part of the hub's dataset.
-        teacher: as :func:`check_file`, for files.
+        teacher: as :func:`read_lines`.
 
     Raises:
         FileNotFoundError: nothing of that name is here.
-        ValueError: a line is malformed.
+        ValueError: a line is malformed; names file and line.
     """
+    from datasets.arrow_dataset import Dataset
+    from datasets.exceptions import DatasetGenerationError
+    from datasets.features import Features, List, Value
     from datasets.load import load_dataset
 
+    endings = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
     files: list[Path] = []
     for source in sources:
         path = Path(source).expanduser()
         if path.is_dir():
-            files += sorted(file for file in path.iterdir() if file.suffix in (".json", ".jsonl"))
+            files += sorted(file for file in path.iterdir() if file.name.endswith(endings))
         elif path.is_file():
             files.append(path)
-        elif len(sources) == 1 and source.count("/") == 1 and not source.startswith((".", "/", "~")):
-            return load_dataset(source, split=split)
+        elif len(sources) == 1 and HUB_ID.fullmatch(source) and source.count("/") == 1 and not source.endswith(endings):
+            hub = load_dataset(source, split=split)
+            for number, record in enumerate(hub):
+                try:
+                    _check(record, teacher)
+                except ValueError as error:
+                    raise ValueError(f"{source}, row {number}: {error}.") from error
+            return hub
         else:
-            raise FileNotFoundError(f"train_data={source!r}: no such file or folder; allowed: JSON lines, or a hub id.")
+            raise FileNotFoundError(f"{argument}={source!r}: no such file or folder; allowed: JSON lines, or a hub id.")
     if not files:
-        raise FileNotFoundError(f"train_data={list(sources)!r}: no .json or .jsonl file there.")
-    for file in files:
-        check_file(file, teacher)
-    return load_dataset("json", data_files=[str(file) for file in files], split="train")
+        raise FileNotFoundError(f"{argument}={list(sources)!r}: no .json or .jsonl file there.")
+    string, passages = Value("string"), List({"title": Value("string"), "text": Value("string")})
+    kinds = (string, string, passages, passages, List(string), List(string), *[List(Value("float64"))] * 2)
+    columns: Any = dict(zip((*COLUMNS, "prompt"), (*kinds, string), strict=True))
+    features = Features(columns)  # type: ignore[no-untyped-call]
+    states = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    try:  # the cache goes by what the files hold now
+        return Dataset.from_generator(_rows, features=features, gen_kwargs={"files": states, "teacher": teacher})
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, ValueError):
+            raise error.__cause__ from None
+        raise
 
 
 class Groups(torch.utils.data.Dataset[Group]):
@@ -210,7 +252,16 @@ class Groups(torch.utils.data.Dataset[Group]):
         self.body = body
         self.size = size
         self.seed = seed
-        self.epoch = 0
+        self._epoch = torch.zeros((), dtype=torch.long).share_memory_()  # type: ignore[no-untyped-call] # workers may outlive an epoch
+
+    @property
+    def epoch(self) -> int:
+        """Which epoch is drawn, counted from 0, in this process and its workers."""
+        return int(self._epoch)
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -253,11 +304,11 @@ class Collator:
 
     Args:
         tokenizer: the model's.
-        encoder: makes ids of pairs, given a group's prompt.
+        inputs: from a prompt of the data, or None for the usual one, to what makes ids of pairs.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    encoder: Encoder
+    inputs: Callable[[str | None], Inputs]
 
     def __call__(self, groups: Iterable[Group]) -> Batch:
         """Encode, pad to the longest, and stack the teacher's scores."""
@@ -265,7 +316,7 @@ class Collator:
         rows = [
             ids
             for group in groups
-            for ids in self.encoder(group.prompt)(self.tokenizer, [(group.query, text) for text in group.passages])
+            for ids in self.inputs(group.prompt)(self.tokenizer, [(group.query, text) for text in group.passages])
         ]
         ids, spans = padded(rows)
         scores = [group.teacher for group in groups if group.teacher is not None]

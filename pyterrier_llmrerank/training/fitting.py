@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import logging
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,12 +15,15 @@ import pyterrier as pt
 import torch
 from transformers import TrainingArguments
 
+from ..saving import empty_folder
 from ..weights import resolve_device, resolve_dtype
 from .data import Groups
 from .frames import judged, records_of, validation_of
 from .recipes import MatroyshkaTraining, Recipe
 from .trainer import train
 from .validation import MEASURE
+
+logger = logging.getLogger(__name__)
 
 
 class Frames(NamedTuple):
@@ -35,6 +38,7 @@ def fit(
     recipe: Recipe,
     model: str,
     adapters: Sequence[str],
+    base: str,
     training: Frames,
     validation: Frames | None,
     *,
@@ -49,6 +53,7 @@ def fit(
         recipe: how; its ``output_dir`` is a new folder in PyTerrier's home by default.
         model: what to start from.
         adapters: merged into it before.
+        base: what the new adapter will call its base.
         training: what to learn from.
         validation: what to measure nDCG@10 on; the best checkpoint is kept.
         device: as for a re-ranker.
@@ -61,23 +66,34 @@ def fit(
 
     Raises:
         ValueError: a frame or setting is not what is allowed.
+        FileExistsError: there is something in the recipe's ``output_dir``, and no run is resumed.
         FloatingPointError: as :class:`~pyterrier_llmrerank.training.trainer.GroupTrainer`.
     """
     records = records_of(
         training.results, judged(training.qrels, "qrels_tr"), training.bodies, recipe.min_label, recipe.text
     )
-    if isinstance(recipe, MatroyshkaTraining) and not all("pos_scores" in record for record in records):
-        recipe = dataclasses.replace(recipe, train_method=recipe.train_method.removesuffix("_teacher"))
+    if isinstance(recipe, MatroyshkaTraining) and recipe.loss.needs_teacher and "pos_scores" not in records[0]:
+        method = recipe.train_method.removesuffix("_teacher")
+        logger.warning("train_method is %s, not %s: the results have no column teacher", method, recipe.train_method)
+        recipe = dataclasses.replace(recipe, train_method=method)
     measured = None
     if validation is not None:
         measured = validation_of(validation.results, judged(validation.qrels, "qrels_va"), validation.bodies)
     elif recipe.patience is not None:
         raise ValueError(f"patience={recipe.patience} needs validation results to measure nDCG@10 on.")
     place = resolve_device(device)
-    with torch.cuda.device(place) if place.type == "cuda" else nullcontext():
-        arguments = _arguments(recipe, place, resolve_dtype(dtype, place), measured is not None, verbose)
-        groups = Groups(records, recipe.group_size, recipe.seed, lambda text, title: text)
-        return train(recipe, recipe.open(model, adapters, **opening), groups, arguments, model, measured)
+    if place.index:  # the Trainer takes the first there is
+        raise ValueError(f"device={device!r}: fit trains on the first GPU; choose it by CUDA_VISIBLE_DEVICES.")
+    arguments = _arguments(recipe, place, resolve_dtype(dtype, place), measured is not None, verbose)
+    if not arguments.resume_from_checkpoint:
+        empty_folder(Path(str(arguments.output_dir)), "output_dir")
+    groups = Groups(records, recipe.group_size, recipe.seed, as_it_is)
+    return train(recipe, recipe.open(model, adapters, **opening), groups, arguments, base, measured)
+
+
+def as_it_is(text: str, title: str | None) -> str:
+    """Passages of results are read as the model reads them before."""
+    return text
 
 
 def _arguments(

@@ -6,9 +6,11 @@ import logging
 from collections.abc import Callable
 from typing import Any, cast
 
+import numpy as np
 import pandas as pd
 import pyterrier as pt
 
+from ..reranker import problem_of
 from .validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -39,8 +41,8 @@ def records_of(
     """One record a query: what is judged relevant is positive, all else that was retrieved negative.
 
     A query of which nothing relevant was retrieved gets what the judgements name: out of the other queries'
-    results, or from ``text``. It is left out where that has none of it either, or where nothing else was
-    retrieved; one log line counts those.
+    results, or from ``text``. It is left out where that has none of it either (or where a teacher's scores are
+    learnt, which it would lack), or where nothing else was retrieved; one log line counts those.
 
     Args:
         results: columns ``qid``, ``query``, ``docno``, what ``bodies`` reads, and perhaps ``teacher``.
@@ -50,35 +52,32 @@ def records_of(
         text: adds the columns that ``bodies`` reads to a frame with ``qid``, ``query`` and ``docno``.
 
     Raises:
-        ValueError: no query is left.
+        ValueError: a teacher's score is missing, or no query is left.
     """
     results = results.assign(qid=results["qid"].astype(str), docno=results["docno"].astype(str))
+    if TEACHER in results and (missing := results[~np.isfinite(results[TEACHER].astype(float))]).size:
+        qid, docno = missing[["qid", "docno"]].iloc[0]
+        raise ValueError(f"{TEACHER!r} is {missing[TEACHER].iloc[0]} for qid {qid!r}, docno {docno!r}.")
     results["_body"] = bodies(results)
-    relevant = qrels[qrels["label"] >= min_label].groupby("qid")["docno"].agg(set).to_dict()
-    at_hand = dict(zip(results["docno"], results["_body"], strict=True))
+    positive = qrels[qrels["label"] >= min_label].groupby("qid")["docno"]
+    relevant = {str(qid): set(docnos) for qid, docnos in positive}
+    queries = [(str(qid), query, rows) for (qid, query), rows in results.groupby(["qid", "query"], sort=False)]
+    lacking = [qid for qid, _, rows in queries if not rows["docno"].isin(relevant.get(qid, set())).any()]
+    elsewhere = {} if TEACHER in results else _fetched(lacking, relevant, results, bodies, text)
     records, fetched, without_positive, without_negative = [], 0, 0, 0
-    for (qid, query), rows in results.groupby(["qid", "query"], sort=False):
-        wanted: set[str] = relevant.get(qid, set())
-        hit = rows["docno"].isin(wanted)
+    for qid, query, rows in queries:
+        hit = rows["docno"].isin(relevant.get(qid, set()))
         positives, negatives = list(rows.loc[hit, "_body"]), list(rows.loc[~hit, "_body"])
-        record: dict[str, Any] = {"query_id": qid, "query": query, "pos": positives, "neg": negatives}
+        if not positives and not elsewhere.get(qid):
+            without_positive += 1
+            continue
         if not negatives:
             without_negative += 1
             continue
-        if positives and TEACHER in rows:
+        fetched += not positives
+        record: dict[str, Any] = {"query_id": qid, "query": query, "pos": positives or elsewhere[qid], "neg": negatives}
+        if TEACHER in rows:
             record["pos_scores"], record["neg_scores"] = (list(rows.loc[which, TEACHER]) for which in (hit, ~hit))
-        if not positives:
-            record["pos"] = [at_hand[docno] for docno in sorted(wanted) if docno in at_hand]
-            if not record["pos"] and wanted and text is not None:
-                missing = pd.DataFrame({"qid": qid, "query": query, "docno": sorted(wanted)})
-                try:
-                    record["pos"] = bodies(cast(pd.DataFrame, text(missing)))
-                except (KeyError, LookupError) as error:
-                    logger.debug("no text for query %s: %r", qid, error)
-            if not record["pos"]:
-                without_positive += 1
-                continue
-            fetched += 1
         records.append(record)
     skipped = without_positive + without_negative
     logger.log(
@@ -92,11 +91,30 @@ def records_of(
             f"nothing to train on: {without_positive} queries have no positive (label of at least {min_label}) and "
             f"{without_negative} no negative among their results."
         )
-    if not all("pos_scores" in record for record in records):
-        for record in records:
-            record.pop("pos_scores", None)
-            record.pop("neg_scores", None)
     return records
+
+
+def _fetched(
+    lacking: list[str],
+    relevant: dict[str, set[str]],
+    results: pd.DataFrame,
+    bodies: Bodies,
+    text: pt.Transformer | None,
+) -> dict[str, list[str]]:
+    """Relevant passages of queries that retrieved none: out of other queries' results, else from ``text``."""
+    at_hand = dict(zip(results["docno"], results["_body"], strict=True))
+    wanted = {docno for qid in lacking for docno in relevant.get(qid, set())}
+    if text is not None and (unseen := sorted(wanted - set(at_hand))):
+        asked = pd.DataFrame({"qid": "0", "query": "", "docno": unseen})
+        try:
+            found = cast(pd.DataFrame, text(asked))
+        except LookupError as error:
+            logger.warning("text could not load all of %d passages: %r", len(unseen), error)
+        else:
+            whole = [all(problem_of(value) is None for value in row) for row in zip(found["text"], strict=True)]
+            found = found[whole]
+            at_hand |= dict(zip(found["docno"].astype(str), bodies(found), strict=True))
+    return {qid: [at_hand[d] for d in sorted(relevant.get(qid, set())) if d in at_hand] for qid in lacking}
 
 
 def validation_of(results: pd.DataFrame, qrels: pd.DataFrame, bodies: Bodies) -> Validation:
@@ -107,6 +125,7 @@ def validation_of(results: pd.DataFrame, qrels: pd.DataFrame, bodies: Bodies) ->
             "docno": results["docno"].astype(str),
             "query": results["query"],
             "body": bodies(results),
+            "prompt": None,
         }
     )
     return Validation(pairs, qrels)

@@ -60,9 +60,10 @@ class LowRankLinear(lora.Linear):
             and not (self.training and self.lora_dropout["default"].__class__ is torch.nn.Dropout)
         )
         if not plain:
-            return cast(Tensor, super().forward(x, *args, **kwargs))
+            return super().forward(x, *args, **kwargs)
         down, up = self.lora_A["default"].weight, self.lora_B["default"].weight
-        return cast(Tensor, _LowRankUpdate.apply(x, base.weight, down, up, self.scaling["default"]))
+        update: Any = _LowRankUpdate.apply(x, base.weight, down, up, self.scaling["default"])  # type: ignore[no-untyped-call]
+        return cast(Tensor, update)
 
     def _adapter_dtype(self) -> torch.dtype:
-        return next(iter(self.lora_A.values())).weight.dtype
+        return cast(torch.dtype, next(iter(self.lora_A.values())).weight.dtype)

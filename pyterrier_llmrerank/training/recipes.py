@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pyterrier as pt
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ..checkpoints import Checkpoint
-    from .data import Encoder
+    from .data import Inputs
 
 #: Projections that LoRA updates.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -29,8 +29,17 @@ def option(default: Any, help: str, *names: str) -> Any:
     return field(default=default, metadata={"help": help, "aliases": [f"--{name}" for name in names]})
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
+def value_are(values: Sequence[Any], kind: type) -> bool:
+    """Whether all values are of this kind; a bool is no integer."""
+    return all(isinstance(value, kind) and not isinstance(value, bool) for value in values)
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Recipe(ABC):
     """What all trainings have in common.
 
     Args:
@@ -84,21 +93,41 @@ class Recipe:
     output_dir: str | None = None
     patience: int | None = option(None, "stop after so many measurements of nDCG@10 without a better one")
     min_label: int = 1
-    text: pt.Transformer | None = field(default=None, compare=False)
-    arguments: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    text: pt.Transformer | None = field(default=None, hash=False)
+    arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        for name, least in {
-            "group_size": 2, "query_max_length": 1, "passage_max_length": 8, "lora_rank": 1, "lora_alpha": 0,
-            "lora_dropout": 0, "learning_rate": 0, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
-            "patience": 1,
-        }.items():  # fmt: skip
+        for name, least in self._least().items():
             value = getattr(self, name)
             if value is None and name == "patience":
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
-                raise ValueError(f"{name}={value!r}; allowed: a number of at least {least}.")
-        object.__setattr__(self, "target_modules", tuple(self.target_modules))
+            whole = isinstance(least, int)
+            kinds = int if whole else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kinds) or not value >= least:
+                kind = "an integer" if whole else "a number"
+                raise ValueError(f"{name}={value!r}; allowed: {kind} of at least {least:g}.")
+        if not self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout!r}; allowed: a number from 0 to less than 1.")
+        self._as_tuple("target_modules", str)
+
+    @staticmethod
+    def _least() -> dict[str, int | float]:
+        """The smallest value of each number: an int where only whole ones are allowed."""
+        return {
+            "group_size": 2, "query_max_length": 1, "passage_max_length": 8, "lora_rank": 1, "lora_alpha": 0.0,
+            "lora_dropout": 0.0, "learning_rate": 0.0, "num_train_epochs": 0.0, "max_steps": -1, "warmup_steps": 0.0,
+            "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "patience": 1, "seed": 0,
+        }  # fmt: skip
+
+    def _as_tuple(self, name: str, kind: type) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, list | tuple) or not value_are(value, kind):
+            raise ValueError(f"{name}={value!r}; allowed: a list of {kind.__name__}.")
+        object.__setattr__(self, name, tuple(value))
+
+    def __repr__(self) -> str:
+        changed = [f for f in fields(self) if getattr(self, f.name) != _default(f)]
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in changed)})"
 
     @property
     def head_modules(self) -> tuple[str, ...]:
@@ -122,10 +151,9 @@ class Recipe:
     def heads(self, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, seed: int) -> Tensor:
         """What the heads start as, ``[heads, width]``."""
 
-    @property
     @abstractmethod
-    def encoder(self) -> Encoder:
-        """Pairs to ids."""
+    def inputs(self, prompt: str | None) -> Inputs:
+        """What makes ids of pairs, given the prompt that the data have, or None for the usual one."""
 
     @staticmethod
     @abstractmethod
@@ -133,7 +161,7 @@ class Recipe:
         """A passage of the data as the model reads it."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class RankLLaMATraining(Recipe):
     """Fine-tuning RankLLaMA (Ma et al., 2023): LoRA and a score head, cross-entropy over groups.
 
@@ -169,11 +197,9 @@ class RankLLaMATraining(Recipe):
         spread = getattr(checkpoint.config, "initializer_range", 0.02)
         return torch.randn(1, checkpoint.config.hidden_size, generator=generator) * spread
 
-    @property
-    def encoder(self) -> Encoder:
-        """Ids as in inference, with documents three tokens shorter, as released."""
-        inputs = RankLLaMAInputs(self.query_max_length, self.passage_max_length, margin=3)
-        return lambda prompt: inputs
+    def inputs(self, prompt: str | None) -> Inputs:
+        """Ids as in inference, with documents three tokens shorter, as released; there is no prompt."""
+        return RankLLaMAInputs(self.query_max_length, self.passage_max_length, margin=3)
 
     @staticmethod
     def body(text: str, title: str | None) -> str:
@@ -181,7 +207,7 @@ class RankLLaMATraining(Recipe):
         return document(text, title)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class MatroyshkaTraining(Recipe):
     """What both steps of training a Matroyshka Re-Ranker (Liu et al., 2025) have in common."""
 
@@ -199,14 +225,14 @@ class MatroyshkaTraining(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "compress_layers", tuple(self.compress_layers))
-        object.__setattr__(self, "compress_ratios", tuple(self.compress_ratios))
-        for name, least in {"start_layer": 1, "layer_sep": 1}.items():
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)!r}; allowed: an integer of at least {least}.")
+        self._as_tuple("compress_layers", int)
+        self._as_tuple("compress_ratios", int)
+        for name, value in {"start_layer": self.start_layer, "layer_sep": self.layer_sep}.items():
+            if not value_are([value], int) or value < 1:
+                raise ValueError(f"{name}={value!r}; allowed: an integer of at least 1.")
         if not self.compress_ratios or any(ratio not in (1, 2, 4, 8, 16, 32, 64) for ratio in self.compress_ratios):
             raise ValueError(f"compress_ratios={list(self.compress_ratios)}; allowed: powers of two from 1 to 64.")
-        if any(not isinstance(layer, int) or layer < 0 for layer in self.compress_layers):
+        if any(layer < 0 for layer in self.compress_layers):
             raise ValueError(f"compress_layers={list(self.compress_layers)}; allowed: layer indices, from 0.")
         CascadeLoss(self.train_method)
 
@@ -229,19 +255,23 @@ class MatroyshkaTraining(Recipe):
         from ..checkpoints import MatroyshkaCheckpoint, is_layer_wise
 
         own = is_layer_wise(model)  # then the checkpoint says where its heads are
-        return MatroyshkaCheckpoint(model, adapters, None if own else self.start_layer, None if own else self.layer_sep)
+        at = (None, None) if own else (self.start_layer, self.layer_sep)
+        checkpoint = MatroyshkaCheckpoint(model, adapters, *at)
+        if max(self.compress_ratios) > 1 and not any(0 < layer < checkpoint.layers for layer in self.compress_layers):
+            raise ValueError(
+                f"compress_layers={list(self.compress_layers)}: nothing would be compressed; allowed: layer indices "
+                f"from 1 to {checkpoint.layers - 1}, or compress_ratios=[1]."
+            )
+        return checkpoint
 
     def heads(self, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, seed: int) -> Tensor:
         """The checkpoint's."""
         return checkpoint.heads(tokenizer)
 
-    @property
-    def encoder(self) -> Encoder:
+    def inputs(self, prompt: str | None) -> Inputs:
         """Ids as in inference, the whole input held to query and passage length together, as released."""
         total = self.query_max_length + self.passage_max_length
-        return lambda prompt: MatroyshkaInputs(
-            self.prompt if prompt is None else prompt, self.query_max_length, total=total
-        )
+        return MatroyshkaInputs(self.prompt if prompt is None else prompt, self.query_max_length, total=total)
 
     @staticmethod
     def body(text: str, title: str | None) -> str:
@@ -249,7 +279,7 @@ class MatroyshkaTraining(Recipe):
         return f"{title} {text}" if title else text
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class DistillTraining(MatroyshkaTraining):
     """Cascaded self-distillation: every layer from ``start_layer`` on learns to rank, from the deeper ones too.
 
@@ -263,7 +293,7 @@ class DistillTraining(MatroyshkaTraining):
     learning_rate: float = 2e-4
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class CompensateTraining(MatroyshkaTraining):
     """Factorized compensation on top of a distilled model: for its depths, or for one width.
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import resource
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,13 +21,22 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from ..adapters import Adapter
 from ..batching import TOKENS, run_in_batches
 from ..checkpoints import Checkpoint
-from .data import Batch, Collator, Groups, padded
+from .data import Batch, Collator, Group, Groups, padded
 from .lora import LowRankLinear
 from .model import RankingModel
 from .objectives import CascadeLoss
 from .recipes import Recipe
 from .validation import MEASURE, Validation
 from .widths import Widths
+
+logger = logging.getLogger(__name__)
+
+#: What is taken over from the configuration of an adapter that goes on learning; the rest of it could change the
+#: base's weights, or what is computed, where inference does not.
+CONTINUED = (
+    "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern",
+    "layers_to_transform", "layers_pattern",
+)  # fmt: skip
 
 
 def with_lora(checkpoint: Checkpoint, heads: Tensor, recipe: Recipe, dtype: torch.dtype, name: str) -> PeftModel:
@@ -38,27 +50,31 @@ def with_lora(checkpoint: Checkpoint, heads: Tensor, recipe: Recipe, dtype: torc
         heads: what the heads start as, ``[heads, width]``.
         recipe: rank, scale, dropout and modules of the updates.
         dtype: of the weights that do not learn; those that do are fp32.
-        name: what the adapter will call its base, where no adapter goes on that names it already.
+        name: what the adapter will call its base.
+
+    Raises:
+        ValueError: the model has no module of a name that the recipe targets.
     """
     started: Adapter | None = getattr(checkpoint, "adapter", None)
-    base = name
-    if started is not None:
-        checkpoint.adapters = ()
-        config = LoraConfig.from_pretrained(str(started.folder))
-        config.inference_mode = False
-        config.modules_to_save = ["score"]  # which PEFT itself adds for SEQ_CLS alone
-        base = config.base_model_name_or_path
-    else:
+    own_heads = checkpoint.head_module(0) is None
+    if started is None:
         config = LoraConfig(
             r=recipe.lora_rank,
             lora_alpha=cast(int, recipe.lora_alpha),
             lora_dropout=recipe.lora_dropout,
             target_modules=list(recipe.target_modules),
-            modules_to_save=None if recipe.head_modules else ["score"],
         )
-    config.task_type = None  # PEFT would wrap the model for inputs that it does not have
+    else:
+        checkpoint.adapters = ()
+        config = LoraConfig(**{key: started.config[key] for key in CONTINUED if started.config.get(key) is not None})
+        logger.info("going on with %s: its rank, scale and modules, not the recipe's", started.folder)
+    config.modules_to_save = ["score"] if own_heads else None
+    # No task type: PEFT would wrap the model for inputs that it does not have.
     config._register_custom_module({nn.Linear: LowRankLinear})
-    ranking = RankingModel(checkpoint, heads, dtype, base)
+    ranking = RankingModel(checkpoint, heads, dtype, name)
+    modules = {module.rpartition(".")[2] for module, _ in ranking.named_modules()}
+    if unknown := [target for target in recipe.target_modules if target not in modules]:
+        raise ValueError(f"target_modules: the model has no {unknown[0]!r}; allowed: the ends of its modules' names.")
     model = cast(PeftModel, get_peft_model(cast(Any, ranking), config))
     if started is not None:
         set_peft_model_state_dict(model, load_peft_weights(str(started.folder), device="cpu"))
@@ -103,7 +119,7 @@ def train(
         model,
         arguments,
         groups,
-        Collator(tokenizer, recipe.encoder),
+        Collator(tokenizer, recipe.inputs),
         recipe.loss,
         recipe.widths(arguments.seed),
         recipe.task_type,
@@ -113,10 +129,8 @@ def train(
         trainer.add_callback(EarlyStoppingCallback(recipe.patience))
     resume: str | bool | None = arguments.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=resume if resume not in ("True", "true") else True)
-    trainer.save_model()
     trainer.save_state()
-    if arguments.push_to_hub:
-        trainer.push_to_hub()
+    trainer.save_model()  # and push, where that is asked for
     return Path(cast(str, arguments.output_dir))
 
 
@@ -142,6 +156,16 @@ class _NewEpoch(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.groups.epoch = int(state.epoch or 0)
+
+
+@dataclass(frozen=True)
+class _Collate:
+    """A batch as the keyword that the Trainer hands on."""
+
+    collate: Collator
+
+    def __call__(self, drawn: Sequence[Group]) -> dict[str, Batch]:
+        return {"batch": self.collate(drawn)}
 
 
 class _Progress(ProgressCallback):
@@ -175,7 +199,8 @@ class GroupTrainer(Trainer):
         validation: measured where the Trainer evaluates, with the scores of the deepest head.
 
     Raises:
-        FloatingPointError: in training, where the loss is not finite; checkpoints written before are kept.
+        FloatingPointError: in training, where the loss is not finite, or weights to be saved are not;
+            checkpoints written before are kept.
     """
 
     def __init__(
@@ -195,7 +220,7 @@ class GroupTrainer(Trainer):
             args=args,
             train_dataset=groups,
             eval_dataset=cast(Any, validation),
-            data_collator=lambda drawn: {"batch": collate(drawn)},
+            data_collator=_Collate(collate),
             callbacks=[_NewEpoch(groups)],
         )
         if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
@@ -242,9 +267,10 @@ class GroupTrainer(Trainer):
         return metrics
 
     @torch.no_grad()
-    def _scores(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        """Scores of ``(query, body)`` pairs by the deepest head, at full width."""
-        rows = self.collate.encoder(None)(self.collate.tokenizer, pairs)
+    def _scores(self, asked: Sequence[tuple[str, str, str | None]]) -> list[float]:
+        """Scores of ``(query, body, prompt)`` by the deepest head, at full width."""
+        encode = {prompt: self.collate.inputs(prompt) for prompt in {prompt for _, _, prompt in asked}}
+        rows = [encode[prompt](self.collate.tokenizer, [(query, body)])[0] for query, body, prompt in asked]
         scores = [float("nan")] * len(rows)
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         model = cast(nn.Module, self.model_wrapped if sharded else self.model)
@@ -262,7 +288,7 @@ class GroupTrainer(Trainer):
         finally:
             model.train()
         if failed is not None:
-            raise MemoryError(f"validation: no memory for the pair with query {pairs[failed][0]!r} alone.")
+            raise MemoryError(f"validation: no memory for the pair with query {asked[failed][0]!r} alone.")
         return scores
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -271,13 +297,20 @@ class GroupTrainer(Trainer):
             if self.args.device.type == "cuda":
                 taken = torch.cuda.max_memory_allocated(self.args.device)
             else:
-                taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+                unit = 1 if sys.platform == "darwin" else 1024
+                taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
             logs["peak_memory_gb"] = round(taken / 1e9, 3)
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Adapters go under the task that the original programs give them, and the tokenizer beside them."""
         model = self.accelerator.unwrap_model(self.model)
+        learnt = state_dict or {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not all(tensor.isfinite().all() for tensor in learnt.values()):
+            raise FloatingPointError(
+                f"weights are no longer finite at step {self.state.global_step} (learning rate up to "
+                f"{self.args.learning_rate:g}); they are not saved. Older checkpoints are in {self.args.output_dir}."
+            )
         config = model.peft_config["default"]
         config.task_type = cast(Any, self.task_type)
         try:

@@ -14,14 +14,19 @@ from .data import Body, candidates
 
 MEASURE = "nDCG@10"
 
+#: From ``(query, body, prompt)`` to their scores.
+Score = Callable[[Sequence[tuple[str, str, str | None]]], Sequence[float]]
+
 
 @dataclass(frozen=True)
 class Validation:
     """Candidates to rank and what is relevant among them.
 
     Args:
-        pairs: columns ``qid``, ``docno``, ``query`` and ``body``, the passage as the model reads it.
-        qrels: columns ``qid``, ``docno`` and ``label``; what is relevant and no candidate counts too.
+        pairs: columns ``qid``, ``docno``, ``query``, ``body``, the passage as the model reads it, and ``prompt``,
+            None for the usual one.
+        qrels: columns ``qid``, ``docno`` and ``label``; what is relevant and no candidate counts too, as far
+            as its query has candidates.
 
     Raises:
         ValueError: no query has both candidates and judgements.
@@ -31,16 +36,15 @@ class Validation:
     qrels: pd.DataFrame
 
     def __post_init__(self) -> None:
-        if not set(self.pairs["qid"]) & set(self.qrels["qid"]):
+        own = self.qrels[self.qrels["qid"].isin(set(self.pairs["qid"]))]
+        if own.empty:
             raise ValueError("validation: no query has both candidates and judgements.")
+        object.__setattr__(self, "qrels", own)
 
-    def __call__(self, score: Callable[[Sequence[tuple[str, str]]], Sequence[float]]) -> float:
-        """Mean nDCG@10 over the queries with judgements.
-
-        Args:
-            score: from ``(query, body)`` pairs to their scores.
-        """
-        scores = score(list(zip(self.pairs["query"], self.pairs["body"], strict=True)))
+    def __call__(self, score: Score) -> float:
+        """Mean nDCG@10 over the queries with candidates and judgements."""
+        named = zip(*(self.pairs[name] for name in ("query", "body", "prompt")), strict=True)
+        scores = score(list(named))
         run = pd.DataFrame(
             {"query_id": self.pairs["qid"], "doc_id": self.pairs["docno"], "score": [float(s) for s in scores]}
         )
@@ -50,14 +54,14 @@ class Validation:
     @classmethod
     def of_records(cls, records: Iterable[Any], body: Body) -> Validation:
         """From data of the form that training takes: each line's positives against its negatives."""
-        pairs: list[tuple[str, str, str, str]] = []
+        pairs: list[tuple[str, str, str, str, str | None]] = []
         qrels: list[tuple[str, str, int]] = []
         for number, record in enumerate(records):
             read = candidates(record, body)
             for docno, passage in enumerate(read.positives + read.negatives):
-                pairs.append((str(number), str(docno), read.query, passage))
+                pairs.append((str(number), str(docno), read.query, passage, read.prompt))
             qrels += [(str(number), str(docno), 1) for docno in range(len(read.positives))]
         return cls(
-            pd.DataFrame(pairs, columns=["qid", "docno", "query", "body"]),
+            pd.DataFrame(pairs, columns=["qid", "docno", "query", "body", "prompt"], dtype=object),
             pd.DataFrame(qrels, columns=["qid", "docno", "label"]),
         )
