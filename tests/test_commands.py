@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import re
-import shlex
 import subprocess
 import sys
 import time
@@ -47,37 +46,62 @@ def losses(folder: Path) -> list[float]:
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
-def recipes(script: str) -> list[tuple[str, list[str]]]:
-    """The train commands of an example script: recipe and options."""
-    text = (EXAMPLES / script).read_text(encoding="utf-8").replace("\\\n", " ")
-    found = re.findall(r"-m pyterrier_llmrerank train (\w+) ([^\n]*)", text)
-    filled = [(name, re.sub(r"\$\{?\w+\}?", "2", options)) for name, options in found]
-    return [(name, shlex.split(options)) for name, options in filled]
+def commands(script: str, tmp_path: Path, *arguments: str) -> list[tuple[str, list[str]]]:
+    """The train commands that an example script runs: recipe and options, as torchrun would get them."""
+    said = tmp_path / "said"
+    stub = tmp_path / "bin" / "torchrun"
+    stub.parent.mkdir()
+    stub.write_text(
+        f"#!{sys.executable}\nimport sys, json\nopen({str(said)!r}, 'a').write(json.dumps(sys.argv) + '\\n')\n"
+    )
+    stub.chmod(0o755)
+    path = f"{stub.parent}:{os.environ['PATH']}"
+    subprocess.run(["bash", str(EXAMPLES / script), *arguments], check=True, env={**os.environ, "PATH": path})
+    found = []
+    for line in said.read_text().splitlines():
+        words = json.loads(line)
+        at = words.index("pyterrier_llmrerank")
+        assert words[at - 1 : at + 2] == ["-m", "pyterrier_llmrerank", "train"]
+        options = words[at + 3 :]
+        config = options.index("--deepspeed")  # which is not among the tests' needs
+        stage = json.loads((EXAMPLES / options[config + 1]).read_text())["zero_optimization"]["stage"]
+        assert stage in (1, 3)
+        found.append((words[at + 2], [*options[:config], *options[config + 2 :], "--use_cpu"]))
+    return found
 
 
-def test_the_original_recipes_mean_what_they_meant(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    ((name, options),) = recipes("train_rankllama.sh")
-    without = [o for o in options if o not in ("--bf16",)]
-    without[without.index("--deepspeed") : without.index("--deepspeed") + 2] = []
+def test_rankllamas_recipe_means_what_it_meant(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ((name, options),) = commands("train_rankllama.sh", tmp_path)
     with caplog.at_level(logging.WARNING):
-        recipe, sources, arguments = parse(name, [*without, "--use_cpu"])
+        recipe, sources, arguments = parse(name, options)
     assert sources.train_data == ["Tevatron/msmarco-passage"]
     assert (recipe.group_size, recipe.query_max_length, recipe.passage_max_length) == (16, 32, 196)
     assert (arguments.learning_rate, arguments.warmup_steps, arguments.num_train_epochs) == (1e-4, 0.1, 1)
     assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (4, 8)
+    assert arguments.bf16
     assert getattr(arguments, CHECKPOINTING)
     assert any("--dataset_proc_num has no effect" in message for message in caplog.messages)
-    names = []
-    for name, options in recipes("train_matroyshka.sh"):
-        without = [o for o in options if o not in ("--bf16",)]
-        without[without.index("--deepspeed") : without.index("--deepspeed") + 2] = []
-        recipe, sources, arguments = parse(name, [*without, "--use_cpu", "--output_dir", str(tmp_path)])
-        names.append((name, getattr(recipe, "finetune_type", None)))
+
+
+def test_matroyshkas_recipes_mean_what_they_meant(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text("")
+    parsed = []
+    for name, options in commands("train_matroyshka.sh", tmp_path, str(tmp_path / "data.jsonl")):
+        recipe, sources, arguments = parse(name, options)
+        parsed.append((name, getattr(recipe, "finetune_type", None), recipe.compress_ratios, arguments.learning_rate))
         assert recipe.target_modules[-1] == "linear_head"
-        assert (recipe.group_size, recipe.lora_rank, recipe.lora_alpha) == (16, 32, 64)
+        assert (recipe.group_size, recipe.lora_rank, recipe.lora_alpha, arguments.warmup_steps) == (16, 32, 64, 0.1)
+        assert (recipe.passage_max_length, recipe.compress_layers[-1], recipe.start_layer) == (192, 28, 4)
         assert arguments.dataloader_drop_last
+        assert arguments.bf16
         assert getattr(arguments, CHECKPOINTING)
-    assert names == [("distill", None), ("compensate", "layer"), ("compensate", "token")]
+        assert recipe.train_method == ("distill_fix_layer_teacher" if name == "distill" else "normal")
+        assert sources.raw_peft == (None if name == "distill" else ["result_self_distillation"])
+    assert parsed == [
+        ("distill", None, (1, 2, 4, 8), 2e-4),
+        ("compensate", "layer", (1,), 2e-5),
+        *[("compensate", "token", (ratio,), 2e-5) for ratio in (2, 4, 8)],
+    ]
 
 
 def test_distil_and_compensate(data: Path, tmp_path: Path) -> None:
