@@ -48,7 +48,8 @@ def rerankers(arguments: argparse.Namespace) -> Iterator[tuple[str, LLMReranker]
     if not arguments.model:
         return
     for ratio in arguments.ratios:
-        shape = {"cutoff": arguments.depths, "compress_layers": arguments.compress_layers, "compress_ratio": ratio}
+        where = arguments.compress_layers if ratio > 1 else ()
+        shape = {"cutoff": arguments.depths, "compress_layers": where, "compress_ratio": ratio}
         width = "" if ratio == 1 else f" ratio {ratio}"
         if arguments.model != SHIPPED:
             lowest = arguments.start_layer or min(arguments.depths)
