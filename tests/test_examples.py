@@ -35,10 +35,24 @@ def test_rerank_run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixtur
     )
     pt.io.write_results(rows, str(tmp_path / "runs" / "first.res.gz"))
     (tmp_path / "qrels.txt").write_text("".join(f"q{q} 0 d1 1\n" for q in range(3)))
-    run(monkeypatch, "rerank_run.py", str(tmp_path), "--run", "first", "--depths", "4", "8", "--candidates", "4")
-    table = capfd.readouterr().out
-    assert "first >> 8 layers" in table
-    assert "0.6309" in table.splitlines()[1]  # d1 second for every query: 1 / log2(3)
+    shapes = (
+        "--depths",
+        "4",
+        "8",
+        "--ratios",
+        "1",
+        "2",
+        "--compress_layers",
+        "4",
+        "--csv",
+        str(tmp_path / "table.csv"),
+    )
+    run(monkeypatch, "rerank_run.py", str(tmp_path), "--run", "first", "--candidates", "4", *shapes)
+    assert f"{tmp_path.name}, 3 queries, 4 candidates each" in capfd.readouterr().out
+    table = pd.read_csv(csv).set_index("name")
+    assert list(table.index) == ["first", "4 layers", "8 layers", "4 layers ratio 2", "8 layers ratio 2"]
+    assert table.loc["first", "nDCG@10"] == 0.6309  # d1 second for every query: 1 / log2(3)
+    assert table.loc["8 layers", "nDCG@10"] != table.loc["8 layers ratio 2", "nDCG@10"]
 
 
 def test_the_little_collection_is_sound() -> None:
