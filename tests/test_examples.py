@@ -49,7 +49,7 @@ def test_rerank_run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixtur
     )
     run(monkeypatch, "rerank_run.py", str(tmp_path), "--run", "first", "--candidates", "4", *shapes)
     assert f"{tmp_path.name}, 3 queries, 4 candidates each" in capfd.readouterr().out
-    table = pd.read_csv(csv).set_index("name")
+    table = pd.read_csv(tmp_path / "table.csv").set_index("name")
     assert list(table.index) == ["first", "4 layers", "8 layers", "4 layers ratio 2", "8 layers ratio 2"]
     assert table.loc["first", "nDCG@10"] == 0.6309  # d1 second for every query: 1 / log2(3)
     assert table.loc["8 layers", "nDCG@10"] != table.loc["8 layers ratio 2", "nDCG@10"]
