@@ -3,22 +3,25 @@
 One forward pass serves both rerankers, inference and training. It walks the layers of a transformers
 model itself, because neither leaving at a chosen depth nor shortening the sequence between two layers can
 be asked of the model's own ``forward``; each layer is still called as the module it is, so that adapters,
-gradient checkpointing and parallel wrappers see what they expect.
+gradient checkpointing and parallel wrappers see what they expect. To the layers, a batch is one long row of
+tokens (:mod:`~pyterrier_llmrerank.packing`); only :func:`attention`, which they call, knows of pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from .compression import Spans, compress
+from .compression import Pooling
+from .packing import Packing, Rows, on_device
 
 #: Model types whose layers may be walked as below: token embedding, layers with rotary positions, final
 #: norm, and nothing else on the way (others scale embeddings or mix kinds of positions).
@@ -42,19 +45,49 @@ class Decoder(Protocol):
 
 @dataclass
 class Tap:
-    """What one layer's attention is told, and asked for, besides its output.
+    """Taken by an attention that is to leave something besides its output.
 
     Args:
-        keys: which keys are real, ``[batch, length]``. None where causality alone hides the padding,
-            which stands on the right: then no mask is needed and the fused causal kernels run.
-        query: position in each row whose attention is wanted, ``[batch]``, or None.
-        log_weights: the answer: log of that position's attention summed over the heads, fp32
-            ``[batch, length]``.
+        log_weights: log of the asked position's attention summed over the heads, fp32 ``[pairs, length]``.
     """
 
-    keys: Tensor | None = None
-    query: Tensor | None = None
     log_weights: Tensor | None = None
+
+
+class Pairs:
+    """What a layer's attention is told of the packed row.
+
+    Args:
+        packing: how the pairs stand in the row.
+        device: where the states are.
+        multiple: pairs are laid out in a multiple of so many positions.
+    """
+
+    def __init__(self, packing: Packing, device: torch.device, multiple: int = 1) -> None:
+        count, length = len(packing), -(-packing.longest // multiple) * multiple
+        places = np.zeros((count, length), dtype=np.int64)
+        places[:, : packing.longest] = packing.places
+        self.shape = count, length
+        self.positions = on_device(packing.positions, device)
+        self.last = on_device(packing.last, device)
+        self._places = on_device(places.flatten(), device)
+        self._back = on_device(packing.rows * length + packing.positions, device)
+        #: The position in each pair whose attention a :class:`Tap` takes, ``[pairs]``.
+        self.asked = on_device(packing.lengths - 1, device)
+        #: Which keys are real, ``[pairs, length]``; None where causality alone hides what is not: then no mask is
+        #: needed, and the fused causal kernels run.
+        self.keys = None
+        if packing.padding.any():
+            self.keys = on_device(np.arange(length) < packing.real[:, None], device)
+
+    def apart(self, states: Tensor) -> Tensor:
+        """``[1, heads, tokens, width]`` of the row to ``[pairs, heads, length, width]``."""
+        states = states[0].transpose(0, 1)
+        return states.index_select(0, self._places).view(*self.shape, *states.shape[1:]).transpose(1, 2)
+
+    def together(self, states: Tensor) -> Tensor:
+        """``[pairs, heads, length, width]`` to ``[1, tokens, heads, width]`` of the row."""
+        return states.transpose(1, 2).flatten(0, 1).index_select(0, self._back)[None]
 
 
 def attention(
@@ -67,13 +100,15 @@ def attention(
     scaling: float,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    tap: Tap,
+    pairs: Pairs,
+    tap: Tap | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention in the form that transformers' layers call, with one row of weights on demand.
+    """Causal attention within each pair, in the form that transformers' layers call.
 
-    ``query`` is ``[batch, heads, length, width]``; ``key`` and ``value`` may have fewer heads.
+    ``query`` is ``[1, heads, tokens, width]``; ``key`` and ``value`` may have fewer heads.
     """
+    query, key, value = pairs.apart(query), pairs.apart(key), pairs.apart(value)
     length = key.shape[2]
     window = sliding_window if sliding_window is not None and sliding_window < length else None
     options: dict[str, Any] = {
@@ -81,47 +116,53 @@ def attention(
         "scale": scaling,
         "enable_gqa": query.shape[1] != key.shape[1],
     }
-    if query.device.type == "cpu" and query.dtype != torch.float32 and not module.training:
-        output = _in_blocks(query, key, value, tap.keys, window, options)
-    elif tap.keys is not None or window is not None:
-        position = torch.arange(length, device=key.device)
-        mask = _visible(position[None], length, tap.keys, window)
-        output = scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
+    states = query, key, value
+    if _in_blocks(query.device, query.dtype, module.training):
+        output = _by_blocks(*states, pairs.keys, window, options)
     else:
-        output = scaled_dot_product_attention(query, key, value, is_causal=True, **options)
-    if tap.query is not None:
-        tap.log_weights = _log_weights(query, key, tap.query, scaling, tap.keys, window)
-    return output.transpose(1, 2).contiguous(), None
+        if query.device.type == "cpu":
+            states = query.float(), key.float(), value.float()  # the kernel's gradient in bf16 takes twice as long
+        if pairs.keys is not None or window is not None:
+            position = torch.arange(length, device=key.device)
+            options["attn_mask"] = _visible(position[None], length, pairs.keys, window)
+        with torch.autocast("cpu", enabled=False):  # it would undo that
+            output = scaled_dot_product_attention(*states, is_causal="attn_mask" not in options, **options)
+        output = output.to(query.dtype)
+    if tap is not None:
+        row = query[torch.arange(len(query), device=query.device), :, pairs.asked]
+        per_head = _row_logits(row, key, pairs.asked, scaling, pairs.keys, window).log_softmax(-1)
+        tap.log_weights = per_head.flatten(1, 2).logsumexp(1).float()
+    return pairs.together(output), None
 
 
-def _in_blocks(
-    query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None, window: int | None, options: dict[str, Any]
-) -> Tensor:
-    """Attention of which each position's result does not depend on how long the batch's longest row is.
+def _in_blocks(device: torch.device, dtype: torch.dtype, training: bool) -> bool:
+    """Whether :func:`attention` has to keep the division of labour fixed.
 
     The CPU kernel divides a sequence by its length, which changes the last bits of a result; in bf16 the
-    layers above let that grow until it reorders results. Here a block of queries always meets the same number
-    of keys.
+    layers above let that grow until it reorders results.
     """
-    length = key.shape[2]
-    padding = (0, 0, 0, -length % BLOCK)
-    query, key, value = (pad(states, padding) for states in (query, key, value))
-    real = None if keys is None else pad(keys, padding[2:])
+    return device.type == "cpu" and dtype != torch.float32 and not training
+
+
+def _by_blocks(
+    query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None, window: int | None, options: dict[str, Any]
+) -> Tensor:
+    """Attention in which a block of queries meets the same number of keys however long the batch's longest pair is."""
     blocks = []
-    for start in range(0, length, BLOCK):
+    for start in range(0, key.shape[2], BLOCK):
         end = start + BLOCK
         position = torch.arange(start, end)
-        mask = _visible(position[None], end, None if real is None else real[:, :end], window)
+        mask = _visible(position[None], end, None if keys is None else keys[:, :end], window)
         blocks.append(
             scaled_dot_product_attention(
                 query[:, :, start:end], key[:, :, :end], value[:, :, :end], attn_mask=mask, **options
             )
         )
-    return torch.cat(blocks, dim=2)[:, :, :length]
+    return torch.cat(blocks, dim=2)
 
 
 def _visible(queries: Tensor, length: int, keys: Tensor | None, window: int | None) -> Tensor:
-    """Which keys each query position sees: ``queries`` is ``[1 or batch, n]``, the result ``[.., 1, n, length]``."""
+    """Which keys each query position sees: ``queries`` is ``[1 or pairs, n]``, the result ``[.., 1, n, length]``."""
     distance = queries[..., None] - torch.arange(length, device=queries.device)
     seen = distance >= 0
     if window is not None:
@@ -131,78 +172,114 @@ def _visible(queries: Tensor, length: int, keys: Tensor | None, window: int | No
     return seen[:, None]
 
 
-def _log_weights(
-    query: Tensor, key: Tensor, position: Tensor, scaling: float, keys: Tensor | None, window: int | None
+def _row_logits(
+    row: Tensor, key: Tensor, position: Tensor, scaling: float, keys: Tensor | None, window: int | None
 ) -> Tensor:
-    """Log of the attention of one query position a row, summed over heads: fp32 ``[batch, length]``."""
-    batch, heads, _, width = query.shape
-    kv_heads, length = key.shape[1:3]
+    """Logits of one query a pair, ``[pairs, heads, width]``: ``[pairs, key heads, heads that share them, length]``."""
+    count, kv_heads, length, width = key.shape
     # Twice the precision, where there is one, hides in which order the kernels add: see _in_blocks.
-    precise = torch.float64 if query.device.type == "cpu" else torch.float32
-    asked = query[torch.arange(batch, device=query.device), :, position]
-    asked = asked.view(batch, kv_heads, heads // kv_heads, width).to(precise)
-    logits = asked @ key.to(precise).transpose(2, 3) * scaling
-    unseen = ~_visible(position[:, None], length, keys, window)
+    precise = torch.float64 if key.device.type == "cpu" else torch.float32
+    row = row.view(count, kv_heads, -1, width).to(precise)
+    logits = row @ key.to(precise).transpose(2, 3) * scaling
     # Finite for what is not seen: its gradient stays finite too, and a group of the body that lies wholly
     # outside a sliding window becomes its plain mean.
-    per_head = logits.masked_fill(unseen, -1e30).log_softmax(-1)
-    return per_head.flatten(1, 2).logsumexp(1).float()
+    return logits.masked_fill(~_visible(position[:, None], length, keys, window), -1e30)
 
 
 AttentionInterface.register(ATTENTION, attention)
 
 
+def _read_only_last(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor], pairs: Pairs) -> Tensor:
+    """A layer's output for the last tokens alone, ``[pairs, width]``: all others are but keys and values to them."""
+    parts: Any = layer
+    attention = parts.self_attn
+    cos, sin = rotary
+
+    def heads(states: Tensor, name: str) -> Tensor:
+        projected: Tensor = getattr(attention, f"{name}_proj")(states).unflatten(-1, (-1, attention.head_dim))
+        norm: Callable[[Tensor], Tensor] | None = getattr(attention, f"{name}_norm", None)
+        return projected if norm is None else norm(projected)
+
+    def rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        first, second = states.chunk(2, dim=-1)
+        return states * cos[:, :, None] + torch.cat((-second, first), dim=-1) * sin[:, :, None]
+
+    normed = parts.input_layernorm(hidden)
+    key = pairs.apart(rotated(heads(normed, "k"), cos, sin).transpose(1, 2))
+    value = pairs.apart(heads(normed, "v").transpose(1, 2))
+    row = rotated(heads(normed[:, pairs.last], "q"), cos[:, pairs.last], sin[:, pairs.last])[0]
+    window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
+    position = pairs.positions[pairs.last]
+    weights = _row_logits(row, key, position, attention.scaling, pairs.keys, window).softmax(-1)
+    mixed = (weights @ value.to(weights.dtype)).flatten(1).to(hidden.dtype)
+    between: Tensor = hidden[0, pairs.last] + attention.o_proj(mixed)
+    output: Tensor = between + parts.mlp(parts.post_attention_layernorm(between))
+    return output
+
+
 def decode(
     model: Decoder,
-    input_ids: Tensor,
-    spans: Spans,
+    rows: Rows,
     cutoffs: Sequence[int],
     *,
     compress_layers: Collection[int] = (),
     compress_ratio: int = 1,
-    padded: Sequence[int] | None = None,
+    whole_layers: bool = False,
 ) -> Tensor:
     """Run the decoder and return the last real token's state at each cutoff.
 
     Args:
         model: the decoder; layers from the deepest cutoff on are not touched.
-        input_ids: ``[batch, longest row]``, padded on the right with any id.
-        spans: the parts of each row.
+        rows: the pairs. Where they are padded, the released code is reproduced: up to the first pooling the
+            padding stands in the sequence, its keys masked, and the weights are those of its last token.
         cutoffs: how many layers to run before reading, ascending, each at least 1.
         compress_layers: layer indices (from 0) before which the bodies are pooled; index 0 and indices
             from the deepest cutoff on have no effect.
         compress_ratio: tokens pooled into one; 1 is off.
-        padded: reproduce the released code for rows padded to these lengths: up to the first pooling the
-            padding stands in the sequence, its keys masked, and the weights are those of its last token.
+        whole_layers: call the last layer as a module too, rather than parts of it for the tokens that are read;
+            parallel wrappers of layers need that.
 
     Returns:
-        States after the final norm, ``[cutoffs, batch, width]``, in the model's dtype.
+        States after the final norm, ``[cutoffs, pairs, width]``, in the model's dtype.
     """
-    device = input_ids.device
     deepest = cutoffs[-1]
-    pooled_before = {i for i in compress_layers if 0 < i < deepest} if compress_ratio > 1 else set()
-    rows = torch.arange(input_ids.shape[0], device=device)
-    last = torch.tensor(spans.lengths, device=device) - 1
-    asked, keys = last, None
-    if padded is not None and pooled_before:
-        asked = torch.tensor(padded, device=device) - 1
-        keys = torch.arange(input_ids.shape[1], device=device) <= last[:, None]
+    device = cast(Tensor, model.embed_tokens.weight).device
+    hidden = model.embed_tokens(on_device(rows.ids, device)[None])
+    blocked = _in_blocks(device, hidden.dtype, cast(nn.Module, model).training)
 
-    hidden = model.embed_tokens(input_ids)
-    positions = torch.arange(input_ids.shape[1], device=device)[None]
-    rotary = model.rotary_emb(hidden, position_ids=positions)
+    # Everything the device has to know of the pairs goes there before the first layer, so that none waits for it.
+    def told(packing: Packing) -> Pairs:
+        return Pairs(packing, device, BLOCK if blocked else 1)
+
+    packing: Packing = rows
+    pairs, poolings = told(rows), {}
+    for depth in sorted({i for i in compress_layers if 0 < i < deepest} if compress_ratio > 1 else ()):
+        pooling = Pooling(packing, compress_ratio, device)
+        packing = pooling.after
+        poolings[depth] = pooling, told(packing)
+    every_position = torch.arange(rows.longest, device=device)[None]
+    cos, sin = model.rotary_emb(hidden, position_ids=every_position)
+
     states = []
-    for depth, layer in enumerate(islice(model.layers, deepest), start=1):
-        tap = Tap(keys, asked if depth in pooled_before else None)
-        hidden = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=rotary, tap=tap)
-        if depth in cutoffs:
-            states.append(model.norm(hidden[rows, last]))
-        if depth in pooled_before:
-            assert tap.log_weights is not None
-            hidden, spans = compress(hidden, tap.log_weights, spans, compress_ratio)
-            last = asked = torch.tensor(spans.lengths, device=device) - 1
-            keys = None
-            positions = positions[:, : hidden.shape[1]]
-            cos, sin = rotary
-            rotary = cos[:, : hidden.shape[1]], sin[:, : hidden.shape[1]]
+    tap = None
+    for depth, layer in enumerate(islice(model.layers, deepest)):
+        if tap is not None:
+            pooling, pairs = poolings[depth]
+            hidden = pooling(hidden[0], cast(Tensor, tap.log_weights))[None]
+        if depth == 0 or tap is not None:
+            rotary = cos[:, pairs.positions], sin[:, pairs.positions]
+        if depth + 1 == deepest and not whole_layers:
+            states.append(model.norm(_read_only_last(layer, hidden, rotary, pairs)))
+            break
+        tap = Tap() if depth + 1 in poolings else None
+        hidden = layer(
+            hidden,
+            attention_mask=None,
+            position_ids=pairs.positions[None],
+            position_embeddings=rotary,
+            pairs=pairs,
+            tap=tap,
+        )
+        if depth + 1 in cutoffs:
+            states.append(model.norm(hidden[0, pairs.last]))
     return torch.stack(states)

@@ -201,13 +201,13 @@ class LLMReranker(pt.Estimator):
         distinct = list(dict.fromkeys(pairs))
         at = {pair: index for index, pair in enumerate(distinct)}
         inverse = np.array([at[pair] for pair in pairs])
-        _, _, tokenizer = weights.at_depth(shape.cutoffs[-1])
         with pt.tqdm(total=len(distinct), desc=type(self).__name__, unit="pair", disable=not self.verbose) as bar:
             try:
                 scores = score(
                     weights,
                     shape,
-                    self._encode(tokenizer, distinct),
+                    distinct,
+                    self._encode,
                     batch_size=self.batch_size,
                     label=lambda index: label(pairs.index(distinct[index])),
                     progress=bar.update,
@@ -274,11 +274,11 @@ class LLMReranker(pt.Estimator):
             self._check_rows(results)
         validation = None
         if topics_or_res_va is not None and qrels_va is not None:
-            validation = Frames(topics_or_res_va, qrels_va, self._bodies)
+            validation = Frames(topics_or_res_va, qrels_va, self._bodies, self.text_field)
         if "_shared_weights" in self.__dict__:  # not needed while another copy is trained
             self._shared_weights.leave(self)
             del self._shared_weights, self._shared_key
-        self._take_up(str(self._train(Frames(topics_or_res_tr, qrels_tr, self._bodies), validation)))
+        self._take_up(str(self._train(Frames(topics_or_res_tr, qrels_tr, self._bodies, self.text_field), validation)))
 
     # -- one copy of the weights
 

@@ -1,19 +1,27 @@
-"""Ids to scores: batches through the decoder, and the heads on what comes out."""
+"""Pairs to scores: ids, batches through the decoder, and the heads on what comes out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from .batching import TOKENS, run_in_batches
-from .compression import Spans
+from .batching import TOKENS, Budget, chunks, run_in_batches
 from .decoder import decode
 from .errors import ScoringError
-from .inputs import Ids
+from .inputs import Ids, TokenizedOnce, Tokenizer
+from .packing import Rows
 from .weights import Weights
+
+#: Pairs whose ids are made, and which are sorted into batches, together; a query's pairs stay together beyond it.
+CHUNK = 1024
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,8 @@ class Shape:
 def score(
     weights: Weights,
     shape: Shape,
-    ids: Sequence[Ids],
+    pairs: Sequence[tuple[str, str]],
+    encode: Callable[[Tokenizer, list[tuple[str, str]]], list[Ids]],
     *,
     batch_size: int | None,
     label: Callable[[int], str],
@@ -45,11 +54,15 @@ def score(
 ) -> np.ndarray:
     """Score every pair at every cutoff of the shape.
 
+    Pairs are made into ids and scored a chunk at a time: the ids of one are made while the one before it is scored,
+    and memory does not grow with their number.
+
     Args:
         weights: the model.
         shape: how much of it to run.
-        ids: the pairs.
-        batch_size: rows a batch; None for a token budget that fits the device.
+        pairs: query and passage of each.
+        encode: makes ids of them.
+        batch_size: pairs a batch; None for a token budget that fits the device.
         label: names a pair, for messages.
         progress: told how many pairs are done with each batch.
 
@@ -59,49 +72,62 @@ def score(
     Raises:
         ScoringError: a score is not finite, or one pair alone does not fit in memory; carries the scores so far.
     """
-    model, heads, _ = weights.at_depth(shape.cutoffs[-1])
+    model, heads, tokenizer = weights.at_depth(shape.cutoffs[-1])
     heads = heads[list(shape.heads)]
-    scores = np.full((len(shape.cutoffs), len(ids)), np.nan)
-    # The released code pads each row to a multiple of 8.
-    lengths = [pair.length if shape.pad_id is None else -(-pair.length // 8) * 8 for pair in ids]
+    scores = np.full((len(shape.cutoffs), len(pairs)), np.nan)
+    running: list[tuple[list[int], Tensor]] = []
+
+    def collect() -> None:
+        """Wait for the batch before this one; the device has the next to work on meanwhile."""
+        while running:
+            batch, computed = running.pop()
+            got = computed.cpu().numpy()
+            finite = np.isfinite(got).all(axis=0)
+            scores[:, np.array(batch)[finite]] = got[:, finite]
+            if not finite.all():
+                raise ScoringError(
+                    f"the score of {label(batch[int(finite.argmin())])} is not finite in {weights.dtype}; "
+                    + ("try dtype='float32'." if weights.dtype != torch.float32 else "is the checkpoint sound?"),
+                    scores,
+                )
+            progress(len(batch))
 
     @torch.inference_mode()
     def run(batch: list[int]) -> None:
-        length = lengths[batch[0]]  # the longest stands first
-        rows = [ids[index] for index in batch]
-        padding = shape.pad_id or 0
         states = decode(
             model,
-            torch.tensor([row.flat() + [padding] * (length - row.length) for row in rows], device=weights.device),
-            spans_of(rows),
+            Rows([ids[index] for index in batch], shape.pad_id),
             shape.cutoffs,
             compress_layers=shape.compress_layers,
             compress_ratio=shape.compress_ratio,
-            padded=None if shape.pad_id is None else [lengths[index] for index in batch],
         )
-        got = torch.einsum("cbw,cw->cb", states.float(), heads).cpu().numpy()
-        finite = np.isfinite(got).all(axis=0)
-        scores[:, np.array(batch)[finite]] = got[:, finite]
-        if not finite.all():
+        computed = torch.einsum("cbw,cw->cb", states.float(), heads)
+        collect()
+        running.append(([chunk[index] for index in batch], computed))
+
+    remembering = TokenizedOnce(tokenizer)
+    encoded = (
+        (chunk, encode(remembering, [pairs[i] for i in chunk])) for chunk in chunks([q for q, _ in pairs], CHUNK)
+    )
+    budget = Budget(rows=batch_size) if batch_size else Budget(TOKENS.get(weights.device.type, TOKENS["cpu"]))
+    for chunk, ids in _one_ahead(encoded):
+        too_large = run_in_batches(ids, run, budget)
+        if too_large is not None:
+            collect()
             raise ScoringError(
-                f"the score of {label(batch[int(finite.argmin())])} is not finite in {weights.dtype}; "
-                + ("try dtype='float32'." if weights.dtype != torch.float32 else "is the checkpoint sound?"),
+                f"out of memory on {weights.device} with one pair alone: {label(chunk[too_large])}, "
+                f"{ids[too_large].length} tokens; allow fewer tokens a passage, a smaller dtype, or a larger device.",
                 scores,
             )
-        progress(len(batch))
-
-    too_large = run_in_batches(
-        lengths, run, tokens=None if batch_size else TOKENS.get(weights.device.type, TOKENS["cpu"]), rows=batch_size
-    )
-    if too_large is not None:
-        raise ScoringError(
-            f"out of memory on {weights.device} with one pair alone: {label(too_large)}, {lengths[too_large]} tokens; "
-            "allow fewer tokens a passage, a smaller dtype, or a larger device.",
-            scores,
-        )
+    collect()
     return scores
 
 
-def spans_of(rows: Sequence[Ids]) -> Spans:
-    """How the rows of a batch are made up."""
-    return Spans([len(row.prefix) for row in rows], [len(row.body) for row in rows], [len(row.suffix) for row in rows])
+def _one_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The items, the next of which is always being made, in another thread, while one is worked on."""
+    done = object()
+    with ThreadPoolExecutor(1) as thread:
+        coming: Future[Any] = thread.submit(next, items, done)
+        while (item := coming.result()) is not done:
+            coming = thread.submit(next, items, done)
+            yield item

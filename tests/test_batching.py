@@ -1,47 +1,85 @@
 """Every row is run once, alike lengths together, and lack of memory makes batches smaller, not scores fewer."""
 
+from itertools import groupby
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pyterrier_llmrerank import ScoringError
-from pyterrier_llmrerank.batching import is_out_of_memory, run_in_batches
+from pyterrier_llmrerank.batching import SPREAD, Budget, chunks, is_out_of_memory, packed_size, run_in_batches
+from pyterrier_llmrerank.inputs import Ids
+from pyterrier_llmrerank.packing import Rows
 
-LENGTHS = st.lists(st.integers(0, 50), max_size=40)
+PAIRS = st.lists(
+    st.builds(
+        lambda prefix, body, suffix: Ids([prefix] * prefix, [7] * body, [8] * suffix),
+        st.integers(1, 9),
+        st.integers(0, 50),
+        st.integers(0, 3),
+    ),
+    max_size=40,
+)
 LIMIT = st.none() | st.integers(1, 200)
 
 
-@given(LENGTHS, LIMIT, LIMIT)
-def test_each_row_once_within_the_limits(lengths: list[int], tokens: int | None, rows: int | None) -> None:
+def size(pairs: list[Ids], batch: list[int]) -> int:
+    return len(Rows([pairs[index] for index in batch]).ids)
+
+
+@given(PAIRS, LIMIT, LIMIT)
+def test_each_pair_once_within_the_limits(pairs: list[Ids], tokens: int | None, rows: int | None) -> None:
     seen: list[list[int]] = []
-    assert run_in_batches(lengths, seen.append, tokens=tokens, rows=rows) is None
-    flat = [index for batch in seen for index in batch]
-    assert sorted(flat) == list(range(len(lengths)))
-    assert [lengths[i] for i in flat] == sorted(lengths, reverse=True)
+    assert run_in_batches(pairs, seen.append, Budget(tokens, rows)) is None
+    assert sorted(index for batch in seen for index in batch) == list(range(len(pairs)))
     for batch in seen:
+        assert packed_size([pairs[index] for index in batch]) == size(pairs, batch)
         assert rows is None or len(batch) <= rows
-        assert tokens is None or len(batch) == 1 or len(batch) * lengths[batch[0]] <= tokens
+        if tokens is not None and len(batch) > 1:
+            assert size(pairs, batch) <= tokens
+            assert len(batch) * max(pairs[index].length for index in batch) <= SPREAD * tokens
 
 
-@given(LENGTHS, st.integers(1, 300), LIMIT, LIMIT)
+@given(PAIRS)
+def test_a_prefix_is_left_once_and_its_longest_pair_goes_first(pairs: list[Ids]) -> None:
+    seen: list[list[int]] = []
+    run_in_batches(pairs, seen.append, Budget(rows=1))
+    in_order = [pairs[index] for (index,) in seen]
+    runs = [list(run) for _, run in groupby(in_order, key=lambda pair: pair.prefix)]
+    assert len(runs) == len({len(pair.prefix) for pair in pairs})
+    for run in runs:
+        assert [pair.length for pair in run] == sorted((pair.length for pair in run), reverse=True)
+    assert [run[0].length for run in runs] == sorted((run[0].length for run in runs), reverse=True)
+
+
+@given(PAIRS, st.integers(1, 300), LIMIT, LIMIT)
 def test_the_work_goes_on_when_memory_is_short(
-    lengths: list[int], memory: int, tokens: int | None, rows: int | None
+    pairs: list[Ids], memory: int, tokens: int | None, rows: int | None
 ) -> None:
     done: list[int] = []
 
     def run(batch: list[int]) -> None:
-        if len(batch) * lengths[batch[0]] > memory:
+        if size(pairs, batch) > memory:
             raise torch.OutOfMemoryError("CUDA out of memory")
         done.extend(batch)
 
-    failed = run_in_batches(lengths, run, tokens=tokens, rows=rows)
-    if max(lengths, default=0) > memory:
+    failed = run_in_batches(pairs, run, Budget(tokens, rows))
+    if max((pair.length for pair in pairs), default=0) > memory:
         assert failed is not None
-        assert lengths[failed] > memory
+        assert pairs[failed].length > memory
     else:
         assert failed is None
-        assert sorted(done) == list(range(len(lengths)))
+        assert sorted(done) == list(range(len(pairs)))
+
+
+@given(st.lists(st.integers(0, 5), max_size=30), st.integers(1, 12))
+def test_chunks_part_no_query(queries: list[int], size: int) -> None:
+    made = list(chunks(queries, size))
+    assert sorted(index for chunk in made for index in chunk) == list(range(len(queries)))
+    assert all(len(chunk) >= size for chunk in made[:-1])
+    of_chunks = [{queries[index] for index in chunk} for chunk in made]
+    assert sum(map(len, of_chunks)) == len(set(queries))
 
 
 def test_what_fitted_once_is_not_tried_larger() -> None:
@@ -54,7 +92,7 @@ def test_what_fitted_once_is_not_tried_larger() -> None:
             failures += 1
             raise MemoryError
 
-    run_in_batches([7] * 100, run)
+    run_in_batches([Ids([1], [2] * 5, [3])] * 100, run, Budget())
     assert failures == 4  # 100, 50, 25, 13
 
 
@@ -63,7 +101,7 @@ def test_a_score_that_failed_is_no_lack_of_memory() -> None:
         raise ScoringError("the score of docno 'out of memory' is not finite", None)
 
     with pytest.raises(ScoringError):
-        run_in_batches([1], run)
+        run_in_batches([Ids([1], [2], [])], run, Budget())
 
 
 def test_other_errors_pass() -> None:
@@ -71,7 +109,7 @@ def test_other_errors_pass() -> None:
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        run_in_batches([1], run)
+        run_in_batches([Ids([1], [2], [])], run, Budget())
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ import torch
 from test_compression import by_definition
 from transformers import AutoConfig, AutoModel, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from pyterrier_llmrerank.compression import Spans
 from pyterrier_llmrerank.decoder import ATTENTION, FAMILIES, decode
+from pyterrier_llmrerank.inputs import Ids
+from pyterrier_llmrerank.packing import Rows
 
 SIZES = {
     "vocab_size": 60,
@@ -35,8 +36,7 @@ CONFIGS = {
     "qwen2, window": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=2),
     "qwen3": Qwen3Config(**SIZES, head_dim=16),
 }
-ROWS = [(4, 9, 3), (2, 0, 2), (3, 17, 2)]
-SPANS = Spans(*(list(part) for part in zip(*ROWS, strict=True)))
+ROWS = [(4, 9, 3), (2, 0, 2), (3, 17, 2), (4, 6, 3)]
 
 
 def models(name: str) -> tuple[AutoModel, AutoModel]:
@@ -48,21 +48,25 @@ def models(name: str) -> tuple[AutoModel, AutoModel]:
     return ours, theirs
 
 
-def ids() -> torch.Tensor:
-    return torch.randint(0, 60, (len(ROWS), max(SPANS.lengths)), generator=torch.Generator().manual_seed(2))
+def pairs() -> list[Ids]:
+    """As long as ROWS says; the first and the last have one prefix."""
+    generator = torch.Generator().manual_seed(2)
+    made = [Ids(*(torch.randint(0, 60, (size,), generator=generator).tolist() for size in row)) for row in ROWS]
+    return [*made[:-1], made[-1]._replace(prefix=made[0].prefix)]
 
 
 def test_every_family_is_tested() -> None:
     assert {name.split(",")[0] for name in CONFIGS} == set(FAMILIES)
 
 
+@pytest.mark.parametrize("whole_layers", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.inference_mode()
-def test_equals_the_models_own_forward(name: str) -> None:
+def test_equals_the_models_own_forward(name: str, whole_layers: bool) -> None:
     ours, theirs = models(name)
-    states = decode(ours, ids(), SPANS, [1, 2, 4])
-    for row, length in enumerate(SPANS.lengths):
-        out = theirs(ids()[row : row + 1, :length], output_hidden_states=True)
+    states = decode(ours, Rows(pairs()), [1, 2, 4], whole_layers=whole_layers)
+    for row, pair in enumerate(pairs()):
+        out = theirs(torch.tensor([pair.flat()]), output_hidden_states=True)
         for state, wanted in zip(states[:, row], [1, 2, 4], strict=True):
             hidden = out.last_hidden_state if wanted == 4 else theirs.norm(out.hidden_states[wanted])
             torch.testing.assert_close(state, hidden[0, -1], atol=2e-5, rtol=2e-5)
@@ -74,10 +78,10 @@ def test_equals_the_models_own_forward(name: str) -> None:
 def test_compression_equals_full_attention_matrices(name: str, ratio: int) -> None:
     """Layers 1 and 3 pool; a reference takes their weights out of transformers' eager attention, row by row."""
     ours, theirs = models(name)
-    states = decode(ours, ids(), SPANS, [2, 4], compress_layers={1, 3}, compress_ratio=ratio)
+    states = decode(ours, Rows(pairs()), [2, 4], compress_layers={1, 3}, compress_ratio=ratio)
     for row, (prefix, body, suffix) in enumerate(ROWS):
         attention = torch.empty(0)
-        hidden = theirs.embed_tokens(ids()[row : row + 1, : prefix + body + suffix])
+        hidden = theirs.embed_tokens(torch.tensor([pairs()[row].flat()]))
         for index, layer in enumerate(theirs.layers):
             if index in (1, 3):
                 weights = attention[0, :, -1].sum(0)  # of the layer before
@@ -100,17 +104,10 @@ def test_compression_equals_full_attention_matrices(name: str, ratio: int) -> No
 @torch.inference_mode()
 def test_a_window_is_honoured_after_compression_and_never_gives_nan() -> None:
     ours, _ = models("mistral, window")
-    together = decode(ours, ids(), SPANS, [4], compress_layers={1, 2}, compress_ratio=2)
+    together = decode(ours, Rows(pairs()), [4], compress_layers={1, 2}, compress_ratio=2)
     assert together.isfinite().all()
-    for row, length in enumerate(SPANS.lengths):
-        alone = decode(
-            ours,
-            ids()[row : row + 1, :length],
-            Spans(*([part] for part in ROWS[row])),
-            [4],
-            compress_layers={1, 2},
-            compress_ratio=2,
-        )
+    for row, pair in enumerate(pairs()):
+        alone = decode(ours, Rows([pair]), [4], compress_layers={1, 2}, compress_ratio=2)
         torch.testing.assert_close(together[:, row], alone[:, 0], atol=2e-5, rtol=2e-5)
 
 
@@ -118,7 +115,7 @@ def test_a_window_is_honoured_after_compression_and_never_gives_nan() -> None:
 def test_layers_below_the_cutoff_are_not_touched() -> None:
     ours, _ = models("mistral")
     ours.layers[2] = ours.layers[3] = torch.nn.Identity()  # which would fail on the arguments of a layer
-    assert decode(ours, ids(), SPANS, [2]).shape == (1, 3, 32)
+    assert decode(ours, Rows(pairs()), [2]).shape == (1, len(ROWS), 32)
 
 
 def test_gradients_flow_through_the_pooling_weights() -> None:
@@ -131,7 +128,7 @@ def test_gradients_flow_through_the_pooling_weights() -> None:
     direction = torch.randn(1, len(ROWS), 32, generator=torch.Generator().manual_seed(3))
 
     def readout() -> torch.Tensor:
-        states = decode(ours, ids(), SPANS, [2], compress_layers={1}, compress_ratio=4)
+        states = decode(ours, Rows(pairs()), [2], compress_layers={1}, compress_ratio=4)
         return (states * direction).sum()
 
     (gradient,) = torch.autograd.grad(readout(), query)

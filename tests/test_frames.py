@@ -48,6 +48,16 @@ def test_text_brings_in_what_was_not_retrieved() -> None:
     assert [(r["query_id"], r["pos"]) for r in records][2] == ("3", ["<fetched d9>"])
 
 
+def test_texts_may_stand_in_another_column(caplog: pytest.LogCaptureFixture) -> None:
+    body = results().rename(columns={"text": "body"})
+    loader = pt.apply.generic(lambda frame: frame.assign(body="fetched " + frame["docno"]))
+    records = records_of(body, QRELS, lambda frame: list(frame["body"]), 1, loader, "body")
+    assert records[2]["pos"] == ["fetched d9"]
+    other = pt.apply.generic(lambda frame: frame.assign(text="fetched " + frame["docno"]))
+    assert len(records_of(body, QRELS, lambda frame: list(frame["body"]), 1, other, "body")) == 2
+    assert "text could not load all of 1 passages: KeyError('body')" in caplog.messages[-2]
+
+
 @pytest.mark.parametrize("text", [None, float("nan"), 3])
 def test_text_that_is_none_leaves_the_query_out(text: object) -> None:
     loader = pt.apply.generic(lambda frame: frame.assign(text=pd.Series([text] * len(frame), dtype=object)))

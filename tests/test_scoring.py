@@ -6,8 +6,10 @@ import torch
 from conftest import MODELS, words
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker, ScoringError, batching, scoring
+from pyterrier_llmrerank.packing import Rows
 
 FULL = str(MODELS / "costwise_full")
 RERANKERS = {
@@ -52,11 +54,11 @@ def test_memory_running_out_halves_the_batch(monkeypatch: pytest.MonkeyPatch) ->
     wanted = reranker.compute_score(pairs)
     real, sizes = scoring.decode, []
 
-    def short_of_memory(model: object, ids: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
-        sizes.append(len(ids))
-        if len(ids) > 3:
+    def short_of_memory(model: object, rows: Rows, *args: object, **options: object) -> torch.Tensor:
+        sizes.append(len(rows))
+        if len(rows) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(model, ids, *args, **options)
+        return real(model, rows, *args, **options)
 
     monkeypatch.setattr(scoring, "decode", short_of_memory)
     np.testing.assert_allclose(reranker.compute_score(pairs), wanted, atol=1e-4)
@@ -67,10 +69,10 @@ def test_one_pair_that_does_not_fit_is_named_and_the_rest_is_kept(monkeypatch: p
     reranker = MatroyshkaReranker(FULL, dtype="float32", batch_size=1)
     real = scoring.decode
 
-    def fails_on_the_short(model: object, ids: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
-        if ids.shape[1] < 60:
+    def fails_on_the_short(model: object, rows: Rows, *args: object, **options: object) -> torch.Tensor:
+        if rows.longest < 60:
             raise MemoryError
-        return real(model, ids, *args, **options)
+        return real(model, rows, *args, **options)
 
     monkeypatch.setattr(scoring, "decode", fails_on_the_short)
     with pytest.raises(ScoringError, match=r"out of memory on cpu with one pair alone: pairs\[1\], \d+ tokens") as info:
@@ -85,8 +87,8 @@ def test_a_score_that_is_not_finite_is_named(monkeypatch: pytest.MonkeyPatch, dt
     reranker = MatroyshkaReranker(FULL, dtype=dtype)
     real = scoring.decode
 
-    def overflows(model: object, ids: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
-        states = real(model, ids, *args, **options)
+    def overflows(model: object, rows: Rows, *args: object, **options: object) -> torch.Tensor:
+        states = real(model, rows, *args, **options)
         states[:, 1] = torch.inf
         return states
 
@@ -100,12 +102,34 @@ def test_default_batches_stay_within_the_devices_budget(monkeypatch: pytest.Monk
     shapes = []
     real = scoring.decode
 
-    def watched(model: object, ids: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
-        shapes.append(ids.numel())
-        return real(model, ids, *args, **options)
+    def watched(model: object, rows: Rows, *args: object, **options: object) -> torch.Tensor:
+        shapes.append(len(rows.ids))
+        return real(model, rows, *args, **options)
 
     monkeypatch.setattr(scoring, "decode", watched)
     monkeypatch.setitem(batching.TOKENS, "cpu", 300)
     RERANKERS["plain"].compute_score([pair(i, 20 + i, i) for i in range(20)])
     assert len(shapes) > 2
     assert max(shapes) <= 300
+
+
+def test_many_queries_go_in_chunks_and_come_out_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = [pair(i % 7, 5 + i, i) for i in range(40)]
+    wanted = RERANKERS["plain"].compute_score(pairs)
+    monkeypatch.setattr(scoring, "CHUNK", 6)
+    np.testing.assert_allclose(RERANKERS["plain"].compute_score(pairs), wanted, atol=1e-4)
+
+
+def test_a_prefix_is_computed_once_for_its_passages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted in operations: a hundred passages of one query against the same of a hundred."""
+    reranker, passages = RERANKERS["plain"], [words(i, 20) for i in range(100)]
+
+    def operations(queries: list[str]) -> int:
+        with FlopCounterMode(display=False) as counter:
+            reranker.compute_score(list(zip(queries, passages, strict=True)))
+        return counter.get_total_flops()
+
+    query = words(3, 40)
+    one = operations([query] * 100)
+    many = operations([f"{query} {i}" for i in range(100)])
+    assert one < 0.6 * many

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import MODELS, golden
@@ -9,9 +10,8 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from pyterrier_llmrerank.checkpoints import MatroyshkaCheckpoint, RankLLaMACheckpoint
-from pyterrier_llmrerank.compression import Spans
-from pyterrier_llmrerank.inputs import RankLLaMAInputs, document
-from pyterrier_llmrerank.scoring import spans_of
+from pyterrier_llmrerank.inputs import Ids, RankLLaMAInputs, document
+from pyterrier_llmrerank.packing import Rows
 from pyterrier_llmrerank.training.lora import LowRankLinear
 from pyterrier_llmrerank.training.model import RankingModel
 from pyterrier_llmrerank.training.objectives import CascadeLoss, cross_entropy
@@ -39,10 +39,11 @@ def opened(name: str) -> torch.nn.Module:
     return model
 
 
-def spans(batch: dict[str, Any]) -> Spans:
-    lengths = [sum(row) for row in batch["attention_mask"]]
-    parts = zip(lengths, batch["query_lengths"], batch["prompt_lengths"], strict=True)
-    return Spans(batch["query_lengths"], [n - q - p for n, q, p in parts], batch["prompt_lengths"])
+def rows_of(batch: dict[str, Any]) -> Rows:
+    parts = zip(
+        *(batch[name] for name in ("input_ids", "attention_mask", "query_lengths", "prompt_lengths")), strict=True
+    )
+    return Rows([Ids(ids[:q], ids[q : sum(mask) - p], ids[sum(mask) - p : sum(mask)]) for ids, mask, q, p in parts])
 
 
 def by_intent(run: dict[str, Any]) -> bool:
@@ -63,10 +64,10 @@ def test_losses_and_gradients_are_the_original_ones(
     if checkpointing:
         model.train()
         model.gradient_checkpointing_enable()
-    ids, parts = torch.tensor(batch["input_ids"]), spans(batch)
-    student = model(ids, parts, run["effective_compress_layers"], run["compress_ratio"])
+    rows = rows_of(batch)
+    student = model(rows, run["effective_compress_layers"], run["compress_ratio"])
     with torch.no_grad():
-        full = model(ids, parts)
+        full = model(rows)
     method = run["train_method"].split(" ")[0]  # without the note on what was patched
     groups = (-1, 2, 4)
     teacher = torch.tensor(batch["teacher_scores"]).view(2, 4)
@@ -77,8 +78,8 @@ def test_losses_and_gradients_are_the_original_ones(
     assert torch.isfinite(loss)
     if by_intent(run):
         # Rows that are the longest, and stay so, have no padding at any layer.
-        lengths = torch.tensor([parts.lengths, parts.compressed(run["compress_ratio"]).lengths])
-        whole = (lengths == lengths.max(1, keepdim=True).values).all(0)
+        lengths = np.stack([rows.lengths, rows.pooled(run["compress_ratio"]).lengths])
+        whole = (lengths == lengths.max(1, keepdims=True)).all(0)
         torch.testing.assert_close(student[:, whole], torch.tensor(run["scores"])[:, whole], atol=2e-4, rtol=0)
         return
     torch.testing.assert_close(student, torch.tensor(run["scores"]), atol=2e-4, rtol=0)
@@ -112,12 +113,10 @@ def test_rankllamas_loss_and_gradients_are_the_original_ones() -> None:
         for p in example["positive_passages"] + example["negative_passages"]
     ]
     ids = RankLLaMAInputs(32, 64, margin=3)(base.tokenizer(), pairs)
-    longest = max(pair.length for pair in ids)
-    batch = torch.tensor([pair.flat() + [0] * (longest - pair.length) for pair in ids])
     assert [pair.flat() for pair in ids] == [
         row[: sum(mask)] for row, mask in zip(train["input_ids"], train["attention_mask"], strict=True)
     ]
-    scores = peft(batch, spans_of(ids))
+    scores = peft(Rows(ids))
     torch.testing.assert_close(scores[0], torch.tensor(train["scores"]), atol=2e-4, rtol=0)
     loss = cross_entropy(scores.view(2, 4))
     loss.backward()

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from ..compression import Spans
 from ..files import HUB_ID
 from ..inputs import Ids
-from ..scoring import spans_of
+from ..packing import Rows
 
 if TYPE_CHECKING:
     from datasets.arrow_dataset import Dataset
@@ -278,24 +277,16 @@ class Batch:
     """Groups as the model takes them.
 
     Args:
-        input_ids: ``[groups * size, longest]``, padded on the right with id 0, which no attention sees.
-        spans: the parts of each row.
+        rows: all passages of all groups, ``groups * size`` pairs.
         teacher: ``[groups, size]``, or None where a group has none.
         size: passages a group.
         names: of the groups' queries.
     """
 
-    input_ids: Tensor
-    spans: Spans
+    rows: Rows
     teacher: Tensor | None
     size: int
     names: tuple[str, ...]
-
-
-def padded(rows: Sequence[Ids]) -> tuple[Tensor, Spans]:
-    """Rows as one tensor, filled up with id 0 on the right, and their parts."""
-    longest = max(row.length for row in rows)
-    return torch.tensor([row.flat() + [0] * (longest - row.length) for row in rows]), spans_of(rows)
 
 
 @dataclass(frozen=True)
@@ -311,18 +302,16 @@ class Collator:
     inputs: Callable[[str | None], Inputs]
 
     def __call__(self, groups: Iterable[Group]) -> Batch:
-        """Encode, pad to the longest, and stack the teacher's scores."""
+        """Encode, pack, and stack the teacher's scores."""
         groups = list(groups)
         rows = [
             ids
             for group in groups
             for ids in self.inputs(group.prompt)(self.tokenizer, [(group.query, text) for text in group.passages])
         ]
-        ids, spans = padded(rows)
         scores = [group.teacher for group in groups if group.teacher is not None]
         return Batch(
-            ids,
-            spans,
+            Rows(rows),
             torch.tensor(scores) if len(scores) == len(groups) else None,
             len(groups[0].passages),
             tuple(group.name for group in groups),

@@ -27,11 +27,12 @@ logger = logging.getLogger(__name__)
 
 
 class Frames(NamedTuple):
-    """Results and judgements, and the passages of results as the model reads them."""
+    """Results and judgements, the passages of results as the model reads them, and the column of their texts."""
 
     results: pd.DataFrame
     qrels: pd.DataFrame
     bodies: Callable[[pd.DataFrame], list[str]]
+    text_field: str
 
 
 def fit(
@@ -70,7 +71,12 @@ def fit(
         FloatingPointError: as :class:`~pyterrier_llmrerank.training.trainer.GroupTrainer`.
     """
     records = records_of(
-        training.results, judged(training.qrels, "qrels_tr"), training.bodies, recipe.min_label, recipe.text
+        training.results,
+        judged(training.qrels, "qrels_tr"),
+        training.bodies,
+        recipe.min_label,
+        recipe.text,
+        training.text_field,
     )
     if isinstance(recipe, MatroyshkaTraining) and recipe.loss.needs_teacher and "pos_scores" not in records[0]:
         method = recipe.train_method.removesuffix("_teacher")
@@ -85,10 +91,11 @@ def fit(
     if place.index:  # the Trainer takes the first there is
         raise ValueError(f"device={device!r}: fit trains on the first GPU; choose it by CUDA_VISIBLE_DEVICES.")
     arguments = _arguments(recipe, place, resolve_dtype(dtype, place), measured is not None, verbose)
+    checkpoint = recipe.open(model, adapters, **opening)
     if not arguments.resume_from_checkpoint:
         empty_folder(Path(str(arguments.output_dir)), "output_dir")
     groups = Groups(records, recipe.group_size, recipe.seed, as_it_is)
-    return train(recipe, recipe.open(model, adapters, **opening), groups, arguments, base, measured)
+    return train(recipe, checkpoint, groups, arguments, base, measured)
 
 
 def as_it_is(text: str, title: str | None) -> str:

@@ -36,7 +36,12 @@ def judged(qrels: pd.DataFrame, argument: str) -> pd.DataFrame:
 
 
 def records_of(
-    results: pd.DataFrame, qrels: pd.DataFrame, bodies: Bodies, min_label: int, text: pt.Transformer | None
+    results: pd.DataFrame,
+    qrels: pd.DataFrame,
+    bodies: Bodies,
+    min_label: int,
+    text: pt.Transformer | None,
+    text_field: str = "text",
 ) -> list[dict[str, Any]]:
     """One record a query: what is judged relevant is positive, all else that was retrieved negative.
 
@@ -50,6 +55,7 @@ def records_of(
         bodies: the passages of a frame as the model reads them.
         min_label: the lowest label that is relevant.
         text: adds the columns that ``bodies`` reads to a frame with ``qid``, ``query`` and ``docno``.
+        text_field: the one of them that must hold a text.
 
     Raises:
         ValueError: a teacher's score is missing, or no query is left.
@@ -63,7 +69,7 @@ def records_of(
     relevant = {str(qid): set(docnos) for qid, docnos in positive}
     queries = [(str(qid), query, rows) for (qid, query), rows in results.groupby(["qid", "query"], sort=False)]
     lacking = [qid for qid, _, rows in queries if not rows["docno"].isin(relevant.get(qid, set())).any()]
-    elsewhere = {} if TEACHER in results else _fetched(lacking, relevant, results, bodies, text)
+    elsewhere = {} if TEACHER in results else _fetched(lacking, relevant, results, bodies, text, text_field)
     records, fetched, without_positive, without_negative = [], 0, 0, 0
     for qid, query, rows in queries:
         hit = rows["docno"].isin(relevant.get(qid, set()))
@@ -100,6 +106,7 @@ def _fetched(
     results: pd.DataFrame,
     bodies: Bodies,
     text: pt.Transformer | None,
+    text_field: str,
 ) -> dict[str, list[str]]:
     """Relevant passages of queries that retrieved none: out of other queries' results, else from ``text``."""
     at_hand = dict(zip(results["docno"], results["_body"], strict=True))
@@ -108,10 +115,10 @@ def _fetched(
         asked = pd.DataFrame({"qid": "0", "query": "", "docno": unseen})
         try:
             found = cast(pd.DataFrame, text(asked))
+            whole = [problem_of(value) is None for value in found[text_field]]
         except LookupError as error:
             logger.warning("text could not load all of %d passages: %r", len(unseen), error)
         else:
-            whole = [all(problem_of(value) is None for value in row) for row in zip(found["text"], strict=True)]
             found = found[whole]
             at_hand |= dict(zip(found["docno"].astype(str), bodies(found), strict=True))
     return {qid: [at_hand[d] for d in sorted(relevant.get(qid, set())) if d in at_hand] for qid in lacking}

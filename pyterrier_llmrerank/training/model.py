@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints import Checkpoint
-from ..compression import Spans
 from ..decoder import Decoder, decode
+from ..packing import Rows
 from ..weights import build_decoder, fill
 
 
@@ -60,29 +60,27 @@ class RankingModel(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,
-        spans: Spans,
+        rows: Rows,
         compress_layers: Collection[int] = (),
         compress_ratio: int = 1,
     ) -> Tensor:
         """Score a batch at every layer with a head.
 
         Args:
-            input_ids: ``[rows, longest]``, padded on the right.
-            spans: the parts of each row.
+            rows: the pairs.
             compress_layers: layer indices before which the bodies are pooled.
             compress_ratio: tokens pooled into one.
 
         Returns:
-            fp32 scores, ``[layers, rows]``, shallowest first. Only the last tokens' states meet the heads.
+            fp32 scores, ``[layers, pairs]``, shallowest first. Only the last tokens' states meet the heads.
         """
         states = decode(
             cast(Decoder, self.model),
-            input_ids,
-            spans,
+            rows,
             self.head_layers,
             compress_layers=compress_layers,
             compress_ratio=compress_ratio,
+            whole_layers=True,
         )
         if hasattr(self, "score"):
             return cast(Tensor, self.score(states[0])).squeeze(-1)[None].float()

@@ -129,11 +129,6 @@ class Recipe(ABC):
         changed = [f for f in fields(self) if getattr(self, f.name) != _default(f)]
         return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in changed)})"
 
-    @property
-    def head_modules(self) -> tuple[str, ...]:
-        """Names of the layer-wise heads that LoRA updates too; none where a single head is learnt whole."""
-        return ()
-
     def widths(self, seed: int) -> Widths:
         """The widths trained at, drawn with this seed; full width alone by default."""
         return Widths(seed=seed)
@@ -235,11 +230,6 @@ class MatroyshkaTraining(Recipe):
         if any(layer < 0 for layer in self.compress_layers):
             raise ValueError(f"compress_layers={list(self.compress_layers)}; allowed: layer indices, from 0.")
         CascadeLoss(self.train_method)
-
-    @property
-    def head_modules(self) -> tuple[str, ...]:
-        """The heads, where they are among the target modules."""
-        return ("linear_head",) if "linear_head" in self.target_modules else ()
 
     def widths(self, seed: int) -> Widths:
         """The widths that the recipe names."""

@@ -19,9 +19,10 @@ from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, Train
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from ..adapters import Adapter
-from ..batching import TOKENS, run_in_batches
+from ..batching import TOKENS, Budget, run_in_batches
 from ..checkpoints import Checkpoint
-from .data import Batch, Collator, Group, Groups, padded
+from ..packing import Rows
+from .data import Batch, Collator, Group, Groups
 from .lora import LowRankLinear
 from .model import RankingModel
 from .objectives import CascadeLoss
@@ -240,13 +241,12 @@ class GroupTrainer(Trainer):
         step = self.state.global_step
         self._place = (step, self._place[1] + 1 if self._place[0] == step else 0)
         layers, ratio = self.widths.draw(*self._place)
-        ids = batch.input_ids.to(self.args.device)
-        groups = (-1, len(ids) // batch.size, batch.size)
+        groups = (-1, len(batch.rows) // batch.size, batch.size)
         full = None
         if self.loss.needs_full_pass:
             with torch.no_grad():
-                full = model(ids, batch.spans).view(groups)
-        scores = model(ids, batch.spans, layers, ratio).view(groups)
+                full = model(batch.rows).view(groups)
+        scores = model(batch.rows, layers, ratio).view(groups)
         teacher = None if batch.teacher is None else batch.teacher.to(scores.device)
         loss = self.loss(scores, full, teacher)
         if not torch.isfinite(loss):
@@ -277,14 +277,13 @@ class GroupTrainer(Trainer):
         model.eval()
 
         def run(batch: list[int]) -> None:
-            ids, spans = padded([rows[index] for index in batch])
             with self.autocast_smart_context_manager():
-                deepest = model(ids.to(self.args.device), spans)[-1]
+                deepest = model(Rows([rows[index] for index in batch]))[-1]
             for index, score in zip(batch, deepest.tolist(), strict=True):
                 scores[index] = score
 
         try:
-            failed = run_in_batches([row.length for row in rows], run, tokens=TOKENS.get(self.args.device.type, 2048))
+            failed = run_in_batches(rows, run, Budget(TOKENS.get(self.args.device.type, TOKENS["cpu"])))
         finally:
             model.train()
         if failed is not None:

@@ -1,0 +1,121 @@
+"""Many pairs as one row of tokens: nothing is padded, and a query's prefix stands once for all its passages.
+
+Causality makes that exact: no prefix sees the body after it. Everything that works token by token (norms,
+projections, heads) runs on the packed row as it is; attention alone needs to know which tokens are a pair,
+and where they stand in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .inputs import Ids
+
+Indices = NDArray[np.int64]
+
+
+class Packing:
+    """How the tokens of a batch's pairs stand in one row.
+
+    The row holds pair after pair; the prefix stands with the first pair that has it.
+
+    Args:
+        prefix, body, suffix: tokens of each pair's parts, ``[pairs]``.
+        owner: for each pair the first one with the same prefix, ``[pairs]``.
+        padding: tokens after the suffix that no other sees as a key, ``[pairs]``; the released code has some.
+    """
+
+    def __init__(self, prefix: Indices, body: Indices, suffix: Indices, owner: Indices, padding: Indices) -> None:
+        self.prefix = prefix
+        self.body = body
+        self.suffix = suffix
+        self.owner = owner
+        self.padding = padding
+        #: Tokens that count, of each pair, ``[pairs]``.
+        self.real: Indices = prefix + body + suffix
+        #: Tokens of each pair with its padding, ``[pairs]``.
+        self.lengths: Indices = self.real + padding
+
+    def __len__(self) -> int:
+        return len(self.prefix)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest pair."""
+        return int(self.lengths.max())
+
+    @cached_property
+    def _owns(self) -> NDArray[np.bool_]:
+        return np.equal(self.owner, np.arange(len(self)))
+
+    @cached_property
+    def _sizes(self) -> Indices:
+        """Tokens of each pair that stand in the row as its own."""
+        return np.where(self._owns, self.lengths, self.lengths - self.prefix)
+
+    @cached_property
+    def _starts(self) -> Indices:
+        """Where each pair's own tokens begin in the row."""
+        return np.cumsum(self._sizes) - self._sizes
+
+    @cached_property
+    def rows(self) -> Indices:
+        """The pair to which each token of the row belongs, ``[tokens]``; a prefix belongs to its owner."""
+        return np.repeat(np.arange(len(self)), self._sizes)
+
+    @cached_property
+    def positions(self) -> Indices:
+        """Where each token of the row stands in its pair, ``[tokens]``."""
+        own = np.arange(len(self.rows)) - self._starts[self.rows]
+        return own + np.where(self._owns, 0, self.prefix)[self.rows]
+
+    @cached_property
+    def places(self) -> Indices:
+        """Where each token of each pair stands in the row, ``[pairs, longest]``; 0 after a pair's end."""
+        position = np.arange(self.longest)[None]
+        shared = self._starts[self.owner][:, None] + position
+        own = self._starts[:, None] + position - np.where(self._owns, 0, self.prefix)[:, None]
+        place = np.where(position < self.prefix[:, None], shared, own)
+        return np.where(position < self.lengths[:, None], place, 0)
+
+    @cached_property
+    def last(self) -> Indices:
+        """Where each pair's last real token stands in the row, ``[pairs]``."""
+        return self.places[np.arange(len(self)), self.real - 1]
+
+    def pooled(self, ratio: int) -> Packing:
+        """The packing after bodies were pooled in groups of ``ratio`` and padding was dropped."""
+        return Packing(self.prefix, -(-self.body // ratio), self.suffix, self.owner, np.zeros_like(self.padding))
+
+
+class Rows(Packing):
+    """Pairs packed, with their ids.
+
+    Args:
+        pairs: at least one.
+        pad_id: fill each pair up to a multiple of 8 with this id, as the released code does; None for no padding.
+    """
+
+    def __init__(self, pairs: Sequence[Ids], pad_id: int | None = None) -> None:
+        first: dict[tuple[int, ...], int] = {}
+        owner = np.array([first.setdefault(tuple(pair.prefix), index) for index, pair in enumerate(pairs)])
+        prefix, body, suffix = (np.array([len(pair[part]) for pair in pairs]) for part in range(3))
+        padding = np.zeros_like(prefix) if pad_id is None else -(prefix + body + suffix) % 8
+        super().__init__(prefix, body, suffix, owner, padding)
+        ids: list[int] = []
+        for pair, owns, pads in zip(pairs, self._owns, padding, strict=True):
+            ids += (pair.prefix if owns else []) + pair.body + pair.suffix + [pad_id or 0] * int(pads)
+        #: Token ids of the row, ``[tokens]``.
+        self.ids: Indices = np.array(ids, dtype=np.int64)
+
+
+def on_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
+    """A copy there, made without waiting for what the device is still working on."""
+    tensor = torch.from_numpy(array)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
