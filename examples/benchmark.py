@@ -1,0 +1,352 @@
+"""How fast re-ranking is, beside what one would use else: the same weights, texts, precision and threads in one run.
+
+    python examples/benchmark.py FOLDER --candidates 100 --queries 1
+
+FOLDER is as for rerank_run.py. Peers of RankLLaMA: (a) sentence-transformers' CrossEncoder as it comes, (b)
+transformers' sequence classification padded to the maximum length; neither is run where it is not installed. Peer
+of Matroyshka: (c) padded batches through eager attention with full attention matrices, as the released code does.
+"20/2" is two thirds of the depth, and passages pooled two to one before layer 8.
+All take turns for some rounds; printed are medians. Operations are counted by torch, not timed. The share of the
+peak is that of matrix products of the model's own shapes in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from rerank_run import load, with_title
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+
+from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker, scoring
+from pyterrier_llmrerank.batching import TOKENS
+from pyterrier_llmrerank.files import SHIPPED
+from pyterrier_llmrerank.inputs import Ids, MatroyshkaInputs, document
+from pyterrier_llmrerank.packing import Rows
+
+Scorer = Callable[[], np.ndarray]
+LONGEST = 1024  # tokens of a text: more than any has, so that nobody cuts
+
+
+@dataclass
+class System:
+    """One way to score the candidates, and what was measured of it."""
+
+    name: str
+    score: Scorer
+    seconds: list[float] = field(default_factory=list)
+    operations: int = 0
+
+
+def cross_encoder(folder: Path, candidates: pd.DataFrame, dtype: torch.dtype, device: str) -> Scorer:
+    """(a): ``CrossEncoder(...).predict`` with its defaults."""
+    from sentence_transformers import CrossEncoder
+
+    model = CrossEncoder(str(folder), max_length=2 * LONGEST, device=device, model_kwargs={"dtype": dtype})
+    model.tokenizer.pad_token = model.tokenizer.pad_token or model.tokenizer.eos_token
+    model.model.config.pad_token_id = model.tokenizer.pad_token_id
+    bos = model.tokenizer.bos_token or ""
+    texts = texts_of(candidates, bos)
+    return lambda: np.asarray(
+        model.predict(texts, activation_fn=torch.nn.Identity(), show_progress_bar=False), dtype=float
+    )
+
+
+def classifier(folder: Path, candidates: pd.DataFrame, dtype: torch.dtype, device: str) -> Scorer:
+    """(b): batches of 32 padded to the maximum length, in the order they come."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype).to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    texts = texts_of(candidates, tokenizer.bos_token or "")
+
+    @torch.inference_mode()
+    def score() -> np.ndarray:
+        found = []
+        for start in range(0, len(texts), 32):
+            queries, passages = zip(*texts[start : start + 32], strict=True)
+            batch = tokenizer(
+                list(queries), list(passages), padding="max_length", max_length=194, truncation="only_second",
+                return_tensors="pt",
+            )  # fmt: skip
+            found.append(model(**batch.to(device)).logits[:, 0].float().cpu().numpy())
+        return np.concatenate(found)
+
+    return score
+
+
+def texts_of(candidates: pd.DataFrame, bos: str) -> list[tuple[str, str]]:
+    """Queries and passages as RankLLaMA reads them."""
+    passages = [document(text, title) for text, title in zip(candidates["text"], candidates["title"], strict=True)]
+    return [(f"{bos}query: {q}", bos + p) for q, p in zip(candidates["query"], passages, strict=True)]
+
+
+def straightforward(
+    reranker: MatroyshkaReranker, candidates: pd.DataFrame, dtype: torch.dtype, device: str, cutoff: int,
+    compress_layers: Sequence[int], ratio: int,
+) -> Scorer:  # fmt: skip
+    """(c): batches of 32, longest first, padded, whole attention matrices kept for the pooling weights."""
+    weights = reranker._weights()
+    decoder, heads, tokenizer = weights.at_depth(cutoff)
+    config = weights.checkpoint.config.__class__.from_dict(weights.checkpoint.config.to_dict())
+    with torch.device("meta"):
+        model: Any = AutoModel.from_config(config, attn_implementation="eager")
+    model.load_state_dict(dict(decoder.state_dict()), assign=True, strict=False)  # type: ignore[attr-defined]
+    model.rotary_emb = type(model.rotary_emb)(config).to(device)
+    model = model.to(dtype).eval()
+    head = heads[weights.checkpoint.head_layers.index(cutoff)]
+    pairs = list(zip(candidates["query"], candidates["text"], strict=True))
+
+    def pooled(hidden: torch.Tensor, attention: torch.Tensor, rows: list[Ids]) -> tuple[torch.Tensor, list[Ids]]:
+        """Rows pooled one by one by the attention of their last token."""
+        made, after = [], []
+        for row, states, weight in zip(rows, hidden, attention.sum(1), strict=True):
+            start, end, length = len(row.prefix), len(row.prefix) + len(row.body), row.length
+            groups = zip(states[start:end].split(ratio), weight[length - 1, start:end].split(ratio), strict=True)
+            means = [(g * (w / w.sum())[:, None]).sum(0) for g, w in groups]
+            made.append(torch.cat([states[:start], *(m[None] for m in means), states[end:length]]))
+            after.append(row._replace(body=row.body[: len(means)]))
+        return torch.nn.utils.rnn.pad_sequence(made, batch_first=True), after
+
+    @torch.inference_mode()
+    def score() -> np.ndarray:
+        ids = MatroyshkaInputs(max_length=LONGEST)(tokenizer, pairs)
+        order = sorted(range(len(ids)), key=lambda i: -ids[i].length)
+        scores = np.empty(len(ids))
+        for start in range(0, len(order), 32):
+            batch = order[start : start + 32]
+            rows = [ids[i] for i in batch]
+            longest = rows[0].length
+            padded = torch.tensor([row.flat() + [0] * (longest - row.length) for row in rows], device=device)
+            hidden = model.embed_tokens(padded)
+            attention = torch.empty(0)
+            for index in range(cutoff):
+                if index in compress_layers and ratio > 1:
+                    hidden, rows = pooled(hidden, attention, rows)
+                length = hidden.shape[1]
+                positions = torch.arange(length, device=device)[None]
+                mask = torch.full((length, length), torch.finfo(dtype).min, dtype=dtype, device=device).triu(1)
+                caught: list[torch.Tensor] = []
+                layer = model.layers[index]
+                hook = layer.self_attn.register_forward_hook(lambda m, a, out, caught=caught: caught.append(out[1]))
+                rotary = model.rotary_emb(hidden, position_ids=positions)
+                hidden = layer(
+                    hidden, attention_mask=mask[None, None], position_ids=positions, position_embeddings=rotary
+                )
+                hook.remove()
+                attention = caught[0]
+            last = torch.tensor([row.length - 1 for row in rows], device=device)
+            states = model.norm(hidden[torch.arange(len(rows), device=device), last])
+            scores[batch] = (states.float() @ head).cpu().numpy()
+        return scores
+
+    return score
+
+
+def ours(reranker: LLMReranker, candidates: pd.DataFrame) -> Scorer:
+    """A re-ranker of this package, frame to frame."""
+    return lambda: reranker(candidates)["score"].to_numpy()
+
+
+def peak(config: Any, dtype: torch.dtype, device: str, tokens: int) -> float:
+    """Operations a second of matrix products in the model's shapes, each as often as the model has it."""
+    width, inner = config.hidden_size, config.intermediate_size
+    head = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    shapes = [(width, queries), (queries, width), (width, keys), (width, keys), *[(width, inner)] * 2, (inner, width)]
+    operations = 2 * tokens * sum(a * b for a, b in shapes)
+    matrices = [(torch.randn(tokens, a), torch.randn(b, a)) for a, b in shapes]
+    matrices = [(x.to(device, dtype), w.to(device, dtype)) for x, w in matrices]
+    taken = []
+    for _ in range(12):
+        start = clock(device)
+        for x, w in matrices:
+            torch.nn.functional.linear(x, w)
+        taken.append(clock(device) - start)
+    return operations / statistics.median(taken[2:])
+
+
+def clock(device: str) -> float:
+    """Seconds, when all that was asked of the device is done."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def seconds_to_open(dtype: str) -> tuple[float, float]:
+    """Importing the package, and opening the small model for a first score, each in a process of its own."""
+    programs = (
+        "import pyterrier, time; t = time.perf_counter(); import pyterrier_llmrerank",
+        "import pyterrier, time, torch, transformers; from pyterrier_llmrerank import RankLLaMAReranker as R; "
+        f"t = time.perf_counter(); R('smollm2-135m', dtype={dtype!r}).compute_score(('a', 'b'))",
+    )
+    found = []
+    for program in programs:
+        out = subprocess.run(
+            [sys.executable, "-c", program + "; print(time.perf_counter() - t)"],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        found.append(float(out.stdout.split()[-1]))
+    return found[0], found[1]
+
+
+def batches(reranker: RankLLaMAReranker, candidates: pd.DataFrame) -> tuple[int, float, float]:
+    """Tokens that go through the layers, the share of padding among them, and the process's memory in GB."""
+    made: list[Rows] = []
+    real = scoring.decode
+
+    def watched(model: Any, rows: Rows, *arguments: Any, **options: Any) -> torch.Tensor:
+        made.append(rows)
+        return real(model, rows, *arguments, **options)
+
+    scoring.decode = watched
+    try:
+        reranker(candidates)
+    finally:
+        scoring.decode = real
+    tokens = sum(len(rows.ids) for rows in made)
+    padding = sum(int(rows.padding.sum()) for rows in made)
+    if torch.cuda.is_available():
+        memory = torch.cuda.max_memory_allocated()
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return tokens, padding / tokens, memory / 1e9
+
+
+def measure(systems: list[System], rounds: int, device: str) -> dict[str, np.ndarray]:
+    """Count each system's operations, then let them take turns."""
+    scores = {}
+    for system in systems:
+        with FlopCounterMode(display=False) as counter:
+            scores[system.name] = system.score()
+        system.operations = counter.get_total_flops()
+    for _ in range(rounds):
+        for system in systems:
+            start = clock(device)
+            system.score()
+            system.seconds.append(clock(device) - start)
+    return scores
+
+
+def report(systems: list[System], pairs: int, best: float) -> pd.DataFrame:
+    """What each system does in a second, and with how many operations."""
+    rows = []
+    for system in systems:
+        seconds = statistics.median(system.seconds)
+        rows.append(
+            {
+                "system": system.name,
+                "pairs/s": round(pairs / seconds, 2),
+                "GFLOP a pair": round(system.operations / pairs / 1e9, 2),
+                "share of peak": round(system.operations / seconds / best, 2),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def beside(systems: list[System], comparisons: list[tuple[str, str]], scores: dict[str, np.ndarray]) -> pd.DataFrame:
+    """Ours beside a peer: times its pairs a second (median over rounds), part of its operations, score difference."""
+    named = {system.name: system for system in systems}
+    rows = []
+    for own, peer in ((named[a], named[b]) for a, b in comparisons if b in named):
+        ratios = [p / s for p, s in zip(peer.seconds, own.seconds, strict=True)]
+        rows.append(
+            {
+                "system": own.name,
+                "peer": peer.name,
+                "times its speed": round(statistics.median(ratios), 2),
+                "from": round(min(ratios), 2),
+                "to": round(max(ratios), 2),
+                "of its operations": round(own.operations / peer.operations, 2),
+                "largest difference": round(float(np.abs(scores[own.name] - scores[peer.name]).max()), 4),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--run", default="bm25", help="which of runs/*.res.gz")
+    parser.add_argument("--queries", type=int, default=1, help="so many of the topics, from the first")
+    parser.add_argument("--candidates", type=int, default=100, help="a query")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument("--peers", nargs="*", default=["a", "b", "c"], choices=["a", "b", "c"], help="only these")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--plot", type=Path, help="where to draw them; needs matplotlib")
+    chosen = parser.parse_args()
+
+    _, _, candidates = load(chosen.folder, chosen.run, chosen.candidates, chosen.queries)
+    titled = with_title(candidates)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, chosen.dtype)
+    shared: dict[str, Any] = {"dtype": chosen.dtype, "device": device}
+    rank = RankLLaMAReranker(SHIPPED, query_max_length=LONGEST, passage_max_length=LONGEST, **shared)
+    full = MatroyshkaReranker(SHIPPED, max_length=LONGEST, **shared)
+    part = full.at(cutoff=20, compress_layers=[8], compress_ratio=2)
+    systems = [
+        System("RankLLaMA", ours(rank, candidates)),
+        System("Matroyshka", ours(full, titled)),
+        System("Matroyshka 20/2", ours(part, titled)),
+    ]
+    with tempfile.TemporaryDirectory() as temporary:
+        merged = Path(temporary) / "model"
+        if {"a", "b"} & set(chosen.peers):
+            rank.save(merged, merged=True)
+            tokenizer = AutoTokenizer.from_pretrained(merged)
+            tokenizer.chat_template = None  # or CrossEncoder scores a chat
+            (merged / "chat_template.jinja").unlink(missing_ok=True)
+            tokenizer.save_pretrained(merged)
+        if "a" in chosen.peers:
+            systems.append(System("(a) CrossEncoder", cross_encoder(merged, candidates, dtype, device)))
+        if "b" in chosen.peers:
+            systems.append(System("(b) padded to 194", classifier(merged, candidates, dtype, device)))
+        for kind in dict.fromkeys([dtype, torch.float32]) if "c" in chosen.peers else ():
+            name = f"(c) eager 20/2 {kind}".replace("torch.", "")
+            systems.append(System(name, straightforward(part, titled, kind, device, 20, [8], 2)))
+        scores = measure(systems, chosen.rounds, device)
+    best = peak(rank._weights().checkpoint.config, dtype, device, TOKENS[device])
+    comparisons = [("RankLLaMA", "(a) CrossEncoder"), ("RankLLaMA", "(b) padded to 194")]
+    comparisons += [("Matroyshka 20/2", f"(c) eager 20/2 {kind}") for kind in dict.fromkeys([chosen.dtype, "float32"])]
+    tables = report(systems, len(candidates), best), beside(systems, comparisons, scores)
+    imported, opened = seconds_to_open(chosen.dtype)
+    tokens, padding, memory = batches(rank, candidates)
+
+    print(f"\n{chosen.folder.name}: {len(candidates)} pairs, {chosen.candidates} a query, {chosen.dtype}, {device},")
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; medians of {chosen.rounds}\n")
+    for table in tables:
+        print(table.to_string(index=False), end="\n\n")
+    print(f"matrix products in the model's shapes: {best / 1e9:.0f} GFLOP/s")
+    print(f"RankLLaMA: {tokens / len(candidates):.1f} tokens computed a pair, {padding:.1%} of them padding")
+    print(f"most memory of the process so far: {memory:.2f} GB")
+    print(f"seconds to import the package {imported:.2f}, to open the small model for a first score {opened:.2f}")
+    if chosen.json:
+        figures = {"seconds": {s.name: s.seconds for s in systems}, "peak": best, "pairs": len(candidates)}
+        figures |= {"systems": tables[0].to_dict("records"), "comparisons": tables[1].to_dict("records")}
+        chosen.json.write_text(json.dumps(figures, indent=2), encoding="utf-8")
+    if chosen.plot:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        axes = tables[0].plot.barh(x="system", y="pairs/s", legend=False, xlabel="pairs a second", ylabel="")
+        axes.invert_yaxis()
+        axes.figure.savefig(chosen.plot, bbox_inches="tight", dpi=150)
+
+
+if __name__ == "__main__":
+    main()
