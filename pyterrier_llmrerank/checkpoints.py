@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers import logging as transformers_logging
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .adapters import Adapter, canonical
 from .decoder import FAMILIES
@@ -29,6 +32,17 @@ def is_layer_wise(model: str) -> bool:
     """
     config = folder_of(model, "model") / "config.json"
     return config.is_file() and str(read_json(config).get("model_type")).startswith(LAYER_WISE)
+
+
+@contextmanager
+def errors_only() -> Iterator[None]:
+    """Transformers without its warnings."""
+    said = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(40)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(said)
 
 
 class Checkpoint(ABC):
@@ -61,10 +75,10 @@ class Checkpoint(ABC):
     def _decoder_config(self) -> PreTrainedConfig:
         model_type = str(self.settings.get("model_type"))
         family = model_type.removeprefix(LAYER_WISE)
-        if family not in FAMILIES:
+        if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise ValueError(
-                f"{self.argument}: model_type {model_type!r} is not supported; allowed: {', '.join(FAMILIES)}, "
-                f"and {LAYER_WISE} + one of these."
+                f"{self.argument}: model_type {model_type!r} is not supported; allowed: {', '.join(FAMILIES)} and what "
+                f"else transformers has as a causal language model, and {LAYER_WISE} + one of these."
             )
         if self.settings.get("quantization_config"):
             raise ValueError(f"{self.argument}: its weights are quantised; open the model they were made from.")
@@ -74,6 +88,10 @@ class Checkpoint(ABC):
             config = CONFIG_MAPPING[family].from_dict(settings)
         except Exception as error:  # transformers validates with the errors of several libraries
             raise ValueError(f"{self.argument}: config.json does not describe a {family} model: {error}") from error
+        if config.is_encoder_decoder:
+            raise ValueError(
+                f"{self.argument}: model_type {model_type!r} is an encoder and a decoder; wanted a decoder alone."
+            )
         rotary = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
         if rotary in ("dynamic", "longrope"):
             raise ValueError(
@@ -81,6 +99,11 @@ class Checkpoint(ABC):
                 "so that a score would depend on its neighbours."
             )
         return config
+
+    @property
+    def walked(self) -> bool:
+        """Whether its layers can be walked one by one, or it is run by transformers' own forward."""
+        return self.config.model_type in FAMILIES
 
     @property
     def layers(self) -> int:
@@ -119,14 +142,11 @@ class Checkpoint(ABC):
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         folder = self._tokenizer_folder()
-        said = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity(40)  # errors only: it would warn that it does not know the model type
         try:
-            return AutoTokenizer.from_pretrained(folder, config=self.config, trust_remote_code=False)
+            with errors_only():  # it would warn that it does not know the model type
+                return AutoTokenizer.from_pretrained(folder, config=self.config, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{self.argument}: no usable tokenizer in {folder}: {error}") from error
-        finally:
-            transformers_logging.set_verbosity(said)
 
     @cached_property
     def files(self) -> TensorFiles:
@@ -324,8 +344,16 @@ class MatroyshkaCheckpoint(Checkpoint):
         modules = [self.head_module(index) for index in range(len(self.head_layers))]
         if self.layer_wise:
             return torch.stack([self._head(self.tensor(f"{module}.weight"), module) for module in modules])
+        yes = tokenizer("Yes", add_special_tokens=False)["input_ids"][-1]
+        row = self._lm_head_row(yes)
+        return torch.stack([self._head(self.merged(module, row[None]), module) for module in modules])
+
+    def _lm_head_row(self, token: int) -> Tensor:
+        if not self.walked:  # other families have other names for their tables
+            with errors_only():
+                causal: Any = AutoModelForCausalLM.from_pretrained(self.folder, config=self.config, dtype="auto")
+            row: Tensor = causal.get_output_embeddings().weight.data[token]
+            return row
         tied = self.config.tie_word_embeddings and "lm_head.weight" not in self
         table = "embed_tokens.weight" if tied else "lm_head.weight"
-        yes = tokenizer("Yes", add_special_tokens=False)["input_ids"][-1]
-        row = self.tensor(table)[yes]
-        return torch.stack([self._head(self.merged(module, row[None]), module) for module in modules])
+        return self.tensor(table)[token]

@@ -13,7 +13,16 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
-from .files import SHIPPED_LAYERS, SHIPPED_RATIOS, adapter_folder, is_hub_id, is_shipped, require, shipped, smollm2
+from .files import (
+    SHIPPED_LAYERS,
+    SHIPPED_RATIOS,
+    adapter_folder,
+    is_hub_id,
+    is_shipped,
+    require,
+    shipped,
+    smollm2,
+)
 from .inputs import PROMPT, Ids, MatroyshkaInputs
 from .reranker import LLMReranker, integer, path_like, positive
 
@@ -231,6 +240,11 @@ class MatroyshkaReranker(LLMReranker):
                     f"{checkpoint.argument}; allowed: 0 to {checkpoint.layers - 1}."
                 )
         pools = self.compress_ratio > 1 and any(0 < layer < cutoffs[-1] for layer in self.compress_layers)
+        if pools and not checkpoint.walked:
+            raise ValueError(
+                f"compress_ratio={self.compress_ratio}: the layers of {checkpoint.argument} (model_type "
+                f"{checkpoint.config.model_type!r}) cannot be walked one by one; allowed: 1, no compression."
+            )
         pad_id = cast("MatroyshkaCheckpoint", checkpoint).pad_id() if self.released and pools else None
         heads = range(len(cutoffs)) if self.released else [with_head.index(cutoff) for cutoff in cutoffs]
         return Shape(cutoffs, tuple(heads), self.compress_layers, self.compress_ratio, pad_id)

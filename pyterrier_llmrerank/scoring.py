@@ -16,6 +16,7 @@ from .decoder import decode
 from .errors import ScoringError
 from .inputs import Ids, TokenizedOnce, Tokenizer
 from .packing import Rows
+from .plain import PlainDecoder
 from .weights import Weights
 
 #: Pairs whose ids are made, and which are sorted into batches, together; a query's pairs stay together beyond it.
@@ -94,13 +95,13 @@ def score(
 
     @torch.inference_mode()
     def run(batch: list[int]) -> None:
-        states = decode(
-            model,
-            Rows([ids[index] for index in batch], shape.pad_id),
-            shape.cutoffs,
-            compress_layers=shape.compress_layers,
-            compress_ratio=shape.compress_ratio,
-        )
+        rows = Rows([ids[index] for index in batch], shape.pad_id)
+        if isinstance(model, PlainDecoder):
+            states = model(rows, shape.cutoffs)
+        else:
+            states = decode(
+                model, rows, shape.cutoffs, compress_layers=shape.compress_layers, compress_ratio=shape.compress_ratio
+            )
         computed = torch.einsum("cbw,cw->cb", states.float(), heads)
         collect()
         running.append(([chunk[index] for index in batch], computed))

@@ -13,6 +13,7 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoints import Checkpoint
 from .decoder import ATTENTION, Decoder
+from .plain import PlainDecoder
 
 
 class Sharer(Protocol):
@@ -74,7 +75,7 @@ class Weights:
         self._lock = threading.RLock()
         self._sharers: dict[int, weakref.finalize[..., Sharer]] = {}
         self._checkpoint: Checkpoint | None = None
-        self._model: Decoder | None = None
+        self._model: Decoder | PlainDecoder | None = None
         self._loaded = 0
 
     def join(self, sharer: Sharer) -> None:
@@ -94,7 +95,7 @@ class Weights:
         """Drop the layers that only this sharer needed."""
         with self._lock:
             self._sharers.pop(identity, None)
-            if self._model is None:
+            if self._model is None or isinstance(self._model, PlainDecoder):
                 return
             living = [alive[0] for finalizer in self._sharers.values() if (alive := finalizer.peek()) is not None]
             depths = [sharer.deepest() for sharer in living]
@@ -116,27 +117,32 @@ class Weights:
         """Decoder layers in memory now."""
         return self._loaded
 
-    def at_depth(self, depth: int) -> tuple[Decoder, Tensor, PreTrainedTokenizerBase]:
+    def at_depth(self, depth: int) -> tuple[Decoder | PlainDecoder, Tensor, PreTrainedTokenizerBase]:
         """The decoder with at least its first ``depth`` layers in memory, its heads, its tokenizer."""
         with self._lock:
             if self._model is None:
                 self._open()
             assert self._model is not None
-            while self._loaded < depth:
+            while self._loaded < depth and not isinstance(self._model, PlainDecoder):
                 self._fill(self._model.layers[self._loaded], f"layers.{self._loaded}.")
                 self._loaded += 1
             return self._model, self.heads, self.tokenizer
 
     def _open(self) -> None:
         checkpoint = self.checkpoint
-        decoder = build_decoder(checkpoint)
+        if checkpoint.walked:
+            decoder = build_decoder(checkpoint)
+            model = cast(Decoder, decoder)
+            self._fill(model.embed_tokens, "embed_tokens.")
+            self._fill(model.norm, "norm.")
+            model.rotary_emb.to(self.device)
+            opened: Decoder | PlainDecoder = model
+        else:
+            opened = PlainDecoder(checkpoint, self.device, self.dtype)
+            self._loaded = checkpoint.layers
         self.tokenizer = checkpoint.tokenizer()
         self.heads = checkpoint.heads(self.tokenizer).to(self.device)
-        model = cast(Decoder, decoder)
-        self._fill(model.embed_tokens, "embed_tokens.")
-        self._fill(model.norm, "norm.")
-        model.rotary_emb.to(self.device)
-        self._model = model
+        self._model = opened
 
     def _fill(self, module: nn.Module, prefix: str) -> None:
         fill(module, self.checkpoint, prefix, self.device, self.dtype)

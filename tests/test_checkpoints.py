@@ -176,7 +176,8 @@ def test_no_model_folder() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; allowed: llama, mistral"),
+        ({"model_type": "vit"}, "model_type 'vit' is not supported; allowed: llama, mistral"),
+        ({"model_type": "bart"}, "model_type 'bart' is an encoder and a decoder; wanted a decoder alone"),
         ({"quantization_config": {"bits": 4}}, "weights are quantised"),
         ({"num_attention_heads": "many"}, r"config\.json does not describe a mistral model"),
     ],

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints import Checkpoint
-from ..decoder import Decoder, decode
+from ..decoder import FAMILIES, Decoder, decode
 from ..packing import Rows
 from ..weights import build_decoder, fill
 
@@ -38,11 +38,19 @@ class RankingModel(nn.Module):
         heads: as the checkpoint has them, or others to start with, ``[heads, width]``.
         dtype: of all weights.
         name: what adapters trained on it are to call it.
+
+    Raises:
+        ValueError: its layers cannot be walked one by one.
     """
 
     def __init__(
         self, checkpoint: Checkpoint, heads: Tensor, dtype: torch.dtype = torch.float32, name: str | None = None
     ) -> None:
+        if not checkpoint.walked:
+            raise ValueError(
+                f"{checkpoint.argument}: model_type {checkpoint.config.model_type!r} cannot be trained here; "
+                f"allowed: {', '.join(FAMILIES)}."
+            )
         super().__init__()
         self.__dict__["name_or_path"] = name  # where PEFT looks
         decoder = build_decoder(checkpoint)

@@ -1,0 +1,104 @@
+"""The plain path: decoders whose layers cannot be walked one by one are run by their own ``forward``.
+
+It gives the same scores as :func:`~pyterrier_llmrerank.decoder.decode`, without what that saves: rows are padded, a
+query is computed again for each of its passages, and all layers are run for all tokens. States between two layers
+cannot be pooled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+
+from .adapters import canonical
+from .checkpoints import Checkpoint, errors_only
+from .packing import Rows, on_device
+
+#: What transformers' decoders call the norm after their last layer.
+NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
+
+
+class PlainDecoder(nn.Module):
+    """A transformers model of any causal architecture, adapters merged in.
+
+    Args:
+        checkpoint: where its weights are.
+        device: where they go.
+        dtype: what they are converted to.
+
+    Raises:
+        ValueError: an adapter does not fit it, its files do not fill it, or a token sees those after it.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        with errors_only():  # it would warn of the language model's head, which is not needed
+            model, loading = AutoModel.from_pretrained(
+                checkpoint.folder, config=checkpoint.config, dtype="auto", output_loading_info=True
+            )
+        if loading["missing_keys"]:
+            raise ValueError(f"{checkpoint.argument}: the checkpoint has no tensor {min(loading['missing_keys'])!r}.")
+        linear = {
+            canonical(f"{model.base_model_prefix}.{name}"): module
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+        checkpoint.check_adapters({name: tuple(module.weight.shape) for name, module in linear.items()})
+        for name, module in linear.items():
+            module.weight.data = checkpoint.merged(name, module.weight.data)
+        self.model: PreTrainedModel = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        self.argument = checkpoint.argument
+        self.layers = checkpoint.layers
+        if not self._is_causal():
+            raise ValueError(
+                f"{self.argument}: model_type {checkpoint.config.model_type!r} lets a token see those after it; "
+                "wanted a causal decoder."
+            )
+
+    @torch.no_grad()
+    def _is_causal(self) -> bool:
+        first, other = (self._states(torch.tensor([[1, last]], device=self.model.device))[-1][0, 0] for last in (2, 3))
+        return torch.allclose(first.float(), other.float(), rtol=1e-2, atol=1e-2)
+
+    def _states(self, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Embeddings and each layer's output, the last one after the final norm: ``[rows, longest, width]`` each."""
+        out = self.model(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
+        return cast(tuple[Tensor, ...], out.hidden_states)
+
+    def forward(self, rows: Rows, cutoffs: Sequence[int]) -> Tensor:
+        """The last real token's state at each cutoff.
+
+        Args:
+            rows: the pairs.
+            cutoffs: how many layers to run before reading, ascending.
+
+        Returns:
+            States after the final norm, ``[cutoffs, pairs, width]``.
+
+        Raises:
+            ValueError: a cutoff above the last layer, where it is not known what the model calls its final norm.
+        """
+        device = self.model.device
+        places = on_device(rows.places, device)
+        length = on_device(rows.real, device)
+        mask = torch.arange(places.shape[1], device=device) < length[:, None]
+        states = self._states(on_device(rows.ids, device)[places], mask.long())
+        pair = torch.arange(len(rows), device=device)
+        read = []
+        for cutoff in cutoffs:
+            state = states[cutoff][pair, length - 1]
+            read.append(state if cutoff == self.layers else self._norm(cutoff)(state))
+        return torch.stack(read)
+
+    def _norm(self, cutoff: int) -> nn.Module:
+        for name in NORMS:
+            if isinstance(norm := getattr(self.model, name, None), nn.Module):
+                return norm
+        raise ValueError(
+            f"cutoff={cutoff}: {self.argument} is not a model of which the final norm is known; "
+            f"allowed: {self.layers}, its last layer."
+        )

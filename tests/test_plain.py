@@ -1,0 +1,132 @@
+"""Decoders of other families are run by their own forward, and those of ours get the same scores from it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import MODELS, words
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    MixtralConfig,
+    OPTConfig,
+    Phi3Config,
+    PreTrainedConfig,
+)
+
+from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker, checkpoints
+from pyterrier_llmrerank.training.model import RankingModel
+from pyterrier_llmrerank.training.recipes import RankLLaMATraining
+
+FULL, BASE = str(MODELS / "costwise_full"), str(MODELS / "mistral_base")
+SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 700}
+LLAMA_LIKE = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
+CONFIGS = {
+    "gpt2": GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=700, pad_token_id=0),
+    "gemma2": Gemma2Config(**LLAMA_LIKE, head_dim=8, pad_token_id=0),
+    "gpt_neox": GPTNeoXConfig(**SIZES, intermediate_size=48, pad_token_id=0),
+    "mixtral": MixtralConfig(**LLAMA_LIKE, num_local_experts=2, pad_token_id=0),
+    "phi3": Phi3Config(**LLAMA_LIKE, pad_token_id=0),
+}
+PAIRS = [("panda", words(3, 9)), ("panda", words(4, 30)), ("bear tree", words(5, 2))]
+
+
+def saved(folder: Path, config: PreTrainedConfig, kind: type = AutoModelForSequenceClassification) -> torch.nn.Module:
+    """A random model on disk, with the tokenizer of another."""
+    torch.manual_seed(3)
+    options = {"num_labels": 1} if kind is AutoModelForSequenceClassification else {}
+    config = type(config)(**{**config.to_dict(), **options})
+    model = kind.from_config(config).eval()
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(BASE).save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_rankllama_over_another_family_scores_as_transformers_does(tmp_path: Path, name: str) -> None:
+    model = saved(tmp_path, CONFIGS[name])
+    reranker = RankLLaMAReranker(tmp_path, dtype="float32")
+    scores = reranker.compute_score(PAIRS)
+    _, _, tokenizer = reranker._weights().at_depth(3)
+    ids = reranker._encode(tokenizer, [(query, reranker._body(passage)) for query, passage in PAIRS])
+    with torch.inference_mode():
+        wanted = [model(input_ids=torch.tensor([pair.flat()])).logits.item() for pair in ids]
+    np.testing.assert_allclose(scores, wanted, atol=1e-5)
+    assert np.ptp(wanted) > 1e-4
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_matroyshka_over_another_family_reads_layers_through_the_final_norm(tmp_path: Path, name: str) -> None:
+    model = saved(tmp_path, CONFIGS[name], AutoModelForCausalLM)
+    reranker = MatroyshkaReranker(tmp_path, start_layer=1, cutoff=[2, 3], dtype="float32")
+    scores = reranker.compute_score(PAIRS)
+    _, _, tokenizer = reranker._weights().at_depth(3)
+    yes = tokenizer("Yes", add_special_tokens=False)["input_ids"][-1]
+    shallow = AutoModelForCausalLM.from_pretrained(tmp_path, num_hidden_layers=2).eval()
+    for layers, of in zip((shallow, model), scores, strict=True):
+        head = layers.get_output_embeddings().weight[yes]
+        for score, pair in zip(of, reranker._encode(tokenizer, PAIRS), strict=True):
+            with torch.inference_mode():
+                state = layers.base_model(input_ids=torch.tensor([pair.flat()])).last_hidden_state[0, -1]
+                assert score == pytest.approx((state @ head).item(), abs=1e-5)
+
+
+def test_both_paths_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    makers = [
+        lambda: MatroyshkaReranker(BASE, adapters=[MODELS / "adapter_sd"], start_layer=2, cutoff=[2, 5, 8]),
+        lambda: RankLLaMAReranker(MODELS / "rankllama_adapter", base_model=MODELS / "rankllama_base"),
+    ]
+    for make in makers:
+        walked = make()
+        walked.dtype = "float32"
+        wanted = walked.compute_score(PAIRS)
+        with monkeypatch.context() as patched:
+            patched.setattr(checkpoints, "FAMILIES", ())
+            plain = make()
+            plain.dtype, plain.device = "float32", None
+            del walked  # or it would share its weights
+            np.testing.assert_allclose(plain.compute_score(PAIRS), wanted, atol=1e-4)
+            assert not plain._weights().checkpoint.walked
+
+
+def test_an_adapter_is_merged(tmp_path: Path) -> None:
+    model = saved(tmp_path / "base", CONFIGS["gpt_neox"])
+    lora = LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["query_key_value"], init_lora_weights=False)
+    peft = get_peft_model(model, lora)
+    peft.save_pretrained(tmp_path / "adapter")
+    with_adapter = RankLLaMAReranker(tmp_path / "adapter", base_model=tmp_path / "base", dtype="float32")
+    score = with_adapter.compute_score(PAIRS[0])
+    _, _, tokenizer = with_adapter._weights().at_depth(3)
+    (pair,) = with_adapter._encode(tokenizer, [(PAIRS[0][0], with_adapter._body(PAIRS[0][1]))])
+    with torch.inference_mode():
+        assert score == pytest.approx(peft(input_ids=torch.tensor([pair.flat()])).logits.item(), abs=1e-5)
+    assert score != pytest.approx(
+        RankLLaMAReranker(tmp_path / "base", dtype="float32").compute_score(PAIRS[0]), abs=1e-4
+    )
+
+
+def test_what_the_plain_path_does_not_do_is_said(tmp_path: Path) -> None:
+    saved(tmp_path / "gpt2", CONFIGS["gpt2"], AutoModelForCausalLM)
+    with pytest.raises(ValueError, match=r"compress_ratio=2: the layers of .*'gpt2'.* cannot be walked one by one"):
+        MatroyshkaReranker(tmp_path / "gpt2", compress_layers=1, compress_ratio=2)
+    untrained = RankLLaMATraining().open(str(tmp_path / "gpt2"))
+    with pytest.raises(ValueError, match="model_type 'gpt2' cannot be trained here; allowed: llama"):
+        RankingModel(untrained, torch.zeros(1, 32))
+    opt = OPTConfig(
+        hidden_size=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=4, vocab_size=700, word_embed_proj_dim=32
+    )
+    saved(tmp_path / "opt", opt, AutoModelForCausalLM)
+    assert np.isfinite(MatroyshkaReranker(tmp_path / "opt", start_layer=1).compute_score(PAIRS[0]))
+    with pytest.raises(ValueError, match="cutoff=2: .* is not a model of which the final norm is known; allowed: 3"):
+        MatroyshkaReranker(tmp_path / "opt", start_layer=1, cutoff=2).compute_score(PAIRS[0])
+    bert = BertConfig(**SIZES, intermediate_size=48)
+    saved(tmp_path / "bert", bert)
+    with pytest.raises(ValueError, match="model_type 'bert' lets a token see those after it"):
+        RankLLaMAReranker(tmp_path / "bert").compute_score(PAIRS[0])
