@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -78,14 +79,16 @@ def score(
     scores = np.full((len(shape.cutoffs), len(pairs)), np.nan)
     running: list[tuple[list[int], Tensor]] = []
 
-    def collect() -> None:
-        """Wait for the batch before this one; the device has the next to work on meanwhile."""
-        while running:
-            batch, computed = running.pop()
+    def collect(keep: int = 0) -> None:
+        """Wait for batches until so many are left for the device to work on."""
+        while len(running) > keep:
+            batch, computed = running.pop(0)
             got = computed.cpu().numpy()
             finite = np.isfinite(got).all(axis=0)
             scores[:, np.array(batch)[finite]] = got[:, finite]
             if not finite.all():
+                with suppress(ScoringError):
+                    collect()
                 raise ScoringError(
                     f"the score of {label(batch[int(finite.argmin())])} is not finite in {weights.dtype}; "
                     + ("try dtype='float32'." if weights.dtype != torch.float32 else "is the checkpoint sound?"),
@@ -103,8 +106,8 @@ def score(
                 model, rows, shape.cutoffs, compress_layers=shape.compress_layers, compress_ratio=shape.compress_ratio
             )
         computed = torch.einsum("cbw,cw->cb", states.float(), heads)
-        collect()
         running.append(([chunk[index] for index in batch], computed))
+        collect(keep=1)
 
     remembering = TokenizedOnce(tokenizer)
     encoded = (

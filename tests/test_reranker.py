@@ -164,7 +164,7 @@ def test_what_was_scored_before_a_failure_is_not_lost(monkeypatch: pytest.Monkey
     with pytest.raises(ScoringError, match=r"score of qid 'q\d', docno 'd\d' is not finite") as info:
         reranker.transform(rows)
     kept = info.value.scores
-    assert len(kept) == 2
+    assert len(kept) == len(calls) - 1
     wanted = MATROYSHKA.transform(rows).loc[kept.index]
     np.testing.assert_allclose(kept["score"], wanted["score"], atol=1e-4)
     for _, rows_of_query in kept.groupby("qid"):

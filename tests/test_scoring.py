@@ -98,6 +98,20 @@ def test_a_score_that_is_not_finite_is_named(monkeypatch: pytest.MonkeyPatch, dt
     assert np.isfinite(info.value.scores).tolist() == [[False, True]]
 
 
+def test_the_batch_in_work_when_a_score_fails_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    reranker = MatroyshkaReranker(FULL, dtype="float32", batch_size=1)
+    real, calls = scoring.decode, []
+
+    def first_overflows(*args: object, **options: object) -> torch.Tensor:
+        calls.append(1)
+        return real(*args, **options) * (torch.inf if len(calls) == 1 else 1)
+
+    monkeypatch.setattr(scoring, "decode", first_overflows)
+    with pytest.raises(ScoringError, match=r"score of pairs\[2\] is not finite") as info:
+        reranker.compute_score([("a", words(1, 9)), ("a", words(1, 20)), ("a", words(1, 60))])
+    assert np.isfinite(info.value.scores).tolist() == [[False, True, False]]  # the second was on its way
+
+
 def test_default_batches_stay_within_the_devices_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = []
     real = scoring.decode
