@@ -3,11 +3,11 @@
     python examples/benchmark.py FOLDER --candidates 100 --queries 1
 
 FOLDER is as for rerank_run.py. Peers of RankLLaMA: (a) sentence-transformers' CrossEncoder as it comes, (b)
-transformers' sequence classification padded to the maximum length; neither is run where it is not installed. Peer
-of Matroyshka: (c) padded batches through eager attention with full attention matrices, as the released code does.
-"20/2" is two thirds of the depth, and passages pooled two to one before layer 8.
-All take turns for some rounds; printed are medians. Operations are counted by torch, not timed. The share of the
-peak is that of matrix products of the model's own shapes in the same run.
+transformers' sequence classification padded and cut to 194 tokens, the original's maximum. Peer of Matroyshka: (c)
+padded batches through eager attention with full attention matrices, as the released code does. "20/2" is
+twenty layers, and passages pooled two to one before layer 8. All take turns for some rounds; printed are medians.
+Operations are counted by torch, not timed. The share of the peak is that of matrix products of the model's own
+shapes, in the same run.
 """
 
 from __future__ import annotations
@@ -36,10 +36,19 @@ from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMARerank
 from pyterrier_llmrerank.batching import TOKENS
 from pyterrier_llmrerank.files import SHIPPED
 from pyterrier_llmrerank.inputs import Ids, MatroyshkaInputs, document
-from pyterrier_llmrerank.packing import Rows
+from pyterrier_llmrerank.packing import PackedPairs
 
 Scorer = Callable[[], np.ndarray]
-LONGEST = 1024  # tokens of a text: more than any has, so that nobody cuts
+LONGEST = 1024  # tokens of a text: more than any has, so that nobody but (b) cuts
+
+
+def attention_operations(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Of whole matrices, causal or not, as torch counts other attention; it does not count the CPU's."""
+    batch, heads, asked, width = query
+    return int(2 * batch * heads * asked * key[2] * (width + value[3]))
+
+
+ON_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_operations}
 
 
 @dataclass
@@ -48,6 +57,7 @@ class System:
 
     name: str
     score: Scorer
+    dtype: torch.dtype
     seconds: list[float] = field(default_factory=list)
     operations: int = 0
 
@@ -81,7 +91,7 @@ def classifier(folder: Path, candidates: pd.DataFrame, dtype: torch.dtype, devic
             queries, passages = zip(*texts[start : start + 32], strict=True)
             batch = tokenizer(
                 list(queries), list(passages), padding="max_length", max_length=194, truncation="only_second",
-                return_tensors="pt",
+                return_tensors="pt", add_special_tokens=False,
             )  # fmt: skip
             found.append(model(**batch.to(device)).logits[:, 0].float().cpu().numpy())
         return np.concatenate(found)
@@ -112,7 +122,7 @@ def straightforward(
     pairs = list(zip(candidates["query"], candidates["text"], strict=True))
 
     def pooled(hidden: torch.Tensor, attention: torch.Tensor, rows: list[Ids]) -> tuple[torch.Tensor, list[Ids]]:
-        """Rows pooled one by one by the attention of their last token."""
+        """PackedPairs pooled one by one by the attention of their last token."""
         made, after = [], []
         for row, states, weight in zip(rows, hidden, attention.sum(1), strict=True):
             start, end, length = len(row.prefix), len(row.prefix) + len(row.body), row.length
@@ -187,12 +197,12 @@ def clock(device: str) -> float:
     return time.perf_counter()
 
 
-def seconds_to_open(dtype: str) -> tuple[float, float]:
-    """Importing the package, and opening the small model for a first score, each in a process of its own."""
+def seconds_to_open(model: str, dtype: str) -> tuple[float, float]:
+    """Importing the package, and opening a model for a first score, each in a process of its own."""
     programs = (
         "import pyterrier, time; t = time.perf_counter(); import pyterrier_llmrerank",
         "import pyterrier, time, torch, transformers; from pyterrier_llmrerank import RankLLaMAReranker as R; "
-        f"t = time.perf_counter(); R('smollm2-135m', dtype={dtype!r}).compute_score(('a', 'b'))",
+        f"t = time.perf_counter(); R({model!r}, dtype={dtype!r}).compute_score(('a', 'b'))",
     )
     found = []
     for program in programs:
@@ -206,20 +216,20 @@ def seconds_to_open(dtype: str) -> tuple[float, float]:
 
 def batches(reranker: RankLLaMAReranker, candidates: pd.DataFrame) -> tuple[int, float, float]:
     """Tokens that go through the layers, the share of padding among them, and the process's memory in GB."""
-    made: list[Rows] = []
+    made: list[PackedPairs] = []
     real = scoring.decode
 
-    def watched(model: Any, rows: Rows, *arguments: Any, **options: Any) -> torch.Tensor:
-        made.append(rows)
-        return real(model, rows, *arguments, **options)
+    def watched(model: Any, packed: PackedPairs, *arguments: Any, **options: Any) -> torch.Tensor:
+        made.append(packed)
+        return real(model, packed, *arguments, **options)
 
     scoring.decode = watched
     try:
         reranker(candidates)
     finally:
         scoring.decode = real
-    tokens = sum(len(rows.ids) for rows in made)
-    padding = sum(int(rows.padding.sum()) for rows in made)
+    tokens = sum(len(packed.ids) for packed in made)
+    padding = sum(int(packed.padding.sum()) for packed in made)
     if torch.cuda.is_available():
         memory = torch.cuda.max_memory_allocated()
     else:
@@ -231,7 +241,7 @@ def measure(systems: list[System], rounds: int, device: str) -> dict[str, np.nda
     """Count each system's operations, then let them take turns."""
     scores = {}
     for system in systems:
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=ON_CPU) as counter:
             scores[system.name] = system.score()
         system.operations = counter.get_total_flops()
     for _ in range(rounds):
@@ -242,7 +252,7 @@ def measure(systems: list[System], rounds: int, device: str) -> dict[str, np.nda
     return scores
 
 
-def report(systems: list[System], pairs: int, best: float) -> pd.DataFrame:
+def report(systems: list[System], pairs: int, best: dict[torch.dtype, float]) -> pd.DataFrame:
     """What each system does in a second, and with how many operations."""
     rows = []
     for system in systems:
@@ -252,7 +262,7 @@ def report(systems: list[System], pairs: int, best: float) -> pd.DataFrame:
                 "system": system.name,
                 "pairs/s": round(pairs / seconds, 2),
                 "GFLOP a pair": round(system.operations / pairs / 1e9, 2),
-                "share of peak": round(system.operations / seconds / best, 2),
+                "share of peak": round(system.operations / seconds / best[system.dtype], 2),
             }
         )
     return pd.DataFrame(rows)
@@ -284,6 +294,10 @@ def main() -> None:
     parser.add_argument("--run", default="bm25", help="which of runs/*.res.gz")
     parser.add_argument("--queries", type=int, default=1, help="so many of the topics, from the first")
     parser.add_argument("--candidates", type=int, default=100, help="a query")
+    parser.add_argument("--rankllama", default=SHIPPED, help="as RankLLaMAReranker takes it")
+    parser.add_argument("--matroyshka", default=SHIPPED, help="as MatroyshkaReranker takes it")
+    parser.add_argument("--cutoff", type=int, default=20, help="layers of the Matroyshka in another shape")
+    parser.add_argument("--compress_layer", type=int, default=8, help="before which that one pools by two")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--peers", nargs="*", default=["a", "b", "c"], choices=["a", "b", "c"], help="only these")
@@ -296,13 +310,15 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, chosen.dtype)
     shared: dict[str, Any] = {"dtype": chosen.dtype, "device": device}
-    rank = RankLLaMAReranker(SHIPPED, query_max_length=LONGEST, passage_max_length=LONGEST, **shared)
-    full = MatroyshkaReranker(SHIPPED, max_length=LONGEST, **shared)
-    part = full.at(cutoff=20, compress_layers=[8], compress_ratio=2)
+    rank = RankLLaMAReranker(chosen.rankllama, query_max_length=LONGEST, passage_max_length=LONGEST, **shared)
+    full = MatroyshkaReranker(chosen.matroyshka, max_length=LONGEST, **shared)
+    shape = chosen.cutoff, [chosen.compress_layer], 2
+    part = full.at(cutoff=shape[0], compress_layers=shape[1], compress_ratio=shape[2])
+    part_name = f"Matroyshka {chosen.cutoff}/2"
     systems = [
-        System("RankLLaMA", ours(rank, candidates)),
-        System("Matroyshka", ours(full, titled)),
-        System("Matroyshka 20/2", ours(part, titled)),
+        System("RankLLaMA", ours(rank, candidates), dtype),
+        System("Matroyshka", ours(full, titled), dtype),
+        System(part_name, ours(part, titled), dtype),
     ]
     with tempfile.TemporaryDirectory() as temporary:
         merged = Path(temporary) / "model"
@@ -313,30 +329,31 @@ def main() -> None:
             (merged / "chat_template.jinja").unlink(missing_ok=True)
             tokenizer.save_pretrained(merged)
         if "a" in chosen.peers:
-            systems.append(System("(a) CrossEncoder", cross_encoder(merged, candidates, dtype, device)))
+            systems.append(System("(a) CrossEncoder", cross_encoder(merged, candidates, dtype, device), dtype))
         if "b" in chosen.peers:
-            systems.append(System("(b) padded to 194", classifier(merged, candidates, dtype, device)))
+            systems.append(System("(b) padded to 194", classifier(merged, candidates, dtype, device), dtype))
         for kind in dict.fromkeys([dtype, torch.float32]) if "c" in chosen.peers else ():
-            name = f"(c) eager 20/2 {kind}".replace("torch.", "")
-            systems.append(System(name, straightforward(part, titled, kind, device, 20, [8], 2)))
+            name = f"(c) eager {kind}".replace("torch.", "")
+            systems.append(System(name, straightforward(part, titled, kind, device, *shape), kind))
         scores = measure(systems, chosen.rounds, device)
-    best = peak(rank._weights().checkpoint.config, dtype, device, TOKENS[device])
+    config = rank._weights().checkpoint.config
+    best = {kind: peak(config, kind, device, TOKENS[device]) for kind in {system.dtype for system in systems}}
     comparisons = [("RankLLaMA", "(a) CrossEncoder"), ("RankLLaMA", "(b) padded to 194")]
-    comparisons += [("Matroyshka 20/2", f"(c) eager 20/2 {kind}") for kind in dict.fromkeys([chosen.dtype, "float32"])]
+    comparisons += [(part_name, f"(c) eager {kind}") for kind in dict.fromkeys([chosen.dtype, "float32"])]
     tables = report(systems, len(candidates), best), beside(systems, comparisons, scores)
-    imported, opened = seconds_to_open(chosen.dtype)
+    imported, opened = seconds_to_open(chosen.rankllama, chosen.dtype)
     tokens, padding, memory = batches(rank, candidates)
 
     print(f"\n{chosen.folder.name}: {len(candidates)} pairs, {chosen.candidates} a query, {chosen.dtype}, {device},")
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; medians of {chosen.rounds}\n")
     for table in tables:
         print(table.to_string(index=False), end="\n\n")
-    print(f"matrix products in the model's shapes: {best / 1e9:.0f} GFLOP/s")
+    print(f"matrix products in the model's shapes: {best[dtype] / 1e9:.0f} GFLOP/s")
     print(f"RankLLaMA: {tokens / len(candidates):.1f} tokens computed a pair, {padding:.1%} of them padding")
     print(f"most memory of the process so far: {memory:.2f} GB")
-    print(f"seconds to import the package {imported:.2f}, to open the small model for a first score {opened:.2f}")
+    print(f"seconds to import the package {imported:.2f}, to open it for a first score {opened:.2f}")
     if chosen.json:
-        figures = {"seconds": {s.name: s.seconds for s in systems}, "peak": best, "pairs": len(candidates)}
+        figures = {"seconds": {s.name: s.seconds for s in systems}, "peak": best[dtype], "pairs": len(candidates)}
         figures |= {"systems": tables[0].to_dict("records"), "comparisons": tables[1].to_dict("records")}
         chosen.json.write_text(json.dumps(figures, indent=2), encoding="utf-8")
     if chosen.plot:

@@ -56,10 +56,10 @@ class PlainTrainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         batch: Batch = inputs["batch"]
-        rows = batch.rows
-        mask = (torch.arange(rows.longest) < torch.from_numpy(rows.lengths)[:, None]).long()
+        packed = batch.packed
+        mask = (torch.arange(packed.longest) < torch.from_numpy(packed.lengths)[:, None]).long()
         # Such models find their last token by its not being the padding token.
-        ids = torch.from_numpy(rows.ids[rows.places]).masked_fill(mask == 0, model.config.pad_token_id)
+        ids = torch.from_numpy(packed.ids[packed.places]).masked_fill(mask == 0, model.config.pad_token_id)
         logits = model(input_ids=ids.to(self.args.device), attention_mask=mask.to(self.args.device)).logits
         groups = logits.float().view(-1, batch.size)
         return torch.nn.functional.cross_entropy(
@@ -125,7 +125,7 @@ def main() -> None:
 
     order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(0))  # any sample tells the mean
     sample = [collate([groups[int(index)]]) for index in order[:50]]
-    tokens = sum(int(batch.rows.lengths.sum()) for batch in sample) / len(sample) * chosen.queries
+    tokens = sum(int(batch.packed.lengths.sum()) for batch in sample) / len(sample) * chosen.queries
     rates: dict[str, list[float]] = {"plain": [], "ours": []}
     losses: dict[str, list[float]] = {"plain": [], "ours": []}
     for _ in range(chosen.rounds):

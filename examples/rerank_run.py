@@ -18,10 +18,10 @@ import pyterrier as pt
 from pyterrier.measures import RR, nDCG
 
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker
-from pyterrier_llmrerank.files import SHIPPED, shipped
+from pyterrier_llmrerank.files import SHIPPED, SHIPPED_DISTILLED, shipped
 
 STRINGS = {"qid": str, "query": str, "docno": str, "title": str, "text": str}
-DISTILLED = f"matroyshka-{SHIPPED}/distilled"
+DISTILLED = [shipped(f"matroyshka-{SHIPPED}/{name}") for name in SHIPPED_DISTILLED]
 
 
 def load(folder: Path, run: str, candidates: int, queries: int | None) -> tuple[pd.DataFrame, ...]:
@@ -63,7 +63,7 @@ def rerankers(arguments: argparse.Namespace) -> Iterator[tuple[str, LLMReranker]
         if arguments.compensation in ("without", "both"):
             yield (
                 f"{width} uncompensated",
-                MatroyshkaReranker(arguments.model, adapters=[shipped(DISTILLED)], **shape, **shared),
+                MatroyshkaReranker(arguments.model, adapters=DISTILLED, **shape, **shared),
             )
 
 

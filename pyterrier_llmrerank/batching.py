@@ -10,8 +10,8 @@ import torch
 from .errors import ScoringError
 from .inputs import Ids
 
-#: Tokens in a batch, a shared prefix counted once, by device type, where the user sets no batch_size. On a CPU more
-#: gains nothing; elsewhere these are starting points, which are halved where memory is short.
+#: Tokens in a batch, a shared prefix counted once, by device type, where the user sets no batch_size: starting points,
+#: which are halved where memory is short.
 TOKENS = {"cpu": 4096, "cuda": 16384, "mps": 8192}
 
 #: Attention lays pairs out at equal length, prefixes repeated: at most so many positions for each token of the budget.
@@ -24,18 +24,30 @@ class Budget:
 
     Args:
         tokens: most tokens, a shared prefix counted once; None for any number. A pair longer than that goes alone.
-        rows: most pairs; None for any number.
+        pairs: most pairs; None for any number.
     """
 
     tokens: int | None = None
-    rows: int | None = None
+    pairs: int | None = None
+
+    def __post_init__(self) -> None:
+        self._positions = None if self.tokens is None else SPREAD * self.tokens
+
+    def allows(self, count: int, size: int, longest: int) -> bool:
+        """Whether so many pairs of ``size`` tokens together, the longest of so many, fit."""
+        return (
+            (self.pairs is None or count <= self.pairs)
+            and (self.tokens is None or size <= self.tokens)
+            and (self._positions is None or count * longest <= self._positions)
+        )
 
     def shrink_to(self, pairs: Sequence[Ids]) -> None:
         """Allow no more than these."""
         if self.tokens is None:
-            self.rows = len(pairs)
+            self.pairs = len(pairs)
         else:
             self.tokens = max(1, packed_size(pairs))
+            self._positions = len(pairs) * max(pair.length for pair in pairs)
 
 
 def run_in_batches(pairs: Sequence[Ids], run: Callable[[list[int]], None], budget: Budget) -> int | None:
@@ -92,10 +104,7 @@ def _batch(pairs: Sequence[Ids], order: list[int], start: int, budget: Budget) -
         pair = pairs[index]
         size += pair.length - (len(pair.prefix) if pair.prefix == pairs[batch[-1]].prefix else 0)
         longest = max(longest, pair.length)
-        positions = longest * (len(batch) + 1)
-        if len(batch) == budget.rows:
-            break
-        if budget.tokens is not None and (size > budget.tokens or positions > SPREAD * budget.tokens):
+        if not budget.allows(len(batch) + 1, size, longest):
             break
         batch.append(index)
     return batch

@@ -26,7 +26,9 @@ class Pooling:
     def __init__(self, before: Packing, ratio: int, device: torch.device) -> None:
         after = before.pooled(ratio)
         # Each new token reads up to `ratio` old ones: a group its members, any other token just one.
-        prefix, body, pooled = (sizes[after.rows][:, None] for sizes in (before.prefix, before.body, after.body))
+        prefix, body, pooled = (
+            sizes[after.pair_of_token][:, None] for sizes in (before.prefix, before.body, after.body)
+        )
         position = after.positions[:, None]
         group, member = position - prefix, np.arange(ratio)
         in_body = (group >= 0) & (group < pooled)
@@ -36,8 +38,8 @@ class Pooling:
         source = np.where(absent, start, start + member)
         #: The packing of the result.
         self.after = after
-        self._members = on_device(before.places[after.rows[:, None], source], device)
-        self._rows = on_device(after.rows[:, None], device)
+        self._members = on_device(before.places[after.pair_of_token[:, None], source], device)
+        self._pair = on_device(after.pair_of_token[:, None], device)
         self._source = on_device(source, device)
         self._single = on_device(~in_body, device)
         self._absent = on_device(absent, device)
@@ -54,6 +56,6 @@ class Pooling:
         Returns:
             The states ``[tokens after, width]``.
         """
-        logits = log_weights[self._rows, self._source].masked_fill(self._single, 0.0)
+        logits = log_weights[self._pair, self._source].masked_fill(self._single, 0.0)
         weights = logits.masked_fill(self._absent, -torch.inf).softmax(-1)
         return (weights[..., None] * hidden[self._members]).sum(1).to(hidden.dtype)

@@ -3,14 +3,14 @@
 One forward pass serves both rerankers, inference and training. It walks the layers of a transformers
 model itself, because neither leaving at a chosen depth nor shortening the sequence between two layers can
 be asked of the model's own ``forward``; each layer is still called as the module it is, so that adapters,
-gradient checkpointing and parallel wrappers see what they expect. To the layers, a batch is one long row of
-tokens (:mod:`~pyterrier_llmrerank.packing`); only :func:`attention`, which they call, knows of pairs.
+gradient checkpointing and parallel wrappers see what they expect (inference takes the last one apart). To the
+layers, a batch is one long row of tokens (:mod:`~pyterrier_llmrerank.packing`); only :func:`attention`, which they
+call, knows of pairs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol, cast
 
@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from .compression import Pooling
-from .packing import Packing, Rows, on_device
+from .packing import PackedPairs, Packing, on_device
 
 #: Model types whose layers may be walked as below: token embedding, layers with rotary positions, final
 #: norm, and nothing else on the way (others scale embeddings or mix kinds of positions).
@@ -43,18 +43,17 @@ class Decoder(Protocol):
     norm: nn.Module
 
 
-@dataclass
 class Tap:
     """Taken by an attention that is to leave something besides its output.
 
-    Args:
-        log_weights: log of the asked position's attention summed over the heads, fp32 ``[pairs, length]``.
+    No dataclass: parallel wrappers hand on copies of those.
     """
 
+    #: Log of the asked position's attention summed over the heads, fp32 ``[pairs, length]``.
     log_weights: Tensor | None = None
 
 
-class Pairs:
+class Layout:
     """What a layer's attention is told of the packed row.
 
     Args:
@@ -71,7 +70,7 @@ class Pairs:
         self.positions = on_device(packing.positions, device)
         self.last = on_device(packing.last, device)
         self._places = on_device(places.flatten(), device)
-        self._back = on_device(packing.rows * length + packing.positions, device)
+        self._back = on_device(packing.pair_of_token * length + packing.positions, device)
         #: The position in each pair whose attention a :class:`Tap` takes, ``[pairs]``.
         self.asked = on_device(packing.lengths - 1, device)
         #: Which keys are real, ``[pairs, length]``; None where causality alone hides what is not: then no mask is
@@ -100,7 +99,7 @@ def attention(
     scaling: float,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    pairs: Pairs,
+    layout: Layout,
     tap: Tap | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
@@ -108,7 +107,7 @@ def attention(
 
     ``query`` is ``[1, heads, tokens, width]``; ``key`` and ``value`` may have fewer heads.
     """
-    query, key, value = pairs.apart(query), pairs.apart(key), pairs.apart(value)
+    query, key, value = layout.apart(query), layout.apart(key), layout.apart(value)
     length = key.shape[2]
     window = sliding_window if sliding_window is not None and sliding_window < length else None
     options: dict[str, Any] = {
@@ -118,21 +117,21 @@ def attention(
     }
     states = query, key, value
     if _in_blocks(query.device, query.dtype, module.training):
-        output = _by_blocks(*states, pairs.keys, window, options)
+        output = _by_blocks(*states, layout.keys, window, options)
     else:
         if query.device.type == "cpu":
             states = query.float(), key.float(), value.float()  # the kernel's gradient in bf16 takes twice as long
-        if pairs.keys is not None or window is not None:
+        if layout.keys is not None or window is not None:
             position = torch.arange(length, device=key.device)
-            options["attn_mask"] = _visible(position[None], length, pairs.keys, window)
+            options["attn_mask"] = _visible(position[None], length, layout.keys, window)
         with torch.autocast("cpu", enabled=False):  # it would undo that
             output = scaled_dot_product_attention(*states, is_causal="attn_mask" not in options, **options)
         output = output.to(query.dtype)
     if tap is not None:
-        row = query[torch.arange(len(query), device=query.device), :, pairs.asked]
-        per_head = _row_logits(row, key, pairs.asked, scaling, pairs.keys, window).log_softmax(-1)
+        row = query[torch.arange(len(query), device=query.device), :, layout.asked]
+        per_head = _row_logits(row, key, layout.asked, scaling, layout.keys, window).log_softmax(-1)
         tap.log_weights = per_head.flatten(1, 2).logsumexp(1).float()
-    return pairs.together(output), None
+    return layout.together(output), None
 
 
 def _in_blocks(device: torch.device, dtype: torch.dtype, training: bool) -> bool:
@@ -176,11 +175,12 @@ def _row_logits(
     row: Tensor, key: Tensor, position: Tensor, scaling: float, keys: Tensor | None, window: int | None
 ) -> Tensor:
     """Logits of one query a pair, ``[pairs, heads, width]``: ``[pairs, key heads, heads that share them, length]``."""
-    count, kv_heads, length, width = key.shape
+    _, kv_heads, length, width = key.shape
     # Twice the precision, where there is one, hides in which order the kernels add: see _in_blocks.
     precise = torch.float64 if key.device.type == "cpu" else torch.float32
-    row = row.view(count, kv_heads, -1, width).to(precise)
-    logits = row @ key.to(precise).transpose(2, 3) * scaling
+    row = row.view(len(row), kv_heads, -1, width).to(precise)
+    with torch.autocast(key.device.type, enabled=False):
+        logits = row @ key.to(precise).transpose(2, 3) * scaling
     # Finite for what is not seen: its gradient stays finite too, and a group of the body that lies wholly
     # outside a sliding window becomes its plain mean.
     return logits.masked_fill(~_visible(position[:, None], length, keys, window), -1e30)
@@ -189,37 +189,41 @@ def _row_logits(
 AttentionInterface.register(ATTENTION, attention)
 
 
-def _read_only_last(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor], pairs: Pairs) -> Tensor:
+def _read_only_last(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
     """A layer's output for the last tokens alone, ``[pairs, width]``: all others are but keys and values to them."""
     parts: Any = layer
-    attention = parts.self_attn
+    heads_of = parts.self_attn
     cos, sin = rotary
 
     def heads(states: Tensor, name: str) -> Tensor:
-        projected: Tensor = getattr(attention, f"{name}_proj")(states).unflatten(-1, (-1, attention.head_dim))
-        norm: Callable[[Tensor], Tensor] | None = getattr(attention, f"{name}_norm", None)
+        projected: Tensor = getattr(heads_of, f"{name}_proj")(states).unflatten(-1, (-1, heads_of.head_dim))
+        norm: Callable[[Tensor], Tensor] | None = getattr(heads_of, f"{name}_norm", None)
         return projected if norm is None else norm(projected)
 
     def rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         first, second = states.chunk(2, dim=-1)
         return states * cos[:, :, None] + torch.cat((-second, first), dim=-1) * sin[:, :, None]
 
+    # A matrix of one row takes another kernel than one of several, which rounds differently: see _in_blocks.
+    last = layout.last.repeat(2) if len(layout.last) == 1 else layout.last
     normed = parts.input_layernorm(hidden)
-    key = pairs.apart(rotated(heads(normed, "k"), cos, sin).transpose(1, 2))
-    value = pairs.apart(heads(normed, "v").transpose(1, 2))
-    row = rotated(heads(normed[:, pairs.last], "q"), cos[:, pairs.last], sin[:, pairs.last])[0]
-    window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
-    position = pairs.positions[pairs.last]
-    weights = _row_logits(row, key, position, attention.scaling, pairs.keys, window).softmax(-1)
+    key = layout.apart(rotated(heads(normed, "k"), cos, sin).transpose(1, 2))
+    value = layout.apart(heads(normed, "v").transpose(1, 2))
+    row = rotated(heads(normed[:, last], "q"), cos[:, last], sin[:, last])[0]
+    # Where Mistral's layers look for their window; those of others have it themselves, or none.
+    where = heads_of.config if heads_of.config.model_type == "mistral" else heads_of
+    window = getattr(where, "sliding_window", None)
+    logits = _row_logits(row, key, layout.positions[last], heads_of.scaling, layout.keys, window)
+    weights = logits.softmax(-1)
     mixed = (weights @ value.to(weights.dtype)).flatten(1).to(hidden.dtype)
-    between: Tensor = hidden[0, pairs.last] + attention.o_proj(mixed)
+    between: Tensor = hidden[0, last] + heads_of.o_proj(mixed)
     output: Tensor = between + parts.mlp(parts.post_attention_layernorm(between))
-    return output
+    return output[: len(layout.last)]
 
 
 def decode(
     model: Decoder,
-    rows: Rows,
+    packed: PackedPairs,
     cutoffs: Sequence[int],
     *,
     compress_layers: Collection[int] = (),
@@ -230,7 +234,7 @@ def decode(
 
     Args:
         model: the decoder; layers from the deepest cutoff on are not touched.
-        rows: the pairs. Where they are padded, the released code is reproduced: up to the first pooling the
+        packed: the pairs. Where they are padded, the released code is reproduced: up to the first pooling the
             padding stands in the sequence, its keys masked, and the weights are those of its last token.
         cutoffs: how many layers to run before reading, ascending, each at least 1.
         compress_layers: layer indices (from 0) before which the bodies are pooled; index 0 and indices
@@ -244,42 +248,42 @@ def decode(
     """
     deepest = cutoffs[-1]
     device = cast(Tensor, model.embed_tokens.weight).device
-    hidden = model.embed_tokens(on_device(rows.ids, device)[None])
+    hidden = model.embed_tokens(on_device(packed.ids, device)[None])
     blocked = _in_blocks(device, hidden.dtype, cast(nn.Module, model).training)
 
     # Everything the device has to know of the pairs goes there before the first layer, so that none waits for it.
-    def told(packing: Packing) -> Pairs:
-        return Pairs(packing, device, BLOCK if blocked else 1)
+    def laid_out(packing: Packing) -> Layout:
+        return Layout(packing, device, BLOCK if blocked else 1)
 
-    packing: Packing = rows
-    pairs, poolings = told(rows), {}
+    packing: Packing = packed
+    layout, poolings = laid_out(packed), {}
     for depth in sorted({i for i in compress_layers if 0 < i < deepest} if compress_ratio > 1 else ()):
         pooling = Pooling(packing, compress_ratio, device)
         packing = pooling.after
-        poolings[depth] = pooling, told(packing)
-    every_position = torch.arange(rows.longest, device=device)[None]
+        poolings[depth] = pooling, laid_out(packing)
+    every_position = torch.arange(packed.longest, device=device)[None]
     cos, sin = model.rotary_emb(hidden, position_ids=every_position)
 
     states = []
     tap = None
     for depth, layer in enumerate(islice(model.layers, deepest)):
         if tap is not None:
-            pooling, pairs = poolings[depth]
+            pooling, layout = poolings[depth]
             hidden = pooling(hidden[0], cast(Tensor, tap.log_weights))[None]
         if depth == 0 or tap is not None:
-            rotary = cos[:, pairs.positions], sin[:, pairs.positions]
+            rotary = cos[:, layout.positions], sin[:, layout.positions]
         if depth + 1 == deepest and not whole_layers:
-            states.append(model.norm(_read_only_last(layer, hidden, rotary, pairs)))
+            states.append(model.norm(_read_only_last(layer, hidden, rotary, layout)))
             break
         tap = Tap() if depth + 1 in poolings else None
         hidden = layer(
             hidden,
             attention_mask=None,
-            position_ids=pairs.positions[None],
+            position_ids=layout.positions[None],
             position_embeddings=rotary,
-            pairs=pairs,
+            layout=layout,
             tap=tap,
         )
         if depth + 1 in cutoffs:
-            states.append(model.norm(hidden[0, pairs.last]))
+            states.append(model.norm(hidden[0, layout.last]))
     return torch.stack(states)

@@ -46,6 +46,9 @@ SHIPPED = "smollm2-135m"
 #: How many decoder layers it has.
 SHIPPED_LAYERS = 30
 
+#: Its adapters for Matroyshka's heads, in the order of their training: the second goes on from the first.
+SHIPPED_DISTILLED = ("distilled", "distilled-2")
+
 #: Ratios for which there is a shipped token compensation.
 SHIPPED_RATIOS = (2, 4)
 
@@ -54,8 +57,8 @@ def shipped(adapter: str) -> str:
     """The folder of an adapter for SmolLM2-135M-Instruct that comes with this package.
 
     Args:
-        adapter: ``rankllama-smollm2-135m``, or ``matroyshka-smollm2-135m/`` and ``distilled``, ``layer``,
-            ``token-2`` or ``token-4``.
+        adapter: ``rankllama-smollm2-135m``, or ``matroyshka-smollm2-135m/`` and ``distilled``,
+            ``distilled-2``, ``layer``, ``token-2`` or ``token-4``.
 
     Raises:
         FileNotFoundError: there is none of that name.

@@ -9,43 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PROMPT = "Predict whether passage B contains an answer to query A."
-
-
-class Tokenizer(Protocol):
-    """What is asked of a tokenizer here; those of transformers are such."""
-
-    bos_token_id: Any
-    pad_token_id: Any
-
-    def __call__(self, text: list[str], **options: Any) -> Any:
-        """A mapping with ``input_ids``."""
-
-
-class TokenizedOnce:
-    """A tokenizer that remembers what it has done, in 4 bytes a token.
-
-    Args:
-        tokenizer: one of transformers, asked with the same options each time.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.bos_token_id = tokenizer.bos_token_id
-        self.pad_token_id = tokenizer.pad_token_id
-        self._tokenizer = tokenizer
-        self._known: dict[str, NDArray[np.int32]] = {}
-
-    def __call__(self, text: list[str], **options: Any) -> dict[str, list[list[int]]]:
-        """The ids of each text, under the name that transformers gives them."""
-        if new := [one for one in text if one not in self._known]:
-            encoded = self._tokenizer(new, **options)["input_ids"]
-            self._known.update((one, np.array(ids, dtype=np.int32)) for one, ids in zip(new, encoded, strict=True))
-        return {"input_ids": [self._known[one].tolist() for one in text]}
 
 
 class Ids(NamedTuple):
@@ -78,7 +47,7 @@ def document(text: str, title: str | None = None, url: str | None = None) -> str
     return "document: " + " ".join(part for part in (url, title, text) if part is not None)
 
 
-def token_ids(tokenizer: Tokenizer, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
     """The first ``limit`` ids of each text (all by default), without special tokens; a text is tokenised once."""
     distinct = list(dict.fromkeys(texts))
     if not distinct:
@@ -104,7 +73,7 @@ class RankLLaMAInputs:
     passage_max_length: int = 164
     margin: int = 0
 
-    def __call__(self, tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[Ids]:
+    def __call__(self, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> list[Ids]:
         """Encode ``(query, document)`` pairs, where the document comes from :func:`document`."""
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         cap = self.query_max_length + self.passage_max_length - 2
@@ -139,7 +108,7 @@ class MatroyshkaInputs:
     passage_instruction: str = "B: "
     total: int | None = None
 
-    def __call__(self, tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[Ids]:
+    def __call__(self, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> list[Ids]:
         """Encode ``(query, passage)`` pairs."""
         bos_id = tokenizer.bos_token_id
         bos = [] if bos_id is None or bos_id == tokenizer.pad_token_id else [bos_id]

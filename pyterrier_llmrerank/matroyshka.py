@@ -14,6 +14,7 @@ import pandas as pd
 import pyterrier as pt
 
 from .files import (
+    SHIPPED_DISTILLED,
     SHIPPED_LAYERS,
     SHIPPED_RATIOS,
     adapter_folder,
@@ -216,7 +217,7 @@ class MatroyshkaReranker(LLMReranker):
             return self.model, self.adapters, self.start_layer, self.layer_sep
         pools = any(0 < layer < (self.deepest() or SHIPPED_LAYERS) for layer in self.compress_layers)
         fitting = [ratio for ratio in SHIPPED_RATIOS if pools and ratio <= self.compress_ratio]
-        roles = ["distilled", "layer", *(f"token-{ratio}" for ratio in fitting[-1:])]
+        roles = [*SHIPPED_DISTILLED, "layer", *(f"token-{ratio}" for ratio in fitting[-1:])]
         adapters = self.adapters or tuple(shipped(f"matroyshka-{self.model}/{role}") for role in roles)
         return smollm2(), adapters, self.start_layer or 4, self.layer_sep
 

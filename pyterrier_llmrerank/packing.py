@@ -1,8 +1,8 @@
 """Many pairs as one row of tokens: nothing is padded, and a query's prefix stands once for all its passages.
 
-Causality makes that exact: no prefix sees the body after it. Everything that works token by token (norms,
-projections, heads) runs on the packed row as it is; attention alone needs to know which tokens are a pair,
-and where they stand in it.
+Causality makes that exact: no prefix sees the body after it. (With dropout, a prefix has one draw for all.)
+Everything that works token by token (norms, projections, heads) runs on the packed row as it is; attention alone
+needs to know which tokens are a pair, and where they stand in it.
 """
 
 from __future__ import annotations
@@ -65,15 +65,15 @@ class Packing:
         return np.cumsum(self._sizes) - self._sizes
 
     @cached_property
-    def rows(self) -> Indices:
+    def pair_of_token(self) -> Indices:
         """The pair to which each token of the row belongs, ``[tokens]``; a prefix belongs to its owner."""
         return np.repeat(np.arange(len(self)), self._sizes)
 
     @cached_property
     def positions(self) -> Indices:
         """Where each token of the row stands in its pair, ``[tokens]``."""
-        own = np.arange(len(self.rows)) - self._starts[self.rows]
-        return own + np.where(self._owns, 0, self.prefix)[self.rows]
+        own = np.arange(len(self.pair_of_token)) - self._starts[self.pair_of_token]
+        return own + np.where(self._owns, 0, self.prefix)[self.pair_of_token]
 
     @cached_property
     def places(self) -> Indices:
@@ -94,7 +94,7 @@ class Packing:
         return Packing(self.prefix, -(-self.body // ratio), self.suffix, self.owner, np.zeros_like(self.padding))
 
 
-class Rows(Packing):
+class PackedPairs(Packing):
     """Pairs packed, with their ids.
 
     Args:
@@ -116,6 +116,8 @@ class Rows(Packing):
 
 
 def on_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
-    """A copy there, made without waiting for what the device is still working on."""
+    """The array as a tensor there; without waiting for what a GPU is still working on."""
     tensor = torch.from_numpy(array)
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)  # others may read memory that is not pinned only after it was freed

@@ -16,7 +16,7 @@ from transformers import AutoModel, PreTrainedModel
 
 from .adapters import canonical
 from .checkpoints import Checkpoint, errors_only
-from .packing import Rows, on_device
+from .packing import PackedPairs, on_device
 
 #: What transformers' decoders call the norm after their last layer.
 NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
@@ -65,15 +65,15 @@ class PlainDecoder(nn.Module):
         return torch.allclose(first.float(), other.float(), rtol=1e-2, atol=1e-2)
 
     def _states(self, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Embeddings and each layer's output, the last one after the final norm: ``[rows, longest, width]`` each."""
+        """Embeddings and each layer's output, the last one after the final norm: ``[pairs, longest, width]`` each."""
         out = self.model(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
         return cast(tuple[Tensor, ...], out.hidden_states)
 
-    def forward(self, rows: Rows, cutoffs: Sequence[int]) -> Tensor:
+    def forward(self, packed: PackedPairs, cutoffs: Sequence[int]) -> Tensor:
         """The last real token's state at each cutoff.
 
         Args:
-            rows: the pairs.
+            packed: the pairs.
             cutoffs: how many layers to run before reading, ascending.
 
         Returns:
@@ -83,11 +83,11 @@ class PlainDecoder(nn.Module):
             ValueError: a cutoff above the last layer, where it is not known what the model calls its final norm.
         """
         device = self.model.device
-        places = on_device(rows.places, device)
-        length = on_device(rows.real, device)
+        places = on_device(packed.places, device)
+        length = on_device(packed.real, device)
         mask = torch.arange(places.shape[1], device=device) < length[:, None]
-        states = self._states(on_device(rows.ids, device)[places], mask.long())
-        pair = torch.arange(len(rows), device=device)
+        states = self._states(on_device(packed.ids, device)[places], mask.long())
+        pair = torch.arange(len(packed), device=device)
         read = []
         for cutoff in cutoffs:
             state = states[cutoff][pair, length - 1]

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from .batching import TOKENS, Budget, chunks, run_in_batches
 from .decoder import decode
 from .errors import ScoringError
-from .inputs import Ids, TokenizedOnce, Tokenizer
-from .packing import Rows
+from .inputs import Ids
+from .packing import PackedPairs
 from .plain import PlainDecoder
 from .weights import Weights
 
@@ -24,6 +25,7 @@ from .weights import Weights
 CHUNK = 1024
 
 Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def score(
     weights: Weights,
     shape: Shape,
     pairs: Sequence[tuple[str, str]],
-    encode: Callable[[Tokenizer, list[tuple[str, str]]], list[Ids]],
+    encode: Callable[[PreTrainedTokenizerBase, list[tuple[str, str]]], list[Ids]],
     *,
     batch_size: int | None,
     label: Callable[[int], str],
@@ -56,8 +58,8 @@ def score(
 ) -> np.ndarray:
     """Score every pair at every cutoff of the shape.
 
-    Pairs are made into ids and scored a chunk at a time: the ids of one are made while the one before it is scored,
-    and memory does not grow with their number.
+    Pairs are made into ids and scored a chunk at a time, so that no more ids are held than those of two chunks; those
+    of the next are made while one is scored. A text is tokenised once a chunk.
 
     Args:
         weights: the model.
@@ -72,18 +74,20 @@ def score(
         fp32 logits as float64, ``[cutoffs, pairs]``.
 
     Raises:
-        ScoringError: a score is not finite, or one pair alone does not fit in memory; carries the scores so far.
+        ScoringError: a score is not finite, or memory runs out, with one pair alone or between batches; carries the
+            scores so far.
     """
     model, heads, tokenizer = weights.at_depth(shape.cutoffs[-1])
     heads = heads[list(shape.heads)]
     scores = np.full((len(shape.cutoffs), len(pairs)), np.nan)
-    running: list[tuple[list[int], Tensor]] = []
+    in_work: list[tuple[list[int], Callable[[], np.ndarray]]] = []
 
-    def collect(keep: int = 0) -> None:
+    def collect(leave: int = 0) -> None:
         """Wait for batches until so many are left for the device to work on."""
-        while len(running) > keep:
-            batch, computed = running.pop(0)
-            got = computed.cpu().numpy()
+        while len(in_work) > leave:
+            batch, result = in_work[0]
+            got = result()  # what fails here is asked for again
+            del in_work[0]
             finite = np.isfinite(got).all(axis=0)
             scores[:, np.array(batch)[finite]] = got[:, finite]
             if not finite.all():
@@ -98,40 +102,63 @@ def score(
 
     @torch.inference_mode()
     def run(batch: list[int]) -> None:
-        rows = Rows([ids[index] for index in batch], shape.pad_id)
+        packed = PackedPairs([ids[index] for index in batch], shape.pad_id)
         if isinstance(model, PlainDecoder):
-            states = model(rows, shape.cutoffs)
+            states = model(packed, shape.cutoffs)
         else:
             states = decode(
-                model, rows, shape.cutoffs, compress_layers=shape.compress_layers, compress_ratio=shape.compress_ratio
+                model, packed, shape.cutoffs, compress_layers=shape.compress_layers, compress_ratio=shape.compress_ratio
             )
         computed = torch.einsum("cbw,cw->cb", states.float(), heads)
-        running.append(([chunk[index] for index in batch], computed))
-        collect(keep=1)
+        in_work.append(([chunk[index] for index in batch], _brought_back(computed)))
+        collect(leave=1)
 
-    remembering = TokenizedOnce(tokenizer)
-    encoded = (
-        (chunk, encode(remembering, [pairs[i] for i in chunk])) for chunk in chunks([q for q, _ in pairs], CHUNK)
-    )
-    budget = Budget(rows=batch_size) if batch_size else Budget(TOKENS.get(weights.device.type, TOKENS["cpu"]))
-    for chunk, ids in _one_ahead(encoded):
-        too_large = run_in_batches(ids, run, budget)
-        if too_large is not None:
-            collect()
-            raise ScoringError(
-                f"out of memory on {weights.device} with one pair alone: {label(chunk[too_large])}, "
-                f"{ids[too_large].length} tokens; allow fewer tokens a passage, a smaller dtype, or a larger device.",
-                scores,
-            )
-    collect()
+    budget = Budget(pairs=batch_size) if batch_size else Budget(TOKENS.get(weights.device.type, TOKENS["cpu"]))
+    parts = list(chunks([query for query, _ in pairs], max(CHUNK, batch_size or 0)))
+    try:
+        for chunk, ids in _one_ahead(lambda part: (part, encode(tokenizer, [pairs[i] for i in part])), parts):
+            too_large = run_in_batches(ids, run, budget)
+            if too_large is not None:
+                collect()
+                raise ScoringError(
+                    f"out of memory on {weights.device} with one pair alone: {label(chunk[too_large])}, "
+                    f"{ids[too_large].length} tokens; "
+                    "allow fewer tokens a passage, a smaller dtype, or a larger device.",
+                    scores,
+                )
+        collect()
+    except MemoryError as error:
+        raise ScoringError("out of memory between two batches; rerank fewer queries at a time.", scores) from error
     return scores
 
 
-def _one_ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """The items, the next of which is always being made, in another thread, while one is worked on."""
-    done = object()
-    with ThreadPoolExecutor(1) as thread:
-        coming: Future[Any] = thread.submit(next, items, done)
-        while (item := coming.result()) is not done:
-            coming = thread.submit(next, items, done)
-            yield item
+def _brought_back(computed: Tensor) -> Callable[[], np.ndarray]:
+    """Begin to copy a result to the host; the call waits until it is there, not for what a GPU was given after it."""
+    if computed.device.type != "cuda":
+        return lambda: computed.cpu().numpy()
+    copy = computed.to("cpu", non_blocking=True)
+    there = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    there.record()
+
+    def result() -> np.ndarray:
+        there.synchronize()
+        return copy.numpy()
+
+    return result
+
+
+def _one_ahead(make: Callable[[Item], Made], items: Sequence[Item]) -> Iterator[Made]:
+    """What is made of each item; that of the next is always being made, in a thread, while one is worked on."""
+    if len(items) == 1:
+        yield make(items[0])
+        return
+    thread = ThreadPoolExecutor(1)
+    try:
+        coming = thread.submit(make, items[0])
+        for item in items[1:]:
+            made = coming.result()
+            coming = thread.submit(make, item)
+            yield made
+        yield coming.result()
+    finally:
+        thread.shutdown(wait=False, cancel_futures=True)

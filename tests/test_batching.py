@@ -1,4 +1,4 @@
-"""Every row is run once, alike lengths together, and lack of memory makes batches smaller, not scores fewer."""
+"""Every pair is run once, alike lengths together, and lack of memory makes batches smaller, not scores fewer."""
 
 from itertools import groupby
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pyterrier_llmrerank import ScoringError
 from pyterrier_llmrerank.batching import SPREAD, Budget, chunks, is_out_of_memory, packed_size, run_in_batches
 from pyterrier_llmrerank.inputs import Ids
-from pyterrier_llmrerank.packing import Rows
+from pyterrier_llmrerank.packing import PackedPairs
 
 PAIRS = st.lists(
     st.builds(
@@ -25,7 +25,7 @@ LIMIT = st.none() | st.integers(1, 200)
 
 
 def size(pairs: list[Ids], batch: list[int]) -> int:
-    return len(Rows([pairs[index] for index in batch]).ids)
+    return len(PackedPairs([pairs[index] for index in batch]).ids)
 
 
 @given(PAIRS, LIMIT, LIMIT)
@@ -44,7 +44,7 @@ def test_each_pair_once_within_the_limits(pairs: list[Ids], tokens: int | None, 
 @given(PAIRS)
 def test_a_prefix_is_left_once_and_its_longest_pair_goes_first(pairs: list[Ids]) -> None:
     seen: list[list[int]] = []
-    run_in_batches(pairs, seen.append, Budget(rows=1))
+    run_in_batches(pairs, seen.append, Budget(pairs=1))
     in_order = [pairs[index] for (index,) in seen]
     runs = [list(run) for _, run in groupby(in_order, key=lambda pair: pair.prefix)]
     assert len(runs) == len({len(pair.prefix) for pair in pairs})
@@ -94,6 +94,28 @@ def test_what_fitted_once_is_not_tried_larger() -> None:
 
     run_in_batches([Ids([1], [2] * 5, [3])] * 100, run, Budget())
     assert failures == 4  # 100, 50, 25, 13
+
+
+def test_one_failure_halves_and_no_more() -> None:
+    """Long prefixes and short bodies: a batch of half as many pairs has nearly as many tokens."""
+    pairs = [Ids([1] * 190, [2] * 10, [3] * 17)] * 80
+    sizes: list[int] = []
+
+    def run(batch: list[int]) -> None:
+        sizes.append(len(batch))
+        if len(sizes) == 1:
+            raise MemoryError
+
+    run_in_batches(pairs, run, Budget(tokens=100_000))
+    assert sizes == [80, 40, 40]
+
+
+def test_halving_ends_where_pairs_are_nothing_but_a_prefix() -> None:
+    def run(batch: list[int]) -> None:
+        if len(batch) > 1:
+            raise MemoryError
+
+    assert run_in_batches([Ids([1] * 9, [], [])] * 8, run, Budget(tokens=100)) is None
 
 
 def test_a_score_that_failed_is_no_lack_of_memory() -> None:

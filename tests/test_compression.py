@@ -35,12 +35,12 @@ def test_equals_the_definition(rows: list[tuple[int, int, int]], ratio: int, sha
     rows = [*rows, (rows[0][0], 5, 1)] if shares else rows  # and it has the first one's prefix
     before = packing(rows, [*range(len(rows) - 1), 0] if shares else None)
     generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(len(before.rows), 6, generator=generator)
+    hidden = torch.randn(len(before.pair_of_token), 6, generator=generator)
     weights = torch.rand(len(rows), before.longest, generator=generator) + 1e-3
     pooling = Pooling(before, ratio, CPU)
     got = pooling(hidden, weights.log())
     assert got.isfinite().all()
-    assert len(got) == len(pooling.after.rows)
+    assert len(got) == len(pooling.after.pair_of_token)
     for index, row in enumerate(rows):
         wanted = by_definition(hidden[before.places[index]], weights[index], row, ratio)
         assert pooling.after.lengths[index] == len(wanted)

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModel, LlamaConfig, MistralConfig, Qwen
 
 from pyterrier_llmrerank.decoder import ATTENTION, FAMILIES, decode
 from pyterrier_llmrerank.inputs import Ids
-from pyterrier_llmrerank.packing import Rows
+from pyterrier_llmrerank.packing import PackedPairs
 
 SIZES = {
     "vocab_size": 60,
@@ -30,6 +30,7 @@ CONFIGS = {
             "original_max_position_embeddings": 64,
         },
     ),
+    "llama, stray window": LlamaConfig(**SIZES, sliding_window=5),  # which its layers do not look at
     "mistral": MistralConfig(**SIZES, sliding_window=None),
     "mistral, window": MistralConfig(**SIZES, sliding_window=5),
     "qwen2": Qwen2Config(**SIZES),
@@ -64,7 +65,7 @@ def test_every_family_is_tested() -> None:
 @torch.inference_mode()
 def test_equals_the_models_own_forward(name: str, whole_layers: bool) -> None:
     ours, theirs = models(name)
-    states = decode(ours, Rows(pairs()), [1, 2, 4], whole_layers=whole_layers)
+    states = decode(ours, PackedPairs(pairs()), [1, 2, 4], whole_layers=whole_layers)
     for row, pair in enumerate(pairs()):
         out = theirs(torch.tensor([pair.flat()]), output_hidden_states=True)
         for state, wanted in zip(states[:, row], [1, 2, 4], strict=True):
@@ -78,7 +79,7 @@ def test_equals_the_models_own_forward(name: str, whole_layers: bool) -> None:
 def test_compression_equals_full_attention_matrices(name: str, ratio: int) -> None:
     """Layers 1 and 3 pool; a reference takes their weights out of transformers' eager attention, row by row."""
     ours, theirs = models(name)
-    states = decode(ours, Rows(pairs()), [2, 4], compress_layers={1, 3}, compress_ratio=ratio)
+    states = decode(ours, PackedPairs(pairs()), [2, 4], compress_layers={1, 3}, compress_ratio=ratio)
     for row, (prefix, body, suffix) in enumerate(ROWS):
         attention = torch.empty(0)
         hidden = theirs.embed_tokens(torch.tensor([pairs()[row].flat()]))
@@ -104,10 +105,10 @@ def test_compression_equals_full_attention_matrices(name: str, ratio: int) -> No
 @torch.inference_mode()
 def test_a_window_is_honoured_after_compression_and_never_gives_nan() -> None:
     ours, _ = models("mistral, window")
-    together = decode(ours, Rows(pairs()), [4], compress_layers={1, 2}, compress_ratio=2)
+    together = decode(ours, PackedPairs(pairs()), [4], compress_layers={1, 2}, compress_ratio=2)
     assert together.isfinite().all()
     for row, pair in enumerate(pairs()):
-        alone = decode(ours, Rows([pair]), [4], compress_layers={1, 2}, compress_ratio=2)
+        alone = decode(ours, PackedPairs([pair]), [4], compress_layers={1, 2}, compress_ratio=2)
         torch.testing.assert_close(together[:, row], alone[:, 0], atol=2e-5, rtol=2e-5)
 
 
@@ -115,7 +116,7 @@ def test_a_window_is_honoured_after_compression_and_never_gives_nan() -> None:
 def test_layers_below_the_cutoff_are_not_touched() -> None:
     ours, _ = models("mistral")
     ours.layers[2] = ours.layers[3] = torch.nn.Identity()  # which would fail on the arguments of a layer
-    assert decode(ours, Rows(pairs()), [2]).shape == (1, len(ROWS), 32)
+    assert decode(ours, PackedPairs(pairs()), [2]).shape == (1, len(ROWS), 32)
 
 
 def test_gradients_flow_through_the_pooling_weights() -> None:
@@ -128,7 +129,7 @@ def test_gradients_flow_through_the_pooling_weights() -> None:
     direction = torch.randn(1, len(ROWS), 32, generator=torch.Generator().manual_seed(3))
 
     def readout() -> torch.Tensor:
-        states = decode(ours, Rows(pairs()), [2], compress_layers={1}, compress_ratio=4)
+        states = decode(ours, PackedPairs(pairs()), [2], compress_layers={1}, compress_ratio=4)
         return (states * direction).sum()
 
     (gradient,) = torch.autograd.grad(readout(), query)

@@ -1,5 +1,6 @@
 """The examples run, end to end, on a tiny model; what they print is what a user is told to expect."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ import pandas as pd
 import pyterrier as pt
 import pytest
 from conftest import MODELS, frame
+
+from pyterrier_llmrerank import RankLLaMAReranker
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -25,16 +28,21 @@ def test_quickstart(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixtur
         assert wanted in out
 
 
-def test_rerank_run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def collection(folder: Path) -> None:
+    """Three queries and what a run has of them, all tied: the ranks in the file decide."""
     rows = frame(3, 6)
-    rows["score"] = 0.5  # all tied: the ranks in the file decide
-    (tmp_path / "runs").mkdir()
-    rows[["qid", "query"]].drop_duplicates().to_csv(tmp_path / "topics.tsv", sep="\t", header=False, index=False)
+    rows["score"] = 0.5
+    (folder / "runs").mkdir()
+    rows[["qid", "query"]].drop_duplicates().to_csv(folder / "topics.tsv", sep="\t", header=False, index=False)
     rows[["docno", "text"]].drop_duplicates("docno").assign(title="").to_json(
-        tmp_path / "docs.jsonl.gz", orient="records", lines=True
+        folder / "docs.jsonl.gz", orient="records", lines=True
     )
-    pt.io.write_results(rows, str(tmp_path / "runs" / "first.res.gz"))
-    (tmp_path / "qrels.txt").write_text("".join(f"q{q} 0 d1 1\n" for q in range(3)))
+    pt.io.write_results(rows, str(folder / "runs" / "first.res.gz"))
+    (folder / "qrels.txt").write_text("".join(f"q{q} 0 d1 1\n" for q in range(3)))
+
+
+def test_rerank_run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    collection(tmp_path)
     shapes = (
         "--depths",
         "4",
@@ -53,6 +61,26 @@ def test_rerank_run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixtur
     assert list(table.index) == ["first", "4 layers", "8 layers", "4 layers ratio 2", "8 layers ratio 2"]
     assert table.loc["first", "nDCG@10"] == 0.6309  # d1 second for every query: 1 / log2(3)
     assert table.loc["8 layers", "nDCG@10"] != table.loc["8 layers ratio 2", "nDCG@10"]
+
+
+def test_benchmark(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    collection(tmp_path)
+    rankllama = RankLLaMAReranker(MODELS / "rankllama_adapter", base_model=MODELS / "rankllama_base", dtype="float32")
+    rankllama.save(tmp_path / "merged", merged=True)
+    models = ["--rankllama", str(tmp_path / "merged"), "--matroyshka", str(MODELS / "costwise_full")]
+    shape = ["--cutoff", "6", "--compress_layer", "2", "--dtype", "float32", "--json", str(tmp_path / "figures.json")]
+    choice = ["--run", "first", "--queries", "2", "--candidates", "5", "--rounds", "1", "--peers", "b", "c"]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", str(tmp_path), *models, *shape, *choice])
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    runpy.run_path(str(EXAMPLES / "benchmark.py"), run_name="__main__")
+    out = capfd.readouterr().out
+    for wanted in ("10 pairs, 5 a query", "(b) padded to 194", "Matroyshka 6/2", "GFLOP/s", "0.0% of them padding"):
+        assert wanted in out
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    differences = [row["largest difference"] for row in figures["comparisons"]]
+    assert len(differences) == 2
+    assert max(differences) < 1e-3
+    assert all(row["of its operations"] < 1 for row in figures["comparisons"])
 
 
 def test_the_little_collection_is_sound() -> None:

@@ -305,11 +305,16 @@ def test_what_is_shipped_fits_the_shape(monkeypatch: pytest.MonkeyPatch, tmp_pat
         assert start_layer == 4
         return [Path(folder).name for folder in adapters]
 
-    assert roles() == ["distilled", "layer"]
-    assert roles(cutoff=10, compress_layers=8) == ["distilled", "layer"]
-    assert roles(compress_ratio=2) == ["distilled", "layer"]  # no layer at which to compress
+    assert roles() == ["distilled", "distilled-2", "layer"]
+    assert roles(cutoff=10, compress_layers=8) == ["distilled", "distilled-2", "layer"]
+    assert roles(compress_ratio=2) == ["distilled", "distilled-2", "layer"]  # no layer at which to compress
     for ratio, fitting in ((2, 2), (4, 4), (8, 4)):
-        assert roles(compress_layers=8, compress_ratio=ratio) == ["distilled", "layer", f"token-{fitting}"]
+        assert roles(compress_layers=8, compress_ratio=ratio) == [
+            "distilled",
+            "distilled-2",
+            "layer",
+            f"token-{fitting}",
+        ]
     assert roles(adapters=[shipped("matroyshka-smollm2-135m/distilled")]) == ["distilled"]
     model, base = RankLLaMAReranker("smollm2-135m")._opened()
     assert (Path(model).name, base) == ("rankllama-smollm2-135m", files.smollm2())
@@ -324,7 +329,7 @@ def test_what_is_shipped_fits_the_shape(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_what_is_shipped_is_small_and_described() -> None:
     models = Path(files.__file__).parent / "models"
     weights = list(models.rglob("*.safetensors"))
-    assert len(weights) == 5
+    assert len(weights) == 6
     assert sum(file.stat().st_size for file in weights) <= 24e6
     for folder in ("rankllama-smollm2-135m", "matroyshka-smollm2-135m"):
         card = (models / folder / "README.md").read_text(encoding="utf-8")

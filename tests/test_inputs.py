@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from pyterrier_llmrerank.inputs import PROMPT, MatroyshkaInputs, RankLLaMAInputs, TokenizedOnce, document, token_ids
+from pyterrier_llmrerank.inputs import PROMPT, MatroyshkaInputs, RankLLaMAInputs, document, token_ids
 
 RANKLLAMA = golden("rankllama.json")
 MATROYSHKA = golden("matroyshka_inference.json")
@@ -84,22 +84,3 @@ def test_parts_of_a_document() -> None:
 
 def test_nothing_in_nothing_out() -> None:
     assert token_ids(TOKENIZER, [], 5) == []
-
-
-def test_texts_are_tokenised_once() -> None:
-    asked: list[str] = []
-
-    class Counting:
-        bos_token_id, pad_token_id = TOKENIZER.bos_token_id, TOKENIZER.pad_token_id
-
-        def __call__(self, text: list[str], **options: object) -> object:
-            asked.extend(text)
-            return TOKENIZER(text, **options)
-
-    remembering = TokenizedOnce(Counting())
-    inputs = MatroyshkaInputs()
-    first = inputs(remembering, [("a", "panda bear"), ("a", "tree"), ("b", "tree")])
-    assert first + inputs(remembering, [("b", "panda bear")]) == inputs(
-        TOKENIZER, [("a", "panda bear"), ("a", "tree"), ("b", "tree"), ("b", "panda bear")]
-    )
-    assert sorted(asked) == sorted({"\n", PROMPT, "A: a", "A: b", "B: panda bear", "B: tree"})

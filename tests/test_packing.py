@@ -1,12 +1,11 @@
 """Every pair can be read back out of the packed row, and a prefix stands there once."""
 
 import numpy as np
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pyterrier_llmrerank.inputs import Ids
-from pyterrier_llmrerank.packing import Rows, on_device
+from pyterrier_llmrerank.packing import PackedPairs
 
 PREFIXES = [[], [1], [1, 2], [1, 2, 3], [4]]
 PART = st.lists(st.integers(10, 99), max_size=9)
@@ -17,7 +16,7 @@ PAIRS = st.lists(
 
 @given(PAIRS)
 def test_pairs_are_read_back_as_they_were(pairs: list[Ids]) -> None:
-    rows = Rows(pairs)
+    rows = PackedPairs(pairs)
     assert len(rows) == len(pairs)
     assert rows.longest == max(pair.length for pair in pairs)
     for index, pair in enumerate(pairs):
@@ -29,15 +28,15 @@ def test_pairs_are_read_back_as_they_were(pairs: list[Ids]) -> None:
 
 @given(PAIRS, st.none() | st.just(7))
 def test_rows_and_positions_say_where_each_token_stands(pairs: list[Ids], pad_id: int | None) -> None:
-    rows = Rows(pairs, pad_id)
-    back = rows.places[rows.rows, rows.positions]
+    rows = PackedPairs(pairs, pad_id)
+    back = rows.places[rows.pair_of_token, rows.positions]
     np.testing.assert_array_equal(back, np.arange(len(rows.ids)))
-    assert set(rows.rows[rows.positions < rows.prefix[rows.rows]]) <= set(rows.owner)
+    assert set(rows.pair_of_token[rows.positions < rows.prefix[rows.pair_of_token]]) <= set(rows.owner)
 
 
 @given(PAIRS)
 def test_padding_fills_up_to_a_multiple_of_eight_and_counts_as_nothing(pairs: list[Ids]) -> None:
-    rows = Rows(pairs, pad_id=7)
+    rows = PackedPairs(pairs, pad_id=7)
     for index, pair in enumerate(pairs):
         assert rows.lengths[index] % 8 == 0
         assert rows.lengths[index] - pair.length < 8
@@ -48,11 +47,6 @@ def test_padding_fills_up_to_a_multiple_of_eight_and_counts_as_nothing(pairs: li
 
 @given(PAIRS, st.sampled_from([2, 4, 8]))
 def test_pooling_shortens_bodies_alone(pairs: list[Ids], ratio: int) -> None:
-    after = Rows(pairs).pooled(ratio)
+    after = PackedPairs(pairs).pooled(ratio)
     assert after.body.tolist() == [-(-len(pair.body) // ratio) for pair in pairs]
     assert after.lengths.tolist() == [len(p.prefix) + -(-len(p.body) // ratio) + len(p.suffix) for p in pairs]
-
-
-def test_what_goes_to_a_device_is_a_tensor_there() -> None:
-    assert on_device(np.arange(3), torch.device("cpu")).tolist() == [0, 1, 2]
-    assert on_device(np.arange(3), torch.device("meta")).is_meta

@@ -62,7 +62,7 @@ def test_the_shipped_models_rank(smollm2: str, reranker: LLMReranker) -> None:
 
 
 def test_a_shipped_model_is_its_adapters_over_the_base(smollm2: str) -> None:
-    folders = [shipped(f"matroyshka-smollm2-135m/{role}") for role in ("distilled", "layer", "token-2")]
+    folders = [shipped(f"matroyshka-smollm2-135m/{role}") for role in ("distilled", "distilled-2", "layer", "token-2")]
     shape = {"cutoff": 16, "compress_layers": [8], "compress_ratio": 2}
     named = MatroyshkaReranker(smollm2, adapters=folders, start_layer=4, **shape)
     np.testing.assert_array_equal(

@@ -1,5 +1,8 @@
 """A score depends on its pair alone, and what cannot be scored is named without losing what was."""
 
+import threading
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker, ScoringError, batching, scoring
-from pyterrier_llmrerank.packing import Rows
+from pyterrier_llmrerank.packing import PackedPairs
 
 FULL = str(MODELS / "costwise_full")
 RERANKERS = {
@@ -43,7 +46,7 @@ def test_a_score_depends_on_its_pair_alone(name: str, drawn: list, batch_size: i
 def test_in_bf16_too(shape: dict) -> None:
     """Rounding differently anywhere would grow through the layers; on a CPU nothing rounds by the batch's shape."""
     reranker = MatroyshkaReranker(FULL, dtype="bfloat16", **shape)
-    pairs = [pair(i, 7 * i, i) for i in range(40)]
+    pairs = [pair(i, 7 * i, i) for i in range(20)] + [(words(2, 30), words(i, 5 * i)) for i in range(20)]
     alone = [reranker.compute_score(p) for p in pairs]
     np.testing.assert_allclose(reranker.compute_score(pairs), alone, atol=1e-4)
 
@@ -54,7 +57,7 @@ def test_memory_running_out_halves_the_batch(monkeypatch: pytest.MonkeyPatch) ->
     wanted = reranker.compute_score(pairs)
     real, sizes = scoring.decode, []
 
-    def short_of_memory(model: object, rows: Rows, *args: object, **options: object) -> torch.Tensor:
+    def short_of_memory(model: object, rows: PackedPairs, *args: object, **options: object) -> torch.Tensor:
         sizes.append(len(rows))
         if len(rows) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -69,7 +72,7 @@ def test_one_pair_that_does_not_fit_is_named_and_the_rest_is_kept(monkeypatch: p
     reranker = MatroyshkaReranker(FULL, dtype="float32", batch_size=1)
     real = scoring.decode
 
-    def fails_on_the_short(model: object, rows: Rows, *args: object, **options: object) -> torch.Tensor:
+    def fails_on_the_short(model: object, rows: PackedPairs, *args: object, **options: object) -> torch.Tensor:
         if rows.longest < 60:
             raise MemoryError
         return real(model, rows, *args, **options)
@@ -87,7 +90,7 @@ def test_a_score_that_is_not_finite_is_named(monkeypatch: pytest.MonkeyPatch, dt
     reranker = MatroyshkaReranker(FULL, dtype=dtype)
     real = scoring.decode
 
-    def overflows(model: object, rows: Rows, *args: object, **options: object) -> torch.Tensor:
+    def overflows(model: object, rows: PackedPairs, *args: object, **options: object) -> torch.Tensor:
         states = real(model, rows, *args, **options)
         states[:, 1] = torch.inf
         return states
@@ -116,7 +119,7 @@ def test_default_batches_stay_within_the_devices_budget(monkeypatch: pytest.Monk
     shapes = []
     real = scoring.decode
 
-    def watched(model: object, rows: Rows, *args: object, **options: object) -> torch.Tensor:
+    def watched(model: object, rows: PackedPairs, *args: object, **options: object) -> torch.Tensor:
         shapes.append(len(rows.ids))
         return real(model, rows, *args, **options)
 
@@ -147,3 +150,80 @@ def test_a_prefix_is_computed_once_for_its_passages(monkeypatch: pytest.MonkeyPa
     one = operations([query] * 100)
     many = operations([f"{query} {i}" for i in range(100)])
     assert one < 0.6 * many
+
+
+def test_the_last_layer_is_run_for_what_is_read() -> None:
+    reranker = RERANKERS["plain"]
+    decoder, _, _ = reranker._weights().at_depth(8)
+    seen: list[tuple[int, ...]] = []
+    hooks = [
+        decoder.layers[index].mlp.register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
+        for index in (6, 7)
+    ]
+    reranker.compute_score([("panda", words(i, 9)) for i in range(5)])
+    for hook in hooks:
+        hook.remove()
+    assert seen[0][1] > 5 * 9
+    assert seen[1] == (5, seen[0][2])
+
+
+def test_ids_are_made_while_the_chunk_before_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, scored = threading.Event(), threading.Event()
+    real_decode, reranker = scoring.decode, MatroyshkaReranker(FULL, dtype="float32")
+    real_encode, chunks_made = reranker._encode, []
+
+    def encode(tokenizer: object, pairs: list[tuple[str, str]]) -> object:
+        chunks_made.append(len(pairs))
+        if len(chunks_made) == 2:
+            begun.set()
+            assert not scored.is_set()
+        return real_encode(tokenizer, pairs)
+
+    def decode(*args: object, **options: object) -> object:
+        assert begun.wait(10)
+        scored.set()
+        return real_decode(*args, **options)
+
+    monkeypatch.setattr(scoring, "CHUNK", 2)
+    monkeypatch.setattr(scoring, "decode", decode)
+    reranker._encode = encode
+    reranker.compute_score([pair(i, 9, i) for i in range(6)])
+    assert chunks_made == [2, 2, 2]
+
+
+@pytest.mark.parametrize("failure", [MemoryError(), torch.OutOfMemoryError("CUDA error: out of memory")])
+def test_a_result_that_fails_to_come_back_is_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    reranker = MatroyshkaReranker(FULL, dtype="float32", batch_size=2)
+    pairs = [pair(i, 9 * i, i) for i in range(8)]
+    wanted, real, calls = reranker.compute_score(pairs), scoring._brought_back, []
+
+    def brought_back(computed: torch.Tensor) -> Callable[[], np.ndarray]:
+        def result() -> np.ndarray:
+            calls.append(1)
+            if len(calls) == 2:
+                raise failure
+            return real(computed)()
+
+        return result
+
+    monkeypatch.setattr(scoring, "_brought_back", brought_back)
+    np.testing.assert_allclose(reranker.compute_score(pairs), wanted, atol=1e-4)
+
+
+def test_memory_running_out_between_batches_loses_no_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    reranker = MatroyshkaReranker(FULL, dtype="float32")
+    real, chunks_made = reranker._encode, []
+
+    def encode(tokenizer: object, pairs: list[tuple[str, str]]) -> object:
+        chunks_made.append(1)
+        if len(chunks_made) == 3:
+            raise MemoryError
+        return real(tokenizer, pairs)
+
+    monkeypatch.setattr(scoring, "CHUNK", 2)
+    reranker._encode = encode
+    with pytest.raises(ScoringError, match="out of memory between two batches") as info:
+        reranker.compute_score([pair(i, 9, i) for i in range(8)])
+    assert np.isfinite(info.value.scores).sum() >= 2

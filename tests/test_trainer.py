@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
 from pyterrier_llmrerank.inputs import MatroyshkaInputs
-from pyterrier_llmrerank.packing import Rows
+from pyterrier_llmrerank.packing import PackedPairs
 from pyterrier_llmrerank.training import CompensateTraining, DistillTraining, RankLLaMATraining
 from pyterrier_llmrerank.training.data import Collator, Groups
 from pyterrier_llmrerank.training.recipes import Recipe
@@ -69,7 +69,7 @@ def test_it_learns_and_what_is_saved_scores_the_same(tmp_path: Path, method: str
     (ids,) = MatroyshkaInputs()(tokenizer, [pair])
     run.model.eval()
     with torch.inference_mode():
-        wanted = run.model(Rows([ids]))
+        wanted = run.model(PackedPairs([ids]))
     np.testing.assert_allclose(reranker.compute_score(pair), wanted[[0, -1], 0].numpy(), atol=1e-4)
 
 
@@ -160,7 +160,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     trainer(tmp_path / "cut", **options).train()
     again = trainer(tmp_path / "cut", **options)
     again.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
-    np.testing.assert_allclose(losses(again)[-5:], losses(whole)[-5:], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(losses(again)[-5:], losses(whole)[-5:], rtol=1e-5)
     for name, parameter in whole.model.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(dict(again.model.named_parameters())[name], parameter, atol=1e-6, rtol=1e-5)

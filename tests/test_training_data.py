@@ -172,9 +172,9 @@ def test_batches_are_the_original_ones() -> None:
     batch = collate(groups)
     assert batch.size == 4
     assert batch.teacher is None
-    ids = batch.rows.ids[batch.rows.places]
+    ids = batch.packed.ids[batch.packed.places]
     assert sorted(ids.tolist()) == sorted(wanted["input_ids"])
-    assert batch.rows.prefix.tolist() == wanted["query_lengths"]
+    assert batch.packed.prefix.tolist() == wanted["query_lengths"]
 
 
 def test_a_prompt_of_the_data_is_used() -> None:
@@ -183,9 +183,9 @@ def test_a_prompt_of_the_data_is_used() -> None:
     batch = collate([candidates(record, plain).draw(3, random.Random(0)) for record in (SCORED, SCORED)])
     assert batch.teacher is not None
     assert batch.teacher.shape == (2, 3)
-    own = batch.rows.ids[batch.rows.rows == 0]
+    own = batch.packed.ids[batch.packed.pair_of_token == 0]
     assert tokenizer.decode(own).endswith("Relevant?")
-    assert collate([candidates(MATROYSHKA, plain).draw(3, random.Random(0))]).rows.ids[0] == own[0]
+    assert collate([candidates(MATROYSHKA, plain).draw(3, random.Random(0))]).packed.ids[0] == own[0]
 
 
 def test_groups_are_named_by_id_or_place() -> None:

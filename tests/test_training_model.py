@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from pyterrier_llmrerank.checkpoints import MatroyshkaCheckpoint, RankLLaMACheckpoint
 from pyterrier_llmrerank.inputs import Ids, RankLLaMAInputs, document
-from pyterrier_llmrerank.packing import Rows
+from pyterrier_llmrerank.packing import PackedPairs
 from pyterrier_llmrerank.training.lora import LowRankLinear
 from pyterrier_llmrerank.training.model import RankingModel
 from pyterrier_llmrerank.training.objectives import CascadeLoss, cross_entropy
@@ -39,17 +39,19 @@ def opened(name: str) -> torch.nn.Module:
     return model
 
 
-def rows_of(batch: dict[str, Any]) -> Rows:
+def rows_of(batch: dict[str, Any]) -> PackedPairs:
     parts = zip(
         *(batch[name] for name in ("input_ids", "attention_mask", "query_lengths", "prompt_lengths")), strict=True
     )
-    return Rows([Ids(ids[:q], ids[q : sum(mask) - p], ids[sum(mask) - p : sum(mask)]) for ids, mask, q, p in parts])
+    return PackedPairs(
+        [Ids(ids[:q], ids[q : sum(mask) - p], ids[sum(mask) - p : sum(mask)]) for ids, mask, q, p in parts]
+    )
 
 
 def by_intent(run: dict[str, Any]) -> bool:
     """Where the original weighed a pooling by a padding token, and we do not.
 
-    Rows of different lengths have padding, and so have equal ones once pooling has shortened them unequally.
+    PackedPairs of different lengths have padding, and so have equal ones once pooling has shortened them unequally.
     """
     pools = run["compress_ratio"] > 1
     return pools and (run["batch"] == "mixed" or sum(layer > 0 for layer in run["effective_compress_layers"]) > 1)
@@ -77,7 +79,7 @@ def test_losses_and_gradients_are_the_original_ones(
     norm = torch.stack(squares).sum().sqrt().item()
     assert torch.isfinite(loss)
     if by_intent(run):
-        # Rows that are the longest, and stay so, have no padding at any layer.
+        # PackedPairs that are the longest, and stay so, have no padding at any layer.
         lengths = np.stack([rows.lengths, rows.pooled(run["compress_ratio"]).lengths])
         whole = (lengths == lengths.max(1, keepdims=True)).all(0)
         torch.testing.assert_close(student[:, whole], torch.tensor(run["scores"])[:, whole], atol=2e-4, rtol=0)
@@ -116,7 +118,7 @@ def test_rankllamas_loss_and_gradients_are_the_original_ones() -> None:
     assert [pair.flat() for pair in ids] == [
         row[: sum(mask)] for row, mask in zip(train["input_ids"], train["attention_mask"], strict=True)
     ]
-    scores = peft(Rows(ids))
+    scores = peft(PackedPairs(ids))
     torch.testing.assert_close(scores[0], torch.tensor(train["scores"]), atol=2e-4, rtol=0)
     loss = cross_entropy(scores.view(2, 4))
     loss.backward()

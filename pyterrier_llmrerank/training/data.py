@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..files import HUB_ID
 from ..inputs import Ids
-from ..packing import Rows
+from ..packing import PackedPairs
 
 if TYPE_CHECKING:
     from datasets.arrow_dataset import Dataset
@@ -277,13 +277,13 @@ class Batch:
     """Groups as the model takes them.
 
     Args:
-        rows: all passages of all groups, ``groups * size`` pairs.
+        packed: all passages of all groups, ``groups * size`` pairs.
         teacher: ``[groups, size]``, or None where a group has none.
         size: passages a group.
         names: of the groups' queries.
     """
 
-    rows: Rows
+    packed: PackedPairs
     teacher: Tensor | None
     size: int
     names: tuple[str, ...]
@@ -311,7 +311,7 @@ class Collator:
         ]
         scores = [group.teacher for group in groups if group.teacher is not None]
         return Batch(
-            Rows(rows),
+            PackedPairs(rows),
             torch.tensor(scores) if len(scores) == len(groups) else None,
             len(groups[0].passages),
             tuple(group.name for group in groups),

@@ -41,7 +41,7 @@ def records_of(
     bodies: Bodies,
     min_label: int,
     text: pt.Transformer | None,
-    text_field: str = "text",
+    text_field: str,
 ) -> list[dict[str, Any]]:
     """One record a query: what is judged relevant is positive, all else that was retrieved negative.
 
@@ -58,7 +58,7 @@ def records_of(
         text_field: the one of them that must hold a text.
 
     Raises:
-        ValueError: a teacher's score is missing, or no query is left.
+        ValueError: a teacher's score is missing, ``text`` gives no texts, or no query is left.
     """
     results = results.assign(qid=results["qid"].astype(str), docno=results["docno"].astype(str))
     if TEACHER in results and (missing := results[~np.isfinite(results[TEACHER].astype(float))]).size:
@@ -115,11 +115,12 @@ def _fetched(
         asked = pd.DataFrame({"qid": "0", "query": "", "docno": unseen})
         try:
             found = cast(pd.DataFrame, text(asked))
-            whole = [problem_of(value) is None for value in found[text_field]]
         except LookupError as error:
             logger.warning("text could not load all of %d passages: %r", len(unseen), error)
         else:
-            found = found[whole]
+            if text_field not in found.columns:
+                raise ValueError(f"text gives columns {list(found.columns)}; missing: {text_field}.")
+            found = found[[problem_of(value) is None for value in found[text_field]]]
             at_hand |= dict(zip(found["docno"].astype(str), bodies(found), strict=True))
     return {qid: [at_hand[d] for d in sorted(relevant.get(qid, set())) if d in at_hand] for qid in lacking}
 

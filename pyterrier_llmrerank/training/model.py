@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..checkpoints import Checkpoint
 from ..decoder import FAMILIES, Decoder, decode
-from ..packing import Rows
+from ..packing import PackedPairs
 from ..weights import build_decoder, fill
 
 
@@ -68,14 +68,14 @@ class RankingModel(nn.Module):
 
     def forward(
         self,
-        rows: Rows,
+        packed: PackedPairs,
         compress_layers: Collection[int] = (),
         compress_ratio: int = 1,
     ) -> Tensor:
         """Score a batch at every layer with a head.
 
         Args:
-            rows: the pairs.
+            packed: the pairs.
             compress_layers: layer indices before which the bodies are pooled.
             compress_ratio: tokens pooled into one.
 
@@ -84,7 +84,7 @@ class RankingModel(nn.Module):
         """
         states = decode(
             cast(Decoder, self.model),
-            rows,
+            packed,
             self.head_layers,
             compress_layers=compress_layers,
             compress_ratio=compress_ratio,

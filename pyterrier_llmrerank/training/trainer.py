@@ -21,7 +21,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from ..adapters import Adapter
 from ..batching import TOKENS, Budget, run_in_batches
 from ..checkpoints import Checkpoint
-from ..packing import Rows
+from ..packing import PackedPairs
 from .data import Batch, Collator, Group, Groups
 from .lora import LowRankLinear
 from .model import RankingModel
@@ -241,12 +241,12 @@ class GroupTrainer(Trainer):
         step = self.state.global_step
         self._place = (step, self._place[1] + 1 if self._place[0] == step else 0)
         layers, ratio = self.widths.draw(*self._place)
-        groups = (-1, len(batch.rows) // batch.size, batch.size)
+        groups = (-1, len(batch.packed) // batch.size, batch.size)
         full = None
         if self.loss.needs_full_pass:
             with torch.no_grad():
-                full = model(batch.rows).view(groups)
-        scores = model(batch.rows, layers, ratio).view(groups)
+                full = model(batch.packed).view(groups)
+        scores = model(batch.packed, layers, ratio).view(groups)
         teacher = None if batch.teacher is None else batch.teacher.to(scores.device)
         loss = self.loss(scores, full, teacher)
         if not torch.isfinite(loss):
@@ -278,7 +278,7 @@ class GroupTrainer(Trainer):
 
         def run(batch: list[int]) -> None:
             with self.autocast_smart_context_manager():
-                deepest = model(Rows([rows[index] for index in batch]))[-1]
+                deepest = model(PackedPairs([rows[index] for index in batch]))[-1]
             for index, score in zip(batch, deepest.tolist(), strict=True):
                 scores[index] = score
 
