@@ -73,15 +73,15 @@ class Adapter:
                     f"the adapter has lora_A {list(down)} and lora_B {list(up)}."
                 )
 
-    def delta(self, module: str) -> Tensor:
-        """The update of a module's weight, fp32."""
+    def add_to(self, weight: Tensor, module: str) -> None:
+        """Add the update of a module to its weight, fp32, in place."""
         down, up = (self._files.read(self._sides[module][side]).float() for side in "AB")
         rank = down.shape[0]
         alpha = _pattern(
             self.config.get("alpha_pattern"), self._full_names[module], self.config.get("lora_alpha", rank)
         )
         scaling = alpha / rank**0.5 if self.config.get("use_rslora") else alpha / rank
-        return (up @ down) * scaling
+        weight.addmm_(up, down, alpha=scaling)
 
     def read_whole(self, name: str) -> Tensor:
         """A tensor that was trained whole."""

@@ -180,9 +180,11 @@ class Checkpoint(ABC):
 
     def merged(self, module: str, weight: Tensor) -> Tensor:
         """A module's weight with the adapters' updates added in their order."""
-        for adapter in self.adapters:
-            if module in adapter.modules:
-                weight = weight.float() + adapter.delta(module)
+        adapters = [adapter for adapter in self.adapters if module in adapter.modules]
+        if adapters:
+            weight = weight.to(torch.float32, copy=True)
+        for adapter in adapters:
+            adapter.add_to(weight, module)
         return weight
 
     def _head(self, weight: Tensor, name: str) -> Tensor:

@@ -71,13 +71,16 @@ def test_adapters_are_merged_in_fp32_in_order() -> None:
     both = MatroyshkaCheckpoint(RAW, [SD, str(MODELS / "adapter_comp_layer")], 2)
     plain = MatroyshkaCheckpoint(RAW, [], 2)
     module = "layers.3.mlp.down_proj"
-    wanted = plain.tensor(f"{module}.weight") + both.adapters[0].delta(module) + both.adapters[1].delta(module)
+    wanted = plain.tensor(f"{module}.weight").clone()
+    for adapter in both.adapters:
+        adapter.add_to(wanted, module)
     assert torch.equal(both.tensor(f"{module}.weight"), wanted)
     assert both.tensor(f"{module}.weight").dtype == torch.float32
     head = "lm_head.6.linear_head"
-    torch.testing.assert_close(
-        heads(both)[6], heads(plain)[6] + sum(adapter.delta(head)[0] for adapter in both.adapters)
-    )
+    row = heads(plain)[6:7].clone()
+    for adapter in both.adapters:
+        adapter.add_to(row, head)
+    torch.testing.assert_close(heads(both)[6:7], row)
 
 
 def test_adapters_below_the_models_folder(tmp_path: Path) -> None:
