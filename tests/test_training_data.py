@@ -159,6 +159,22 @@ def test_workers_that_outlive_an_epoch_draw_it_anew() -> None:
     assert drawn[0] != drawn[1]
 
 
+def test_a_dataset_of_the_hub_is_checked_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+    rows = [TEVATRON, MATROYSHKA]
+
+    def load_dataset(name: str, split: str) -> list[dict[str, Any]]:
+        asked.append((name, split))
+        return rows
+
+    monkeypatch.setattr("datasets.load.load_dataset", load_dataset)
+    assert open_data("train_data", ["owner/name"], split="dev") is rows
+    assert asked == [("owner/name", "dev")]
+    rows.append({"query": "q", "pos": []})
+    with pytest.raises(ValueError, match="owner/name, row 2: "):
+        open_data("train_data", ["owner/name"])
+
+
 def test_batches_are_the_original_ones() -> None:
     wanted = golden("matroyshka_train_self_distillation.json")["batches"]["equal"]
     tokenizer = AutoTokenizer.from_pretrained(MODELS / "mistral_base")

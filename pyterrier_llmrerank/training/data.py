@@ -183,6 +183,10 @@ def _rows(files: list[tuple[str, int, int]], teacher: bool) -> Iterator[dict[str
             yield row | {"query_id": None if row["query_id"] is None else str(row["query_id"])}
 
 
+#: Files that are training data in a folder of them.
+ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+
+
 def open_data(argument: str, sources: Sequence[str], split: str = "train", teacher: bool = False) -> Dataset:
     """Training data as a table on disk, mapped into memory rather than loaded; every record is checked before.
 
@@ -196,31 +200,39 @@ def open_data(argument: str, sources: Sequence[str], split: str = "train", teach
         FileNotFoundError: nothing of that name is here.
         ValueError: a line is malformed; names file and line.
     """
-    from datasets.arrow_dataset import Dataset
-    from datasets.exceptions import DatasetGenerationError
-    from datasets.features import Features, List, Value
-    from datasets.load import load_dataset
-
-    endings = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
     files: list[Path] = []
     for source in sources:
         path = Path(source).expanduser()
         if path.is_dir():
-            files += sorted(file for file in path.iterdir() if file.name.endswith(endings))
+            files += sorted(file for file in path.iterdir() if file.name.endswith(ENDINGS))
         elif path.is_file():
             files.append(path)
-        elif len(sources) == 1 and HUB_ID.fullmatch(source) and source.count("/") == 1 and not source.endswith(endings):
-            hub = load_dataset(source, split=split)
-            for number, record in enumerate(hub):
-                try:
-                    _check(record, teacher)
-                except ValueError as error:
-                    raise ValueError(f"{source}, row {number}: {error}.") from error
-            return hub
+        elif len(sources) == 1 and HUB_ID.fullmatch(source) and source.count("/") == 1 and not source.endswith(ENDINGS):
+            return _of_hub(source, split, teacher)
         else:
             raise FileNotFoundError(f"{argument}={source!r}: no such file or folder; allowed: JSON lines, or a hub id.")
     if not files:
         raise FileNotFoundError(f"{argument}={list(sources)!r}: no .json or .jsonl file there.")
+    return _of_files(files, teacher)
+
+
+def _of_hub(name: str, split: str, teacher: bool) -> Dataset:
+    from datasets.load import load_dataset
+
+    hub = load_dataset(name, split=split)
+    for number, record in enumerate(hub):
+        try:
+            _check(record, teacher)
+        except ValueError as error:
+            raise ValueError(f"{name}, row {number}: {error}.") from error
+    return hub
+
+
+def _of_files(files: Sequence[Path], teacher: bool) -> Dataset:
+    from datasets.arrow_dataset import Dataset
+    from datasets.exceptions import DatasetGenerationError
+    from datasets.features import Features, List, Value
+
     string, passages = Value("string"), List({"title": Value("string"), "text": Value("string")})
     kinds = (string, string, passages, passages, List(string), List(string), *[List(Value("float64"))] * 2)
     columns: Any = dict(zip((*COLUMNS, "prompt"), (*kinds, string), strict=True))
