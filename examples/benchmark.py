@@ -1,6 +1,7 @@
 """How fast re-ranking is, beside what one would use else: the same weights, texts, precision and threads in one run.
 
     python examples/benchmark.py FOLDER --candidates 100 --queries 1
+    python examples/benchmark.py FOLDER --queries 10 --random_layers 32 --matroyshka '' --peers a  # on a GPU
 
 FOLDER is as for rerank_run.py. Peers of RankLLaMA: (a) sentence-transformers' CrossEncoder as it comes, (b)
 transformers' sequence classification padded and cut to 194 tokens, the original's maximum. Peer of Matroyshka: (c)
@@ -30,11 +31,11 @@ import pandas as pd
 import torch
 from rerank_run import load, with_title
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, MistralConfig
 
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker, scoring
 from pyterrier_llmrerank.batching import TOKENS
-from pyterrier_llmrerank.files import SHIPPED
+from pyterrier_llmrerank.files import SHIPPED, folder_of, smollm2
 from pyterrier_llmrerank.inputs import Ids, MatroyshkaInputs, document
 from pyterrier_llmrerank.packing import PackedPairs
 
@@ -167,6 +168,25 @@ def straightforward(
     return score
 
 
+def random_model(folder: Path, layers: int, device: str) -> None:
+    """A RankLLaMA in the shape of Mistral-7B, with random weights in bf16 and the small model's tokenizer."""
+    config = MistralConfig(
+        num_hidden_layers=layers, num_labels=1, pad_token_id=0, vocab_size=49152, sliding_window=None
+    )
+    with torch.device(device):
+        AutoModelForSequenceClassification.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(folder_of(smollm2(), "model")).save_pretrained(folder)
+    without_chat(folder)
+
+
+def without_chat(folder: Path) -> None:
+    """Take the tokenizer's chat template away, or CrossEncoder scores a chat."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = None
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(folder)
+
+
 def ours(reranker: LLMReranker, candidates: pd.DataFrame) -> Scorer:
     """A re-ranker of this package, frame to frame."""
     return lambda: reranker(candidates)["score"].to_numpy()
@@ -295,7 +315,10 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=1, help="so many of the topics, from the first")
     parser.add_argument("--candidates", type=int, default=100, help="a query")
     parser.add_argument("--rankllama", default=SHIPPED, help="as RankLLaMAReranker takes it")
-    parser.add_argument("--matroyshka", default=SHIPPED, help="as MatroyshkaReranker takes it")
+    parser.add_argument("--matroyshka", default=SHIPPED, help="as MatroyshkaReranker takes it; '' for none")
+    parser.add_argument(
+        "--random_layers", type=int, help="instead of --rankllama, random weights in Mistral-7B's shape, so many layers"
+    )
     parser.add_argument("--cutoff", type=int, default=20, help="layers of the Matroyshka in another shape")
     parser.add_argument("--compress_layer", type=int, default=8, help="before which that one pools by two")
     parser.add_argument("--rounds", type=int, default=3)
@@ -310,39 +333,39 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, chosen.dtype)
     shared: dict[str, Any] = {"dtype": chosen.dtype, "device": device}
-    rank = RankLLaMAReranker(chosen.rankllama, query_max_length=LONGEST, passage_max_length=LONGEST, **shared)
-    full = MatroyshkaReranker(chosen.matroyshka, max_length=LONGEST, **shared)
+    lengths = {"query_max_length": LONGEST, "passage_max_length": LONGEST}
     shape = chosen.cutoff, [chosen.compress_layer], 2
-    part = full.at(cutoff=shape[0], compress_layers=shape[1], compress_ratio=shape[2])
     part_name = f"Matroyshka {chosen.cutoff}/2"
-    systems = [
-        System("RankLLaMA", ours(rank, candidates), dtype),
-        System("Matroyshka", ours(full, titled), dtype),
-        System(part_name, ours(part, titled), dtype),
-    ]
     with tempfile.TemporaryDirectory() as temporary:
         merged = Path(temporary) / "model"
-        if {"a", "b"} & set(chosen.peers):
+        if chosen.random_layers:
+            random_model(merged, chosen.random_layers, device)
+            chosen.rankllama = str(merged)
+        rank = RankLLaMAReranker(chosen.rankllama, **lengths, **shared)
+        systems = [System("RankLLaMA", ours(rank, candidates), dtype)]
+        if not chosen.random_layers and {"a", "b"} & set(chosen.peers):
             rank.save(merged, merged=True)
-            tokenizer = AutoTokenizer.from_pretrained(merged)
-            tokenizer.chat_template = None  # or CrossEncoder scores a chat
-            (merged / "chat_template.jinja").unlink(missing_ok=True)
-            tokenizer.save_pretrained(merged)
+            without_chat(merged)
         if "a" in chosen.peers:
             systems.append(System("(a) CrossEncoder", cross_encoder(merged, candidates, dtype, device), dtype))
         if "b" in chosen.peers:
             systems.append(System("(b) padded to 194", classifier(merged, candidates, dtype, device), dtype))
-        for kind in dict.fromkeys([dtype, torch.float32]) if "c" in chosen.peers else ():
+        if chosen.matroyshka:
+            full = MatroyshkaReranker(chosen.matroyshka, max_length=LONGEST, **shared)
+            part = full.at(cutoff=shape[0], compress_layers=shape[1], compress_ratio=shape[2])
+            systems.append(System("Matroyshka", ours(full, titled), dtype))
+            systems.append(System(part_name, ours(part, titled), dtype))
+        for kind in dict.fromkeys([dtype, torch.float32]) if chosen.matroyshka and "c" in chosen.peers else ():
             name = f"(c) eager {kind}".replace("torch.", "")
             systems.append(System(name, straightforward(part, titled, kind, device, *shape), kind))
         scores = measure(systems, chosen.rounds, device)
+        imported, opened = seconds_to_open(chosen.rankllama, chosen.dtype)
+        tokens, padding, memory = batches(rank, candidates)
     config = rank._weights().checkpoint.config
     best = {kind: peak(config, kind, device, TOKENS[device]) for kind in {system.dtype for system in systems}}
     comparisons = [("RankLLaMA", "(a) CrossEncoder"), ("RankLLaMA", "(b) padded to 194")]
     comparisons += [(part_name, f"(c) eager {kind}") for kind in dict.fromkeys([chosen.dtype, "float32"])]
     tables = report(systems, len(candidates), best), beside(systems, comparisons, scores)
-    imported, opened = seconds_to_open(chosen.rankllama, chosen.dtype)
-    tokens, padding, memory = batches(rank, candidates)
 
     print(f"\n{chosen.folder.name}: {len(candidates)} pairs, {chosen.candidates} a query, {chosen.dtype}, {device},")
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; medians of {chosen.rounds}\n")
