@@ -192,7 +192,8 @@ def test_a_killed_run_goes_on_where_it_was(data: Path, tmp_path: Path) -> None:
     saving = ("--save_steps", "3", "--max_steps", "9")
     assert main(["train", *distill(data, tmp_path / "whole", *saving)]) == 0
     command = [sys.executable, "-m", "pyterrier_llmrerank", "train", *distill(data, tmp_path / "cut", *saving)]
-    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: with more, sums are divided otherwise
+    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     deadline = time.monotonic() + 120
     while not (tmp_path / "cut" / "checkpoint-3" / "trainer_state.json").exists():
         assert killed.poll() is None
@@ -202,8 +203,7 @@ def test_a_killed_run_goes_on_where_it_was(data: Path, tmp_path: Path) -> None:
     killed.wait()
     checkpoint = str(tmp_path / "cut" / "checkpoint-3")
     assert main(["train", *distill(data, tmp_path / "cut", *saving, "--resume_from_checkpoint", checkpoint)]) == 0
-    # What is logged is the mean of fp32 sums that began elsewhere: the last loss, of 0.01, is known to 3e-7.
-    np.testing.assert_allclose(losses(tmp_path / "cut"), losses(tmp_path / "whole"), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(losses(tmp_path / "cut"), losses(tmp_path / "whole"), rtol=1e-5)
     whole, cut = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
     for name, tensor in whole.items():
         torch.testing.assert_close(cut[name], tensor, atol=1e-6, rtol=1e-5)
