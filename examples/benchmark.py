@@ -234,8 +234,8 @@ def seconds_to_open(model: str, dtype: str) -> tuple[float, float]:
     return found[0], found[1]
 
 
-def batches(reranker: RankLLaMAReranker, candidates: pd.DataFrame) -> tuple[int, float, float]:
-    """Tokens that go through the layers, the share of padding among them, and the process's memory in GB."""
+def batches(reranker: RankLLaMAReranker, candidates: pd.DataFrame) -> tuple[int, float, float, float]:
+    """Tokens that go through the layers, the shares of padding there and in attention, the process's memory in GB."""
     made: list[PackedPairs] = []
     real = scoring.decode
 
@@ -250,11 +250,12 @@ def batches(reranker: RankLLaMAReranker, candidates: pd.DataFrame) -> tuple[int,
         scoring.decode = real
     tokens = sum(len(packed.ids) for packed in made)
     padding = sum(int(packed.padding.sum()) for packed in made)
+    attended = sum(int(packed.lengths.sum()) for packed in made) / sum(len(packed) * packed.longest for packed in made)
     if torch.cuda.is_available():
         memory = torch.cuda.max_memory_allocated()
     else:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return tokens, padding / tokens, memory / 1e9
+    return tokens, padding / tokens, 1 - attended, memory / 1e9
 
 
 def measure(systems: list[System], rounds: int, device: str) -> dict[str, np.ndarray]:
@@ -360,7 +361,7 @@ def main() -> None:
             systems.append(System(name, straightforward(part, titled, kind, device, *shape), kind))
         scores = measure(systems, chosen.rounds, device)
         imported, opened = seconds_to_open(chosen.rankllama, chosen.dtype)
-        tokens, padding, memory = batches(rank, candidates)
+        tokens, padding, apart, memory = batches(rank, candidates)
     config = rank._weights().checkpoint.config
     best = {kind: peak(config, kind, device, TOKENS[device]) for kind in {system.dtype for system in systems}}
     comparisons = [("RankLLaMA", "(a) CrossEncoder"), ("RankLLaMA", "(b) padded to 194")]
@@ -372,7 +373,8 @@ def main() -> None:
     for table in tables:
         print(table.to_string(index=False), end="\n\n")
     print(f"matrix products in the model's shapes: {best[dtype] / 1e9:.0f} GFLOP/s")
-    print(f"RankLLaMA: {tokens / len(candidates):.1f} tokens computed a pair, {padding:.1%} of them padding")
+    print(f"RankLLaMA: {tokens / len(candidates):.1f} tokens computed a pair, {padding:.1%} of them padding;")
+    print(f"{apart:.1%} of the positions that attention lays out are")
     print(f"most memory of the process so far: {memory:.2f} GB")
     print(f"seconds to import the package {imported:.2f}, to open it for a first score {opened:.2f}")
     if chosen.json:

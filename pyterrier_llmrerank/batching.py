@@ -33,6 +33,11 @@ class Budget:
     def __post_init__(self) -> None:
         self._positions = None if self.tokens is None else SPREAD * self.tokens
 
+    @classmethod
+    def of_device(cls, device: torch.device) -> Budget:
+        """The budget to start with on a device."""
+        return cls(TOKENS.get(device.type, TOKENS["cpu"]))
+
     def allows(self, count: int, size: int, longest: int) -> bool:
         """Whether so many pairs of ``size`` tokens together, the longest of so many, fit."""
         return (

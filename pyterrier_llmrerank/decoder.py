@@ -64,8 +64,7 @@ class Layout:
 
     def __init__(self, packing: Packing, device: torch.device, multiple: int = 1) -> None:
         count, length = len(packing), -(-packing.longest // multiple) * multiple
-        places = np.zeros((count, length), dtype=np.int64)
-        places[:, : packing.longest] = packing.places
+        places = np.pad(packing.places, ((0, 0), (0, length - packing.longest)))
         self.shape = count, length
         self.positions = on_device(packing.positions, device)
         self.last = on_device(packing.last, device)

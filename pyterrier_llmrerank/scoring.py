@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .batching import TOKENS, Budget, chunks, run_in_batches
+from .batching import Budget, chunks, run_in_batches
 from .decoder import decode
 from .errors import ScoringError
 from .inputs import Ids
@@ -113,7 +113,7 @@ def score(
         in_work.append(([chunk[index] for index in batch], _brought_back(computed)))
         collect(leave=1)
 
-    budget = Budget(pairs=batch_size) if batch_size else Budget(TOKENS.get(weights.device.type, TOKENS["cpu"]))
+    budget = Budget(pairs=batch_size) if batch_size else Budget.of_device(weights.device)
     parts = list(chunks([query for query, _ in pairs], max(CHUNK, batch_size or 0)))
     try:
         for chunk, ids in _one_ahead(lambda part: (part, encode(tokenizer, [pairs[i] for i in part])), parts):
@@ -148,17 +148,14 @@ def _brought_back(computed: Tensor) -> Callable[[], np.ndarray]:
 
 
 def _one_ahead(make: Callable[[Item], Made], items: Sequence[Item]) -> Iterator[Made]:
-    """What is made of each item; that of the next is always being made, in a thread, while one is worked on."""
-    if len(items) == 1:
-        yield make(items[0])
-        return
-    thread = ThreadPoolExecutor(1)
+    """What is made of each of some items; that of the next is being made, in a thread, while one is worked on."""
+    thread = ThreadPoolExecutor(1)  # begins with what it is first given
     try:
-        coming = thread.submit(make, items[0])
+        made = make(items[0])
         for item in items[1:]:
-            made = coming.result()
             coming = thread.submit(make, item)
             yield made
-        yield coming.result()
+            made = coming.result()
+        yield made
     finally:
         thread.shutdown(wait=False, cancel_futures=True)

@@ -51,7 +51,7 @@ def rows_of(batch: dict[str, Any]) -> PackedPairs:
 def by_intent(run: dict[str, Any]) -> bool:
     """Where the original weighed a pooling by a padding token, and we do not.
 
-    PackedPairs of different lengths have padding, and so have equal ones once pooling has shortened them unequally.
+    Rows of different lengths have padding, and so have equal ones once pooling has shortened them unequally.
     """
     pools = run["compress_ratio"] > 1
     return pools and (run["batch"] == "mixed" or sum(layer > 0 for layer in run["effective_compress_layers"]) > 1)
@@ -79,7 +79,7 @@ def test_losses_and_gradients_are_the_original_ones(
     norm = torch.stack(squares).sum().sqrt().item()
     assert torch.isfinite(loss)
     if by_intent(run):
-        # PackedPairs that are the longest, and stay so, have no padding at any layer.
+        # Rows that are the longest, and stay so, have no padding at any layer.
         lengths = np.stack([rows.lengths, rows.pooled(run["compress_ratio"]).lengths])
         whole = (lengths == lengths.max(1, keepdims=True)).all(0)
         torch.testing.assert_close(student[:, whole], torch.tensor(run["scores"])[:, whole], atol=2e-4, rtol=0)

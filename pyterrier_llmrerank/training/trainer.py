@@ -19,7 +19,7 @@ from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, Train
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from ..adapters import Adapter
-from ..batching import TOKENS, Budget, run_in_batches
+from ..batching import Budget, run_in_batches
 from ..checkpoints import Checkpoint
 from ..packing import PackedPairs
 from .data import Batch, Collator, Group, Groups
@@ -283,7 +283,7 @@ class GroupTrainer(Trainer):
                 scores[index] = score
 
         try:
-            failed = run_in_batches(rows, run, Budget(TOKENS.get(self.args.device.type, TOKENS["cpu"])))
+            failed = run_in_batches(rows, run, Budget.of_device(self.args.device))
         finally:
             model.train()
         if failed is not None:

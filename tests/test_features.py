@@ -1,0 +1,49 @@
+"""A union of depths is one pass with the same features, and only of depths."""
+
+import numpy as np
+import pyterrier as pt
+import pytest
+from conftest import frame
+from test_matroyshka import FULL, full
+
+from pyterrier_llmrerank import MatroyshkaReranker, scoring
+from pyterrier_llmrerank.features import MatroyshkaFeatures
+
+
+def test_a_union_of_depths_is_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = frame(2, 5)
+    union = full().at(cutoff=4) ** full() ** full().at(cutoff=2) ** full().at(cutoff=4)
+    wanted = union.transform(rows)
+    compiled = union.compile()
+    assert isinstance(compiled, MatroyshkaFeatures)
+    passes = []
+    real = scoring.decode
+    monkeypatch.setattr(scoring, "decode", lambda *args, **options: passes.append(1) or real(*args, **options))
+    got = compiled.transform(rows)
+    assert len(passes) == 1
+    np.testing.assert_allclose(np.stack(got["features"]), np.stack(wanted["features"]), atol=1e-4)
+    assert got.drop(columns="features").equals(wanted[got.columns].drop(columns="features"))
+    unranked = rows.drop(columns=["score", "rank"])
+    assert compiled.transform(unranked)["rank"].tolist() == union.transform(unranked)["rank"].tolist()
+    assert list(compiled.transform(rows.head(0)).columns) == list(got.columns)
+
+
+def test_what_differs_in_more_than_depth_stays_apart() -> None:
+    shallow, other = full().at(cutoff=4), full().at(cutoff=8, normalize=True)
+    several, released = full().at(cutoff=[3, 4]), MatroyshkaReranker(FULL, released=True, cutoff=4)
+    for union in (
+        shallow**other,
+        shallow**several,
+        released ** released.at(cutoff=8),
+        shallow ** pt.Transformer.identity(),
+    ):
+        assert not isinstance(union.compile(), MatroyshkaFeatures)
+    fused = (pt.Transformer.identity() ** shallow ** full()).compile()
+    assert repr(fused).count("MatroyshkaFeatures") == 1
+    assert (shallow ** full()).compile() == (shallow ** full()).compile()
+    assert hash((shallow ** full()).compile()) == hash((shallow ** full()).compile())
+    assert (shallow ** full()).compile() != (full() ** shallow).compile()
+
+
+class TestFeatures(pt.testing.transformer_test_class(lambda: MatroyshkaFeatures([MatroyshkaReranker(cutoff=8)]))):
+    """PyTerrier's own tests of inspection and schematics."""
