@@ -101,7 +101,7 @@ def main() -> None:
     for parameter in plain.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    ours = with_lora(checkpoint, heads, recipe, dtype, chosen.model)
+    ours = with_lora(checkpoint, heads, recipe, dtype)
 
     def turn(kind: str) -> Clock:
         clock = Clock()

@@ -53,6 +53,21 @@ class Adapter:
                 raise ValueError(f"{argument}: module {module!r} has only lora_{'/'.join(sides)}; A and B are wanted.")
 
     @property
+    def base(self) -> str:
+        """The model it says it belongs to.
+
+        Raises:
+            ValueError: it names none.
+        """
+        base = self.config.get("base_model_name_or_path")
+        if not isinstance(base, str) or not base:
+            raise ValueError(
+                f"{self.argument}: the adapter names no base model (base_model_name_or_path is {base!r}); write one "
+                "there, or give a RankLLaMA base_model."
+            )
+        return base
+
+    @property
     def modules(self) -> set[str]:
         """The modules it updates."""
         return set(self._sides)

@@ -70,7 +70,12 @@ class Checkpoint(ABC):
             raise FileNotFoundError(f"{argument}: {folder} has no config.json; {hint}.")
         self.settings = read_json(folder / "config.json")
         self.config = self._decoder_config()
+        #: What is merged into the decoder.
         self.adapters: Sequence[Adapter] = ()
+        #: The adapter that was asked for by name, which would go on learning; else None.
+        self.adapter: Adapter | None = None
+        #: The model below the adapters, as its user or an adapter names it.
+        self.base = ""
 
     def _decoder_config(self) -> PreTrainedConfig:
         model_type = str(self.settings.get("model_type"))
@@ -209,20 +214,15 @@ class RankLLaMACheckpoint(Checkpoint):
     def __init__(self, model: str, base_model: str | None) -> None:
         folder = folder_of(model, "model")
         argument = f"model={model!r}"
-        self._adapter: Adapter | None = None
+        adapter, base = None, model
         self._adapter_folder = folder
-        #: What the adapter is put on, as its user or it itself names it; else the model.
-        self.base = model
         if (folder / "adapter_config.json").is_file():
-            self._adapter = Adapter(folder, argument)
-            if others := sorted(set(self._adapter.whole) - {"score.weight"}):
+            adapter = Adapter(folder, argument)
+            if others := sorted(set(adapter.whole) - {"score.weight"}):
                 raise ValueError(
                     f"{argument}: holds the whole tensor {others[0]!r}; wanted LoRA and score.weight alone."
                 )
-            base = base_model or self._adapter.config.get("base_model_name_or_path")
-            if not base:
-                raise ValueError(f"{argument}: the adapter names no base model; give base_model.")
-            self.base = base
+            base = base_model or adapter.base
             named = "base_model" if base_model else f"the base model that {argument} names"
             folder, argument = folder_of(base, named), f"base_model={base!r}"
         elif base_model is not None:
@@ -230,8 +230,9 @@ class RankLLaMACheckpoint(Checkpoint):
                 f"base_model={base_model!r} is given, but {argument} is no adapter (no adapter_config.json)."
             )
         super().__init__(folder, argument)
-        if self._adapter is not None:
-            self.adapters = (self._adapter,)
+        self.base = base
+        if adapter is not None:
+            self.adapter, self.adapters = adapter, (adapter,)
 
     @property
     def head_layers(self) -> Sequence[int]:
@@ -239,21 +240,16 @@ class RankLLaMACheckpoint(Checkpoint):
         return (self.layers,)
 
     @property
-    def adapter(self) -> Adapter | None:
-        """The adapter, where it is one over a base."""
-        return self._adapter
-
-    @property
     def has_heads(self) -> bool:
         """Whether adapter or model brings a ``score`` head."""
         name = "score.weight"
-        return (self._adapter is not None and name in self._adapter.whole) or name in self
+        return (self.adapter is not None and name in self.adapter.whole) or name in self
 
     def heads(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
         """The ``score`` head, out of the adapter where it has one."""
         name = "score.weight"
-        if self._adapter is not None and name in self._adapter.whole:
-            return self._head(self._adapter.read_whole(name), name)[None]
+        if self.adapter is not None and name in self.adapter.whole:
+            return self._head(self.adapter.read_whole(name), name)[None]
         if name not in self:
             raise ValueError(
                 f"{self.argument}: no score head ({name!r}), neither in an adapter nor in the model; "
@@ -288,6 +284,7 @@ class MatroyshkaCheckpoint(Checkpoint):
         self, model: str, adapters: Sequence[str], start_layer: int | None, layer_sep: int | None = None
     ) -> None:
         super().__init__(folder_of(model, "model"), f"model={model!r}")
+        self.base = model
         self.layer_wise = str(self.settings.get("model_type")).startswith(LAYER_WISE)
         self.start_layer, self.layer_sep = self._heads_at(start_layer, layer_sep)
         self.adapters = [Adapter(adapter_folder(name, model), f"adapters: {name!r}") for name in adapters]

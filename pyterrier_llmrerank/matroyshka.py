@@ -269,7 +269,7 @@ class MatroyshkaReranker(LLMReranker):
 
         model, adapters, _, _ = self._opened()
         return fit(
-            self._recipe(), model, adapters, model, training, validation,
+            self._recipe(), model, adapters, training, validation,
             device=self.device, dtype=self.dtype, verbose=self.verbose,
         )  # fmt: skip
 

@@ -159,7 +159,7 @@ class RankLLaMAReranker(LLMReranker):
 
         model, base_model = self._opened()
         return fit(
-            self._recipe(), model, (), self._base(), training, validation,
+            self._recipe(), model, (), training, validation,
             device=self.device, dtype=self.dtype, verbose=self.verbose, base_model=base_model,
         )  # fmt: skip
 

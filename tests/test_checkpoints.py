@@ -233,7 +233,7 @@ def test_an_adapter_that_names_no_base(tmp_path: Path) -> None:
     shutil.copytree(ADAPTER, tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": None}))
-    with pytest.raises(ValueError, match="names no base model; give base_model"):
+    with pytest.raises(ValueError, match="names no base model .*; write one there"):
         RankLLaMACheckpoint(str(tmp_path / "adapter"), None)
 
 

@@ -46,7 +46,7 @@ def trainer(folder: Path, recipe: Recipe = DISTILL, validation: Validation | Non
     torch.manual_seed(0)
     checkpoint = recipe.open(BASE, [])
     tokenizer = checkpoint.tokenizer()
-    model = with_lora(checkpoint, recipe.heads(checkpoint, tokenizer, 0), recipe, torch.float32, BASE)
+    model = with_lora(checkpoint, recipe.heads(checkpoint, tokenizer, 0), recipe, torch.float32)
     return GroupTrainer(
         model, arguments(folder, **options), Groups(RECORDS, 4, 3, recipe.body), Collator(tokenizer, recipe.inputs),
         recipe.loss, recipe.widths(3), recipe.task_type, validation,
@@ -84,7 +84,7 @@ def test_rankllama_is_the_same_loop_and_peft_opens_it(tmp_path: Path) -> None:
     base = str(MODELS / "rankllama_base")
     checkpoint = RANKLLAMA.open(base)
     groups = Groups(RECORDS, 4, 0, RANKLLAMA.body)
-    folder = train(RANKLLAMA, checkpoint, groups, arguments(tmp_path, max_steps=30, learning_rate=1e-2), base)
+    folder = train(RANKLLAMA, checkpoint, groups, arguments(tmp_path, max_steps=30, learning_rate=1e-2))
     ours = RankLLaMAReranker(folder, dtype="float32", query_max_length=8, passage_max_length=40)
     better = [ours.compute_score([(r["query"], r["pos"][0]), (r["query"], r["neg"][0])]) for r in RECORDS]
     assert np.mean([positive > negative for positive, negative in better]) >= 0.75
@@ -104,7 +104,7 @@ def test_a_rankllama_adapter_goes_on_learning(tmp_path: Path) -> None:
     adapter, base = str(MODELS / "rankllama_adapter"), str(MODELS / "rankllama_base")
     checkpoint = RANKLLAMA.open(adapter, base_model=base)
     groups = Groups(RECORDS, 4, 0, RANKLLAMA.body)
-    folder = train(RANKLLAMA, checkpoint, groups, arguments(tmp_path, max_steps=1, learning_rate=0.0), base)
+    folder = train(RANKLLAMA, checkpoint, groups, arguments(tmp_path, max_steps=1, learning_rate=0.0))
     pairs = [("panda", words(5, 9)), ("tide", words(6, 20))]
     before, after = (RankLLaMAReranker(f, base_model=base, dtype="float32") for f in (adapter, folder))
     np.testing.assert_allclose(after.compute_score(pairs), before.compute_score(pairs), atol=1e-5)
@@ -119,7 +119,7 @@ def test_what_an_adapters_configuration_says_changes_no_base(key: str, tmp_path:
     checkpoint = RANKLLAMA.open(str(adapter), base_model=base)
     folder = train(
         RANKLLAMA, checkpoint, Groups(RECORDS, 4, 0, RANKLLAMA.body),
-        arguments(tmp_path / "run", max_steps=1, learning_rate=0.0), checkpoint.base,
+        arguments(tmp_path / "run", max_steps=1, learning_rate=0.0),
     )  # fmt: skip
     pair = ("panda", words(5, 9))
     before, after = (
@@ -127,6 +127,27 @@ def test_what_an_adapters_configuration_says_changes_no_base(key: str, tmp_path:
         RankLLaMAReranker(folder, dtype="float32"),
     )
     assert after.compute_score(pair) == pytest.approx(before.compute_score(pair), abs=1e-5)
+
+
+def test_a_layer_wise_adapter_goes_on_learning_above_others(tmp_path: Path) -> None:
+    pairs = [("panda", words(5, 9)), ("tide", words(6, 20))]
+    folders: list[str] = []
+    for name, on in (("first", []), ("second", ["first"])):
+        checkpoint = DISTILL.open(BASE, [str(tmp_path / folder) for folder in on])
+        groups = Groups(RECORDS, 4, 0, DISTILL.body)
+        train(DISTILL, checkpoint, groups, arguments(tmp_path / name, max_steps=2, learning_rate=1e-2))
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    for name, rate in (("same", 0.0), ("third", 1e-2)):
+        again = DISTILL.open(second, [first])
+        assert again.base == BASE
+        groups = Groups(RECORDS, 4, 0, DISTILL.body)
+        folders.append(str(train(DISTILL, again, groups, arguments(tmp_path / name, max_steps=1, learning_rate=rate))))
+    before, same, after = (
+        MatroyshkaReranker(BASE, adapters=[first, last], start_layer=4, cutoff=[4, 6], dtype="float32")
+        for last in (second, *folders)
+    )
+    np.testing.assert_allclose(same.compute_score(pairs), before.compute_score(pairs), atol=1e-5)
+    assert np.abs(after.compute_score(pairs) - before.compute_score(pairs)).max() > 1e-3
 
 
 def test_modules_that_are_not_there_are_named(tmp_path: Path) -> None:
@@ -144,7 +165,7 @@ def test_compensation_goes_on_top_of_what_was_distilled(tmp_path: Path) -> None:
     )  # fmt: skip
     checkpoint = recipe.open(BASE, [str(tmp_path / "distilled")])
     groups = Groups(RECORDS, 4, 0, recipe.body)
-    folder = train(recipe, checkpoint, groups, arguments(tmp_path / "compensation", max_steps=3), BASE)
+    folder = train(recipe, checkpoint, groups, arguments(tmp_path / "compensation", max_steps=3))
     both = MatroyshkaReranker(BASE, adapters=[tmp_path / "distilled", folder], start_layer=4, dtype="float32")
     one = MatroyshkaReranker(BASE, adapters=[tmp_path / "distilled"], start_layer=4, dtype="float32")
     pair = ("panda", words(5, 9))

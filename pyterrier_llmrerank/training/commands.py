@@ -48,7 +48,9 @@ class Sources:
     """What is trained on."""
 
     model_name_or_path: str = dataclasses.field(
-        metadata={"help": "the base: a folder, .gguf file or hub id of a causal language model"}
+        metadata={
+            "help": "a causal language model, or an adapter that is to go on learning: a folder, .gguf file or hub id"
+        }
     )
     train_data: list[str] = option(None, "JSON lines files, folders of them, or a dataset's hub id", "dataset_name")
     dataset_split: str = option("train", "which part of a hub dataset")
@@ -152,4 +154,4 @@ def main(command: str, argv: Sequence[str]) -> Path:
         )
     seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     groups = Groups(records, recipe.group_size, seed, recipe.body)
-    return train(recipe, checkpoint, groups, arguments, sources.model_name_or_path, validation)
+    return train(recipe, checkpoint, groups, arguments, validation)

@@ -39,7 +39,6 @@ def fit(
     recipe: Recipe,
     model: str,
     adapters: Sequence[str],
-    base: str,
     training: Frames,
     validation: Frames | None,
     *,
@@ -54,7 +53,6 @@ def fit(
         recipe: how; its ``output_dir`` is a new folder in PyTerrier's home by default.
         model: what to start from.
         adapters: merged into it before.
-        base: what the new adapter will call its base.
         training: what to learn from.
         validation: what to measure nDCG@10 on; the best checkpoint is kept.
         device: as for a re-ranker.
@@ -95,7 +93,7 @@ def fit(
     if not arguments.resume_from_checkpoint:
         empty_folder(Path(str(arguments.output_dir)), "output_dir")
     groups = Groups(records, recipe.group_size, recipe.seed, as_it_is)
-    return train(recipe, checkpoint, groups, arguments, base, measured)
+    return train(recipe, checkpoint, groups, arguments, measured)
 
 
 def as_it_is(text: str, title: str | None) -> str:

@@ -37,22 +37,19 @@ class RankingModel(nn.Module):
         checkpoint: what to start from; its adapters are merged in.
         heads: as the checkpoint has them, or others to start with, ``[heads, width]``.
         dtype: of all weights.
-        name: what adapters trained on it are to call it.
 
     Raises:
         ValueError: its layers cannot be walked one by one.
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, heads: Tensor, dtype: torch.dtype = torch.float32, name: str | None = None
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, heads: Tensor, dtype: torch.dtype = torch.float32) -> None:
         if not checkpoint.walked:
             raise ValueError(
                 f"{checkpoint.argument}: model_type {checkpoint.config.model_type!r} cannot be trained here; "
                 f"allowed: {', '.join(FAMILIES)}."
             )
         super().__init__()
-        self.__dict__["name_or_path"] = name  # where PEFT looks
+        self.__dict__["name_or_path"] = checkpoint.base  # where PEFT looks for what adapters trained on it call it
         decoder = build_decoder(checkpoint)
         fill(decoder, checkpoint, "", torch.device("cpu"), dtype)
         self.config = checkpoint.config

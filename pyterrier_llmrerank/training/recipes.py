@@ -241,12 +241,20 @@ class MatroyshkaTraining(Recipe):
         return CascadeLoss(self.train_method)
 
     def open(self, model: str, adapters: Sequence[str] = ()) -> Checkpoint:
-        """A causal language model or layer-wise checkpoint with adapters merged in."""
+        """A causal language model or layer-wise checkpoint with adapters merged in, or one more to train on."""
+        from ..adapters import Adapter
         from ..checkpoints import MatroyshkaCheckpoint, is_layer_wise
+        from ..files import folder_of
 
+        started, folder = None, folder_of(model, "model")
+        if (folder / "adapter_config.json").is_file():
+            started = Adapter(folder, f"model={model!r}")
+            model, adapters = started.base, [*adapters, str(folder)]
         own = is_layer_wise(model)  # then the checkpoint says where its heads are
         at = (None, None) if own else (self.start_layer, self.layer_sep)
         checkpoint = MatroyshkaCheckpoint(model, adapters, *at)
+        if started is not None:  # checked with the others, but not to be merged
+            checkpoint.adapters, checkpoint.adapter = checkpoint.adapters[:-1], checkpoint.adapters[-1]
         if max(self.compress_ratios) > 1 and not any(0 < layer < checkpoint.layers for layer in self.compress_layers):
             raise ValueError(
                 f"compress_layers={list(self.compress_layers)}: nothing would be compressed; allowed: layer indices "

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from ..adapters import Adapter
 from ..batching import Budget, run_in_batches
 from ..checkpoints import Checkpoint
 from ..packing import PackedPairs
@@ -40,23 +39,22 @@ CONTINUED = (
 )  # fmt: skip
 
 
-def with_lora(checkpoint: Checkpoint, heads: Tensor, recipe: Recipe, dtype: torch.dtype, name: str) -> PeftModel:
+def with_lora(checkpoint: Checkpoint, heads: Tensor, recipe: Recipe, dtype: torch.dtype) -> PeftModel:
     """A model of which LoRA adapters and heads are to learn, and nothing else.
 
-    Layer-wise heads learn through LoRA too, as in the original; a single ``score`` head learns whole. A
-    RankLLaMA adapter goes on learning, in its own rank and on its own modules.
+    Layer-wise heads learn through LoRA too, as in the original; a single ``score`` head learns whole. Where the
+    checkpoint was opened from an adapter, that goes on learning, in its own rank and on its own modules.
 
     Args:
         checkpoint: what to start from; a Matroyshka's adapters are merged in first.
         heads: what the heads start as, ``[heads, width]``.
         recipe: rank, scale, dropout and modules of the updates.
         dtype: of the weights that do not learn; those that do are fp32.
-        name: what the adapter will call its base.
 
     Raises:
         ValueError: the model has no module of a name that the recipe targets.
     """
-    started: Adapter | None = getattr(checkpoint, "adapter", None)
+    started = checkpoint.adapter
     own_heads = checkpoint.head_module(0) is None
     if started is None:
         config = LoraConfig(
@@ -66,13 +64,13 @@ def with_lora(checkpoint: Checkpoint, heads: Tensor, recipe: Recipe, dtype: torc
             target_modules=list(recipe.target_modules),
         )
     else:
-        checkpoint.adapters = ()
+        checkpoint.adapters = [adapter for adapter in checkpoint.adapters if adapter is not started]
         config = LoraConfig(**{key: started.config[key] for key in CONTINUED if started.config.get(key) is not None})
         logger.info("going on with %s: its rank, scale and modules, not the recipe's", started.folder)
     config.modules_to_save = ["score"] if own_heads else None
     # No task type: PEFT would wrap the model for inputs that it does not have.
     config._register_custom_module({nn.Linear: LowRankLinear})
-    ranking = RankingModel(checkpoint, heads, dtype, name)
+    ranking = RankingModel(checkpoint, heads, dtype)
     modules = {module.rpartition(".")[2] for module, _ in ranking.named_modules()}
     if unknown := [target for target in recipe.target_modules if target not in modules]:
         raise ValueError(f"target_modules: the model has no {unknown[0]!r}; allowed: the ends of its modules' names.")
@@ -90,7 +88,6 @@ def train(
     checkpoint: Checkpoint,
     groups: Groups,
     arguments: TrainingArguments,
-    name: str,
     validation: Validation | None = None,
 ) -> Path:
     """Train by a recipe, and write the adapter with its tokenizer into the output folder.
@@ -100,7 +97,6 @@ def train(
         checkpoint: what to start from.
         groups: what to train on.
         arguments: the Trainer's; ``resume_from_checkpoint`` goes on from a folder, or from the last checkpoint.
-        name: as :func:`with_lora`.
         validation: what nDCG@10 is measured on; with ``load_best_model_at_end`` the best adapter is kept.
 
     Returns:
@@ -115,7 +111,7 @@ def train(
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
     heads = recipe.heads(checkpoint, tokenizer, arguments.seed)
     with _whole(arguments):
-        model = with_lora(checkpoint, heads, recipe, dtype, name)
+        model = with_lora(checkpoint, heads, recipe, dtype)
     trainer = GroupTrainer(
         model,
         arguments,
