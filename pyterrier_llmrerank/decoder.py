@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from .compression import Pooling
-from .packing import PackedPairs, Packing, on_device
+from .packing import PackedPairs, Packing, Row, on_device
 
 #: Model types whose layers may be walked as below: token embedding, layers with rotary positions, final
 #: norm, and nothing else on the way (others scale embeddings or mix kinds of positions).
@@ -245,36 +245,67 @@ def decode(
     Returns:
         States after the final norm, ``[cutoffs, pairs, width]``, in the model's dtype.
     """
-    deepest = cutoffs[-1]
+    options = {"compress_layers": compress_layers, "compress_ratio": compress_ratio}
+    states, _ = walk(model, embedded(model, packed), cutoffs, **options, whole_layers=whole_layers)  # type: ignore[arg-type]
+    return states
+
+
+def embedded(model: Decoder, packed: PackedPairs) -> Row:
+    """The pairs before the first layer."""
     device = cast(Tensor, model.embed_tokens.weight).device
-    hidden = model.embed_tokens(on_device(packed.ids, device)[None])
+    return Row(packed, model.embed_tokens(on_device(packed.ids, device)), 0)
+
+
+def walk(
+    model: Decoder,
+    row: Row,
+    cutoffs: Sequence[int],
+    *,
+    compress_layers: Collection[int] = (),
+    compress_ratio: int = 1,
+    whole_layers: bool = False,
+    goes_on: bool = False,
+) -> tuple[Tensor, Row]:
+    """Take pairs from the depth where they are to the deepest cutoff.
+
+    Args:
+        model: as :func:`decode`.
+        row: the pairs.
+        cutoffs: as :func:`decode`, each deeper than the pairs are.
+        compress_layers: as :func:`decode`.
+        compress_ratio: as :func:`decode`.
+        whole_layers: as :func:`decode`.
+        goes_on: deeper layers are to follow in another walk.
+
+    Returns:
+        States after the final norm, ``[cutoffs, pairs, width]``, and the pairs where they are then: after the last
+        cutoff, pooled where that is due. Where nothing is to follow, their states are of no use.
+    """
+    deepest = cutoffs[-1]
+    hidden, device = row.states[None], row.states.device
     blocked = _in_blocks(device, hidden.dtype, cast(nn.Module, model).training)
 
     # Everything the device has to know of the pairs goes there before the first layer, so that none waits for it.
     def laid_out(packing: Packing) -> Layout:
         return Layout(packing, device, BLOCK if blocked else 1)
 
-    packing: Packing = packed
-    layout, poolings = laid_out(packed), {}
-    for depth in sorted({i for i in compress_layers if 0 < i < deepest} if compress_ratio > 1 else ()):
+    packing = row.packing
+    layout, poolings = laid_out(packing), {}
+    pooled_last = deepest if goes_on else deepest - 1
+    for depth in sorted({i for i in compress_layers if row.depth < i <= pooled_last} if compress_ratio > 1 else ()):
         pooling = Pooling(packing, compress_ratio, device)
         packing = pooling.after
         poolings[depth] = pooling, laid_out(packing)
-    every_position = torch.arange(packed.longest, device=device)[None]
+    every_position = torch.arange(row.packing.longest, device=device)[None]
     cos, sin = model.rotary_emb(hidden, position_ids=every_position)
+    rotary = cos[:, layout.positions], sin[:, layout.positions]
 
     states = []
-    tap = None
-    for depth, layer in enumerate(islice(model.layers, deepest)):
-        if tap is not None:
-            pooling, layout = poolings[depth]
-            hidden = pooling(hidden[0], cast(Tensor, tap.log_weights))[None]
-        if depth == 0 or tap is not None:
-            rotary = cos[:, layout.positions], sin[:, layout.positions]
-        if depth + 1 == deepest and not whole_layers:
+    for depth, layer in enumerate(islice(model.layers, row.depth, deepest), row.depth + 1):
+        if depth == deepest and not (whole_layers or goes_on):
             states.append(model.norm(_read_only_last(layer, hidden, rotary, layout)))
             break
-        tap = Tap() if depth + 1 in poolings else None
+        tap = Tap() if depth in poolings else None
         hidden = layer(
             hidden,
             attention_mask=None,
@@ -283,6 +314,10 @@ def decode(
             layout=layout,
             tap=tap,
         )
-        if depth + 1 in cutoffs:
+        if depth in cutoffs:
             states.append(model.norm(hidden[0, layout.last]))
-    return torch.stack(states)
+        if tap is not None:
+            pooling, layout = poolings[depth]
+            hidden = pooling(hidden[0], cast(Tensor, tap.log_weights))[None]
+            rotary = cos[:, layout.positions], sin[:, layout.positions]
+    return torch.stack(states), Row(packing, hidden[0], deepest)

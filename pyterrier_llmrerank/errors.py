@@ -18,7 +18,7 @@ class ScoringError(RuntimeError):
 
     def __init__(self, message: str, scores: np.ndarray | pd.DataFrame) -> None:
         super().__init__(message)
-        self.scores = scores
+        self.scores: Any = scores
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle whole, so that it reaches the caller out of a worker process."""

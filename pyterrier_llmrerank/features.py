@@ -70,6 +70,6 @@ def fused(left: pt.Transformer, right: pt.Transformer) -> MatroyshkaFeatures | N
             rerankers.append(side)
         else:
             return None
-    if len({reranker.at(cutoff=None) for reranker in rerankers}) > 1 or rerankers[0].released:
-        return None  # the released code reads other heads when asked for several depths
+    if len({reranker.at(cutoff=None) for reranker in rerankers}) > 1 or rerankers[0].released or rerankers[0].prune:
+        return None  # the released code reads other heads when asked for several depths; what was pruned has no depths
     return MatroyshkaFeatures(rerankers)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -24,7 +25,7 @@ from .files import (
     smollm2,
 )
 from .inputs import PROMPT, Ids, MatroyshkaInputs
-from .reranker import LLMReranker, integer, path_like, positive
+from .reranker import LLMReranker, Scores, integer, path_like, positive
 
 if TYPE_CHECKING:
     from .checkpoints import Checkpoint, MatroyshkaCheckpoint
@@ -53,6 +54,11 @@ class MatroyshkaReranker(LLMReranker):
             indices from the cutoff on have no effect.
         compress_ratio: passage states pooled into one each time: 1 (off), 2, 4 or 8; larger powers of two
             (up to 64) work, but models are not trained for them.
+        prune: a cascade: after so many layers (the key) only so many candidates of each query (the value) go on,
+            the best by the score there: ``{8: 50, 16: 20}``. What goes on is not computed anew, and is scored as
+            without. What leaves stands below it, in the order of its last score: ``score`` is lowered for that.
+            ``exit_layer`` says after which layer each left, ``score_8`` and ``score_16`` what was read there. Layers
+            are shallower than the cutoff and have heads; numbers do not grow with them. Kept as a tuple of pairs.
         prompt: the question that ends every input.
         query_max_length: tokens kept of ``A: {query}``; None for three quarters of ``max_length``.
         max_length: tokens kept of ``B: {passage}``; prefix and passage together are held to about that.
@@ -91,6 +97,7 @@ class MatroyshkaReranker(LLMReranker):
         cutoff: int | Sequence[int] | None = None,
         compress_layers: int | Sequence[int] = (),
         compress_ratio: int = 1,
+        prune: Mapping[int, int] | Sequence[tuple[int, int]] = (),
         prompt: str = PROMPT,
         query_max_length: int | None = None,
         max_length: int = 512,
@@ -113,6 +120,7 @@ class MatroyshkaReranker(LLMReranker):
         self.compress_ratio = positive("compress_ratio", compress_ratio)
         if self.compress_ratio not in (1, 2, 4, 8, 16, 32, 64):
             raise ValueError(f"compress_ratio={compress_ratio!r}; allowed: 1, 2, 4, 8 (or a power of two up to 64).")
+        self.prune = _prune(prune, self.deepest())
         if not isinstance(prompt, str):
             raise ValueError(f"prompt={prompt!r}; allowed: a string.")
         self.prompt = prompt
@@ -120,6 +128,8 @@ class MatroyshkaReranker(LLMReranker):
         self.max_length = positive("max_length", max_length)
         self.normalize = bool(normalize)
         self.released = bool(released)
+        if self.released and self.prune:
+            raise ValueError(f"prune={prune!r}: released=True reads other heads than those of the layers; allowed: ().")
         self.start_layer = None if start_layer is None else positive("start_layer", start_layer)
         self.layer_sep = None if layer_sep is None else positive("layer_sep", layer_sep)
         if training is not None:
@@ -168,6 +178,7 @@ class MatroyshkaReranker(LLMReranker):
         cutoff: int | Sequence[int] | EllipsisType | None = ...,
         compress_layers: int | Sequence[int] | EllipsisType = ...,
         compress_ratio: int | EllipsisType = ...,
+        prune: Mapping[int, int] | Sequence[tuple[int, int]] | EllipsisType = ...,
         normalize: bool | EllipsisType = ...,
     ) -> MatroyshkaReranker:
         """The same reranker in another shape, over the same weights in memory.
@@ -178,6 +189,7 @@ class MatroyshkaReranker(LLMReranker):
             cutoff: as for the constructor, like all others here; ``...``, the default, leaves it as it is.
             compress_layers: likewise.
             compress_ratio: likewise.
+            prune: likewise.
             normalize: likewise.
 
         Raises:
@@ -187,6 +199,7 @@ class MatroyshkaReranker(LLMReranker):
             "cutoff": cutoff,
             "compress_layers": compress_layers,
             "compress_ratio": compress_ratio,
+            "prune": prune,
             "normalize": normalize,
         }
         changed = {name: value for name, value in shape.items() if value is not ...}
@@ -232,9 +245,13 @@ class MatroyshkaReranker(LLMReranker):
 
         with_head = checkpoint.head_layers
         cutoffs = self.cutoff if isinstance(self.cutoff, tuple) else (self.cutoff or with_head[-1],)
+        stages = dict(_prune(self.prune, cutoffs[-1]))
         for cutoff in cutoffs:
             if cutoff not in with_head:
                 raise ValueError(f"cutoff={cutoff}: {checkpoint.argument} has heads at layers {_listed(with_head)}.")
+        for layer in stages:
+            if layer not in with_head:
+                raise ValueError(f"prune={stages}: {checkpoint.argument} has heads at layers {_listed(with_head)}.")
         for layer in self.compress_layers:
             if layer >= checkpoint.layers:
                 raise ValueError(
@@ -247,9 +264,15 @@ class MatroyshkaReranker(LLMReranker):
                 f"compress_ratio={self.compress_ratio}: the layers of {checkpoint.argument} (model_type "
                 f"{checkpoint.config.model_type!r}) cannot be walked one by one; allowed: 1, no compression."
             )
+        if stages and not checkpoint.walked:
+            raise ValueError(
+                f"prune={stages}: the layers of {checkpoint.argument} (model_type {checkpoint.config.model_type!r}) "
+                "cannot be walked one by one; allowed: {}, no cascade."
+            )
         pad_id = cast("MatroyshkaCheckpoint", checkpoint).pad_id() if self.released and pools else None
-        heads = range(len(cutoffs)) if self.released else [with_head.index(cutoff) for cutoff in cutoffs]
-        return Shape(cutoffs, tuple(heads), self.compress_layers, self.compress_ratio, pad_id)
+        read = tuple(sorted({*cutoffs, *stages}))
+        heads = range(len(cutoffs)) if self.released else [with_head.index(layer) for layer in read]
+        return Shape(read, tuple(heads), self.compress_layers, self.compress_ratio, pad_id, tuple(stages.items()))
 
     def _encode(self, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Ids]:
         return MatroyshkaInputs(self.prompt, self.query_max_length, self.max_length)(tokenizer, pairs)
@@ -325,8 +348,14 @@ class MatroyshkaReranker(LLMReranker):
         write_merged(checkpoint, named, settings, weights.dtype, target)
         return []
 
-    def _layer_columns(self) -> list[str]:
-        return [f"score_{layer}" for layer in self.cutoff] if isinstance(self.cutoff, tuple) else []
+    def _columns(self, scores: Scores) -> dict[str, np.ndarray]:
+        layers = sorted({*(self.cutoff if isinstance(self.cutoff, tuple) else ()), *dict(self.prune)})
+        columns = {"score": scores.final, **{f"score_{layer}": scores.by_layer[layer] for layer in layers}}
+        return columns | ({"exit_layer": scores.exit_layer} if self.prune and scores.exit_layer is not None else {})
+
+    def _at_cutoffs(self, scores: Scores) -> np.ndarray:
+        shallower = self.cutoff[:-1] if isinstance(self.cutoff, tuple) else ()
+        return np.stack([*(scores.by_layer[layer] for layer in shallower), scores.final])
 
     def _finish(self, scores: np.ndarray) -> np.ndarray:
         if not self.normalize:
@@ -343,6 +372,25 @@ def _cutoff(value: object) -> int | tuple[int, ...] | None:
     if not layers:
         raise ValueError(f"cutoff={value!r}; allowed: a layer, several layers, or None.")
     return layers[0] if len(layers) == 1 else layers
+
+
+def _prune(value: object, deepest: int | None) -> tuple[tuple[int, int], ...]:
+    """Layers and how many go on after each, ascending by layer; the deepest cutoff as far as it is known."""
+    allowed = "layers and how many candidates go on after each, {8: 50, 16: 20}"
+    stages = list(value.items()) if isinstance(value, Mapping) else value
+    if not isinstance(stages, list | tuple) or not all(isinstance(s, list | tuple) and len(s) == 2 for s in stages):
+        raise ValueError(f"prune={value!r}; allowed: {allowed}.")
+    checked = sorted((integer("prune", layer, allowed), integer("prune", keep, allowed)) for layer, keep in stages)
+    if any(layer < 1 or keep < 1 for layer, keep in checked):
+        raise ValueError(f"prune={value!r}; allowed: {allowed}, integers of at least 1.")
+    if len(dict(checked)) < len(checked):
+        raise ValueError(f"prune={value!r}: a layer stands there twice; allowed: {allowed}.")
+    if deepest is not None and checked and checked[-1][0] >= deepest:
+        raise ValueError(f"prune={value!r}: layer {checked[-1][0]} is not shallower than the cutoff, {deepest}.")
+    for (_, before), (layer, keep) in pairwise(checked):
+        if keep > before:
+            raise ValueError(f"prune={value!r}: {keep} are to go on after layer {layer}, but {before} are left there.")
+    return tuple(checked)
 
 
 def _layers(name: str, value: object, *, at_least: int) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ needs to know which tokens are a pair, and where they stand in it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -51,13 +52,14 @@ class Packing:
         return int(self.lengths.max())
 
     @cached_property
-    def _owns(self) -> NDArray[np.bool_]:
+    def owns(self) -> NDArray[np.bool_]:
+        """Whether a pair's prefix stands with it, ``[pairs]``."""
         return np.equal(self.owner, np.arange(len(self)))
 
     @cached_property
     def _sizes(self) -> Indices:
         """Tokens of each pair that stand in the row as its own."""
-        return np.where(self._owns, self.lengths, self.lengths - self.prefix)
+        return np.where(self.owns, self.lengths, self.lengths - self.prefix)
 
     @cached_property
     def _starts(self) -> Indices:
@@ -73,14 +75,14 @@ class Packing:
     def positions(self) -> Indices:
         """Where each token of the row stands in its pair, ``[tokens]``."""
         own = np.arange(len(self.pair_of_token)) - self._starts[self.pair_of_token]
-        return own + np.where(self._owns, 0, self.prefix)[self.pair_of_token]
+        return own + np.where(self.owns, 0, self.prefix)[self.pair_of_token]
 
     @cached_property
     def places(self) -> Indices:
         """Where each token of each pair stands in the row, ``[pairs, longest]``; 0 after a pair's end."""
         position = np.arange(self.longest)[None]
         shared = self._starts[self.owner][:, None] + position
-        own = self._starts[:, None] + position - np.where(self._owns, 0, self.prefix)[:, None]
+        own = self._starts[:, None] + position - np.where(self.owns, 0, self.prefix)[:, None]
         place = np.where(position < self.prefix[:, None], shared, own)
         return np.where(position < self.lengths[:, None], place, 0)
 
@@ -103,16 +105,58 @@ class PackedPairs(Packing):
     """
 
     def __init__(self, pairs: Sequence[Ids], pad_id: int | None = None) -> None:
-        first: dict[tuple[int, ...], int] = {}
-        owner = np.array([first.setdefault(tuple(pair.prefix), index) for index, pair in enumerate(pairs)])
         prefix, body, suffix = (np.array([len(pair[part]) for pair in pairs]) for part in range(3))
         padding = np.zeros_like(prefix) if pad_id is None else -(prefix + body + suffix) % 8
-        super().__init__(prefix, body, suffix, owner, padding)
+        super().__init__(prefix, body, suffix, owners(pairs), padding)
         ids: list[int] = []
-        for pair, owns, pads in zip(pairs, self._owns, padding, strict=True):
+        for pair, owns, pads in zip(pairs, self.owns, padding, strict=True):
             ids += (pair.prefix if owns else []) + pair.body + pair.suffix + [pad_id or 0] * int(pads)
         #: Token ids of the row, ``[tokens]``.
         self.ids: Indices = np.array(ids, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Pairs on their way through the layers of a decoder.
+
+    Args:
+        packing: how they stand in the row.
+        states: of their tokens, ``[tokens, width]``.
+        depth: layers they have been through.
+    """
+
+    packing: Packing
+    states: Tensor
+    depth: int
+
+
+def regrouped(members: Sequence[tuple[Row, int]], pairs: Sequence[Ids]) -> Row:
+    """Pairs out of several rows of one depth as a row of their own.
+
+    Args:
+        members: the row of each pair, and its number there.
+        pairs: their ids, which say whose prefix is the same.
+    """
+    rows = {id(row): row for row, _ in members}
+    offsets = dict(zip(rows, np.cumsum([0, *(len(row.states) for row in rows.values())]).tolist(), strict=False))
+    prefix, body, suffix, padding = (
+        np.array([getattr(row.packing, part)[number] for row, number in members])
+        for part in ("prefix", "body", "suffix", "padding")
+    )
+    packing = Packing(prefix, body, suffix, owners(pairs), padding)
+    sources = []
+    for (row, number), owns in zip(members, packing.owns, strict=True):
+        places = row.packing.places[number, : row.packing.lengths[number]]
+        sources.append(offsets[id(row)] + (places if owns else places[row.packing.prefix[number] :]))
+    states = torch.cat([row.states for row in rows.values()])
+    source = on_device(np.concatenate(sources), states.device)
+    return Row(packing, states.index_select(0, source), next(iter(rows.values())).depth)
+
+
+def owners(pairs: Sequence[Ids]) -> Indices:
+    """For each pair the first one with the same prefix, ``[pairs]``."""
+    first: dict[tuple[int, ...], int] = {}
+    return np.array([first.setdefault(tuple(pair.prefix), index) for index, pair in enumerate(pairs)])
 
 
 def on_device(array: NDArray[np.generic], device: torch.device) -> Tensor:

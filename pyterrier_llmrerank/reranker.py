@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 import threading
 from abc import abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
@@ -28,6 +29,25 @@ if TYPE_CHECKING:
 _WEIGHTS_LOCK = threading.RLock()  # held while a reranker finds its weights, so that threads may share it
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class Scores(NamedTuple):
+    """What came of scoring some rows.
+
+    Args:
+        final: the score of each, ``[rows]``; NaN where scoring stopped before.
+        by_layer: those at each layer that was read; NaN where a row did not come so far.
+        exit_layer: the layer after which each left a cascade; None without one.
+    """
+
+    final: np.ndarray
+    by_layer: Mapping[int, np.ndarray]
+    exit_layer: np.ndarray | None
+
+    @classmethod
+    def none(cls) -> Scores:
+        """Those of no rows."""
+        return cls(np.empty(0), defaultdict(lambda: np.empty(0)), np.empty(0, dtype=int))
 
 
 class LLMReranker(pt.Estimator):
@@ -93,9 +113,13 @@ class LLMReranker(pt.Estimator):
         """The text of each row as the model reads it."""
         return list(inp[self.text_field])
 
-    def _layer_columns(self) -> list[str]:
-        """Columns for the scores at each cutoff, where there are several."""
-        return []
+    def _columns(self, scores: Scores) -> dict[str, np.ndarray]:
+        """What is added to a frame, rank apart."""
+        return {"score": scores.final}
+
+    def _at_cutoffs(self, scores: Scores) -> np.ndarray:
+        """What is given without a frame, ``[cutoffs, pairs]``."""
+        return scores.final[None]
 
     def _finish(self, scores: np.ndarray) -> np.ndarray:
         """What is done to the logits last."""
@@ -119,24 +143,19 @@ class LLMReranker(pt.Estimator):
             ScoringError: scoring had to stop; carries the rows already scored.
         """
         pt.validate.result_frame(inp, extra_columns=["query", self.text_field], context=self)
-        columns = self._layer_columns()
         if len(inp) == 0:
-            nothing = pd.Series(dtype="float64")
-            return pt.model.add_ranks(inp.assign(**dict.fromkeys(["score", *columns], nothing)))
+            none = {name: pd.Series(values) for name, values in self._columns(Scores.none()).items()}
+            return pt.model.add_ranks(inp.assign(**none))
         self._check_rows(inp)
         pairs = list(zip(inp["query"], self._bodies(inp), strict=True))
-
-        def scored(scores: np.ndarray) -> pd.DataFrame:
-            by_layer = dict(zip(columns, scores, strict=True)) if columns else {}
-            return inp.assign(score=scores[-1], **by_layer)
-
+        queries = list(zip(inp["qid"], inp["query"], strict=True))
         try:
-            scores = self._score(pairs, lambda row: self._label(inp, row))
+            scores = self._score(pairs, queries, lambda row: self._label(inp, row))
         except ScoringError as error:
-            so_far = scored(cast(np.ndarray, error.scores))
+            so_far = inp.assign(**self._columns(cast(Scores, error.scores)))
             error.scores = pt.model.add_ranks(so_far[so_far["score"].notna()].copy())
             raise
-        return pt.model.add_ranks(scored(scores))
+        return pt.model.add_ranks(inp.assign(**self._columns(scores)))
 
     def compute_score(self, pairs: Iterable[Any]) -> float | np.ndarray:
         """Score pairs without a frame.
@@ -162,11 +181,14 @@ class LLMReranker(pt.Estimator):
                 if problem := problem_of(text):
                     raise ValueError(f"the {name} of pairs[{number}] is {problem}.")
             checked.append((pair[0], self._body(pair[1])))
-        scores = self._score(checked, "pairs[{}]".format)
-        scores = scores if self._layer_columns() else scores[0]
-        if not single:
-            return scores
-        return scores[..., 0] if scores.ndim > 1 else float(scores[0])
+        try:
+            scores = self._at_cutoffs(self._score(checked, [query for query, _ in checked], "pairs[{}]".format))
+        except ScoringError as error:
+            error.scores = self._at_cutoffs(cast(Scores, error.scores))
+            raise
+        if len(scores) == 1:
+            return float(scores[0, 0]) if single else scores[0]
+        return scores[:, 0] if single else scores
 
     def _body(self, passage: str) -> str:
         """A passage that came without a frame."""
@@ -190,17 +212,31 @@ class LLMReranker(pt.Estimator):
         qid, docno = (getattr(value, "item", lambda value=value: value)() for value in inp[["qid", "docno"]].iloc[row])
         return f"qid {qid!r}, docno {docno!r}"
 
-    def _score(self, pairs: list[tuple[str, str]], label: Callable[[int], str]) -> np.ndarray:
-        """Scores ``[cutoffs, pairs]``; each distinct pair goes through the model once."""
+    def _score(self, pairs: list[tuple[str, str]], queries: Sequence[Hashable], label: Callable[[int], str]) -> Scores:
+        """Score pairs, of which ``queries`` tells who compete; each distinct one goes through the model once."""
+        from .cascade import Cascade
         from .scoring import score
 
         weights = self._weights()
         shape = self._shape(weights.checkpoint)
         if not pairs:
-            return np.empty((len(shape.cutoffs), 0))
+            return Scores.none()
         distinct = list(dict.fromkeys(pairs))
         at = {pair: index for index, pair in enumerate(distinct)}
         inverse = np.array([at[pair] for pair in pairs])
+        cascade = Cascade(dict(shape.prune), queries, inverse, shape.cutoffs[-1]) if shape.prune else None
+
+        def of_rows(scores: np.ndarray) -> Scores:
+            by_layer = dict(zip(shape.cutoffs, scores[:, inverse], strict=True))
+            if cascade is None:
+                final = by_layer[shape.cutoffs[-1]]
+            else:
+                final = cascade.ordered(by_layer)
+                for layer, here in by_layer.items():  # a row may have left where another with its text went on
+                    here[cascade.exit_layer < layer] = np.nan
+            finished = {layer: self._finish(here) for layer, here in by_layer.items()}
+            return Scores(self._finish(final), finished, None if cascade is None else cascade.exit_layer)
+
         with pt.tqdm(total=len(distinct), desc=type(self).__name__, unit="pair", disable=not self.verbose) as bar:
             try:
                 scores = score(
@@ -211,11 +247,12 @@ class LLMReranker(pt.Estimator):
                     batch_size=self.batch_size,
                     label=lambda index: label(pairs.index(distinct[index])),
                     progress=bar.update,
+                    cascade=cascade,
                 )
             except ScoringError as error:
-                error.scores = self._finish(cast(np.ndarray, error.scores)[:, inverse])
+                error.scores = of_rows(cast(np.ndarray, error.scores))
                 raise
-        return self._finish(scores)[:, inverse]
+        return of_rows(scores)
 
     # -- training
 

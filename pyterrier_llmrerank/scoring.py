@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -14,15 +15,19 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .batching import Budget, chunks, run_in_batches
-from .decoder import decode
+from .cascade import Cascade
+from .decoder import embedded, walk
 from .errors import ScoringError
 from .inputs import Ids
-from .packing import PackedPairs
+from .packing import PackedPairs, Row, regrouped
 from .plain import PlainDecoder
 from .weights import Weights
 
 #: Pairs whose ids are made, and which are sorted into batches, together; a query's pairs stay together beyond it.
 CHUNK = 1024
+
+#: The same where candidates leave on the way: the states of all of them are held until it is known which go on.
+CASCADE_CHUNK = 256
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -37,6 +42,7 @@ class Shape:
         heads: the head that reads each, by its index.
         compress_layers, compress_ratio: as :func:`~pyterrier_llmrerank.decoder.decode`.
         pad_id: reproduce the released code's padding with this id; None for scores without padding.
+        prune: those of the cutoffs after which candidates leave, and how many of each query go on.
     """
 
     cutoffs: tuple[int, ...]
@@ -44,6 +50,14 @@ class Shape:
     compress_layers: tuple[int, ...] = ()
     compress_ratio: int = 1
     pad_id: int | None = None
+    prune: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def stages(self) -> list[tuple[int, ...]]:
+        """The cutoffs, cut after each where candidates leave."""
+        leave = [layer for layer, _ in self.prune]
+        bounds = zip([0, *leave], [*leave, self.cutoffs[-1]], strict=True)
+        return [tuple(cutoff for cutoff in self.cutoffs if above < cutoff <= last) for above, last in bounds]
 
 
 def score(
@@ -55,8 +69,9 @@ def score(
     batch_size: int | None,
     label: Callable[[int], str],
     progress: Callable[[int], object],
+    cascade: Cascade | None = None,
 ) -> np.ndarray:
-    """Score every pair at every cutoff of the shape.
+    """Score every pair at every cutoff of the shape, or as far as it goes.
 
     Pairs are made into ids and scored a chunk at a time, so that no more ids are held than those of two chunks; those
     of the next are made while one is scored. A text is tokenised once a chunk.
@@ -69,9 +84,10 @@ def score(
         batch_size: pairs a batch; None for a token budget that fits the device.
         label: names a pair, for messages.
         progress: told how many pairs are done with each batch.
+        cascade: which pairs go on where the shape prunes. Survivors' states go on from where they are.
 
     Returns:
-        fp32 logits as float64, ``[cutoffs, pairs]``.
+        fp32 logits as float64, ``[cutoffs, pairs]``; NaN where a pair did not come so far.
 
     Raises:
         ScoringError: a score is not finite, or memory runs out, with one pair alone or between batches; carries the
@@ -80,16 +96,17 @@ def score(
     model, heads, tokenizer = weights.at_depth(shape.cutoffs[-1])
     heads = heads[list(shape.heads)]
     scores = np.full((len(shape.cutoffs), len(pairs)), np.nan)
-    in_work: list[tuple[list[int], Callable[[], np.ndarray]]] = []
+    stages = shape.stages
+    in_work: list[tuple[list[int], slice, Callable[[], np.ndarray]]] = []
 
     def collect(leave: int = 0) -> None:
         """Wait for batches until so many are left for the device to work on."""
         while len(in_work) > leave:
-            batch, result = in_work[0]
+            batch, read, result = in_work[0]
             got = result()  # what fails here is asked for again
             del in_work[0]
             finite = np.isfinite(got).all(axis=0)
-            scores[:, np.array(batch)[finite]] = got[:, finite]
+            scores[read, np.array(batch)[finite]] = got[:, finite]
             if not finite.all():
                 with suppress(ScoringError):
                     collect()
@@ -98,34 +115,68 @@ def score(
                     + ("try dtype='float32'." if weights.dtype != torch.float32 else "is the checkpoint sound?"),
                     scores,
                 )
-            progress(len(batch))
+            if read.stop == len(scores):
+                progress(len(batch))
 
     @torch.inference_mode()
-    def run(batch: list[int]) -> None:
-        packed = PackedPairs([ids[index] for index in batch], shape.pad_id)
+    def run(stage: int, going: list[int], batch: list[int]) -> None:
+        """Take pairs through a stage: ``batch`` says which of those of the chunk that are ``going``."""
+        members = [going[index] for index in batch]
+        pairs_ids = [ids[member] for member in members]
+        cutoffs = stages[stage]
         if isinstance(model, PlainDecoder):
-            states = model(packed, shape.cutoffs)
+            states = model(PackedPairs(pairs_ids), cutoffs)
         else:
-            states = decode(
-                model, packed, shape.cutoffs, compress_layers=shape.compress_layers, compress_ratio=shape.compress_ratio
-            )
-        computed = torch.einsum("cbw,cw->cb", states.float(), heads)
-        in_work.append(([chunk[index] for index in batch], _brought_back(computed)))
+            if stage == 0:
+                row = embedded(model, PackedPairs(pairs_ids, shape.pad_id))
+            else:
+                row = regrouped([held[stage - 1, member] for member in members], pairs_ids)
+            on = stage + 1 < len(stages)
+            states, row = walk(
+                model, row, cutoffs, compress_layers=shape.compress_layers, compress_ratio=shape.compress_ratio,
+                goes_on=on,
+            )  # fmt: skip
+            if on:
+                held.update({(stage, member): (row, number) for number, member in enumerate(members)})
+        first = shape.cutoffs.index(cutoffs[0])
+        read = slice(first, first + len(cutoffs))
+        computed = torch.einsum("cbw,cw->cb", states.float(), heads[read])
+        in_work.append(([chunk[member] for member in members], read, _brought_back(computed)))
         collect(leave=1)
 
+    def leave(stage: int, going: list[int]) -> list[int]:
+        """Those of the chunk that still go on after a stage."""
+        if cascade is None or stage + 1 == len(stages):
+            return going
+        collect()
+        layer = stages[stage][-1]
+        of_chunk = {chunk[member]: member for member in going}
+        stay = cascade.survivors(layer, list(of_chunk), scores[shape.cutoffs.index(layer)])
+        progress(len(going) - len(stay))
+        members = [of_chunk[pair] for pair in stay]
+        for key in held.keys() - {(stage, member) for member in members}:
+            del held[key]
+        return members
+
     budget = Budget(pairs=batch_size) if batch_size else Budget.of_device(weights.device)
-    parts = list(chunks([query for query, _ in pairs], max(CHUNK, batch_size or 0)))
+    chunk_size = CHUNK if len(stages) == 1 else CASCADE_CHUNK
+    parts = list(chunks([query for query, _ in pairs], max(chunk_size, batch_size or 0)))
     try:
         for chunk, ids in _one_ahead(lambda part: (part, encode(tokenizer, [pairs[i] for i in part])), parts):
-            too_large = run_in_batches(ids, run, budget)
-            if too_large is not None:
-                collect()
-                raise ScoringError(
-                    f"out of memory on {weights.device} with one pair alone: {label(chunk[too_large])}, "
-                    f"{ids[too_large].length} tokens; "
-                    "allow fewer tokens a passage, a smaller dtype, or a larger device.",
-                    scores,
-                )
+            going = list(range(len(chunk)))
+            held: dict[tuple[int, int], tuple[Row, int]] = {}  # where each pair's states are, after each stage
+            for stage in range(len(stages)):
+                too_large = run_in_batches([ids[member] for member in going], partial(run, stage, going), budget)
+                if too_large is not None:
+                    collect()
+                    member = going[too_large]
+                    raise ScoringError(
+                        f"out of memory on {weights.device} with one pair alone: {label(chunk[member])}, "
+                        f"{ids[member].length} tokens; "
+                        "allow fewer tokens a passage, a smaller dtype, or a larger device.",
+                        scores,
+                    )
+                going = leave(stage, going)
         collect()
     except MemoryError as error:
         raise ScoringError("out of memory between two batches; rerank fewer queries at a time.", scores) from error

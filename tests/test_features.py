@@ -17,8 +17,8 @@ def test_a_union_of_depths_is_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = union.compile()
     assert isinstance(compiled, MatroyshkaFeatures)
     passes = []
-    real = scoring.decode
-    monkeypatch.setattr(scoring, "decode", lambda *args, **options: passes.append(1) or real(*args, **options))
+    real = scoring.walk
+    monkeypatch.setattr(scoring, "walk", lambda *args, **options: passes.append(1) or real(*args, **options))
     got = compiled.transform(rows)
     assert len(passes) == 1
     np.testing.assert_allclose(np.stack(got["features"]), np.stack(wanted["features"]), atol=1e-4)
@@ -35,6 +35,7 @@ def test_what_differs_in_more_than_depth_stays_apart() -> None:
         shallow**other,
         shallow**several,
         released ** released.at(cutoff=8),
+        shallow.at(prune={3: 2}) ** full().at(prune={3: 2}),
         shallow ** pt.Transformer.identity(),
     ):
         assert not isinstance(union.compile(), MatroyshkaFeatures)

@@ -17,12 +17,15 @@ from hypothesis import strategies as st
 from pyterrier.measures import nDCG
 
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker, ScoringError, scoring
+from pyterrier_llmrerank.packing import Row
+from pyterrier_llmrerank.reranker import Scores
 
 FULL = str(MODELS / "costwise_full")
 RERANKERS = {
     "rankllama": RankLLaMAReranker(MODELS / "rankllama_adapter", base_model=MODELS / "rankllama_base", dtype="float32"),
     "matroyshka": MatroyshkaReranker(FULL, dtype="float32"),
     "several cutoffs": MatroyshkaReranker(FULL, dtype="float32", cutoff=[4, 8]),
+    "cascade": MatroyshkaReranker(FULL, dtype="float32", prune={3: 4, 5: 2}),
 }
 EITHER = pytest.mark.parametrize("reranker", RERANKERS.values(), ids=RERANKERS)
 MATROYSHKA = RERANKERS["matroyshka"]
@@ -71,20 +74,20 @@ def test_an_empty_frame_costs_nothing(reranker: LLMReranker) -> None:
     for columns in (["qid", "query", "docno", "text"], ["qid", "docno", "text", "query", "score", "rank", "extra"]):
         got = fresh.transform(pd.DataFrame(columns=columns))
         assert len(got) == 0
-        assert set(got.columns) == {*columns, "score", "rank", *fresh._layer_columns()}
+        assert set(got.columns) == {*columns, "score", "rank", *fresh._columns(Scores.none())}
         assert got["score"].dtype == np.float64
 
 
 def test_duplicate_rows_are_each_scored_and_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = pd.concat([frame(1, 2)] * 3)
     seen = []
-    real = scoring.decode
+    real = scoring.walk
 
-    def counting(model: object, ids: object, *args: object, **options: object) -> object:
-        seen.append(len(ids))
-        return real(model, ids, *args, **options)
+    def counting(model: object, row: Row, *args: object, **options: object) -> object:
+        seen.append(len(row.packing))
+        return real(model, row, *args, **options)
 
-    monkeypatch.setattr(scoring, "decode", counting)
+    monkeypatch.setattr(scoring, "walk", counting)
     got = MATROYSHKA.transform(rows)
     assert sum(seen) == 2
     assert got["score"].nunique() == 2
@@ -153,14 +156,15 @@ def test_a_row_without_identity_is_named(column: str) -> None:
 def test_what_was_scored_before_a_failure_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     reranker = MatroyshkaReranker(FULL, dtype="float32", batch_size=1)
     rows = frame()
-    real = scoring.decode
+    real = scoring.walk
     calls = []
 
     def fails_at_the_third(*args: object, **options: object) -> object:
         calls.append(1)
-        return real(*args, **options) * (np.inf if len(calls) == 3 else 1)
+        states, row = real(*args, **options)
+        return states * (np.inf if len(calls) == 3 else 1), row
 
-    monkeypatch.setattr(scoring, "decode", fails_at_the_third)
+    monkeypatch.setattr(scoring, "walk", fails_at_the_third)
     with pytest.raises(ScoringError, match=r"score of qid 'q\d', docno 'd\d' is not finite") as info:
         reranker.transform(rows)
     kept = info.value.scores
@@ -341,7 +345,7 @@ class TestRankLLaMA(pt.testing.transformer_test_class(RankLLaMAReranker)):
 def test_inspection(reranker: LLMReranker) -> None:
     assert pt.inspect.transformer_inputs(reranker) == [["qid", "docno", "query", "text"]]
     outputs = pt.inspect.transformer_outputs(reranker, ["qid", "query", "docno", "text", "more"])
-    assert set(outputs) == {"qid", "query", "docno", "text", "more", "score", "rank", *reranker._layer_columns()}
+    assert set(outputs) == {"qid", "query", "docno", "text", "more", "score", "rank", *reranker._columns(Scores.none())}
     attributes = {attribute.name: attribute.value for attribute in pt.inspect.transformer_attributes(reranker)}
     assert attributes == reranker._arguments()
     changed = pt.inspect.transformer_apply_attributes(reranker, batch_size=3)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker, ScoringError, batching, scoring
-from pyterrier_llmrerank.packing import PackedPairs
+from pyterrier_llmrerank.packing import Row
 
 FULL = str(MODELS / "costwise_full")
 RERANKERS = {
@@ -55,29 +55,29 @@ def test_memory_running_out_halves_the_batch(monkeypatch: pytest.MonkeyPatch) ->
     reranker = RERANKERS["plain"]
     pairs = [pair(i, 10, i) for i in range(9)]
     wanted = reranker.compute_score(pairs)
-    real, sizes = scoring.decode, []
+    real, sizes = scoring.walk, []
 
-    def short_of_memory(model: object, rows: PackedPairs, *args: object, **options: object) -> torch.Tensor:
-        sizes.append(len(rows))
-        if len(rows) > 3:
+    def short_of_memory(model: object, row: Row, *args: object, **options: object) -> tuple[torch.Tensor, Row]:
+        sizes.append(len(row.packing))
+        if len(row.packing) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(model, rows, *args, **options)
+        return real(model, row, *args, **options)
 
-    monkeypatch.setattr(scoring, "decode", short_of_memory)
+    monkeypatch.setattr(scoring, "walk", short_of_memory)
     np.testing.assert_allclose(reranker.compute_score(pairs), wanted, atol=1e-4)
     assert sizes[:3] == [9, 5, 3]
 
 
 def test_one_pair_that_does_not_fit_is_named_and_the_rest_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     reranker = MatroyshkaReranker(FULL, dtype="float32", batch_size=1)
-    real = scoring.decode
+    real = scoring.walk
 
-    def fails_on_the_short(model: object, rows: PackedPairs, *args: object, **options: object) -> torch.Tensor:
-        if rows.longest < 60:
+    def fails_on_the_short(model: object, row: Row, *args: object, **options: object) -> tuple[torch.Tensor, Row]:
+        if row.packing.longest < 60:
             raise MemoryError
-        return real(model, rows, *args, **options)
+        return real(model, row, *args, **options)
 
-    monkeypatch.setattr(scoring, "decode", fails_on_the_short)
+    monkeypatch.setattr(scoring, "walk", fails_on_the_short)
     with pytest.raises(ScoringError, match=r"out of memory on cpu with one pair alone: pairs\[1\], \d+ tokens") as info:
         reranker.compute_score([("a", words(1, 60)), ("b", "short")])
     assert np.isfinite(info.value.scores).tolist() == [[True, False]]
@@ -88,14 +88,14 @@ def test_one_pair_that_does_not_fit_is_named_and_the_rest_is_kept(monkeypatch: p
 )
 def test_a_score_that_is_not_finite_is_named(monkeypatch: pytest.MonkeyPatch, dtype: str, advice: str) -> None:
     reranker = MatroyshkaReranker(FULL, dtype=dtype)
-    real = scoring.decode
+    real = scoring.walk
 
-    def overflows(model: object, rows: PackedPairs, *args: object, **options: object) -> torch.Tensor:
-        states = real(model, rows, *args, **options)
+    def overflows(model: object, row: Row, *args: object, **options: object) -> tuple[torch.Tensor, Row]:
+        states, row = real(model, row, *args, **options)
         states[:, 1] = torch.inf
-        return states
+        return states, row
 
-    monkeypatch.setattr(scoring, "decode", overflows)
+    monkeypatch.setattr(scoring, "walk", overflows)
     with pytest.raises(ScoringError, match=rf"score of pairs\[0\] is not finite in torch\.{dtype}; {advice}") as info:
         reranker.compute_score([("a", "short"), ("b", words(1, 60))])
     assert np.isfinite(info.value.scores).tolist() == [[False, True]]
@@ -103,13 +103,14 @@ def test_a_score_that_is_not_finite_is_named(monkeypatch: pytest.MonkeyPatch, dt
 
 def test_the_batch_in_work_when_a_score_fails_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     reranker = MatroyshkaReranker(FULL, dtype="float32", batch_size=1)
-    real, calls = scoring.decode, []
+    real, calls = scoring.walk, []
 
-    def first_overflows(*args: object, **options: object) -> torch.Tensor:
+    def first_overflows(*args: object, **options: object) -> tuple[torch.Tensor, Row]:
         calls.append(1)
-        return real(*args, **options) * (torch.inf if len(calls) == 1 else 1)
+        states, row = real(*args, **options)
+        return states * (torch.inf if len(calls) == 1 else 1), row
 
-    monkeypatch.setattr(scoring, "decode", first_overflows)
+    monkeypatch.setattr(scoring, "walk", first_overflows)
     with pytest.raises(ScoringError, match=r"score of pairs\[2\] is not finite") as info:
         reranker.compute_score([("a", words(1, 9)), ("a", words(1, 20)), ("a", words(1, 60))])
     assert np.isfinite(info.value.scores).tolist() == [[False, True, False]]  # the second was on its way
@@ -117,13 +118,13 @@ def test_the_batch_in_work_when_a_score_fails_is_kept(monkeypatch: pytest.Monkey
 
 def test_default_batches_stay_within_the_devices_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = []
-    real = scoring.decode
+    real = scoring.walk
 
-    def watched(model: object, rows: PackedPairs, *args: object, **options: object) -> torch.Tensor:
-        shapes.append(len(rows.ids))
-        return real(model, rows, *args, **options)
+    def watched(model: object, row: Row, *args: object, **options: object) -> tuple[torch.Tensor, Row]:
+        shapes.append(len(row.states))
+        return real(model, row, *args, **options)
 
-    monkeypatch.setattr(scoring, "decode", watched)
+    monkeypatch.setattr(scoring, "walk", watched)
     monkeypatch.setitem(batching.TOKENS, "cpu", 300)
     RERANKERS["plain"].compute_score([pair(i, 20 + i, i) for i in range(20)])
     assert len(shapes) > 2
@@ -169,7 +170,7 @@ def test_the_last_layer_is_run_for_what_is_read() -> None:
 
 def test_ids_are_made_while_the_chunk_before_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
     begun, scored = threading.Event(), threading.Event()
-    real_decode, reranker = scoring.decode, MatroyshkaReranker(FULL, dtype="float32")
+    real_walk, reranker = scoring.walk, MatroyshkaReranker(FULL, dtype="float32")
     real_encode, chunks_made = reranker._encode, []
 
     def encode(tokenizer: object, pairs: list[tuple[str, str]]) -> object:
@@ -179,13 +180,13 @@ def test_ids_are_made_while_the_chunk_before_is_scored(monkeypatch: pytest.Monke
             assert not scored.is_set()
         return real_encode(tokenizer, pairs)
 
-    def decode(*args: object, **options: object) -> object:
+    def walk(*args: object, **options: object) -> object:
         assert begun.wait(10)
         scored.set()
-        return real_decode(*args, **options)
+        return real_walk(*args, **options)
 
     monkeypatch.setattr(scoring, "CHUNK", 2)
-    monkeypatch.setattr(scoring, "decode", decode)
+    monkeypatch.setattr(scoring, "walk", walk)
     reranker._encode = encode
     reranker.compute_score([pair(i, 9, i) for i in range(6)])
     assert chunks_made == [2, 2, 2]
