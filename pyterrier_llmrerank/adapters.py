@@ -90,13 +90,18 @@ class Adapter:
 
     def add_to(self, weight: Tensor, module: str) -> None:
         """Add the update of a module to its weight, fp32, in place."""
+        down, up = self.factors(module)
+        weight.addmm_(up, down)
+
+    def factors(self, module: str) -> tuple[Tensor, Tensor]:
+        """The update of a module as fp32 ``[rank, inputs]`` and ``[outputs, rank]``; their product is added."""
         down, up = (self._files.read(self._sides[module][side]).float() for side in "AB")
         rank = down.shape[0]
         alpha = _pattern(
             self.config.get("alpha_pattern"), self._full_names[module], self.config.get("lora_alpha", rank)
         )
         scaling = alpha / rank**0.5 if self.config.get("use_rslora") else alpha / rank
-        weight.addmm_(up, down, alpha=scaling)
+        return down, up * scaling
 
     def read_whole(self, name: str) -> Tensor:
         """A tensor that was trained whole."""

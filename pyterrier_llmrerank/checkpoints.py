@@ -72,6 +72,8 @@ class Checkpoint(ABC):
         self.config = self._decoder_config()
         #: What is merged into the decoder.
         self.adapters: Sequence[Adapter] = ()
+        #: Those of them that are laid over the decoder's weights, rather than merged into them.
+        self.overlay: Sequence[Adapter] = ()
         #: The adapter that was asked for by name, which would go on learning; else None.
         self.adapter: Adapter | None = None
         #: The model below the adapters, as its user or an adapter names it.
@@ -274,6 +276,8 @@ class MatroyshkaCheckpoint(Checkpoint):
         adapters: LoRA folders, each a local one, one below the model's own folder, or a hub id.
         start_layer: the shallowest layer with a head.
         layer_sep: layers from one head to the next; 1 by default.
+        overlay: more LoRA folders, which are to be laid over the weights with ``adapters`` merged in, so that these
+            can serve without them too.
 
     Raises:
         FileNotFoundError, ConnectionError: as :func:`~pyterrier_llmrerank.files.folder_of`.
@@ -281,13 +285,20 @@ class MatroyshkaCheckpoint(Checkpoint):
     """
 
     def __init__(
-        self, model: str, adapters: Sequence[str], start_layer: int | None, layer_sep: int | None = None
+        self,
+        model: str,
+        adapters: Sequence[str],
+        start_layer: int | None,
+        layer_sep: int | None = None,
+        overlay: Sequence[str] = (),
     ) -> None:
         super().__init__(folder_of(model, "model"), f"model={model!r}")
         self.base = model
         self.layer_wise = str(self.settings.get("model_type")).startswith(LAYER_WISE)
         self.start_layer, self.layer_sep = self._heads_at(start_layer, layer_sep)
-        self.adapters = [Adapter(adapter_folder(name, model), f"adapters: {name!r}") for name in adapters]
+        names = [("adapters", name) for name in adapters] + [("token_adapters", name) for name in overlay]
+        self.adapters = [Adapter(adapter_folder(name, model), f"{role}: {name!r}") for role, name in names]
+        self.overlay = self.adapters[len(adapters) :]
         for adapter in self.adapters:
             if adapter.whole:
                 raise ValueError(f"{adapter.argument}: holds whole tensors {sorted(adapter.whole)}; wanted plain LoRA.")

@@ -15,7 +15,6 @@ import pyterrier as pt
 
 from .files import (
     SHIPPED_DISTILLED,
-    SHIPPED_LAYERS,
     SHIPPED_RATIOS,
     adapter_folder,
     is_hub_id,
@@ -45,8 +44,12 @@ class MatroyshkaReranker(LLMReranker):
             family, to which ``adapters`` and ``start_layer`` belong: a folder, ``.gguf`` file or hub id.
             ``"smollm2-135m"`` is SmolLM2-135M-Instruct with the adapters that come with this package.
         adapters: LoRA folders to merge, in this order: paths, folders below the model's own
-            (``"compensate/layer/full"``), or hub ids. By default none; of ``"smollm2-135m"`` those that
-            fit the shape: distilled, layer compensation, and token compensation where it compresses.
+            (``"compensate/layer/full"``), or hub ids. By default none; of ``"smollm2-135m"`` those of
+            distillation and layer compensation.
+        token_adapters: token compensations by ratio, ``{2: folder, 4: folder}``: where a shape has
+            ``compress_layers``, the one for its ratio, else for the next lower, is laid over the same weights. By
+            default none; of ``"smollm2-135m"`` those that come with it. Kept as a tuple of pairs; what is in use
+            stands in the re-ranker's ``repr``.
         cutoff: the layer whose score is wanted, or several: then ``score`` is the deepest's, and each has
             a column ``score_<layer>``, all out of one pass. None for the model's last layer. Layers
             deeper than that are neither run nor, unless another reranker needs them, kept in memory.
@@ -94,6 +97,7 @@ class MatroyshkaReranker(LLMReranker):
         model: str = "BAAI/Matroyshka-ReRanker-passage",
         *,
         adapters: str | Sequence[str] = (),
+        token_adapters: Mapping[int, str] | Sequence[tuple[int, str]] = (),
         cutoff: int | Sequence[int] | None = None,
         compress_layers: int | Sequence[int] = (),
         compress_ratio: int = 1,
@@ -115,6 +119,7 @@ class MatroyshkaReranker(LLMReranker):
         self._set_shared(model, text_field, batch_size, device, dtype, verbose, training)
         folders = adapters if isinstance(adapters, list | tuple) else [adapters]
         self.adapters = tuple(path_like("adapters", folder) for folder in folders)
+        self.token_adapters = _by_ratio(token_adapters)
         self.cutoff = _cutoff(cutoff)
         self.compress_layers = _layers("compress_layers", compress_layers, at_least=0)
         self.compress_ratio = positive("compress_ratio", compress_ratio)
@@ -135,9 +140,10 @@ class MatroyshkaReranker(LLMReranker):
         if training is not None:
             self._check_training(training)
         require(self.model, "model")
-        for name in self.adapters:
-            if not (Path(self.model).expanduser() / name).is_dir():
-                require(name, "adapters")
+        for role, names in {"adapters": self.adapters, "token_adapters": dict(self.token_adapters).values()}.items():
+            for name in names:
+                if not (Path(self.model).expanduser() / name).is_dir():
+                    require(name, role)
         if self._is_local():  # fail now, not after a first stage has run
             self._shape(self._weights().checkpoint)
 
@@ -183,7 +189,7 @@ class MatroyshkaReranker(LLMReranker):
     ) -> MatroyshkaReranker:
         """The same reranker in another shape, over the same weights in memory.
 
-        Only for ``"smollm2-135m"`` do other ratios mean other adapters, so weights of their own.
+        A token adapter that fits the shape is laid over them; one that was given among ``adapters`` stays merged in.
 
         Args:
             cutoff: as for the constructor, like all others here; ``...``, the default, leaves it as it is.
@@ -225,20 +231,43 @@ class MatroyshkaReranker(LLMReranker):
 
         return partial(MatroyshkaCheckpoint, *self._opened())
 
+    def _overlaid(self) -> partial[Any] | None:
+        from .checkpoints import MatroyshkaCheckpoint
+
+        overlay = self._token_adapter()
+        return partial(MatroyshkaCheckpoint, *self._opened(), overlay) if overlay else None
+
+    def _token_adapter(self) -> tuple[str, ...]:
+        """The token compensation that fits the shape, if there is one."""
+        by_ratio = dict(self.token_adapters)
+        if is_shipped(self.model) and not self.adapters and not by_ratio:
+            by_ratio = {ratio: shipped(f"matroyshka-{self.model}/token-{ratio}") for ratio in SHIPPED_RATIOS}
+        # Whatever the cutoff: a shallow score is the same alone and on the way to a deeper one.
+        pools = any(layer > 0 for layer in self.compress_layers)
+        fitting = [name for ratio, name in by_ratio.items() if pools and ratio <= self.compress_ratio]
+        return tuple(fitting[-1:])
+
+    def __repr__(self) -> str:
+        shown = super().__repr__()
+        if not self.token_adapters and (self.adapters or not is_shipped(self.model)):
+            return shown
+        _, adapters, _, _ = self._opened()
+        names = [*adapters, *self._token_adapter()]
+        return f"{shown} over {', '.join(Path(n).name if is_shipped(self.model) else n for n in names) or 'no adapter'}"
+
     def _opened(self) -> tuple[str, tuple[str, ...], int | None, int | None]:
-        """Model, adapters, and where the heads are, that are opened."""
+        """Model, adapters to merge, and where the heads are, that are opened."""
         if not is_shipped(self.model):
             return self.model, self.adapters, self.start_layer, self.layer_sep
-        pools = any(0 < layer < (self.deepest() or SHIPPED_LAYERS) for layer in self.compress_layers)
-        fitting = [ratio for ratio in SHIPPED_RATIOS if pools and ratio <= self.compress_ratio]
-        roles = [*SHIPPED_DISTILLED, "layer", *(f"token-{ratio}" for ratio in fitting[-1:])]
+        roles = [*SHIPPED_DISTILLED, "layer"]
         adapters = self.adapters or tuple(shipped(f"matroyshka-{self.model}/{role}") for role in roles)
         return smollm2(), adapters, self.start_layer or 4, self.layer_sep
 
     def _is_local(self) -> bool:
         """Whether the checkpoint can be looked into without downloading or converting anything."""
         model = Path(self.model).expanduser()
-        return model.is_dir() and all(not is_hub_id(name) or (model / name).is_dir() for name in self.adapters)
+        names = (*self.adapters, *dict(self.token_adapters).values())
+        return model.is_dir() and all(not is_hub_id(name) or (model / name).is_dir() for name in names)
 
     def _shape(self, checkpoint: Checkpoint) -> Shape:
         from .scoring import Shape
@@ -292,18 +321,18 @@ class MatroyshkaReranker(LLMReranker):
 
         model, adapters, _, _ = self._opened()
         return fit(
-            self._recipe(), model, adapters, training, validation,
+            self._recipe(), model, (*adapters, *self._token_adapter()), training, validation,
             device=self.device, dtype=self.dtype, verbose=self.verbose,
         )  # fmt: skip
 
     def _take_up(self, adapter: str) -> None:
         from .checkpoints import is_layer_wise
 
-        recipe = self._recipe()
+        recipe, overlay = self._recipe(), self._token_adapter()
         self.model, adapters, _, _ = self._opened()
         if not is_layer_wise(self.model):
             self.start_layer, self.layer_sep = recipe.start_layer, recipe.layer_sep
-        self.adapters = (*adapters, adapter)
+        self.adapters, self.token_adapters = (*adapters, *overlay, adapter), ()
 
     def save(self, folder: str | Path, *, merged: bool = False) -> list[Path]:
         """Write what was trained, in the form that the original programs, PEFT and the constructor open.
@@ -327,6 +356,7 @@ class MatroyshkaReranker(LLMReranker):
         from .saving import copy_adapter, empty_folder, write_merged
 
         model, adapters, _, _ = self._opened()
+        adapters = (*adapters, *self._token_adapter())
         if not merged and not adapters:
             raise ValueError("adapters=(): there is none to write; allowed: merged=True.")
         target = empty_folder(Path(folder).expanduser())
@@ -391,6 +421,18 @@ def _prune(value: object, deepest: int | None) -> tuple[tuple[int, int], ...]:
         if keep > before:
             raise ValueError(f"prune={value!r}: {keep} are to go on after layer {layer}, but {before} are left there.")
     return tuple(checked)
+
+
+def _by_ratio(value: object) -> tuple[tuple[int, str], ...]:
+    """Adapters by the ratio they compensate for, ascending."""
+    allowed = "a folder for each ratio, {2: folder, 4: folder}"
+    roles = list(value.items()) if isinstance(value, Mapping) else value
+    if not isinstance(roles, list | tuple) or not all(isinstance(r, list | tuple) and len(r) == 2 for r in roles):
+        raise ValueError(f"token_adapters={value!r}; allowed: {allowed}.")
+    by_ratio = {integer("token_adapters", ratio, allowed): path_like("token_adapters", name) for ratio, name in roles}
+    if any(ratio < 2 for ratio in by_ratio):
+        raise ValueError(f"token_adapters={value!r}; allowed: {allowed}, ratios from 2 on.")
+    return tuple(sorted(by_ratio.items()))
 
 
 def _layers(name: str, value: object, *, at_least: int) -> tuple[int, ...]:

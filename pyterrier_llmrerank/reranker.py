@@ -97,6 +97,10 @@ class LLMReranker(pt.Estimator):
     def _checkpoint(self) -> partial[Any]:
         """What opens the checkpoint that the arguments name; the same call means the same weights."""
 
+    def _overlaid(self) -> partial[Any] | None:
+        """What opens the checkpoint with adapters laid over the weights of :meth:`_checkpoint`; None for none."""
+        return None
+
     @abstractmethod
     def _shape(self, checkpoint: Checkpoint) -> Shape:
         """How much of it is run; ValueError where the checkpoint does not allow what the arguments ask."""
@@ -326,11 +330,14 @@ class LLMReranker(pt.Estimator):
 
         device = resolve_device(self.device)
         dtype = resolve_dtype(self.dtype, device)
-        opener = self._checkpoint()
-        key = (opener.func, identity(opener.args), device, dtype)
+        openers = [opener for opener in (self._checkpoint(), self._overlaid()) if opener is not None]
+        key = tuple((opener.func, identity(opener.args), device, dtype) for opener in openers)
         with _WEIGHTS_LOCK:
             if self.__dict__.get("_shared_key") != key:
-                weights = share(key, lambda: Weights(opener, device, dtype))
+                weights: Weights | None = None
+                for own, opener in zip(key, openers, strict=True):
+                    weights = share(own, partial(Weights, opener, device, dtype, weights))
+                assert weights is not None
                 if "_shared_weights" in self.__dict__:
                     self._shared_weights.leave(self)
                 weights.join(self)

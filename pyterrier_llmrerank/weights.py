@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoints import Checkpoint
@@ -66,10 +67,18 @@ class Weights:
         open_checkpoint: opens the files; called once, on first use.
         device: where the weights go.
         dtype: what they are converted to.
+        below: what the checkpoint's overlay is laid over: its weights are used, not copied.
     """
 
-    def __init__(self, open_checkpoint: Callable[[], Checkpoint], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        open_checkpoint: Callable[[], Checkpoint],
+        device: torch.device,
+        dtype: torch.dtype,
+        below: Weights | None = None,
+    ) -> None:
         self._open_checkpoint = open_checkpoint
+        self._below = below
         self.device = device
         self.dtype = dtype
         self._lock = threading.RLock()
@@ -84,12 +93,16 @@ class Weights:
             if id(sharer) not in self._sharers:
                 self._sharers[id(sharer)] = weakref.finalize(sharer, self._forget, id(sharer))
                 self._sharers[id(sharer)].atexit = False
+        if self._below is not None:
+            self._below.join(sharer)
 
     def leave(self, sharer: Sharer) -> None:
         """Count a reranker no more."""
         with self._lock:
             self._sharers[id(sharer)].detach()
             self._forget(id(sharer))
+        if self._below is not None:
+            self._below.leave(sharer)
 
     def _forget(self, identity: int) -> None:
         """Drop the layers that only this sharer needed."""
@@ -124,7 +137,7 @@ class Weights:
                 self._open()
             assert self._model is not None
             while self._loaded < depth and not isinstance(self._model, PlainDecoder):
-                self._fill(self._model.layers[self._loaded], f"layers.{self._loaded}.")
+                self._fill(f"layers.{self._loaded}")
                 self._loaded += 1
             return self._model, self.heads, self.tokenizer
 
@@ -132,20 +145,25 @@ class Weights:
         checkpoint = self.checkpoint
         if checkpoint.walked:
             decoder = build_decoder(checkpoint)
-            model = cast(Decoder, decoder)
-            self._fill(model.embed_tokens, "embed_tokens.")
-            self._fill(model.norm, "norm.")
-            model.rotary_emb.to(self.device)
-            opened: Decoder | PlainDecoder = model
+            self._model = cast(Decoder, decoder)
+            self._fill("embed_tokens")
+            self._fill("norm")
+            self._model.rotary_emb.to(self.device)
         else:
-            opened = PlainDecoder(checkpoint, self.device, self.dtype)
+            self._model = PlainDecoder(checkpoint, self.device, self.dtype)
             self._loaded = checkpoint.layers
         self.tokenizer = checkpoint.tokenizer()
         self.heads = checkpoint.heads(self.tokenizer).to(self.device)
-        self._model = opened
 
-    def _fill(self, module: nn.Module, prefix: str) -> None:
-        fill(module, self.checkpoint, prefix, self.device, self.dtype)
+    def _fill(self, part: str) -> None:
+        """Give a part of the decoder its weights: its own, or those of what it is laid over."""
+        module = cast(nn.Module, self._model).get_submodule(part)
+        if self._below is None:
+            fill(module, self.checkpoint, f"{part}.", self.device, self.dtype)
+            return
+        depth = int(part.removeprefix("layers.")) + 1 if part.startswith("layers.") else 0
+        below, _, _ = self._below.at_depth(depth)
+        lay_over(module, cast(nn.Module, below).get_submodule(part), self.checkpoint, f"{part}.")
 
 
 def build_decoder(checkpoint: Checkpoint) -> PreTrainedModel:
@@ -187,6 +205,48 @@ def fill(module: nn.Module, checkpoint: Checkpoint, prefix: str, device: torch.d
         owner = module.get_submodule(name.rpartition(".")[0])
         placed = tensor.to(device=device, dtype=dtype, copy=True)
         owner.register_parameter(name.rpartition(".")[2], nn.Parameter(placed, requires_grad=False))
+
+
+class Overlaid(nn.Module):
+    """A linear layer that uses another's weight, and adds low-rank updates to what it gives.
+
+    Args:
+        weight: the other's.
+        bias: likewise; None without.
+        factors: of each update, ``[rank, inputs]`` and ``[outputs, rank]``.
+    """
+
+    def __init__(
+        self, weight: nn.Parameter, bias: nn.Parameter | None, factors: Sequence[tuple[Tensor, Tensor]]
+    ) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = bias
+        self.register_buffer("down", torch.cat([down for down, _ in factors]).to(weight))
+        self.register_buffer("up", torch.cat([up for _, up in factors], dim=1).to(weight))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """As the layer with the updates merged in."""
+        return linear(states, self.weight, self.bias) + linear(linear(states, self.down), self.up)  # type: ignore[arg-type]
+
+
+def lay_over(module: nn.Module, below: nn.Module, checkpoint: Checkpoint, prefix: str) -> None:
+    """Give a module another's weights, and the checkpoint's overlay beside them.
+
+    Args:
+        module: a part of a decoder.
+        below: the same part of the decoder whose weights are used.
+        checkpoint: whose overlay it is.
+        prefix: what stands before the part's own names there.
+    """
+    for name, parameter in below.named_parameters():
+        path, _, last = name.rpartition(".")
+        module.get_submodule(path).register_parameter(last, parameter)
+    for name, part in list(module.named_modules()):
+        factors = [a.factors(prefix + name) for a in checkpoint.overlay if prefix + name in a.modules]
+        if factors:
+            own = dict(part.named_parameters())
+            module.set_submodule(name, Overlaid(own["weight"], own.get("bias"), factors))
 
 
 _shared: weakref.WeakValueDictionary[Hashable, Weights] = weakref.WeakValueDictionary()

@@ -301,20 +301,20 @@ def test_a_gguf_is_dequantised_once(smollm2: str) -> None:
 
 def test_what_is_shipped_fits_the_shape(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def roles(**shape: Any) -> list[str]:
-        _, adapters, start_layer, _ = MatroyshkaReranker("smollm2-135m", **shape)._opened()
+        reranker = MatroyshkaReranker("smollm2-135m", **shape)
+        _, adapters, start_layer, _ = reranker._opened()
         assert start_layer == 4
-        return [Path(folder).name for folder in adapters]
+        names = [Path(folder).name for folder in (*adapters, *reranker._token_adapter())]
+        assert repr(reranker).endswith(f") over {', '.join(names)}") or "adapters" in shape
+        return names
 
-    assert roles() == ["distilled", "distilled-2", "layer"]
-    assert roles(cutoff=10, compress_layers=8) == ["distilled", "distilled-2", "layer"]
-    assert roles(compress_ratio=2) == ["distilled", "distilled-2", "layer"]  # no layer at which to compress
+    merged = ["distilled", "distilled-2", "layer"]
+    assert roles() == merged
+    assert roles(compress_ratio=2) == merged  # no layer at which to compress
+    assert roles(cutoff=10, compress_layers=8) == merged
     for ratio, fitting in ((2, 2), (4, 4), (8, 4)):
-        assert roles(compress_layers=8, compress_ratio=ratio) == [
-            "distilled",
-            "distilled-2",
-            "layer",
-            f"token-{fitting}",
-        ]
+        assert roles(compress_layers=8, compress_ratio=ratio) == [*merged, f"token-{fitting}"]
+        assert roles(compress_layers=8, compress_ratio=ratio, cutoff=6) == [*merged, f"token-{fitting}"]
     assert roles(adapters=[shipped("matroyshka-smollm2-135m/distilled")]) == ["distilled"]
     model, base = RankLLaMAReranker("smollm2-135m")._opened()
     assert (Path(model).name, base) == ("rankllama-smollm2-135m", files.smollm2())

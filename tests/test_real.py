@@ -62,11 +62,13 @@ def test_the_shipped_models_rank(smollm2: str, reranker: LLMReranker) -> None:
 
 
 def test_a_shipped_model_is_its_adapters_over_the_base(smollm2: str) -> None:
+    """In fp32: in bf16 what is merged is rounded once more than what is laid over."""
     folders = [shipped(f"matroyshka-smollm2-135m/{role}") for role in ("distilled", "distilled-2", "layer", "token-2")]
     shape = {"cutoff": 16, "compress_layers": [8], "compress_ratio": 2}
-    named = MatroyshkaReranker(smollm2, adapters=folders, start_layer=4, **shape)
-    np.testing.assert_array_equal(
-        MatroyshkaReranker("smollm2-135m", **shape).compute_score(PAIRS), named.compute_score(PAIRS)
+    np.testing.assert_allclose(
+        MatroyshkaReranker("smollm2-135m", dtype="float32", **shape).compute_score(PAIRS),
+        MatroyshkaReranker(smollm2, adapters=folders, start_layer=4, dtype="float32", **shape).compute_score(PAIRS),
+        atol=1e-3,
     )
 
 

@@ -101,6 +101,67 @@ def test_weights_written_anew_are_read_anew(tmp_path: Path) -> None:
     assert MatroyshkaReranker(tmp_path / "model", dtype="float32").compute_score(PAIR) == pytest.approx(-old)
 
 
+def compensated(**changes: object) -> MatroyshkaReranker:
+    """A distilled model with compensation for depth, and for a ratio of 2."""
+    return MatroyshkaReranker(
+        MODELS / "mistral_base",
+        **{
+            "adapters": [MODELS / "adapter_sd", MODELS / "adapter_comp_layer"],
+            "token_adapters": {2: MODELS / "adapter_comp_token2"},
+            "start_layer": 2, "dtype": "float32", "compress_layers": 2, **changes,
+        },
+    )  # fmt: skip
+
+
+def test_a_token_adapter_is_laid_over_one_copy_of_the_weights() -> None:
+    plain, narrow, narrower = compensated(), compensated(compress_ratio=2), compensated(compress_ratio=4)
+    merged = compensated(
+        adapters=[MODELS / name for name in ("adapter_sd", "adapter_comp_layer", "adapter_comp_token2")],
+        token_adapters={}, compress_ratio=2,
+    )  # fmt: skip
+    assert narrow.compute_score(PAIR) == pytest.approx(merged.compute_score(PAIR), abs=1e-5)
+    assert narrow.compute_score(PAIR) != pytest.approx(
+        compensated(token_adapters={}, compress_ratio=2).compute_score(PAIR), abs=1e-3
+    )
+    assert narrower._weights() is narrow._weights() is not plain._weights()
+    below, over = (dict(reranker._weights().at_depth(8)[0].named_parameters()) for reranker in (plain, narrow))
+    assert {name: p.data_ptr() for name, p in below.items()} == {name: p.data_ptr() for name, p in over.items()}
+    assert str(MODELS / "adapter_comp_token2") in repr(narrow)
+    assert repr(plain).endswith("adapter_comp_layer")
+    assert repr(compensated(adapters=(), start_layer=None)).endswith(" over no adapter")
+
+
+def test_what_is_laid_over_goes_and_comes_with_what_is_below() -> None:
+    deep, shallow = compensated(compress_ratio=2), compensated(compress_ratio=2, cutoff=4)
+    wanted, over = deep.compute_score(PAIR), deep._weights()
+    shallow.compute_score(PAIR)
+    below = compensated(cutoff=2)
+    below.compute_score(PAIR)
+    assert (over.loaded_layers, below._weights().loaded_layers) == (8, 8)
+    del deep
+    gc.collect()
+    assert (over.loaded_layers, below._weights().loaded_layers) == (4, 4)
+    assert compensated(compress_ratio=2).compute_score(PAIR) == pytest.approx(wanted, abs=1e-6)
+    del shallow, over
+    gc.collect()
+    assert below._weights().loaded_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (str(MODELS), r"token_adapters='.*'; allowed: a folder for each ratio, \{2: folder, 4: folder\}"),
+        ({1: "x"}, r"token_adapters=\{1: 'x'\}; allowed: .* ratios from 2 on"),
+        ({"2": "x"}, "token_adapters='2'; allowed"),
+        ({2: ""}, "token_adapters=''; allowed: a folder"),
+        ({2: "./nowhere"}, "token_adapters='./nowhere': no such model folder"),
+    ],
+)
+def test_token_adapters_that_cannot_be(value: object, message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        compensated(token_adapters=value)
+
+
 def test_other_weights_are_not_shared() -> None:
     first = MatroyshkaReranker(FULL, dtype="float32")
     others = (
