@@ -46,6 +46,9 @@ SHIPPED = "smollm2-135m"
 #: How many decoder layers it has.
 SHIPPED_LAYERS = 30
 
+#: The shallowest layer at which the shipped adapters for Matroyshka have a head; every deeper one has one too.
+SHIPPED_START_LAYER = 4
+
 #: Its adapters for Matroyshka's heads, in the order of their training: the second goes on from the first.
 SHIPPED_DISTILLED = ("distilled", "distilled-2")
 
@@ -72,6 +75,11 @@ def shipped(adapter: str) -> str:
 def is_shipped(model: str) -> bool:
     """Whether a model is the shipped one by name; a folder of that name comes first, as with hub ids."""
     return model == SHIPPED and not Path(model).exists()
+
+
+def bare(base: str) -> str:
+    """The model that is meant where a base is wanted: of the shipped one's name, that without its adapters."""
+    return smollm2() if is_shipped(str(base)) else base
 
 
 def identity(reference: Any) -> Any:

@@ -326,6 +326,30 @@ def test_what_is_shipped_fits_the_shape(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert not files.is_shipped("smollm2-135m")  # a folder of one's own comes first
 
 
+@pytest.mark.parametrize("reranker", [RankLLaMAReranker, MatroyshkaReranker])
+def test_an_untrained_shipped_model_is_its_base(reranker: Any) -> None:
+    untrained = reranker.untrained("smollm2-135m", verbose=True)
+    assert untrained.model == files.smollm2()
+    assert untrained._opened()[0] == files.smollm2()
+    assert MatroyshkaReranker.untrained("smollm2-135m", start_layer=8).adapters == ()
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"cutoff": 99}, "cutoff=99: model='smollm2-135m' has heads at layers 4 to 30"),
+        ({"cutoff": [2, 10]}, "cutoff=2: model='smollm2-135m' has heads at layers 4 to 30"),
+        ({"compress_layers": [8, 40]}, "layer index 40 is beyond model='smollm2-135m'; allowed: 0 to 29"),
+        ({"start_layer": 8}, "start_layer=8, layer_sep=1: model='smollm2-135m' was trained with 4 and 1"),
+        ({"start_layer": 31, "adapters": ["a/b"]}, "start_layer=31: model='smollm2-135m' has 30 layers"),
+    ],
+)
+def test_what_the_shipped_model_does_not_allow_is_said_at_once(shape: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MatroyshkaReranker("smollm2-135m", **shape)
+    assert MatroyshkaReranker("smollm2-135m", cutoff=[4, 30], compress_layers=[29]).deepest() == 30
+
+
 def test_what_is_shipped_is_small_and_described() -> None:
     models = Path(files.__file__).parent / "models"
     weights = list(models.rglob("*.safetensors"))
