@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -109,6 +110,20 @@ class Recipe(ABC):
         if not self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout!r}; allowed: a number from 0 to less than 1.")
         self._as_tuple("target_modules", str)
+        if self.arguments:
+            self._check_arguments()
+
+    def _check_arguments(self) -> None:
+        from transformers import TrainingArguments  # seconds, which only those wait who give some
+
+        allowed = [f.name for f in fields(TrainingArguments) if f.init]
+        for name in self.arguments:
+            if name not in allowed:
+                close = difflib.get_close_matches(str(name), allowed, 3, 0.0)
+                raise ValueError(
+                    f"arguments={dict(self.arguments)!r}: transformers' TrainingArguments have no {name!r}; "
+                    f"closest: {', '.join(close)}."
+                )
 
     @staticmethod
     def _least() -> dict[str, int | float]:
