@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,15 @@ def test_matroyshkas_recipes_mean_what_they_meant(tmp_path: Path) -> None:
         ("compensate", "layer", (1,), 2e-5),
         *[("compensate", "token", (ratio,), 2e-5) for ratio in (2, 4, 8)],
     ]
+
+
+def test_a_run_says_nothing_that_it_need_not(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = [word for word in distill(data, tmp_path / "run", "--gradient-checkpointing") if word != "--use_cpu"]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert main(["train", *options]) == 0
+    assert [str(warning.message) for warning in said] == []
+    assert caplog.messages == []
 
 
 def test_distil_and_compensate(data: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,6 +86,8 @@ def parse(command: str, argv: Sequence[str]) -> tuple[Recipe, Sources, TrainingA
     """
     recipe_type = RECIPES[command]
     trainers = {f.name for f in dataclasses.fields(TrainingArguments)}
+    if "activation_checkpointing" in trainers:  # the newer name of gradient_checkpointing
+        argv = [re.sub("^--gradient_checkpointing", "--activation_checkpointing", word) for word in argv]
     hints = typing.get_type_hints(recipe_type)
     own = [f for f in dataclasses.fields(recipe_type) if "help" in f.metadata]
     options = dataclasses.make_dataclass(
@@ -100,7 +103,7 @@ def parse(command: str, argv: Sequence[str]) -> tuple[Recipe, Sources, TrainingA
     del shared["gradient_checkpointing"]  # the original commands name it
     shared = {name: value for name, value in shared.items() if value is not None}
     parser.set_defaults(**shared)
-    given = parser.parse_args(list(argv))
+    given = parser.parse_args(argv)
     if given.warmup_ratio is not None:
         parser.set_defaults(warmup_steps=given.warmup_ratio)
     if given.eval_data:
@@ -110,7 +113,7 @@ def parse(command: str, argv: Sequence[str]) -> tuple[Recipe, Sources, TrainingA
         )
         if given.eval_strategy == "no" and given.save_strategy == "steps" and given.save_steps % every == 0:
             parser.set_defaults(load_best_model_at_end=True)
-    sources, chosen, arguments = parser.parse_args_into_dataclasses(args=list(argv))
+    sources, chosen, arguments = parser.parse_args_into_dataclasses(args=argv)
     recipe = recipe_type(**vars(chosen), **{name: getattr(arguments, name) for name in shared})
     if not sources.use_lora:
         raise ValueError("use_lora=False; allowed: True. What is trained are LoRA adapters and heads.")

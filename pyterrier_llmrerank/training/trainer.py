@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -75,6 +76,8 @@ def with_lora(checkpoint: Checkpoint, heads: Tensor, recipe: Recipe, dtype: torc
     if unknown := [target for target in recipe.target_modules if target not in modules]:
         raise ValueError(f"target_modules: the model has no {unknown[0]!r}; allowed: the ends of its modules' names.")
     model = cast(PeftModel, get_peft_model(cast(Any, ranking), config))
+    # Embeddings are the base's; PEFT would ask the hub whether they are.
+    model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)  # type: ignore[method-assign]
     if started is not None:
         set_peft_model_state_dict(model, load_peft_weights(str(started.folder), device="cpu"))
     for parameter in model.parameters():
@@ -106,6 +109,7 @@ def train(
         FloatingPointError: as :class:`GroupTrainer`.
     """
     set_seed(arguments.seed)
+    arguments.dataloader_pin_memory &= torch.accelerator.is_available()
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several are for torchrun: DataParallel cannot share our batches out
     tokenizer = checkpoint.tokenizer()
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
