@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .adapters import Adapter, canonical
 from .decoder import FAMILIES
-from .files import TensorFiles, adapter_folder, folder_of, read_json
+from .files import TensorFiles, adapter_folder, folder_of, portable, read_json
 
 #: A Matroyshka model_type is this and the family of its decoder.
 LAYER_WISE = "cost_wise_"
@@ -230,7 +230,7 @@ class RankLLaMACheckpoint(Checkpoint):
                 f"base_model={base_model!r} is given, but {argument} is no adapter (no adapter_config.json)."
             )
         super().__init__(folder, argument)
-        self.base = base
+        self.base = portable(base)
         if adapter is not None:
             self.adapter, self.adapters = adapter, (adapter,)
 
@@ -284,10 +284,10 @@ class MatroyshkaCheckpoint(Checkpoint):
         self, model: str, adapters: Sequence[str], start_layer: int | None, layer_sep: int | None = None
     ) -> None:
         super().__init__(folder_of(model, "model"), f"model={model!r}")
-        self.base = model
+        self.base = portable(model)
         self.layer_wise = str(self.settings.get("model_type")).startswith(LAYER_WISE)
         self.start_layer, self.layer_sep = self._heads_at(start_layer, layer_sep)
-        self.adapters = [Adapter(adapter_folder(name, model), f"adapters: {name!r}") for name in adapters]
+        self.adapters = [Adapter(adapter_folder(name, model), f"adapters: {name!r}", name) for name in adapters]
         for adapter in self.adapters:
             if adapter.whole:
                 raise ValueError(f"{adapter.argument}: holds whole tensors {sorted(adapter.whole)}; wanted plain LoRA.")

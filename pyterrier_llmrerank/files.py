@@ -78,8 +78,13 @@ def is_shipped(model: str) -> bool:
 
 
 def bare(base: str) -> str:
-    """The model that is meant where a base is wanted: of the shipped one's name, that without its adapters."""
+    """The model that is meant where a base is wanted: by the shipped one's name, that without its adapters."""
     return smollm2() if is_shipped(str(base)) else base
+
+
+def portable(base: str) -> str:
+    """What an adapter calls its base: the small model by name, for its file lies elsewhere on other machines."""
+    return SHIPPED if base == smollm2() and Path(base).is_file() else base
 
 
 def identity(reference: Any) -> Any:
@@ -112,7 +117,7 @@ def folder_of(reference: str, argument: str) -> Path:
 
     Args:
         reference: a folder, a GGUF file, or a hub id, which may name a folder inside the repository
-            (``owner/name/sub/folder``).
+            (``owner/name/sub/folder``); ``smollm2-135m`` is the small model of :func:`smollm2`.
         argument: the caller's argument, for messages.
 
     Raises:
@@ -120,6 +125,7 @@ def folder_of(reference: str, argument: str) -> Path:
         PermissionError: the hub wants a login, or its terms accepted, first.
         ConnectionError: the hub cannot be reached and the model is not in the local cache.
     """
+    reference = bare(reference)
     if is_hub_id(reference):
         return _hub_folder(reference, argument)
     path = Path(reference).expanduser()
@@ -133,6 +139,7 @@ def folder_of(reference: str, argument: str) -> Path:
 
 def adapter_folder(reference: str, model: str) -> Path:
     """The folder of a LoRA adapter: of that name below the model's own, else as :func:`folder_of` finds it."""
+    model = bare(model)
     below = Path(model).expanduser() / reference
     if below.is_dir():
         return below

@@ -334,6 +334,18 @@ def test_an_untrained_shipped_model_is_its_base(reranker: Any) -> None:
     assert MatroyshkaReranker.untrained("smollm2-135m", start_layer=8).adapters == ()
 
 
+def test_an_adapter_calls_the_small_model_by_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "wheel.gguf").write_bytes(b"")
+    monkeypatch.setattr(files, "smollm2", lambda: str(tmp_path / "wheel.gguf"))
+    assert files.portable(str(tmp_path / "wheel.gguf")) == "smollm2-135m"
+    assert files.portable("some/model") == "some/model"
+    monkeypatch.setattr(files, "smollm2", lambda: str(MODELS / "mistral_base"))
+    assert folder_of("smollm2-135m", "base_model") == MODELS / "mistral_base"
+    assert adapter_folder(str(MODELS / "adapter_sd"), "smollm2-135m") == MODELS / "adapter_sd"
+    monkeypatch.setattr(files, "smollm2", lambda: "some/model")
+    assert files.portable("some/model") == "some/model"
+
+
 @pytest.mark.parametrize(
     ("shape", "message"),
     [

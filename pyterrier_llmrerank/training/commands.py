@@ -157,4 +157,7 @@ def main(command: str, argv: Sequence[str]) -> Path:
         )
     seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     groups = Groups(records, recipe.group_size, seed, recipe.body)
-    return train(recipe, checkpoint, groups, arguments, validation)
+    folder = train(recipe, checkpoint, groups, arguments, validation)
+    if arguments.should_save:  # one process of several
+        print(f"\nThe adapter is in {folder}; in Python it opens with\n\n    {recipe.opened(checkpoint, str(folder))}")
+    return folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -125,6 +125,7 @@ def train(
         recipe.widths(arguments.seed),
         recipe.task_type,
         validation,
+        partial(recipe.card, checkpoint),
     )
     if recipe.patience is not None:
         trainer.add_callback(EarlyStoppingCallback(recipe.patience))
@@ -198,6 +199,7 @@ class GroupTrainer(Trainer):
         widths: drawn at each step.
         task_type: the PEFT task that adapters are saved under: ``CAUSAL_LM`` or ``SEQ_CLS``.
         validation: measured where the Trainer evaluates, with the scores of the deepest head.
+        card: from a folder's name and the steps done to what README.md says there; None for PEFT's.
 
     Raises:
         FloatingPointError: in training, where the loss is not finite, or weights to be saved are not;
@@ -214,6 +216,7 @@ class GroupTrainer(Trainer):
         widths: Widths,
         task_type: str,
         validation: Validation | None = None,
+        card: Callable[[str, int], str] | None = None,
     ) -> None:
         args.remove_unused_columns = False
         super().__init__(
@@ -231,6 +234,7 @@ class GroupTrainer(Trainer):
         self.loss = loss
         self.widths = widths
         self.task_type = task_type
+        self.card = card
         self._place = (0, -1)
 
     def compute_loss(
@@ -316,4 +320,10 @@ class GroupTrainer(Trainer):
             super()._save(output_dir, state_dict)
         finally:
             config.task_type = None
-        self.collate.tokenizer.save_pretrained(output_dir or cast(str, self.args.output_dir))
+        folder = Path(output_dir or cast(str, self.args.output_dir))
+        self.collate.tokenizer.save_pretrained(folder)
+        if self.card is not None and self.args.should_save:
+            best = self.args.load_best_model_at_end and not self.is_in_train  # which the last to be saved is then
+            steps = self.state.best_global_step if best else self.state.global_step
+            card = self.card(folder.resolve().name, steps or self.state.global_step)
+            (folder / "README.md").write_text(card, encoding="utf-8")
