@@ -190,6 +190,29 @@ def test_errors_come_before_training(
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 
+def test_options_have_one_name_in_full(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", *distill(data, tmp_path / "run", "--max_step", "2")])
+    assert "unrecognized arguments: --max_step 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", ["rankllama", "distill", "compensate"])
+def test_help_begins_with_what_is_ours_and_ends_with_runs(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", recipe, "--help"])
+    said = capsys.readouterr().out
+    parts = ("\nwhat is trained on:\n", "\nthe recipe:\n", "\ntransformers' TrainingArguments", "\nexamples:\n")
+    assert [said.count(part) for part in parts] == [1] * 4
+    assert sorted(said.index(part) for part in parts) == [said.index(part) for part in parts]
+    runs = said.rpartition("\nexamples:\n")[2].replace("\\\n", "").splitlines()
+    assert len(runs) == 2
+    for run in runs:
+        words = run.split()
+        assert words[:5] == ["python", "-m", "pyterrier_llmrerank", "train", recipe]
+        _, sources, _ = parse(recipe, [*words[5:], "--use_cpu"])
+        assert sources.model_name_or_path
+
+
 @pytest.mark.parametrize("dash", ["_", "-"])
 def test_token_and_cache_reach_the_hubs_client(dash: str) -> None:
     options = ["--token", "hf_x", f"--cache{dash}dir", "somewhere"]
