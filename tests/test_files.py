@@ -3,17 +3,19 @@
 import errno
 import json
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import MODELS
+from conftest import MODELS, frame
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker, files
 from pyterrier_llmrerank.files import TensorFiles, adapter_folder, dequantised, folder_of, read_json, shipped
+from pyterrier_llmrerank.training import RankLLaMATraining
 
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b.weight": torch.ones(4)}
 
@@ -242,6 +244,26 @@ def test_a_gguf_file_scores_what_its_model_does(
     written = (folder / "model.safetensors").stat().st_mtime_ns
     assert dequantised(path) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_what_is_trained_on_the_small_model_opens_wherever_its_file_lies(
+    tiny_gguf: tuple[Path, LlamaForCausalLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTERRIER_HOME", str(tmp_path / "home"))
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        shutil.copy(tiny_gguf[0], tmp_path / place)
+    monkeypatch.setattr(files, "smollm2", lambda: str(tmp_path / "here" / "tiny.gguf"))
+    settings = {"group_size": 2, "max_steps": 2, "learning_rate": 1e-2, "output_dir": str(tmp_path / "run")}
+    reranker = RankLLaMAReranker.untrained("smollm2-135m", training=RankLLaMATraining(**settings), dtype="float32")
+    rows = frame(1, 3)
+    reranker.fit(rows, rows.assign(label=[1, 0, 0])[["qid", "docno", "label"]])
+    assert read_json(tmp_path / "run" / "adapter_config.json")["base_model_name_or_path"] == "smollm2-135m"
+    wanted = reranker.transform(rows)["score"].tolist()
+    (tmp_path / "here" / "tiny.gguf").unlink()
+    monkeypatch.setattr(files, "smollm2", lambda: str(tmp_path / "there" / "tiny.gguf"))
+    again = RankLLaMAReranker(tmp_path / "run", dtype="float32")
+    assert again.transform(rows)["score"].tolist() == pytest.approx(wanted, abs=1e-5)
 
 
 def test_gguf_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
