@@ -19,6 +19,11 @@ def canonical(name: str) -> str:
 class Adapter:
     """A PEFT LoRA folder: low-rank updates by module, and tensors that were trained whole.
 
+    Args:
+        folder: where it is.
+        argument: the caller's argument and its value, for messages.
+        name: what its user calls it; None for its folder.
+
     Raises:
         FileNotFoundError: the folder is no adapter.
         ValueError: the adapter is of another kind than plain LoRA.
@@ -27,12 +32,13 @@ class Adapter:
     _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
     _WHOLE = re.compile(r"base_model\.model\.(?P<module>.+?)(\.modules_to_save)?(\.default)?\.weight")
 
-    def __init__(self, folder: Path, argument: str) -> None:
+    def __init__(self, folder: Path, argument: str, name: str | None = None) -> None:
         config = folder / "adapter_config.json"
         if not config.is_file():
             raise FileNotFoundError(f"{argument}: {folder} has no adapter_config.json; wanted a PEFT LoRA folder.")
         self.folder = folder
         self.argument = argument
+        self.name = str(folder) if name is None else name
         self.config = read_json(config)
         if self.config.get("peft_type") != "LORA" or self.config.get("use_dora"):
             raise ValueError(f"{argument}: peft_type {self.config.get('peft_type')!r} (or DoRA); only LoRA is allowed.")

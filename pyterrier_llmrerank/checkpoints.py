@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .adapters import Adapter, canonical
 from .decoder import FAMILIES
-from .files import TensorFiles, adapter_folder, folder_of, read_json
+from .files import TensorFiles, adapter_folder, folder_of, portable, read_json
 
 #: A Matroyshka model_type is this and the family of its decoder.
 LAYER_WISE = "cost_wise_"
@@ -232,7 +232,7 @@ class RankLLaMACheckpoint(Checkpoint):
                 f"base_model={base_model!r} is given, but {argument} is no adapter (no adapter_config.json)."
             )
         super().__init__(folder, argument)
-        self.base = base
+        self.base = portable(base)
         if adapter is not None:
             self.adapter, self.adapters = adapter, (adapter,)
 
@@ -293,11 +293,11 @@ class MatroyshkaCheckpoint(Checkpoint):
         overlay: Sequence[str] = (),
     ) -> None:
         super().__init__(folder_of(model, "model"), f"model={model!r}")
-        self.base = model
+        self.base = portable(model)
         self.layer_wise = str(self.settings.get("model_type")).startswith(LAYER_WISE)
         self.start_layer, self.layer_sep = self._heads_at(start_layer, layer_sep)
         names = [("adapters", name) for name in adapters] + [("token_adapters", name) for name in overlay]
-        self.adapters = [Adapter(adapter_folder(name, model), f"{role}: {name!r}") for role, name in names]
+        self.adapters = [Adapter(adapter_folder(name, model), f"{role}: {name!r}", name) for role, name in names]
         self.overlay = self.adapters[len(adapters) :]
         for adapter in self.adapters:
             if adapter.whole:

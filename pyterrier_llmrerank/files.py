@@ -46,6 +46,9 @@ SHIPPED = "smollm2-135m"
 #: How many decoder layers it has.
 SHIPPED_LAYERS = 30
 
+#: The shallowest layer at which the shipped adapters for Matroyshka have a head; every deeper one has one too.
+SHIPPED_START_LAYER = 4
+
 #: Its adapters for Matroyshka's heads, in the order of their training: the second goes on from the first.
 SHIPPED_DISTILLED = ("distilled", "distilled-2")
 
@@ -72,6 +75,16 @@ def shipped(adapter: str) -> str:
 def is_shipped(model: str) -> bool:
     """Whether a model is the shipped one by name; a folder of that name comes first, as with hub ids."""
     return model == SHIPPED and not Path(model).exists()
+
+
+def bare(base: str) -> str:
+    """The model that is meant where a base is wanted: by the shipped one's name, that without its adapters."""
+    return smollm2() if is_shipped(str(base)) else base
+
+
+def portable(base: str) -> str:
+    """What an adapter calls its base: the small model by name, for its file lies elsewhere on other machines."""
+    return SHIPPED if base == smollm2() and Path(base).is_file() else base
 
 
 def identity(reference: Any) -> Any:
@@ -104,7 +117,7 @@ def folder_of(reference: str, argument: str) -> Path:
 
     Args:
         reference: a folder, a GGUF file, or a hub id, which may name a folder inside the repository
-            (``owner/name/sub/folder``).
+            (``owner/name/sub/folder``); ``smollm2-135m`` is the small model of :func:`smollm2`.
         argument: the caller's argument, for messages.
 
     Raises:
@@ -112,6 +125,7 @@ def folder_of(reference: str, argument: str) -> Path:
         PermissionError: the hub wants a login, or its terms accepted, first.
         ConnectionError: the hub cannot be reached and the model is not in the local cache.
     """
+    reference = bare(reference)
     if is_hub_id(reference):
         return _hub_folder(reference, argument)
     path = Path(reference).expanduser()
@@ -125,6 +139,7 @@ def folder_of(reference: str, argument: str) -> Path:
 
 def adapter_folder(reference: str, model: str) -> Path:
     """The folder of a LoRA adapter: of that name below the model's own, else as :func:`folder_of` finds it."""
+    model = bare(model)
     below = Path(model).expanduser() / reference
     if below.is_dir():
         return below

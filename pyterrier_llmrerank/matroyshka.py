@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,8 +16,11 @@ import pyterrier as pt
 
 from .files import (
     SHIPPED_DISTILLED,
+    SHIPPED_LAYERS,
     SHIPPED_RATIOS,
+    SHIPPED_START_LAYER,
     adapter_folder,
+    bare,
     is_hub_id,
     is_shipped,
     require,
@@ -31,6 +35,8 @@ if TYPE_CHECKING:
     from .scoring import Shape
     from .training.fitting import Frames
     from .training.recipes import MatroyshkaTraining
+
+logger = logging.getLogger(__name__)
 
 
 class MatroyshkaReranker(LLMReranker):
@@ -126,6 +132,8 @@ class MatroyshkaReranker(LLMReranker):
         if self.compress_ratio not in (1, 2, 4, 8, 16, 32, 64):
             raise ValueError(f"compress_ratio={compress_ratio!r}; allowed: 1, 2, 4, 8 (or a power of two up to 64).")
         self.prune = _prune(prune, self.deepest())
+        if self.compress_ratio > 1 and not self.compress_layers:  # no error: grids set one after the other
+            logger.warning("compress_ratio=%d has no effect without compress_layers", self.compress_ratio)
         if not isinstance(prompt, str):
             raise ValueError(f"prompt={prompt!r}; allowed: a string.")
         self.prompt = prompt
@@ -144,7 +152,9 @@ class MatroyshkaReranker(LLMReranker):
             for name in names:
                 if not (Path(self.model).expanduser() / name).is_dir():
                     require(name, role)
-        if self._is_local():  # fail now, not after a first stage has run
+        if is_shipped(self.model):
+            self._check_shipped()
+        elif self._is_local():  # fail now, not after a first stage has run
             self._shape(self._weights().checkpoint)
 
     @classmethod
@@ -152,7 +162,7 @@ class MatroyshkaReranker(LLMReranker):
         """A re-ranker to :meth:`fit`, from a causal language model. Before, it scores by the word ``Yes``.
 
         Args:
-            base: a folder, ``.gguf`` file or hub id.
+            base: a folder, ``.gguf`` file or hub id; ``"smollm2-135m"`` is the small model without its adapters.
             start_layer: the shallowest layer that is to have a head; None for the one in ``training``, or 4.
             options: any of the constructor's other arguments; ``training`` holds the settings.
 
@@ -164,7 +174,7 @@ class MatroyshkaReranker(LLMReranker):
         4
         """
         training = options.get("training")
-        return cls(base, start_layer=start_layer or getattr(training, "start_layer", 4), **options)
+        return cls(bare(base), start_layer=start_layer or getattr(training, "start_layer", 4), **options)
 
     def _check_training(self, training: object) -> None:
         """Raise ValueError on what is no recipe of this re-ranker, or one that says otherwise than its arguments."""
@@ -261,7 +271,7 @@ class MatroyshkaReranker(LLMReranker):
             return self.model, self.adapters, self.start_layer, self.layer_sep
         roles = [*SHIPPED_DISTILLED, "layer"]
         adapters = self.adapters or tuple(shipped(f"matroyshka-{self.model}/{role}") for role in roles)
-        return smollm2(), adapters, self.start_layer or 4, self.layer_sep
+        return smollm2(), adapters, self.start_layer or SHIPPED_START_LAYER, self.layer_sep
 
     def _is_local(self) -> bool:
         """Whether the checkpoint can be looked into without downloading or converting anything."""
@@ -273,20 +283,7 @@ class MatroyshkaReranker(LLMReranker):
         from .scoring import Shape
 
         with_head = checkpoint.head_layers
-        cutoffs = self.cutoff if isinstance(self.cutoff, tuple) else (self.cutoff or with_head[-1],)
-        stages = dict(_prune(self.prune, cutoffs[-1]))
-        for cutoff in cutoffs:
-            if cutoff not in with_head:
-                raise ValueError(f"cutoff={cutoff}: {checkpoint.argument} has heads at layers {_listed(with_head)}.")
-        for layer in stages:
-            if layer not in with_head:
-                raise ValueError(f"prune={stages}: {checkpoint.argument} has heads at layers {_listed(with_head)}.")
-        for layer in self.compress_layers:
-            if layer >= checkpoint.layers:
-                raise ValueError(
-                    f"compress_layers={list(self.compress_layers)}: layer index {layer} is beyond "
-                    f"{checkpoint.argument}; allowed: 0 to {checkpoint.layers - 1}."
-                )
+        cutoffs, stages = self._read_at(checkpoint.argument, with_head, checkpoint.layers)
         pools = self.compress_ratio > 1 and any(0 < layer < cutoffs[-1] for layer in self.compress_layers)
         if pools and not checkpoint.walked:
             raise ValueError(
@@ -295,13 +292,46 @@ class MatroyshkaReranker(LLMReranker):
             )
         if stages and not checkpoint.walked:
             raise ValueError(
-                f"prune={stages}: the layers of {checkpoint.argument} (model_type {checkpoint.config.model_type!r}) "
-                "cannot be walked one by one; allowed: {}, no cascade."
+                f"prune={dict(stages)}: the layers of {checkpoint.argument} (model_type "
+                f"{checkpoint.config.model_type!r}) cannot be walked one by one; allowed: {{}}, no cascade."
             )
         pad_id = cast("MatroyshkaCheckpoint", checkpoint).pad_id() if self.released and pools else None
-        read = tuple(sorted({*cutoffs, *stages}))
+        read = tuple(sorted({*cutoffs, *dict(stages)}))
         heads = range(len(cutoffs)) if self.released else [with_head.index(layer) for layer in read]
-        return Shape(read, tuple(heads), self.compress_layers, self.compress_ratio, pad_id, tuple(stages.items()))
+        return Shape(read, tuple(heads), self.compress_layers, self.compress_ratio, pad_id, stages)
+
+    def _read_at(
+        self, model: str, with_head: Sequence[int], layers: int
+    ) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+        """Cutoffs and stages; ValueError where a model with these heads and so many layers does not allow the shape."""
+        cutoffs = self.cutoff if isinstance(self.cutoff, tuple) else (self.cutoff or with_head[-1],)
+        stages = _prune(self.prune, cutoffs[-1])
+        for argument, value, wanted in (
+            *(("cutoff", cutoff, cutoff) for cutoff in cutoffs),
+            *(("prune", dict(stages), layer) for layer, _ in stages),
+        ):
+            if wanted not in with_head:
+                raise ValueError(f"{argument}={value}: {model} has heads at layers {_listed(with_head)}.")
+        for layer in self.compress_layers:
+            if layer >= layers:
+                raise ValueError(
+                    f"compress_layers={list(self.compress_layers)}: layer index {layer} is beyond {model}; "
+                    f"allowed: 0 to {layers - 1}."
+                )
+        return cutoffs, stages
+
+    def _check_shipped(self) -> None:
+        """Raise ValueError on what the shipped model does not allow: what that is is known before it is opened."""
+        model = f"model={self.model!r}"
+        start, step = self.start_layer or SHIPPED_START_LAYER, self.layer_sep or 1
+        if start > SHIPPED_LAYERS:
+            raise ValueError(f"start_layer={start}: {model} has {SHIPPED_LAYERS} layers.")
+        if not self.adapters and (start, step) != (SHIPPED_START_LAYER, 1):
+            raise ValueError(
+                f"start_layer={start}, layer_sep={step}: {model} was trained with {SHIPPED_START_LAYER} and 1; "
+                "allowed: these, or adapters of your own, or MatroyshkaReranker.untrained."
+            )
+        self._read_at(model, range(start, SHIPPED_LAYERS + 1, step), SHIPPED_LAYERS)
 
     def _encode(self, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Ids]:
         return MatroyshkaInputs(self.prompt, self.query_max_length, self.max_length)(tokenizer, pairs)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import pandas as pd
 
-from .files import folder_of, is_shipped, require, shipped, smollm2
+from .files import bare, folder_of, is_shipped, require, shipped, smollm2
 from .inputs import Ids, RankLLaMAInputs, document
 from .reranker import LLMReranker, column, path_like, positive, problem_of
 
@@ -95,7 +95,7 @@ class RankLLaMAReranker(LLMReranker):
         """A re-ranker to :meth:`fit`, from a causal language model. It cannot score before.
 
         Args:
-            base: a folder, ``.gguf`` file or hub id.
+            base: a folder, ``.gguf`` file or hub id; ``"smollm2-135m"`` is the small model without its adapter.
             options: any of the constructor's other arguments; ``training`` holds the settings.
 
         Raises:
@@ -107,7 +107,7 @@ class RankLLaMAReranker(LLMReranker):
         """
         if (Path(base).expanduser() / "adapter_config.json").is_file():
             raise ValueError(f"base={str(base)!r}: an adapter, which is trained already; give it to the constructor.")
-        return cls(base, **options)
+        return cls(bare(base), **options)
 
     def _checkpoint(self) -> partial[Any]:
         from .checkpoints import RankLLaMACheckpoint

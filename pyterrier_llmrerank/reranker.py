@@ -206,9 +206,14 @@ class LLMReranker(pt.Estimator):
             if inp[name].isna().any():
                 raise ValueError(f"{name} is missing in row {int(inp[name].isna().argmax())} of the frame.")
         for name in ("query", self.text_field):
-            for row, value in enumerate(inp[name]):
-                if problem := problem_of(value):
-                    raise ValueError(f"{name!r} is {problem} for {self._label(inp, row)}.")
+            problems = [(row, problem) for row, value in enumerate(inp[name]) if (problem := problem_of(value))]
+            if not problems:
+                continue
+            row, problem = problems[0]
+            if isinstance(inp[name].dtype, pd.StringDtype) and pd.isna(inp[name].iloc[row]):  # a None comes out as nan
+                problem = problem_of(None)
+            more = f" and {len(problems) - 1} more rows" if len(problems) > 1 else ""
+            raise ValueError(f"{name!r} is {problem} for {self._label(inp, row)}{more}.")
 
     @staticmethod
     def _label(inp: pd.DataFrame, row: int) -> str:

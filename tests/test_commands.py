@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from conftest import MODELS, RECORDS
 from safetensors.torch import load_file
 
-from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
+from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker
 from pyterrier_llmrerank.__main__ import main
 from pyterrier_llmrerank.training.commands import parse
 
@@ -104,8 +105,26 @@ def test_matroyshkas_recipes_mean_what_they_meant(tmp_path: Path) -> None:
     ]
 
 
-def test_distil_and_compensate(data: Path, tmp_path: Path) -> None:
+def test_a_run_says_nothing_that_it_need_not(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = [word for word in distill(data, tmp_path / "run", "--gradient-checkpointing") if word != "--use_cpu"]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert main(["train", *options]) == 0
+    assert [str(warning.message) for warning in said] == []
+    assert caplog.messages == []
+
+
+def opened_as_said(capsys: pytest.CaptureFixture[str], folder: Path) -> LLMReranker:
+    """The re-ranker that a run's last words say opens what it wrote."""
+    said = capsys.readouterr().out.split("\n\n")
+    assert said[-2].endswith(f"The adapter is in {folder}; in Python it opens with")
+    return eval(said[-1], {kind.__name__: kind for kind in (MatroyshkaReranker, RankLLaMAReranker)})
+
+
+def test_distil_and_compensate(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *distill(data, tmp_path / "distilled")]) == 0
+    said = opened_as_said(capsys, tmp_path / "distilled")
+    assert said == MatroyshkaReranker(MISTRAL, adapters=[tmp_path / "distilled"], start_layer=4)
     options = distill(data, tmp_path / "layer")[1:]
     options[options.index("--compress_ratios") : options.index("--compress_ratios") + 3] = []
     options += ["--raw_peft", str(tmp_path / "distilled"), "--train_method", "normal", "--finetune_type", "layer"]
@@ -117,9 +136,15 @@ def test_distil_and_compensate(data: Path, tmp_path: Path) -> None:
         MISTRAL, adapters=[tmp_path / name for name in ("distilled", "layer", "token")], start_layer=4
     )
     assert np.isfinite(reranker.compute_score(("panda", "a panda")))
+    assert opened_as_said(capsys, tmp_path / "token") == reranker
+    card = (tmp_path / "token" / "README.md").read_text()
+    assert f"An adapter of `{MISTRAL}`, trained by pyterrier_llmrerank for 4 steps" in card
+    assert "CompensateTraining(group_size=4, " in card
+    assert f", {str(tmp_path / 'layer')!r}, 'token'], start_layer=4)" in card
+    assert "[More Information Needed]" not in card
 
 
-def test_rankllama_with_validation(tmp_path: Path) -> None:
+def test_rankllama_with_validation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "train.jsonl"
     with path.open("w") as lines:
         for number, record in enumerate(RECORDS):
@@ -138,7 +163,10 @@ def test_rankllama_with_validation(tmp_path: Path) -> None:
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
     assert state["best_global_step"] in (2, 4)
     assert [entry["step"] for entry in state["log_history"] if "eval_nDCG@10" in entry] == [2, 4]
-    assert np.isfinite(RankLLaMAReranker(tmp_path / "run").compute_score(("panda", "a panda")))
+    reranker = opened_as_said(capsys, tmp_path / "run")
+    assert np.isfinite(reranker.compute_score(("panda", "a panda")))
+    assert f"for {state['best_global_step']} steps" in (tmp_path / "run" / "README.md").read_text()
+    assert "for 2 steps" in (tmp_path / "run" / "checkpoint-2" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -160,6 +188,29 @@ def test_errors_come_before_training(
     assert main(["train", *distill(data, tmp_path / "run", *change)]) == 1
     assert re.search(f"error: .*{message}", capsys.readouterr().err)
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+def test_options_have_one_name_in_full(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", *distill(data, tmp_path / "run", "--max_step", "2")])
+    assert "unrecognized arguments: --max_step 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", ["rankllama", "distill", "compensate"])
+def test_help_begins_with_what_is_ours_and_ends_with_runs(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", recipe, "--help"])
+    said = capsys.readouterr().out
+    parts = ("\nwhat is trained on:\n", "\nthe recipe:\n", "\ntransformers' TrainingArguments", "\nexamples:\n")
+    assert [said.count(part) for part in parts] == [1] * 4
+    assert sorted(said.index(part) for part in parts) == [said.index(part) for part in parts]
+    runs = said.rpartition("\nexamples:\n")[2].replace("\\\n", "").splitlines()
+    assert len(runs) == 2
+    for run in runs:
+        words = run.split()
+        assert words[:5] == ["python", "-m", "pyterrier_llmrerank", "train", recipe]
+        _, sources, _ = parse(recipe, [*words[5:], "--use_cpu"])
+        assert sources.model_name_or_path
 
 
 @pytest.mark.parametrize("dash", ["_", "-"])

@@ -3,17 +3,19 @@
 import errno
 import json
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import MODELS
+from conftest import MODELS, frame
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker, files
 from pyterrier_llmrerank.files import TensorFiles, adapter_folder, dequantised, folder_of, read_json, shipped
+from pyterrier_llmrerank.training import RankLLaMATraining
 
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b.weight": torch.ones(4)}
 
@@ -244,6 +246,26 @@ def test_a_gguf_file_scores_what_its_model_does(
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
 
 
+def test_what_is_trained_on_the_small_model_opens_wherever_its_file_lies(
+    tiny_gguf: tuple[Path, LlamaForCausalLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTERRIER_HOME", str(tmp_path / "home"))
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        shutil.copy(tiny_gguf[0], tmp_path / place)
+    monkeypatch.setattr(files, "smollm2", lambda: str(tmp_path / "here" / "tiny.gguf"))
+    settings = {"group_size": 2, "max_steps": 2, "learning_rate": 1e-2, "output_dir": str(tmp_path / "run")}
+    reranker = RankLLaMAReranker.untrained("smollm2-135m", training=RankLLaMATraining(**settings), dtype="float32")
+    rows = frame(1, 3)
+    reranker.fit(rows, rows.assign(label=[1, 0, 0])[["qid", "docno", "label"]])
+    assert read_json(tmp_path / "run" / "adapter_config.json")["base_model_name_or_path"] == "smollm2-135m"
+    wanted = reranker.transform(rows)["score"].tolist()
+    (tmp_path / "here" / "tiny.gguf").unlink()
+    monkeypatch.setattr(files, "smollm2", lambda: str(tmp_path / "there" / "tiny.gguf"))
+    again = RankLLaMAReranker(tmp_path / "run", dtype="float32")
+    assert again.transform(rows)["score"].tolist() == pytest.approx(wanted, abs=1e-5)
+
+
 def test_gguf_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)
@@ -324,6 +346,42 @@ def test_what_is_shipped_fits_the_shape(monkeypatch: pytest.MonkeyPatch, tmp_pat
     (tmp_path / "smollm2-135m").mkdir()
     (tmp_path / "smollm2-135m" / "config.json").write_text("{}")
     assert not files.is_shipped("smollm2-135m")  # a folder of one's own comes first
+
+
+@pytest.mark.parametrize("reranker", [RankLLaMAReranker, MatroyshkaReranker])
+def test_an_untrained_shipped_model_is_its_base(reranker: Any) -> None:
+    untrained = reranker.untrained("smollm2-135m", verbose=True)
+    assert untrained.model == files.smollm2()
+    assert untrained._opened()[0] == files.smollm2()
+    assert MatroyshkaReranker.untrained("smollm2-135m", start_layer=8).adapters == ()
+
+
+def test_an_adapter_calls_the_small_model_by_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "wheel.gguf").write_bytes(b"")
+    monkeypatch.setattr(files, "smollm2", lambda: str(tmp_path / "wheel.gguf"))
+    assert files.portable(str(tmp_path / "wheel.gguf")) == "smollm2-135m"
+    assert files.portable("some/model") == "some/model"
+    monkeypatch.setattr(files, "smollm2", lambda: str(MODELS / "mistral_base"))
+    assert folder_of("smollm2-135m", "base_model") == MODELS / "mistral_base"
+    assert adapter_folder(str(MODELS / "adapter_sd"), "smollm2-135m") == MODELS / "adapter_sd"
+    monkeypatch.setattr(files, "smollm2", lambda: "some/model")
+    assert files.portable("some/model") == "some/model"
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"cutoff": 99}, "cutoff=99: model='smollm2-135m' has heads at layers 4 to 30"),
+        ({"cutoff": [2, 10]}, "cutoff=2: model='smollm2-135m' has heads at layers 4 to 30"),
+        ({"compress_layers": [8, 40]}, "layer index 40 is beyond model='smollm2-135m'; allowed: 0 to 29"),
+        ({"start_layer": 8}, "start_layer=8, layer_sep=1: model='smollm2-135m' was trained with 4 and 1"),
+        ({"start_layer": 31, "adapters": ["a/b"]}, "start_layer=31: model='smollm2-135m' has 30 layers"),
+    ],
+)
+def test_what_the_shipped_model_does_not_allow_is_said_at_once(shape: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MatroyshkaReranker("smollm2-135m", **shape)
+    assert MatroyshkaReranker("smollm2-135m", cutoff=[4, 30], compress_layers=[29]).deepest() == 30
 
 
 def test_what_is_shipped_is_small_and_described() -> None:

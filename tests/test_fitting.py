@@ -125,7 +125,7 @@ def test_what_is_given_is_checked_before_anything_is_trained(tmp_path: Path) -> 
         reranker.fit(results, qrels, results)
     with pytest.raises(ValueError, match="topics_or_res_tr has columns .* missing: text"):
         reranker.fit(results.drop(columns="text"), qrels)
-    with pytest.raises(ValueError, match="'text' is nan.*docno 'd0-0'"):
+    with pytest.raises(ValueError, match="'text' is None.*docno 'd0-0'"):
         reranker.fit(results.assign(text=[None, *results["text"][1:]]), qrels)
     with pytest.raises(ValueError, match="nothing to train on"):
         reranker.fit(results, qrels.assign(label=0))

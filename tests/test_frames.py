@@ -79,6 +79,14 @@ def test_min_label() -> None:
         records_of(results(), QRELS, bodies, 3, None, "text")
 
 
+def test_qids_that_do_not_meet_are_shown() -> None:
+    named = QRELS.assign(qid="q" + QRELS["qid"])
+    with pytest.raises(ValueError, match=r"nothing to train on: .*; no qid is in both: .* have '1', .* 'q1'\.$"):
+        records_of(results(), named, bodies, 1, None, "text")
+    with pytest.raises(ValueError, match=r"judgements; no qid is in both: .* have '1', .* 'q1'\.$"):
+        validation_of(results(), named, bodies)
+
+
 def test_a_teachers_scores_go_with_their_passages() -> None:
     scored = results().assign(teacher=range(9))
     (record,) = records_of(scored, QRELS, bodies, 1, None, "text")  # query 2's positive would come without a score

@@ -218,6 +218,14 @@ def test_a_compress_layer_beyond_the_model() -> None:
         full().at(compress_layers=[8, 2], compress_ratio=2)
 
 
+def test_a_ratio_without_layers_is_remarked_on_once(caplog: pytest.LogCaptureFixture) -> None:
+    MatroyshkaReranker(FULL, compress_ratio=2)
+    assert caplog.messages == ["compress_ratio=2 has no effect without compress_layers"]
+    MatroyshkaReranker(FULL, compress_ratio=2, compress_layers=4)
+    MatroyshkaReranker(FULL, compress_layers=4)
+    assert len(caplog.messages) == 1
+
+
 def test_at_takes_shapes_only() -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'max_length'"):
         full().at(max_length=3)

@@ -37,6 +37,7 @@ def test_defaults_are_the_original_programs() -> None:
         (RankLLaMATraining, {"group_size": 4.5}, "group_size=4.5; allowed: an integer"),
         (RankLLaMATraining, {"seed": "x"}, "seed='x'"),
         (RankLLaMATraining, {"lora_dropout": 7}, "lora_dropout=7; allowed: a number from 0 to less than 1"),
+        (RankLLaMATraining, {"arguments": {"max_step": 2}}, r"arguments=\{'max_step': 2\}: .* closest: max_steps,"),
         (RankLLaMATraining, {"target_modules": "q_proj"}, "target_modules='q_proj'; allowed: a list of str"),
         (DistillTraining, {"compress_layers": 8}, "compress_layers=8; allowed: a list of int"),
         (DistillTraining, {"train_method": "magic"}, "train_method='magic'; allowed: normal"),

@@ -130,6 +130,13 @@ def test_a_value_that_is_no_text_is_named_by_qid_and_docno(column: str, value: o
         MATROYSHKA.transform(rows)
 
 
+def test_rows_without_text_are_counted_and_none_is_none() -> None:
+    for dtype in (object, "str"):
+        rows = frame().assign(text=pd.Series(["a", None, "c", "d", None, None], dtype=dtype))
+        with pytest.raises(ValueError, match=r"'text' is None, .* for qid 'q0', docno 'd1' and 2 more rows\.$"):
+            MATROYSHKA.transform(rows)
+
+
 def test_a_text_that_is_no_unicode_is_named() -> None:
     rows = frame().assign(text=pd.Series(["a", "b", "c", "bad \ud83d", "e", "f"], dtype=object))
     with pytest.raises(

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,15 @@ def test_rankllama_is_the_same_loop_and_peft_opens_it(tmp_path: Path) -> None:
     with torch.inference_mode():
         theirs = opened(input_ids=torch.tensor([ids.flat()])).logits.item()
     assert ours.compute_score(pair) == pytest.approx(theirs, abs=1e-4)
+
+
+def test_saving_asks_no_hub_about_the_base(tmp_path: Path) -> None:
+    checkpoint = RANKLLAMA.open(str(MODELS / "rankllama_base"))
+    checkpoint.base = "someone/model"
+    groups = Groups(RECORDS, 4, 0, RANKLLAMA.body)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(RANKLLAMA, checkpoint, groups, arguments(tmp_path, max_steps=1, activation_checkpointing=False))
 
 
 def test_a_rankllama_adapter_goes_on_learning(tmp_path: Path) -> None:

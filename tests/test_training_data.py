@@ -67,6 +67,7 @@ def test_a_missing_teacher_is_named_where_it_is_needed(tmp_path: Path) -> None:
         ({"neg_scores": None}, "neg_scores is None; wanted 3 finite numbers"),
         ({"positive_passages": [{"title": "x"}]}, "positive_passages is .*; wanted a list of passages with text"),
         ({"positive_passages": [{"text": "x"}]}, "negative_passages is None"),
+        ({"pos": None}, "neither positive_passages nor pos; wanted positive_passages and negative_passages.* or pos"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -65,7 +65,7 @@ def test_losses_and_gradients_are_the_original_ones(
     model = opened(run["model"])
     if checkpointing:
         model.train()
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     rows = rows_of(batch)
     student = model(rows, run["effective_compress_layers"], run["compress_ratio"])
     with torch.no_grad():

@@ -7,8 +7,10 @@ devices (``torchrun``), DeepSpeed, FSDP, mixed precision, checkpoints, logging a
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import logging
+import re
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,13 +45,43 @@ WITHOUT_EFFECT = {
 }
 
 
+#: Two runs of each command, below its --help.
+EXAMPLES = {
+    "rankllama": """\
+  {prog} --model_name_or_path meta-llama/Llama-2-7b-hf --train_data train.jsonl --output_dir rankllama --bf16
+  {prog} --model_name_or_path rankllama --train_data more.jsonl --output_dir further""",
+    "distill": """\
+  {prog} --model_name_or_path mistralai/Mistral-7B-v0.1 --train_data train.jsonl --output_dir distilled --bf16
+  {prog} --model_name_or_path smollm2-135m --train_data train.jsonl --output_dir small \\
+      --train_method distill_fix_layer --eval_data dev.jsonl --eval_steps 50 --patience 3""",
+    "compensate": """\
+  {prog} --model_name_or_path mistralai/Mistral-7B-v0.1 --raw_peft distilled \\
+      --train_data train.jsonl --output_dir layer
+  {prog} --model_name_or_path mistralai/Mistral-7B-v0.1 --raw_peft distilled \\
+      --train_data train.jsonl --output_dir token2 --finetune_type token --compress_ratios 2""",
+}
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults are shown, and lines of examples stay lines."""
+
+
+class TrainerOptions(TrainingArguments):
+    """Transformers' own, in a group of their own."""
+
+    _argument_group_name = "transformers' TrainingArguments: output, rates, batches, steps, devices and the rest"
+
+
 @dataclass(frozen=True)
 class Sources:
     """What is trained on."""
 
+    _argument_group_name: typing.ClassVar[str] = "what is trained on"
+
     model_name_or_path: str = dataclasses.field(
         metadata={
-            "help": "a causal language model, or an adapter that is to go on learning: a folder, .gguf file or hub id"
+            "help": "a causal language model, or an adapter that is to go on learning: a folder, .gguf file or hub id; "
+            "smollm2-135m is the small model that needs no hub"
         }
     )
     train_data: list[str] = option(None, "JSON lines files, folders of them, or a dataset's hub id", "dataset_name")
@@ -62,14 +94,15 @@ class Sources:
     warmup_ratio: float | None = option(None, "share of the steps in which the learning rate rises")
     token: str | None = option(None, "of the Hugging Face hub; HF_TOKEN does the same")
     cache_dir: str | None = option(None, "where hub files are kept; HF_HUB_CACHE does the same")
-    tokenizer_name: str | None = option(None, "without effect")
-    dataset_proc_num: str | None = option(None, "without effect")
-    overwrite_output_dir: bool = option(False, "without effect")
-    use_flash_attn: bool = option(False, "without effect")
-    loss_type: str | None = option(None, "without effect")
-    padding_side: str | None = option(None, "without effect")
-    layer_wise: bool = option(False, "without effect")
-    cache_path: str | None = option(None, "without effect")
+    # These change nothing, see above, and stay out of the help.
+    tokenizer_name: str | None = option(None, argparse.SUPPRESS)
+    dataset_proc_num: str | None = option(None, argparse.SUPPRESS)
+    overwrite_output_dir: bool = option(False, argparse.SUPPRESS)
+    use_flash_attn: bool = option(False, argparse.SUPPRESS)
+    loss_type: str | None = option(None, argparse.SUPPRESS)
+    padding_side: str | None = option(None, argparse.SUPPRESS)
+    layer_wise: bool = option(False, argparse.SUPPRESS)
+    cache_path: str | None = option(None, argparse.SUPPRESS)
 
 
 def parse(command: str, argv: Sequence[str]) -> tuple[Recipe, Sources, TrainingArguments]:
@@ -85,22 +118,30 @@ def parse(command: str, argv: Sequence[str]) -> tuple[Recipe, Sources, TrainingA
     """
     recipe_type = RECIPES[command]
     trainers = {f.name for f in dataclasses.fields(TrainingArguments)}
+    if "activation_checkpointing" in trainers:  # the newer name of gradient_checkpointing
+        argv = [re.sub("^--gradient_checkpointing", "--activation_checkpointing", word) for word in argv]
     hints = typing.get_type_hints(recipe_type)
     own = [f for f in dataclasses.fields(recipe_type) if "help" in f.metadata]
     options = dataclasses.make_dataclass(
         "Options",
         [(f.name, _parsed(hints[f.name]), dataclasses.field(metadata=f.metadata, **_default(f.default))) for f in own],
+        namespace={"_argument_group_name": "the recipe"},
     )
+    prog = f"python -m pyterrier_llmrerank train {command}"
     parser = HfArgumentParser(
-        [Sources, options, TrainingArguments],  # type: ignore[list-item]
-        prog=f"python -m pyterrier_llmrerank train {command}",
+        [Sources, options, TrainerOptions],  # type: ignore[list-item]
+        prog=prog,
+        usage=f"{prog} --model_name_or_path MODEL --train_data FILE ... --output_dir FOLDER [option ...]",
         description=(recipe_type.__doc__ or "").split("\n")[0],
+        epilog="examples:\n" + EXAMPLES[command].format(prog=prog),
+        formatter_class=_Help,
+        allow_abbrev=False,
     )
     shared = {f.name: f.default for f in dataclasses.fields(recipe_type) if f.name in trainers}
     del shared["gradient_checkpointing"]  # the original commands name it
     shared = {name: value for name, value in shared.items() if value is not None}
     parser.set_defaults(**shared)
-    given = parser.parse_args(list(argv))
+    given = parser.parse_args(argv)
     if given.warmup_ratio is not None:
         parser.set_defaults(warmup_steps=given.warmup_ratio)
     if given.eval_data:
@@ -110,7 +151,7 @@ def parse(command: str, argv: Sequence[str]) -> tuple[Recipe, Sources, TrainingA
         )
         if given.eval_strategy == "no" and given.save_strategy == "steps" and given.save_steps % every == 0:
             parser.set_defaults(load_best_model_at_end=True)
-    sources, chosen, arguments = parser.parse_args_into_dataclasses(args=list(argv))
+    sources, chosen, arguments = parser.parse_args_into_dataclasses(args=argv)
     recipe = recipe_type(**vars(chosen), **{name: getattr(arguments, name) for name in shared})
     if not sources.use_lora:
         raise ValueError("use_lora=False; allowed: True. What is trained are LoRA adapters and heads.")
@@ -154,4 +195,7 @@ def main(command: str, argv: Sequence[str]) -> Path:
         )
     seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     groups = Groups(records, recipe.group_size, seed, recipe.body)
-    return train(recipe, checkpoint, groups, arguments, validation)
+    folder = train(recipe, checkpoint, groups, arguments, validation)
+    if arguments.should_save:  # one process of several
+        print(f"\nThe adapter is in {folder}; in Python it opens with\n\n    {recipe.opened(checkpoint, str(folder))}")
+    return folder

@@ -98,6 +98,11 @@ def candidates(record: Any, body: Body) -> Candidates:
     if record.get("positive_passages") is not None:
         positives, negatives = (_documents(record, key, body) for key in ("positive_passages", "negative_passages"))
         return Candidates(query, positives, negatives)
+    if record.get("pos") is None:
+        raise ValueError(
+            "neither positive_passages nor pos; wanted positive_passages and negative_passages, lists of passages "
+            "with text and perhaps title, or pos and neg, lists of strings"
+        )
     positives, negatives = ([body(text, None) for text in _texts(record, key)] for key in ("pos", "neg"))
     prompt = record.get("prompt")
     if not isinstance(prompt, str | None):

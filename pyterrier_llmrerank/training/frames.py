@@ -11,7 +11,7 @@ import pandas as pd
 import pyterrier as pt
 
 from ..reranker import problem_of
-from .validation import Validation
+from .validation import Validation, apart
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def records_of(
     if not records:
         raise ValueError(
             f"nothing to train on: {without_positive} queries have no positive (label of at least {min_label}) and "
-            f"{without_negative} no negative among their results."
+            f"{without_negative} no negative among their results{apart(results['qid'], qrels['qid'])}."
         )
     return records
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, cast
 
 import torch
@@ -91,14 +91,28 @@ class RankingModel(nn.Module):
             return cast(Tensor, self.score(states[0])).squeeze(-1)[None].float()
         return torch.stack([head(state) for head, state in zip(self.lm_head, states, strict=True)]).float()
 
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **options: Any
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **options: Any
     ) -> None:
         """Keep each layer's input only, and run it again for its gradients; the Trainer calls it."""
         # The pooling weights leave a layer beside its output; only the non-reentrant kind follows those back.
-        kind = {**(gradient_checkpointing_kwargs or {}), "use_reentrant": False}
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kind, **options)  # type: ignore[no-untyped-call]
+        kind = {**(activation_checkpointing_kwargs or {}), "use_reentrant": False}
+        self._checkpointing("enable")(kind, **options)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Keep all activations again."""
+        self._checkpointing("disable")()
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **options: Any
+    ) -> None:
+        """The same under the name that older versions of transformers have for it."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keep all activations again."""
-        self.model.gradient_checkpointing_disable()  # type: ignore[no-untyped-call]
+        """Likewise."""
+        self.activation_checkpointing_disable()
+
+    def _checkpointing(self, what: str) -> Callable[..., None]:
+        newer, older = f"activation_checkpointing_{what}", f"gradient_checkpointing_{what}"
+        return cast("Callable[..., None]", getattr(self.model, newer if hasattr(self.model, newer) else older))

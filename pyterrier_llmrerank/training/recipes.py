@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import pyterrier as pt
 
@@ -17,11 +18,32 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from ..checkpoints import Checkpoint
+    from ..checkpoints import Checkpoint, MatroyshkaCheckpoint
     from .data import Inputs
 
 #: Projections that LoRA updates.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+#: What stands beside an adapter.
+CARD = """---
+library_name: peft
+---
+# {folder}
+
+An adapter of `{base}`, trained by pyterrier_llmrerank for {steps} steps with
+
+```python
+{recipe}
+```
+
+It opens with
+
+```python
+from pyterrier_llmrerank import {name}
+
+{call}
+```
+"""
 
 
 def option(default: Any, help: str, *names: str) -> Any:
@@ -109,6 +131,20 @@ class Recipe(ABC):
         if not self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout!r}; allowed: a number from 0 to less than 1.")
         self._as_tuple("target_modules", str)
+        if self.arguments:
+            self._check_arguments()
+
+    def _check_arguments(self) -> None:
+        from transformers import TrainingArguments  # seconds, which only those wait who give some
+
+        allowed = [f.name for f in fields(TrainingArguments) if f.init]
+        for name in self.arguments:
+            if name not in allowed:
+                close = difflib.get_close_matches(str(name), allowed, 3, 0.0)
+                raise ValueError(
+                    f"arguments={dict(self.arguments)!r}: transformers' TrainingArguments have no {name!r}; "
+                    f"closest: {', '.join(close)}."
+                )
 
     @staticmethod
     def _least() -> dict[str, int | float]:
@@ -149,6 +185,19 @@ class Recipe(ABC):
     @abstractmethod
     def inputs(self, prompt: str | None) -> Inputs:
         """What makes ids of pairs, given the prompt that the data have, or None for the usual one."""
+
+    @abstractmethod
+    def opened(self, checkpoint: Checkpoint, folder: str) -> str:
+        """The Python call that opens what was trained on a checkpoint and lies in a folder."""
+
+    def card(self, checkpoint: Checkpoint, folder: str, steps: int) -> str:
+        """What stands beside an adapter, for its reader and the hub."""
+        settings = {name: value for name, value in self.arguments.items() if not name.endswith("_token")}
+        recipe = replace(self, output_dir=None, text=None, arguments=settings)
+        call = self.opened(checkpoint, folder)
+        return CARD.format(
+            folder=folder, base=checkpoint.base, steps=steps, recipe=recipe, call=call, name=call.partition("(")[0]
+        )
 
     @staticmethod
     @abstractmethod
@@ -191,6 +240,10 @@ class RankLLaMATraining(Recipe):
         generator = torch.Generator().manual_seed(seed)
         spread = getattr(checkpoint.config, "initializer_range", 0.02)
         return torch.randn(1, checkpoint.config.hidden_size, generator=generator) * spread
+
+    def opened(self, checkpoint: Checkpoint, folder: str) -> str:
+        """The adapter names its base."""
+        return f"RankLLaMAReranker({folder!r})"
 
     def inputs(self, prompt: str | None) -> Inputs:
         """Ids as in inference, with documents three tokens shorter, as released; there is no prompt."""
@@ -265,6 +318,17 @@ class MatroyshkaTraining(Recipe):
     def heads(self, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, seed: int) -> Tensor:
         """The checkpoint's."""
         return checkpoint.heads(tokenizer)
+
+    def opened(self, checkpoint: Checkpoint, folder: str) -> str:
+        """With what the adapter was trained over, and what neither it nor the base says."""
+        given: dict[str, Any] = {"adapters": [*(adapter.name for adapter in checkpoint.adapters), folder]}
+        if not cast("MatroyshkaCheckpoint", checkpoint).layer_wise:
+            given["start_layer"] = self.start_layer
+            if self.layer_sep != 1:
+                given["layer_sep"] = self.layer_sep
+        if self.prompt != PROMPT:
+            given["prompt"] = self.prompt
+        return f"MatroyshkaReranker({checkpoint.base!r}, {', '.join(f'{k}={v!r}' for k, v in given.items())})"
 
     def inputs(self, prompt: str | None) -> Inputs:
         """Ids as in inference, the whole input held to query and passage length together, as released."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -75,6 +76,8 @@ def with_lora(checkpoint: Checkpoint, heads: Tensor, recipe: Recipe, dtype: torc
     if unknown := [target for target in recipe.target_modules if target not in modules]:
         raise ValueError(f"target_modules: the model has no {unknown[0]!r}; allowed: the ends of its modules' names.")
     model = cast(PeftModel, get_peft_model(cast(Any, ranking), config))
+    # Embeddings are the base's; PEFT would ask the hub whether they are.
+    model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)  # type: ignore[method-assign]
     if started is not None:
         set_peft_model_state_dict(model, load_peft_weights(str(started.folder), device="cpu"))
     for parameter in model.parameters():
@@ -106,6 +109,7 @@ def train(
         FloatingPointError: as :class:`GroupTrainer`.
     """
     set_seed(arguments.seed)
+    arguments.dataloader_pin_memory &= torch.accelerator.is_available()
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several are for torchrun: DataParallel cannot share our batches out
     tokenizer = checkpoint.tokenizer()
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
@@ -121,6 +125,7 @@ def train(
         recipe.widths(arguments.seed),
         recipe.task_type,
         validation,
+        partial(recipe.card, checkpoint),
     )
     if recipe.patience is not None:
         trainer.add_callback(EarlyStoppingCallback(recipe.patience))
@@ -194,6 +199,7 @@ class GroupTrainer(Trainer):
         widths: drawn at each step.
         task_type: the PEFT task that adapters are saved under: ``CAUSAL_LM`` or ``SEQ_CLS``.
         validation: measured where the Trainer evaluates, with the scores of the deepest head.
+        card: from a folder's name and the steps done to what README.md says there; None for PEFT's.
 
     Raises:
         FloatingPointError: in training, where the loss is not finite, or weights to be saved are not;
@@ -210,6 +216,7 @@ class GroupTrainer(Trainer):
         widths: Widths,
         task_type: str,
         validation: Validation | None = None,
+        card: Callable[[str, int], str] | None = None,
     ) -> None:
         args.remove_unused_columns = False
         super().__init__(
@@ -227,6 +234,7 @@ class GroupTrainer(Trainer):
         self.loss = loss
         self.widths = widths
         self.task_type = task_type
+        self.card = card
         self._place = (0, -1)
 
     def compute_loss(
@@ -312,4 +320,10 @@ class GroupTrainer(Trainer):
             super()._save(output_dir, state_dict)
         finally:
             config.task_type = None
-        self.collate.tokenizer.save_pretrained(output_dir or cast(str, self.args.output_dir))
+        folder = Path(output_dir or cast(str, self.args.output_dir))
+        self.collate.tokenizer.save_pretrained(folder)
+        if self.card is not None and self.args.should_save:
+            best = self.args.load_best_model_at_end and not self.is_in_train  # which the last to be saved is then
+            steps = self.state.best_global_step if best else self.state.global_step
+            card = self.card(folder.resolve().name, steps or self.state.global_step)
+            (folder / "README.md").write_text(card, encoding="utf-8")

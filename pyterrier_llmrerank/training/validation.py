@@ -18,6 +18,13 @@ MEASURE = "nDCG@10"
 Score = Callable[[Sequence[tuple[str, str, str | None]]], Sequence[float]]
 
 
+def apart(results: pd.Series[Any], judgements: pd.Series[Any]) -> str:
+    """The end of a message: a qid of either side where results and judgements have none in common, else nothing."""
+    if results.empty or judgements.empty or results.isin(set(judgements)).any():
+        return ""
+    return f"; no qid is in both: the results have {results.iloc[0]!r}, the judgements {judgements.iloc[0]!r}"
+
+
 @dataclass(frozen=True)
 class Validation:
     """Candidates to rank and what is relevant among them.
@@ -38,7 +45,8 @@ class Validation:
     def __post_init__(self) -> None:
         own = self.qrels[self.qrels["qid"].isin(set(self.pairs["qid"]))]
         if own.empty:
-            raise ValueError("validation: no query has both candidates and judgements.")
+            qids = apart(self.pairs["qid"], self.qrels["qid"])
+            raise ValueError(f"validation: no query has both candidates and judgements{qids}.")
         object.__setattr__(self, "qrels", own)
 
     def __call__(self, score: Score) -> float:
