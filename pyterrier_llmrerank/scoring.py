@@ -17,6 +17,7 @@ from .batching import Budget, chunks, run_in_batches
 from .decoder import decode
 from .errors import ScoringError
 from .inputs import Ids
+from .kernels import kernel_of
 from .packing import PackedPairs
 from .plain import PlainDecoder
 from .weights import Weights
@@ -37,6 +38,7 @@ class Shape:
         heads: the head that reads each, by its index.
         compress_layers, compress_ratio: as :func:`~pyterrier_llmrerank.decoder.decode`.
         pad_id: reproduce the released code's padding with this id; None for scores without padding.
+        attn_implementation: the kernel of attention, as :func:`~pyterrier_llmrerank.kernels.kernel_of`.
     """
 
     cutoffs: tuple[int, ...]
@@ -44,6 +46,7 @@ class Shape:
     compress_layers: tuple[int, ...] = ()
     compress_ratio: int = 1
     pad_id: int | None = None
+    attn_implementation: str | None = None
 
 
 def score(
@@ -74,9 +77,11 @@ def score(
         fp32 logits as float64, ``[cutoffs, pairs]``.
 
     Raises:
+        ValueError, ImportError: attention cannot be computed as the shape says.
         ScoringError: a score is not finite, or memory runs out, with one pair alone or between batches; carries the
             scores so far.
     """
+    kernel = kernel_of(shape.attn_implementation, weights.device, weights.dtype)
     model, heads, tokenizer = weights.at_depth(shape.cutoffs[-1])
     heads = heads[list(shape.heads)]
     scores = np.full((len(shape.cutoffs), len(pairs)), np.nan)
@@ -107,7 +112,12 @@ def score(
             states = model(packed, shape.cutoffs)
         else:
             states = decode(
-                model, packed, shape.cutoffs, compress_layers=shape.compress_layers, compress_ratio=shape.compress_ratio
+                model,
+                packed,
+                shape.cutoffs,
+                compress_layers=shape.compress_layers,
+                compress_ratio=shape.compress_ratio,
+                kernel=kernel,
             )
         computed = torch.einsum("cbw,cw->cb", states.float(), heads)
         in_work.append(([chunk[index] for index in batch], _brought_back(computed)))

@@ -14,6 +14,7 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from .checkpoints import Checkpoint
 from .decoder import ATTENTION, Decoder
 from .plain import PlainDecoder
+from .quantization import quantization_of
 
 
 class Sharer(Protocol):
@@ -66,12 +67,26 @@ class Weights:
         open_checkpoint: opens the files; called once, on first use.
         device: where the weights go.
         dtype: what they are converted to.
+        quantization: what linear layers are quantised to: ``"int8"``, ``"float8"``, or None for not.
+        torch_compile: compile each layer, when it is first run.
+
+    Raises:
+        ImportError: torchao is asked for, and not installed.
     """
 
-    def __init__(self, open_checkpoint: Callable[[], Checkpoint], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        open_checkpoint: Callable[[], Checkpoint],
+        device: torch.device,
+        dtype: torch.dtype,
+        quantization: str | None = None,
+        torch_compile: bool = False,
+    ) -> None:
         self._open_checkpoint = open_checkpoint
         self.device = device
         self.dtype = dtype
+        self._quantize = None if quantization is None else quantization_of(quantization, device, dtype)
+        self._compile = torch_compile
         self._lock = threading.RLock()
         self._sharers: dict[int, weakref.finalize[..., Sharer]] = {}
         self._checkpoint: Checkpoint | None = None
@@ -124,7 +139,7 @@ class Weights:
                 self._open()
             assert self._model is not None
             while self._loaded < depth and not isinstance(self._model, PlainDecoder):
-                self._fill(self._model.layers[self._loaded], f"layers.{self._loaded}.")
+                self._fill_layer(self._model.layers[self._loaded], f"layers.{self._loaded}.")
                 self._loaded += 1
             return self._model, self.heads, self.tokenizer
 
@@ -138,11 +153,18 @@ class Weights:
             model.rotary_emb.to(self.device)
             opened: Decoder | PlainDecoder = model
         else:
-            opened = PlainDecoder(checkpoint, self.device, self.dtype)
+            opened = PlainDecoder(checkpoint, self.device, self.dtype, self._quantize)
             self._loaded = checkpoint.layers
         self.tokenizer = checkpoint.tokenizer()
         self.heads = checkpoint.heads(self.tokenizer).to(self.device)
         self._model = opened
+
+    def _fill_layer(self, layer: nn.Module, prefix: str) -> None:
+        self._fill(layer, prefix)
+        if self._quantize is not None:
+            self._quantize(layer)
+        if self._compile:
+            layer.compile(dynamic=True)
 
     def _fill(self, module: nn.Module, prefix: str) -> None:
         fill(module, self.checkpoint, prefix, self.device, self.dtype)
