@@ -162,24 +162,25 @@ def test_layers_are_quantised_one_by_one_and_again_after_they_were_dropped(name:
     assert len(unquantised) == 11
 
 
-def test_compiled_layers_give_the_same_for_batches_of_any_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_compiled_layers_give_the_same_for_batches_of_any_shape(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     """The graphs that are compiled, run uncompiled, so that the test does not wait for a compiler."""
     real = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: real(self, backend="eager", **options))
     torch._dynamo.reset()
     graphs = torch._dynamo.utils.counters["stats"]
     made = [graphs["unique_graphs"]]
-    kept = MatroyshkaReranker(FULL, dtype="float32", torch_compile=True)
+    kept = MatroyshkaReranker(FULL, dtype=dtype, torch_compile=True)
     for size, queries, documents in ((1, 1, 1), (2, 2, 2), (5, 3, 4), (8, 2, 6), (None, 4, 5)):
         shape = {"cutoff": [4, 8], "compress_layers": 3, "compress_ratio": 2}
-        wanted = MatroyshkaReranker(FULL, dtype="float32", **shape)(frame(queries, documents))
+        wanted = MatroyshkaReranker(FULL, dtype=dtype, **shape)(frame(queries, documents))
         compiled = kept.at(**shape)
         compiled.batch_size = size
         got = compiled(frame(queries, documents))
         np.testing.assert_allclose(got[["score_4", "score_8"]], wanted[["score_4", "score_8"]], atol=1e-4)
         made.append(graphs["unique_graphs"])
-    assert made[0] < made[1]
     assert made[2] == made[-1]
+    assert 0 < made[-1] - made[0] <= 8
 
 
 def test_a_template_that_lives_keeps_what_it_may_need() -> None:
