@@ -2,13 +2,15 @@
 
     python examples/benchmark.py FOLDER --candidates 100 --queries 1
     python examples/benchmark.py FOLDER --queries 10 --random_layers 32 --matroyshka '' --peers a  # on a GPU
+    python examples/benchmark.py FOLDER --peers --quantization float8 --torch_compile  # what options give
 
 FOLDER is as for rerank_run.py. Peers of RankLLaMA: (a) sentence-transformers' CrossEncoder as it comes, (b)
 transformers' sequence classification padded and cut to 194 tokens, the original's maximum. Peer of Matroyshka: (c)
 padded batches through eager attention with full attention matrices, as the released code does. "20/2" is
-twenty layers, and passages pooled two to one before layer 8. All take turns for some rounds; printed are medians.
-Operations are counted by torch, not timed. The share of the peak is that of matrix products of the model's own
-shapes, in the same run.
+twenty layers, and passages pooled two to one before layer 8. With options of the re-rankers (--quantization,
+--torch_compile, --attn_implementation), both stand beside themselves without, marked "+". All take turns for some
+rounds; printed are medians. Operations are counted by torch, not timed; of those compiled or in eight bits it does not
+see all. The share of the peak is that of matrix products of the model's own shapes, in the same run.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMARerank
 from pyterrier_llmrerank.batching import TOKENS
 from pyterrier_llmrerank.files import SHIPPED, folder_of, smollm2
 from pyterrier_llmrerank.inputs import Ids, MatroyshkaInputs, document
-from pyterrier_llmrerank.packing import PackedPairs
+from pyterrier_llmrerank.packing import Packing, Row
 
 Scorer = Callable[[], np.ndarray]
 LONGEST = 1024  # tokens of a text: more than any has, so that nobody but (b) cuts
@@ -236,19 +238,19 @@ def seconds_to_open(model: str, dtype: str) -> tuple[float, float]:
 
 def batches(reranker: RankLLaMAReranker, candidates: pd.DataFrame) -> tuple[int, float, float, float]:
     """Tokens that go through the layers, the shares of padding there and in attention, the process's memory in GB."""
-    made: list[PackedPairs] = []
-    real = scoring.decode
+    made: list[Packing] = []
+    real = scoring.walk
 
-    def watched(model: Any, packed: PackedPairs, *arguments: Any, **options: Any) -> torch.Tensor:
-        made.append(packed)
-        return real(model, packed, *arguments, **options)
+    def watched(model: Any, row: Row, *arguments: Any, **options: Any) -> tuple[torch.Tensor, Row]:
+        made.append(row.packing)
+        return real(model, row, *arguments, **options)
 
-    scoring.decode = watched
+    scoring.walk = watched
     try:
         reranker(candidates)
     finally:
-        scoring.decode = real
-    tokens = sum(len(packed.ids) for packed in made)
+        scoring.walk = real
+    tokens = sum(len(packed.positions) for packed in made)
     padding = sum(int(packed.padding.sum()) for packed in made)
     attended = sum(int(packed.lengths.sum()) for packed in made) / sum(len(packed) * packed.longest for packed in made)
     if torch.cuda.is_available():
@@ -259,12 +261,13 @@ def batches(reranker: RankLLaMAReranker, candidates: pd.DataFrame) -> tuple[int,
 
 
 def measure(systems: list[System], rounds: int, device: str) -> dict[str, np.ndarray]:
-    """Count each system's operations, then let them take turns."""
+    """Count each system's operations, run it once more for what is compiled, then let them take turns."""
     scores = {}
     for system in systems:
         with FlopCounterMode(display=False, custom_mapping=ON_CPU) as counter:
-            scores[system.name] = system.score()
+            system.score()
         system.operations = counter.get_total_flops()
+        scores[system.name] = system.score()
     for _ in range(rounds):
         for system in systems:
             start = clock(device)
@@ -325,6 +328,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--peers", nargs="*", default=["a", "b", "c"], choices=["a", "b", "c"], help="only these")
+    parser.add_argument("--quantization", help="an option of the re-rankers, which run with and without it; so are")
+    parser.add_argument("--torch_compile", action="store_true", help="this one")
+    parser.add_argument("--attn_implementation", help="and this one")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--plot", type=Path, help="where to draw them; needs matplotlib")
     chosen = parser.parse_args()
@@ -334,6 +340,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, chosen.dtype)
     shared: dict[str, Any] = {"dtype": chosen.dtype, "device": device}
+    flags = ("quantization", "torch_compile", "attn_implementation")
+    options = {flag: value for flag in flags if (value := getattr(chosen, flag))}
     lengths = {"query_max_length": LONGEST, "passage_max_length": LONGEST}
     shape = chosen.cutoff, [chosen.compress_layer], 2
     part_name = f"Matroyshka {chosen.cutoff}/2"
@@ -344,6 +352,9 @@ def main() -> None:
             chosen.rankllama = str(merged)
         rank = RankLLaMAReranker(chosen.rankllama, **lengths, **shared)
         systems = [System("RankLLaMA", ours(rank, candidates), dtype)]
+        if options:
+            other = RankLLaMAReranker(chosen.rankllama, **lengths, **shared, **options)
+            systems.append(System("RankLLaMA +", ours(other, candidates), dtype))
         if not chosen.random_layers and {"a", "b"} & set(chosen.peers):
             rank.save(merged, merged=True)
             without_chat(merged)
@@ -356,6 +367,9 @@ def main() -> None:
             part = full.at(cutoff=shape[0], compress_layers=shape[1], compress_ratio=shape[2])
             systems.append(System("Matroyshka", ours(full, titled), dtype))
             systems.append(System(part_name, ours(part, titled), dtype))
+            if options:
+                others = MatroyshkaReranker(chosen.matroyshka, max_length=LONGEST, **shared, **options)
+                systems.append(System("Matroyshka +", ours(others, titled), dtype))
         for kind in dict.fromkeys([dtype, torch.float32]) if chosen.matroyshka and "c" in chosen.peers else ():
             name = f"(c) eager {kind}".replace("torch.", "")
             systems.append(System(name, straightforward(part, titled, kind, device, *shape), kind))
@@ -366,6 +380,7 @@ def main() -> None:
     best = {kind: peak(config, kind, device, TOKENS[device]) for kind in {system.dtype for system in systems}}
     comparisons = [("RankLLaMA", "(a) CrossEncoder"), ("RankLLaMA", "(b) padded to 194")]
     comparisons += [(part_name, f"(c) eager {kind}") for kind in dict.fromkeys([chosen.dtype, "float32"])]
+    comparisons += [(f"{name} +", name) for name in ("RankLLaMA", "Matroyshka") if options]
     tables = report(systems, len(candidates), best), beside(systems, comparisons, scores)
 
     print(f"\n{chosen.folder.name}: {len(candidates)} pairs, {chosen.candidates} a query, {chosen.dtype}, {device},")

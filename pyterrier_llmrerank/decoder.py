@@ -21,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from .compression import Pooling
+from .kernels import Kernel, visible
 from .packing import PackedPairs, Packing, Row, on_device
 
 #: Model types whose layers may be walked as below: token embedding, layers with rotary positions, final
@@ -60,9 +61,10 @@ class Layout:
         packing: how the pairs stand in the row.
         device: where the states are.
         multiple: pairs are laid out in a multiple of so many positions.
+        kernel: what computes attention where no key is masked; None for SDPA, which does so wherever one is.
     """
 
-    def __init__(self, packing: Packing, device: torch.device, multiple: int = 1) -> None:
+    def __init__(self, packing: Packing, device: torch.device, multiple: int = 1, kernel: Kernel | None = None) -> None:
         count, length = len(packing), -(-packing.longest // multiple) * multiple
         places = np.pad(packing.places, ((0, 0), (0, length - packing.longest)))
         self.shape = count, length
@@ -77,6 +79,7 @@ class Layout:
         self.keys = None
         if packing.padding.any():
             self.keys = on_device(np.arange(length) < packing.real[:, None], device)
+        self.kernel = kernel if self.keys is None else None
 
     def apart(self, states: Tensor) -> Tensor:
         """``[1, heads, tokens, width]`` of the row to ``[pairs, heads, length, width]``."""
@@ -115,14 +118,16 @@ def attention(
         "enable_gqa": query.shape[1] != key.shape[1],
     }
     states = query, key, value
-    if _in_blocks(query.device, query.dtype, module.training):
+    if layout.kernel is not None:
+        output = layout.kernel(*states, scaling, window)
+    elif _in_blocks(query.device, query.dtype, module.training):
         output = _by_blocks(*states, layout.keys, window, options)
     else:
         if query.device.type == "cpu":
             states = query.float(), key.float(), value.float()  # the kernel's gradient in bf16 takes twice as long
         if layout.keys is not None or window is not None:
             position = torch.arange(length, device=key.device)
-            options["attn_mask"] = _visible(position[None], length, layout.keys, window)
+            options["attn_mask"] = visible(position[None], length, layout.keys, window)
         with torch.autocast("cpu", enabled=False):  # it would undo that
             output = scaled_dot_product_attention(*states, is_causal="attn_mask" not in options, **options)
         output = output.to(query.dtype)
@@ -150,24 +155,13 @@ def _by_blocks(
     for start in range(0, key.shape[2], BLOCK):
         end = start + BLOCK
         position = torch.arange(start, end)
-        mask = _visible(position[None], end, None if keys is None else keys[:, :end], window)
+        mask = visible(position[None], end, None if keys is None else keys[:, :end], window)
         blocks.append(
             scaled_dot_product_attention(
                 query[:, :, start:end], key[:, :, :end], value[:, :, :end], attn_mask=mask, **options
             )
         )
     return torch.cat(blocks, dim=2)
-
-
-def _visible(queries: Tensor, length: int, keys: Tensor | None, window: int | None) -> Tensor:
-    """Which keys each query position sees: ``queries`` is ``[1 or pairs, n]``, the result ``[.., 1, n, length]``."""
-    distance = queries[..., None] - torch.arange(length, device=queries.device)
-    seen = distance >= 0
-    if window is not None:
-        seen = seen & (distance < window)
-    if keys is not None:
-        seen = seen & keys[:, None]
-    return seen[:, None]
 
 
 def _row_logits(
@@ -182,10 +176,11 @@ def _row_logits(
         logits = row @ key.to(precise).transpose(2, 3) * scaling
     # Finite for what is not seen: its gradient stays finite too, and a group of the body that lies wholly
     # outside a sliding window becomes its plain mean.
-    return logits.masked_fill(~_visible(position[:, None], length, keys, window), -1e30)
+    return logits.masked_fill(~visible(position[:, None], length, keys, window), -1e30)
 
 
-AttentionInterface.register(ATTENTION, attention)
+# A compiled layer is compiled around it: lengths differ from batch to batch, and its kernels are fused already.
+AttentionInterface.register(ATTENTION, torch.compiler.disable(attention))  # type: ignore[no-untyped-call]
 
 
 def _read_only_last(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
@@ -245,9 +240,10 @@ def decode(
     Returns:
         States after the final norm, ``[cutoffs, pairs, width]``, in the model's dtype.
     """
-    options = {"compress_layers": compress_layers, "compress_ratio": compress_ratio}
-    states, _ = walk(model, embedded(model, packed), cutoffs, **options, whole_layers=whole_layers)  # type: ignore[arg-type]
-    return states
+    row = embedded(model, packed)
+    return walk(
+        model, row, cutoffs, compress_layers=compress_layers, compress_ratio=compress_ratio, whole_layers=whole_layers
+    )[0]
 
 
 def embedded(model: Decoder, packed: PackedPairs) -> Row:
@@ -263,6 +259,7 @@ def walk(
     *,
     compress_layers: Collection[int] = (),
     compress_ratio: int = 1,
+    kernel: Kernel | None = None,
     whole_layers: bool = False,
     goes_on: bool = False,
 ) -> tuple[Tensor, Row]:
@@ -274,6 +271,7 @@ def walk(
         cutoffs: as :func:`decode`, each deeper than the pairs are.
         compress_layers: as :func:`decode`.
         compress_ratio: as :func:`decode`.
+        kernel: what computes attention; None for SDPA.
         whole_layers: as :func:`decode`.
         goes_on: deeper layers are to follow in another walk.
 
@@ -287,7 +285,7 @@ def walk(
 
     # Everything the device has to know of the pairs goes there before the first layer, so that none waits for it.
     def laid_out(packing: Packing) -> Layout:
-        return Layout(packing, device, BLOCK if blocked else 1)
+        return Layout(packing, device, BLOCK if blocked else 1, kernel)
 
     packing = row.packing
     layout, poolings = laid_out(packing), {}

@@ -79,8 +79,9 @@ class MatroyshkaReranker(LLMReranker):
             heads of its own: heads then start as the LM head's row of ``Yes``. None for what the
             checkpoint says; a plain model has just one head then, at its last layer.
         layer_sep: layers from one such head to the next; None for 1.
-        text_field, batch_size, device, dtype, verbose: as for
-            :class:`~pyterrier_llmrerank.RankLLaMAReranker`.
+        text_field, batch_size, device, dtype, quantization, torch_compile, attn_implementation, verbose: as for
+            :class:`~pyterrier_llmrerank.RankLLaMAReranker`. Where ``released`` masks padding, attention is
+            SDPA's whatever ``attn_implementation`` says.
         training: how :meth:`fit` trains: ``DistillTraining`` (the default, with the original's settings)
             or ``CompensateTraining``. What it learns becomes one more of ``adapters``.
 
@@ -88,6 +89,7 @@ class MatroyshkaReranker(LLMReranker):
         ValueError: an argument is not what is allowed, or not what a local checkpoint allows.
         FileNotFoundError: a local checkpoint is not there. What is to come from the hub is looked for, and
             may fail, on first use.
+        ImportError: a package that an option needs is not installed.
 
     >>> from pyterrier_llmrerank import MatroyshkaReranker
     >>> deep = MatroyshkaReranker()
@@ -119,10 +121,16 @@ class MatroyshkaReranker(LLMReranker):
         batch_size: int | None = None,
         device: str | None = None,
         dtype: str = "auto",
+        quantization: str | None = None,
+        torch_compile: bool = False,
+        attn_implementation: str | None = None,
         verbose: bool = False,
         training: MatroyshkaTraining | None = None,
     ) -> None:
-        self._set_shared(model, text_field, batch_size, device, dtype, verbose, training)
+        self._set_shared(
+            model, text_field, batch_size, device, dtype, quantization, torch_compile, attn_implementation, verbose,
+            training,
+        )  # fmt: skip
         folders = adapters if isinstance(adapters, list | tuple) else [adapters]
         self.adapters = tuple(path_like("adapters", folder) for folder in folders)
         self.token_adapters = _by_ratio(token_adapters)
@@ -282,6 +290,7 @@ class MatroyshkaReranker(LLMReranker):
     def _shape(self, checkpoint: Checkpoint) -> Shape:
         from .scoring import Shape
 
+        self._check_walked(checkpoint)
         with_head = checkpoint.head_layers
         cutoffs, stages = self._read_at(checkpoint.argument, with_head, checkpoint.layers)
         pools = self.compress_ratio > 1 and any(0 < layer < cutoffs[-1] for layer in self.compress_layers)
@@ -298,7 +307,9 @@ class MatroyshkaReranker(LLMReranker):
         pad_id = cast("MatroyshkaCheckpoint", checkpoint).pad_id() if self.released and pools else None
         read = tuple(sorted({*cutoffs, *dict(stages)}))
         heads = range(len(cutoffs)) if self.released else [with_head.index(layer) for layer in read]
-        return Shape(read, tuple(heads), self.compress_layers, self.compress_ratio, pad_id, stages)
+        return Shape(
+            read, tuple(heads), self.compress_layers, self.compress_ratio, pad_id, stages, self.attn_implementation
+        )
 
     def _read_at(
         self, model: str, with_head: Sequence[int], layers: int
@@ -370,7 +381,7 @@ class MatroyshkaReranker(LLMReranker):
         Args:
             folder: where to; new or empty.
             merged: write one layer-wise model (``cost_wise_*``) with all adapters merged in, rather than the
-                PEFT adapters. Weights are as in memory (``dtype``), heads are fp32.
+                PEFT adapters. Weights are in ``dtype``, not quantised, heads are fp32.
 
         Adapters do not say with which ``start_layer``, ``layer_sep`` and ``prompt`` they were trained: give those
         to the constructor again.

@@ -7,7 +7,7 @@ cannot be pooled.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -29,12 +29,20 @@ class PlainDecoder(nn.Module):
         checkpoint: where its weights are.
         device: where they go.
         dtype: what they are converted to.
+        quantize: quantises a module's linear layers; None to leave them.
 
     Raises:
-        ValueError: an adapter does not fit it, its files do not fill it, or a token sees those after it.
+        ValueError: an adapter does not fit it, its files do not fill it, a token sees those after it, or there is
+            nothing in it to quantise.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        quantize: Callable[[nn.Module], None] | None = None,
+    ) -> None:
         super().__init__()
         with errors_only():  # it would warn of the language model's head, which is not needed
             model, loading = AutoModel.from_pretrained(
@@ -58,6 +66,13 @@ class PlainDecoder(nn.Module):
                 f"{self.argument}: model_type {checkpoint.config.model_type!r} lets a token see those after it; "
                 "wanted a causal decoder."
             )
+        if quantize is not None and not linear:
+            raise ValueError(
+                f"{self.argument}: model_type {checkpoint.config.model_type!r} has no linear layers to quantise; "
+                "allowed: quantization=None."
+            )
+        if quantize is not None:
+            quantize(self.model)
 
     @torch.no_grad()
     def _is_causal(self) -> bool:

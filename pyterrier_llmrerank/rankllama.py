@@ -43,6 +43,16 @@ class RankLLaMAReranker(LLMReranker):
         device: for example ``"cuda:1"``; None for CUDA or MPS where there is one, else the CPU.
         dtype: ``"auto"`` is bfloat16 where the device computes in it natively, else float32; or name
             ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        quantization: hold the layers' linear projections in eight bits, by torchao (``pip install
+            'pyterrier-llmrerank[quantization]'``): ``"int8"`` or ``"float8"``. Scores change. Activations are
+            quantised too where that is fast: to int8 on CUDA, and on a CPU in fp32; to float8 on CUDA of
+            capability 8.9 on, in bf16. Training and merged models are not quantised. None for not.
+        torch_compile: compile the layers with torch.compile, on first use; batches of other shapes are not
+            compiled anew. Needs a C++ compiler on a CPU. (Not named ``compile``: so PyTerrier's pipelines
+            call their own compilation.)
+        attn_implementation: the kernel of attention: ``"sdpa"``, ``"eager"``, ``"flex_attention"`` (compiled on
+            first use, on CUDA and CPUs), ``"flash_attention_2"`` or ``"flash_attention_3"`` (on CUDA in bf16
+            or fp16, where their packages are installed). None for ``"sdpa"``.
         verbose: show a progress bar.
         training: how :meth:`fit` trains; None for the original's settings.
 
@@ -50,6 +60,7 @@ class RankLLaMAReranker(LLMReranker):
         ValueError: an argument is not what is allowed.
         FileNotFoundError: a local checkpoint is not there. What is to come from the hub is looked for, and
             may fail, on first use.
+        ImportError: a package that an option needs is not installed; on first use.
 
     >>> from pyterrier_llmrerank import RankLLaMAReranker
     >>> RankLLaMAReranker(passage_max_length=256)
@@ -72,10 +83,16 @@ class RankLLaMAReranker(LLMReranker):
         batch_size: int | None = None,
         device: str | None = None,
         dtype: str = "auto",
+        quantization: str | None = None,
+        torch_compile: bool = False,
+        attn_implementation: str | None = None,
         verbose: bool = False,
         training: RankLLaMATraining | None = None,
     ) -> None:
-        self._set_shared(model, text_field, batch_size, device, dtype, verbose, training)
+        self._set_shared(
+            model, text_field, batch_size, device, dtype, quantization, torch_compile, attn_implementation, verbose,
+            training,
+        )  # fmt: skip
         self.base_model = None if base_model is None else path_like("base_model", base_model)
         self.query_max_length = positive("query_max_length", query_max_length)
         self.passage_max_length = positive("passage_max_length", passage_max_length)
@@ -123,7 +140,8 @@ class RankLLaMAReranker(LLMReranker):
     def _shape(self, checkpoint: Checkpoint) -> Shape:
         from .scoring import Shape
 
-        return Shape(cutoffs=(checkpoint.layers,), heads=(0,))
+        self._check_walked(checkpoint)
+        return Shape(cutoffs=(checkpoint.layers,), heads=(0,), attn_implementation=self.attn_implementation)
 
     def deepest(self) -> int | None:
         """All layers are run."""
@@ -179,7 +197,7 @@ class RankLLaMAReranker(LLMReranker):
         Args:
             folder: where to; new or empty.
             merged: write one ``*ForSequenceClassification`` model, rather than the PEFT ``SEQ_CLS`` adapter
-                with its score head. Weights are as in memory (``dtype``), the head is fp32.
+                with its score head. Weights are in ``dtype``, not quantised, the head is fp32.
 
         Raises:
             FileExistsError: there is something in the folder.

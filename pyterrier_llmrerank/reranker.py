@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 _WEIGHTS_LOCK = threading.RLock()  # held while a reranker finds its weights, so that threads may share it
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("int8", "float8")
+ATTENTIONS = ("sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3")
 
 
 class Scores(NamedTuple):
@@ -65,6 +67,9 @@ class LLMReranker(pt.Estimator):
     batch_size: int | None
     device: str | None
     dtype: str
+    quantization: str | None
+    torch_compile: bool
+    attn_implementation: str | None
     verbose: bool
     training: Recipe | None
     _shared_key: Hashable
@@ -77,6 +82,9 @@ class LLMReranker(pt.Estimator):
         batch_size: int | None,
         device: object,
         dtype: object,
+        quantization: str | None,
+        torch_compile: bool,
+        attn_implementation: str | None,
         verbose: bool,
         training: Recipe | None,
     ) -> None:
@@ -88,6 +96,9 @@ class LLMReranker(pt.Estimator):
         self.dtype = str(dtype).removeprefix("torch.")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r}; allowed: {', '.join(DTYPES)}.")
+        self.quantization = one_of("quantization", quantization, QUANTIZATIONS)
+        self.torch_compile = bool(torch_compile)
+        self.attn_implementation = one_of("attn_implementation", attn_implementation, ATTENTIONS)
         self.verbose = bool(verbose)
         self.training = training
 
@@ -128,6 +139,16 @@ class LLMReranker(pt.Estimator):
     def _finish(self, scores: np.ndarray) -> np.ndarray:
         """What is done to the logits last."""
         return scores
+
+    def _check_walked(self, checkpoint: Checkpoint) -> None:
+        """Raise ValueError on what only layers that are walked one by one allow."""
+        for name, allowed in (("torch_compile", [False]), ("attn_implementation", [None, "sdpa"])):
+            value = getattr(self, name)
+            if not checkpoint.walked and value not in allowed:
+                raise ValueError(
+                    f"{name}={value!r}: the layers of {checkpoint.argument} (model_type "
+                    f"{checkpoint.config.model_type!r}) cannot be walked one by one; allowed: {allowed[0]}."
+                )
 
     # -- the PyTerrier contract
 
@@ -336,12 +357,13 @@ class LLMReranker(pt.Estimator):
         device = resolve_device(self.device)
         dtype = resolve_dtype(self.dtype, device)
         openers = [opener for opener in (self._checkpoint(), self._overlaid()) if opener is not None]
-        key = tuple((opener.func, identity(opener.args), device, dtype) for opener in openers)
+        options = (device, dtype, self.quantization, self.torch_compile)
+        key = tuple((opener.func, identity(opener.args), *options) for opener in openers)
         with _WEIGHTS_LOCK:
             if self.__dict__.get("_shared_key") != key:
                 weights: Weights | None = None
                 for own, opener in zip(key, openers, strict=True):
-                    weights = share(own, partial(Weights, opener, device, dtype, weights))
+                    weights = share(own, partial(Weights, opener, *options, below=weights))
                 assert weights is not None
                 if "_shared_weights" in self.__dict__:
                     self._shared_weights.leave(self)
@@ -415,6 +437,13 @@ def positive(name: str, value: object) -> int:
     if (number := integer(name, value, allowed)) < 1:
         raise ValueError(f"{name}={value!r}; allowed: {allowed}.")
     return number
+
+
+def one_of(name: str, value: object, allowed: Sequence[str]) -> str | None:
+    """The value where it is allowed or None, or ValueError with the argument's name."""
+    if value is not None and value not in allowed:
+        raise ValueError(f"{name}={value!r}; allowed: {', '.join(allowed)}, or None.")
+    return cast(str | None, value)
 
 
 def column(name: str, value: object) -> str:

@@ -19,6 +19,7 @@ from .cascade import Cascade
 from .decoder import embedded, walk
 from .errors import ScoringError
 from .inputs import Ids
+from .kernels import kernel_of
 from .packing import PackedPairs, Row, regrouped
 from .plain import PlainDecoder
 from .weights import Weights
@@ -43,6 +44,7 @@ class Shape:
         compress_layers, compress_ratio: as :func:`~pyterrier_llmrerank.decoder.decode`.
         pad_id: reproduce the released code's padding with this id; None for scores without padding.
         prune: those of the cutoffs after which candidates leave, and how many of each query go on.
+        attn_implementation: the kernel of attention, as :func:`~pyterrier_llmrerank.kernels.kernel_of`.
     """
 
     cutoffs: tuple[int, ...]
@@ -51,6 +53,7 @@ class Shape:
     compress_ratio: int = 1
     pad_id: int | None = None
     prune: tuple[tuple[int, int], ...] = ()
+    attn_implementation: str | None = None
 
     @property
     def stages(self) -> list[tuple[int, ...]]:
@@ -90,9 +93,11 @@ def score(
         fp32 logits as float64, ``[cutoffs, pairs]``; NaN where a pair did not come so far.
 
     Raises:
+        ValueError, ImportError: attention cannot be computed as the shape says.
         ScoringError: a score is not finite, or memory runs out, with one pair alone or between batches; carries the
             scores so far.
     """
+    kernel = kernel_of(shape.attn_implementation, weights.device, weights.dtype)
     model, heads, tokenizer = weights.at_depth(shape.cutoffs[-1])
     heads = heads[list(shape.heads)]
     scores = np.full((len(shape.cutoffs), len(pairs)), np.nan)
@@ -134,7 +139,7 @@ def score(
             on = stage + 1 < len(stages)
             states, row = walk(
                 model, row, cutoffs, compress_layers=shape.compress_layers, compress_ratio=shape.compress_ratio,
-                goes_on=on,
+                goes_on=on, kernel=kernel,
             )  # fmt: skip
             if on:
                 held.update({(stage, member): (row, number) for number, member in enumerate(members)})

@@ -15,6 +15,7 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from .checkpoints import Checkpoint
 from .decoder import ATTENTION, Decoder
 from .plain import PlainDecoder
+from .quantization import quantization_of
 
 
 class Sharer(Protocol):
@@ -67,7 +68,12 @@ class Weights:
         open_checkpoint: opens the files; called once, on first use.
         device: where the weights go.
         dtype: what they are converted to.
+        quantization: what linear layers are quantised to: ``"int8"``, ``"float8"``, or None for not.
+        torch_compile: compile each layer, when it is first run.
         below: what the checkpoint's overlay is laid over: its weights are used, not copied.
+
+    Raises:
+        ImportError: torchao is asked for, and not installed.
     """
 
     def __init__(
@@ -75,12 +81,16 @@ class Weights:
         open_checkpoint: Callable[[], Checkpoint],
         device: torch.device,
         dtype: torch.dtype,
+        quantization: str | None = None,
+        torch_compile: bool = False,
         below: Weights | None = None,
     ) -> None:
         self._open_checkpoint = open_checkpoint
         self._below = below
         self.device = device
         self.dtype = dtype
+        self._quantize = None if quantization is None else quantization_of(quantization, device, dtype)
+        self._compile = torch_compile
         self._lock = threading.RLock()
         self._sharers: dict[int, weakref.finalize[..., Sharer]] = {}
         self._checkpoint: Checkpoint | None = None
@@ -137,7 +147,7 @@ class Weights:
                 self._open()
             assert self._model is not None
             while self._loaded < depth and not isinstance(self._model, PlainDecoder):
-                self._fill(f"layers.{self._loaded}")
+                self._fill_layer(self._loaded)
                 self._loaded += 1
             return self._model, self.heads, self.tokenizer
 
@@ -150,20 +160,27 @@ class Weights:
             self._fill("norm")
             self._model.rotary_emb.to(self.device)
         else:
-            self._model = PlainDecoder(checkpoint, self.device, self.dtype)
+            self._model = PlainDecoder(checkpoint, self.device, self.dtype, self._quantize)
             self._loaded = checkpoint.layers
         self.tokenizer = checkpoint.tokenizer()
         self.heads = checkpoint.heads(self.tokenizer).to(self.device)
 
-    def _fill(self, part: str) -> None:
-        """Give a part of the decoder its weights: its own, or those of what it is laid over."""
+    def _fill_layer(self, index: int) -> None:
+        layer = self._fill(f"layers.{index}", depth=index + 1)
+        if self._quantize is not None and self._below is None:
+            self._quantize(layer)
+        if self._compile:
+            layer.compile(dynamic=True)
+
+    def _fill(self, part: str, depth: int = 0) -> nn.Module:
+        """Give a part of the decoder its weights: its own, or those of what it is laid over, where at least as deep."""
         module = cast(nn.Module, self._model).get_submodule(part)
         if self._below is None:
             fill(module, self.checkpoint, f"{part}.", self.device, self.dtype)
-            return
-        depth = int(part.removeprefix("layers.")) + 1 if part.startswith("layers.") else 0
-        below, _, _ = self._below.at_depth(depth)
-        lay_over(module, cast(nn.Module, below).get_submodule(part), self.checkpoint, f"{part}.")
+        else:
+            below, _, _ = self._below.at_depth(depth)
+            lay_over(module, cast(nn.Module, below).get_submodule(part), self.checkpoint, f"{part}.", self.dtype)
+        return module
 
 
 def build_decoder(checkpoint: Checkpoint) -> PreTrainedModel:
@@ -214,23 +231,28 @@ class Overlaid(nn.Module):
         weight: the other's.
         bias: likewise; None without.
         factors: of each update, ``[rank, inputs]`` and ``[outputs, rank]``.
+        dtype: what the updates are computed in.
     """
 
     def __init__(
-        self, weight: nn.Parameter, bias: nn.Parameter | None, factors: Sequence[tuple[Tensor, Tensor]]
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        factors: Sequence[tuple[Tensor, Tensor]],
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.weight = weight
         self.bias = bias
-        self.register_buffer("down", torch.cat([down for down, _ in factors]).to(weight))
-        self.register_buffer("up", torch.cat([up for _, up in factors], dim=1).to(weight))
+        self.register_buffer("down", torch.cat([down for down, _ in factors]).to(weight.device, dtype))
+        self.register_buffer("up", torch.cat([up for _, up in factors], dim=1).to(weight.device, dtype))
 
     def forward(self, states: Tensor) -> Tensor:
         """As the layer with the updates merged in."""
         return linear(states, self.weight, self.bias) + linear(linear(states, self.down), self.up)  # type: ignore[arg-type]
 
 
-def lay_over(module: nn.Module, below: nn.Module, checkpoint: Checkpoint, prefix: str) -> None:
+def lay_over(module: nn.Module, below: nn.Module, checkpoint: Checkpoint, prefix: str, dtype: torch.dtype) -> None:
     """Give a module another's weights, and the checkpoint's overlay beside them.
 
     Args:
@@ -238,6 +260,7 @@ def lay_over(module: nn.Module, below: nn.Module, checkpoint: Checkpoint, prefix
         below: the same part of the decoder whose weights are used.
         checkpoint: whose overlay it is.
         prefix: what stands before the part's own names there.
+        dtype: what the overlay is computed in.
     """
     for name, parameter in below.named_parameters():
         path, _, last = name.rpartition(".")
@@ -246,7 +269,7 @@ def lay_over(module: nn.Module, below: nn.Module, checkpoint: Checkpoint, prefix
         factors = [a.factors(prefix + name) for a in checkpoint.overlay if prefix + name in a.modules]
         if factors:
             own = dict(part.named_parameters())
-            module.set_submodule(name, Overlaid(own["weight"], own.get("bias"), factors))
+            module.set_submodule(name, Overlaid(own["weight"], own.get("bias"), factors, dtype))
 
 
 _shared: weakref.WeakValueDictionary[Hashable, Weights] = weakref.WeakValueDictionary()

@@ -70,6 +70,7 @@ def test_benchmark(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
     models = ["--rankllama", str(tmp_path / "merged"), "--matroyshka", str(MODELS / "costwise_full")]
     shape = ["--cutoff", "6", "--compress_layer", "2", "--dtype", "float32", "--json", str(tmp_path / "figures.json")]
     choice = ["--run", "first", "--queries", "2", "--candidates", "5", "--rounds", "1", "--peers", "b", "c"]
+    choice += ["--attn_implementation", "eager"]
     monkeypatch.setattr(sys, "argv", ["benchmark.py", str(tmp_path), *models, *shape, *choice])
     monkeypatch.syspath_prepend(str(EXAMPLES))
     runpy.run_path(str(EXAMPLES / "benchmark.py"), run_name="__main__")
@@ -78,9 +79,10 @@ def test_benchmark(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
         assert wanted in out
     figures = json.loads((tmp_path / "figures.json").read_text())
     differences = [row["largest difference"] for row in figures["comparisons"]]
-    assert len(differences) == 2
+    assert len(differences) == 4
     assert max(differences) < 1e-3
-    assert all(row["of its operations"] < 1 for row in figures["comparisons"])
+    assert [row["system"] for row in figures["comparisons"][2:]] == ["RankLLaMA +", "Matroyshka +"]
+    assert all(row["of its operations"] < 1 for row in figures["comparisons"][:2])
 
 
 def test_the_little_collection_is_sound() -> None:

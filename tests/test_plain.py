@@ -112,10 +112,31 @@ def test_an_adapter_is_merged(tmp_path: Path) -> None:
     )
 
 
+def test_linear_layers_are_quantised(tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    saved(tmp_path / "phi3", CONFIGS["phi3"])
+    wanted = RankLLaMAReranker(tmp_path / "phi3", dtype="float32").compute_score(PAIRS)
+    quantised = RankLLaMAReranker(tmp_path / "phi3", dtype="float32", quantization="int8", attn_implementation="sdpa")
+    np.testing.assert_allclose(quantised.compute_score(PAIRS), wanted, atol=0.1 * np.abs(wanted).max())
+    model, _, _ = quantised._weights().at_depth(3)
+    kinds = [type(m.weight.data).__name__ for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    assert kinds == ["Int8Tensor"] * 3 * 4
+    saved(tmp_path / "gpt2", CONFIGS["gpt2"])
+    with pytest.raises(ValueError, match="model_type 'gpt2' has no linear layers to quantise; allowed: quantization=N"):
+        RankLLaMAReranker(tmp_path / "gpt2", quantization="int8").compute_score(PAIRS)
+
+
 def test_what_the_plain_path_does_not_do_is_said(tmp_path: Path) -> None:
     saved(tmp_path / "gpt2", CONFIGS["gpt2"], AutoModelForCausalLM)
     with pytest.raises(ValueError, match=r"compress_ratio=2: the layers of .*'gpt2'.* cannot be walked one by one"):
         MatroyshkaReranker(tmp_path / "gpt2", compress_layers=1, compress_ratio=2)
+    for option in ({"torch_compile": True}, {"attn_implementation": "eager"}):
+        ((name, value),) = option.items()
+        for cls in (MatroyshkaReranker, RankLLaMAReranker):
+            with pytest.raises(
+                ValueError, match=f"{name}={value!r}: the layers of .*'gpt2'.* cannot be walked one by one"
+            ):
+                cls(tmp_path / "gpt2", **option).compute_score(PAIRS[0])
     untrained = RankLLaMATraining().open(str(tmp_path / "gpt2"))
     with pytest.raises(ValueError, match="model_type 'gpt2' cannot be trained here; allowed: llama"):
         RankingModel(untrained, torch.zeros(1, 32))

@@ -254,6 +254,26 @@ def test_set_parameter_checks_as_the_constructor_does() -> None:
         reranker.set_parameter("depth", 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("quantization", "int4", "int8, float8, or None"),
+        ("attn_implementation", "flash", "sdpa, eager, flex_attention, flash_attention_2, flash_attention_3, or None"),
+    ],
+)
+def test_an_option_that_there_is_not(name: str, value: str, allowed: str) -> None:
+    for cls in (RankLLaMAReranker, MatroyshkaReranker):
+        with pytest.raises(ValueError, match=f"{name}='{value}'; allowed: {allowed}."):
+            cls(**{name: value})
+
+
+def test_options_are_printed_and_are_no_pipelines_compilation() -> None:
+    reranker = RankLLaMAReranker("a/b", quantization="int8", torch_compile=True, attn_implementation="eager")
+    options = "quantization='int8', torch_compile=True, attn_implementation='eager'"
+    assert repr(reranker) == f"RankLLaMAReranker('a/b', {options})"
+    assert (reranker >> pt.RankCutoff(2)).compile().transform(frame().head(0)).empty
+
+
 # -- pipelines
 
 

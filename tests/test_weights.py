@@ -9,6 +9,7 @@ import threading
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import MODELS, frame
@@ -169,8 +170,11 @@ def test_other_weights_are_not_shared() -> None:
         MatroyshkaReranker(FULL, dtype="float32", adapters=[MODELS / "adapter_sd"]),
         MatroyshkaReranker(str(MODELS / "mistral_base"), dtype="float32"),
         RankLLaMAReranker(FULL, dtype="float32"),
+        MatroyshkaReranker(FULL, dtype="float32", quantization="int8"),
+        MatroyshkaReranker(FULL, dtype="float32", quantization="float8"),
+        MatroyshkaReranker(FULL, dtype="float32", torch_compile=True),
     )
-    assert all(other._weights() is not first._weights() for other in others)
+    assert len({id(reranker._weights()) for reranker in (first, *others)}) == len(others) + 1
 
 
 def parameters(weights: module.Weights) -> list[bool]:
@@ -193,6 +197,51 @@ def test_only_what_is_run_is_loaded_and_what_nobody_needs_is_dropped() -> None:
     gc.collect()
     assert parameters(weights) == [True] * 3 + [False] * 5
     assert shallow.compute_score(PAIR) == before
+
+
+@pytest.mark.parametrize("name", ["int8", "float8"])
+def test_layers_are_quantised_one_by_one_and_again_after_they_were_dropped(name: str) -> None:
+    shallow = MatroyshkaReranker(FULL, cutoff=3, dtype="float32", quantization=name)
+    weights = shallow._weights()
+    quantize, unquantised = weights._quantize, []
+
+    def counting(layer: torch.nn.Module) -> None:
+        there = [p for other in weights._model.layers for p in other.parameters() if p.device.type != "meta"]
+        unquantised.append(sum(p.dim() == 2 and type(p.data) is torch.Tensor for p in there))
+        quantize(layer)
+
+    weights._quantize = counting
+    before = shallow.compute_score(PAIR)
+    deep = shallow.at(cutoff=7)
+    wanted = deep.compute_score(PAIR)
+    assert unquantised == [7] * 7
+    del deep
+    gc.collect()
+    assert parameters(weights) == [True] * 3 + [False] * 5
+    assert shallow.compute_score(PAIR) == before
+    assert shallow.at(cutoff=7).compute_score(PAIR) == wanted
+    assert len(unquantised) == 11
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_compiled_layers_give_the_same_for_batches_of_any_shape(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """The graphs that are compiled, run uncompiled, so that the test does not wait for a compiler."""
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: real(self, backend="eager", **options))
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    made = [graphs["unique_graphs"]]
+    kept = MatroyshkaReranker(FULL, dtype=dtype, torch_compile=True)
+    for size, queries, documents in ((1, 1, 1), (2, 2, 2), (5, 3, 4), (8, 2, 6), (None, 4, 5)):
+        shape = {"cutoff": [4, 8], "compress_layers": 3, "compress_ratio": 2}
+        wanted = MatroyshkaReranker(FULL, dtype=dtype, **shape)(frame(queries, documents))
+        compiled = kept.at(**shape)
+        compiled.batch_size = size
+        got = compiled(frame(queries, documents))
+        np.testing.assert_allclose(got[["score_4", "score_8"]], wanted[["score_4", "score_8"]], atol=1e-4)
+        made.append(graphs["unique_graphs"])
+    assert made[2] == made[-1]
+    assert 0 < made[-1] - made[0] <= 8
 
 
 def test_a_template_that_lives_keeps_what_it_may_need() -> None:
