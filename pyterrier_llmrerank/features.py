@@ -60,6 +60,39 @@ class MatroyshkaFeatures(pt.Transformer):
         return hash(self.rerankers)
 
 
+class AtDepth(pt.Transformer):
+    """One of the depths that a reranker read on its way, as the score.
+
+    Args:
+        layer: which of its cutoffs.
+    """
+
+    schematic: ClassVar = {"label": "at depth"}
+
+    def __init__(self, layer: int) -> None:
+        self.layer = layer
+
+    def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
+        """Score by ``score_<layer>``, rank, and drop the columns of all layers.
+
+        Raises:
+            pyterrier.validate.InputValidationError: that column is missing.
+        """
+        name = f"score_{self.layer}"
+        pt.validate.result_frame(inp, extra_columns=[name], context=self)
+        layers = [column for column in inp.columns if column.removeprefix("score_").isdigit()]
+        return pt.model.add_ranks(inp.assign(score=inp[name]).drop(columns=layers))
+
+    def __repr__(self) -> str:
+        return f"AtDepth({self.layer})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AtDepth) and self.layer == other.layer
+
+    def __hash__(self) -> int:
+        return hash((AtDepth, self.layer))
+
+
 def fused(left: pt.Transformer, right: pt.Transformer) -> MatroyshkaFeatures | None:
     """Both sides' depths in one pass, or None where they differ in more than depth."""
     rerankers: list[MatroyshkaReranker] = []

@@ -230,6 +230,25 @@ class MatroyshkaReranker(LLMReranker):
         self._weights()  # opens nothing yet, but from now on the shapes have one copy to share
         return type(self)(**{**self._arguments(), **changed})
 
+    def depths(self) -> dict[int, pt.Transformer]:
+        """Each of several cutoffs as a pipeline of its own, all of which begin with the same pass.
+
+        An experiment that shares what pipelines begin with makes that pass once:
+        ``pt.Experiment([bm25 >> depth for depth in m.at(cutoff=[8, 16, 24]).depths().values()], ..., plan="tree")``.
+
+        Raises:
+            ValueError: there is a cascade, in which not every candidate comes to every depth.
+
+        >>> from pyterrier_llmrerank import MatroyshkaReranker
+        >>> MatroyshkaReranker(cutoff=[8, 16]).depths()[16][1]
+        AtDepth(16)
+        """
+        from .features import AtDepth
+
+        if self.prune:
+            raise ValueError(f"prune={dict(self.prune)}: not every candidate comes to every depth; allowed: {{}}.")
+        return {layer: self >> AtDepth(layer) for layer in (self.cutoff if isinstance(self.cutoff, tuple) else ())}
+
     def fuse_feature_union(self, other: pt.Transformer, is_left: bool) -> pt.Transformer | None:
         """Make ``self ** other`` one pass where they differ in ``cutoff`` alone; PyTerrier calls it to compile."""
         from .features import fused

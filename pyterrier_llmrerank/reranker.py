@@ -19,6 +19,8 @@ from .errors import ScoringError
 
 # Torch and transformers take seconds to import: that waits until weights are asked for.
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from .checkpoints import Checkpoint
     from .inputs import Ids
     from .scoring import Shape
@@ -283,6 +285,15 @@ class LLMReranker(pt.Estimator):
                 error.scores = of_rows(cast(np.ndarray, error.scores))
                 raise
         return of_rows(scores)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer; no weight is read for it. For ``pt.text.sliding(..., tokenizer=...)``.
+
+        Raises:
+            ValueError, FileNotFoundError, ConnectionError: the model cannot be opened.
+        """
+        return self._weights().checkpoint.tokenizer()
 
     # -- training
 

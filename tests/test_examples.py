@@ -63,6 +63,18 @@ def test_rerank_run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixtur
     assert table.loc["8 layers", "nDCG@10"] != table.loc["8 layers ratio 2", "nDCG@10"]
 
 
+def test_long_documents(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    collection(tmp_path)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    windows = ["--window", "8", "--stride", "4", "--model", str(MODELS / "costwise_full"), "--dtype", "float32"]
+    monkeypatch.setattr(sys, "argv", ["long_documents.py", str(tmp_path), "--run", "first", *windows])
+    runpy.run_path(str(EXAMPLES / "long_documents.py"), run_name="__main__")
+    out = capfd.readouterr().out
+    assert "3 queries, 18 candidates" in out
+    for wanted in ("first 8 tokens", "whole", "windows of 8", "nDCG@10 p-value"):
+        assert wanted in out
+
+
 def test_benchmark(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     collection(tmp_path)
     rankllama = RankLLaMAReranker(MODELS / "rankllama_adapter", base_model=MODELS / "rankllama_base", dtype="float32")

@@ -1,13 +1,15 @@
 """A union of depths is one pass with the same features, and only of depths."""
 
 import numpy as np
+import pandas as pd
 import pyterrier as pt
 import pytest
 from conftest import frame
+from pyterrier.measures import nDCG
 from test_matroyshka import FULL, full
 
 from pyterrier_llmrerank import MatroyshkaReranker, scoring
-from pyterrier_llmrerank.features import MatroyshkaFeatures
+from pyterrier_llmrerank.features import AtDepth, MatroyshkaFeatures
 
 
 def test_a_union_of_depths_is_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,3 +50,30 @@ def test_what_differs_in_more_than_depth_stays_apart() -> None:
 
 class TestFeatures(pt.testing.transformer_test_class(lambda: MatroyshkaFeatures([MatroyshkaReranker(cutoff=8)]))):
     """PyTerrier's own tests of inspection and schematics."""
+
+
+def test_an_experiment_over_depths_makes_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = frame(2, 5)
+    first = pt.Transformer.from_df(rows)
+    topics, qrels = rows[["qid", "query"]].drop_duplicates(), rows[["qid", "docno"]].assign(label=[0, 1, 0, 1, 0] * 2)
+    several = full().at(cutoff=[2, 4, 8])
+    alone = [first >> full().at(cutoff=layer) for layer in (2, 4, 8)]
+    wanted = pt.Experiment(alone, topics, qrels, [nDCG @ 10])
+    passes, real = [], scoring.walk
+    monkeypatch.setattr(scoring, "walk", lambda *args, **options: passes.append(1) or real(*args, **options))
+    pipelines = [first, *(first >> depth for depth in several.depths().values())]
+    got = pt.Experiment(pipelines, topics, qrels, [nDCG @ 10], plan="tree")
+    assert len(passes) == 1
+    assert got["nDCG@10"][1:].tolist() == wanted["nDCG@10"].tolist()
+    scored = several.depths()[4].transform(rows)
+    pd.testing.assert_frame_equal(scored, full().at(cutoff=4).transform(rows), check_like=True, atol=1e-4)
+
+
+def test_depths_are_values_and_not_of_a_cascade() -> None:
+    assert AtDepth(4) == AtDepth(4) != AtDepth(8)
+    assert hash(AtDepth(4)) == hash(AtDepth(4))
+    assert full().depths() == {}
+    with pytest.raises(ValueError, match=r"prune=\{3: 2\}: not every candidate comes to every depth"):
+        full().at(cutoff=[4, 8], prune={3: 2}).depths()
+    with pytest.raises(pt.validate.InputValidationError, match="score_4"):
+        AtDepth(4).transform(frame(1, 1))
