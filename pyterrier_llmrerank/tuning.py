@@ -153,10 +153,10 @@ def tune(
     measure: str | ir_measures.Measure = "nDCG@10",
     *,
     budget: float | str | None = None,
-    cutoffs: Sequence[int] | None = None,
-    compress_ratios: Sequence[int] = (1, 2, 4),
-    compress_layers: Sequence[int] | None = None,
-    keep: Sequence[int] = (10, 20, 50),
+    cutoffs: int | Sequence[int] | None = None,
+    compress_ratios: int | Sequence[int] = (1, 2, 4),
+    compress_layers: int | Sequence[int] | None = None,
+    keep: int | Sequence[int] = (10, 20, 50),
     stages: int = 2,
     timed: int = 4,
 ) -> Tuning:
@@ -182,10 +182,11 @@ def tune(
         keep: how many candidates may go on after a stage; those below the longest list are tried.
         stages: stages of a cascade at most, keeping fewer each; 0 for no cascades, nor has a model any whose layers
             cannot be walked.
-        timed: the shapes on the front are timed on so many queries, the first ones, two rounds in which they take
-            turns; the median a query is scaled from these queries' operations to those of all. All other
-            milliseconds are predicted: by the operations, from what the pass of that width took. 0 for predicted
-            ones alone.
+        timed: the shapes on the front are timed on so many queries, the first ones, in two rounds in which they
+            take turns; their median is scaled from these queries' operations to those of all. (Of
+            ``"smollm2-135m"``, where each ratio is a copy of the weights, the copies are then in memory together.)
+            All other milliseconds are predicted, from the operations and what the pass of that width took. 0 for
+            predicted ones alone.
 
     Returns:
         The measurements, the front, and the best within the budget. Intervals are percentiles of 1000 draws of the
@@ -208,7 +209,7 @@ def tune(
         raise ValueError(f"reranker={reranker!r}; allowed: a MatroyshkaReranker, without released=True.")
     limit_of(budget)
     stages, timed = _natural("stages", stages), _natural("timed", timed)
-    numbers = sorted({positive("keep", number) for number in keep}, reverse=True)
+    numbers = sorted({positive("keep", number) for number in np.atleast_1d(keep).tolist()}, reverse=True)
     rows = _judged(reranker, res, qrels)
     evaluation = Evaluation(measure, rows, qrels)
 
@@ -218,22 +219,21 @@ def tune(
     if compress_layers is None:
         compress_layers = reranker.compress_layers or (-(-checkpoint.layers // 4),)
     if not checkpoint.walked:
-        compress_ratios, stages = (1,), 0
-    if not len(compress_ratios):
-        raise ValueError("compress_ratios=[]; allowed: at least one ratio.")
+        compress_ratios, stages = 1, 0
+    ratios = sorted(set(np.atleast_1d(compress_ratios).tolist()))
     widths = [
         reranker.at(
             cutoff=cutoffs, compress_layers=compress_layers if ratio != 1 else (), compress_ratio=ratio,
             prune=(), normalize=False,
         )
-        for ratio in sorted(set(compress_ratios))
+        for ratio in ratios
     ]  # fmt: skip
     for width in widths:  # what the model does not allow shows before the first pass
         width._shape(checkpoint)
     longest = rows["qid"].value_counts().max()
     grid = [list(choices(width, [number for number in numbers if number < longest], stages)) for width in widths]
     if not any(grid):
-        asked = f"compress_ratios={list(compress_ratios)}, compress_layers={compress_layers}"
+        asked = f"compress_ratios={ratios}, compress_layers={compress_layers}"
         raise ValueError(f"{asked}: no shape is left; allowed: ratio 1 too, or a pooling before the deepest cutoff.")
 
     measured: list[Measured] = []

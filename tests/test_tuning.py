@@ -2,6 +2,7 @@
 
 import builtins
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from conftest import MODELS, frame
 from hypothesis import given
 from hypothesis import strategies as st
 from ir_measures import RR
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from pyterrier_llmrerank import MatroyshkaReranker, Tuning, scoring, tune, tuning
 from pyterrier_llmrerank.operations import Operations
@@ -80,6 +82,21 @@ def test_defaults() -> None:
     assert sorted(set(few["cutoff"])) == [2, 3, 4, 5]
     assert set(few["compress_layers"]) == {(), (3,)}
     assert tuning._spread(range(4, 31), 30) == [7, 10, 14, 17, 20, 24, 27, 30]
+
+
+def test_a_pooling_that_has_no_effect_is_no_shape() -> None:
+    shapes = tune(FULL, RES, QRELS, **{**GRID, "keep": 2, "compress_layers": 0}).shapes
+    assert set(shapes["compress_ratio"]) == {1}
+
+
+def test_models_that_are_not_walked_have_depths_alone(tmp_path: Path) -> None:
+    config = GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=700, pad_token_id=0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(MODELS / "mistral_base").save_pretrained(tmp_path)
+    shapes = tune(MatroyshkaReranker(tmp_path, dtype="float32", start_layer=1), RES, QRELS, keep=2, timed=1).shapes
+    assert shapes["cutoff"].tolist() == [1, 2, 3]
+    assert shapes["share"].tolist() == [1, 1, 1]  # all layers are run, whatever is read
+    assert shapes["front"].any()
 
 
 def test_costs(found: Tuning) -> None:
@@ -196,7 +213,8 @@ def test_measures_and_the_first_stage(measure: object) -> None:
         ({"cutoffs": [1, 8]}, r"cutoff=1: .* has heads at layers 2 to 8"),
         ({"cutoffs": []}, r"cutoff=\[\]; allowed"),
         ({"compress_ratios": [3]}, "compress_ratio=3; allowed"),
-        ({"compress_ratios": []}, r"compress_ratios=\[\]; allowed"),
+        ({"compress_ratios": []}, r"compress_ratios=\[\].*: no shape is left"),
+        ({"keep": 2.5}, "keep=2.5; allowed"),
         ({"compress_layers": [8]}, r"compress_layers=\[8\]: layer index 8 is beyond"),
         ({"compress_ratios": [2], "compress_layers": [0]}, "no shape is left"),
     ],
