@@ -34,15 +34,12 @@ class Layer(NamedTuple):
     @classmethod
     def of(cls, layer: Any) -> Layer:
         """From a layer of a decoder that is walked."""
-        sizes = {
-            name: module.in_features * module.out_features
-            for name, module in layer.named_modules()
-            if hasattr(module, "in_features")
-        }
+        tensors = [*layer.named_parameters(), *layer.named_buffers()]  # low-rank updates beside weights are buffers
+        sizes = {name: tensor.numel() for name, tensor in tensors if tensor.ndim > 1}
+        keys_values = sum(size for name, size in sizes.items() if "k_proj." in name or "v_proj." in name)
         heads = layer.self_attn
         window = getattr(heads.config if heads.config.model_type == "mistral" else heads, "sliding_window", None)
-        keys_values = sizes["self_attn.k_proj"] + sizes["self_attn.v_proj"]
-        return cls(sum(sizes.values()), keys_values, heads.q_proj.out_features, window)
+        return cls(sum(sizes.values()), keys_values, heads.config.num_attention_heads * heads.head_dim, window)
 
     def keys(self, tokens: Indices) -> Indices:
         """Keys that so many first tokens of a pair see together, themselves included."""

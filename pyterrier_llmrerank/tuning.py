@@ -22,6 +22,8 @@ from .reranker import integer, positive
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from .operations import Operations
+
 #: Cutoffs that are tried where none are named.
 CUTOFFS = 8
 
@@ -183,10 +185,9 @@ def tune(
         stages: stages of a cascade at most, keeping fewer each; 0 for no cascades, nor has a model any whose layers
             cannot be walked.
         timed: the shapes on the front are timed on so many queries, the first ones, in two rounds in which they
-            take turns; their median is scaled from these queries' operations to those of all. (Of
-            ``"smollm2-135m"``, where each ratio is a copy of the weights, the copies are then in memory together.)
-            All other milliseconds are predicted, from the operations and what the pass of that width took. 0 for
-            predicted ones alone.
+            take turns; their median is scaled from these queries' operations to those of all. All other
+            milliseconds are predicted, from the operations and what the pass of that width took. 0 for predicted
+            ones alone.
 
     Returns:
         The measurements, the front, and the best within the budget. Intervals are percentiles of 1000 draws of the
@@ -236,9 +237,12 @@ def tune(
         asked = f"compress_ratios={ratios}, compress_layers={compress_layers}"
         raise ValueError(f"{asked}: no shape is left; allowed: ratio 1 too, or a pooling before the deepest cutoff.")
 
+    candidates = Candidates(rows, reranker.text_field)
+    whole = reranker.at(compress_layers=(), compress_ratio=1, prune=())
+    full = candidates.operations(whole, 0)(_depths(widths[0])[-1:]).mean()
     measured: list[Measured] = []
-    while widths:  # each may be weights of its own: held no longer than its pass
-        measured += one_pass(widths.pop(0), grid.pop(0), rows, evaluation, reranker._finish)
+    while widths:  # each may have weights of its own: held no longer than its pass
+        measured += one_pass(widths.pop(0), grid.pop(0), candidates, evaluation, reranker._finish)
     values = np.stack([each.values for each in measured], axis=1)
     operations = np.stack([each.operations for each in measured], axis=1)
     low, high = interval(values)
@@ -247,7 +251,7 @@ def tune(
         low=low,
         high=high,
         operations=operations.mean(axis=0),
-        share=[each.share for each in measured],
+        share=operations.mean(axis=0) / full,
         milliseconds=[each.milliseconds for each in measured],
         timed=False,
         front=pareto(operations.mean(axis=0), values.mean(axis=0)),
@@ -284,7 +288,7 @@ def cascades(
 
 
 def choices(width: MatroyshkaReranker, keep: Sequence[int], stages: int) -> Iterator[Choice]:
-    """The shapes of a width, but for those that end before its first pooling: they are of another width."""
+    """The shapes of a width, but for those that end before its first pooling: they cost what the full width does."""
     layers, ratio = width.compress_layers, width.compress_ratio
     full = 0 if ratio == 1 else min((layer for layer in layers if layer > 0), default=np.inf)
     for cutoff, prune in cascades(_depths(width), keep, stages):
@@ -308,6 +312,38 @@ def _depths(reranker: MatroyshkaReranker) -> tuple[int, ...]:
 # -- what is measured
 
 
+class Candidates:
+    """Rows to rank, and the distinct pairs that they hold.
+
+    Args:
+        rows: a result frame.
+        text_field: the column of its texts.
+    """
+
+    def __init__(self, rows: pd.DataFrame, text_field: str) -> None:
+        #: What a reranker needs of the rows.
+        self.rows = rows[["qid", "query", "docno", text_field]]
+        #: What tells apart who competes, ``[rows]``.
+        self.competing = list(zip(rows["qid"], rows["query"], strict=True))
+        numbers: dict[tuple[str, str], int] = {}
+        texts = zip(rows["query"], rows[text_field], strict=True)
+        #: The distinct pair that each row holds, ``[rows]``.
+        self.pair_of_row = np.array([numbers.setdefault(pair, len(numbers)) for pair in texts])
+        #: A row that holds each pair, ``[pairs]``.
+        self.row_of_pair = np.unique(self.pair_of_row, return_index=True)[1]
+        #: Query and passage of each pair.
+        self.pairs = list(numbers)
+        self._query_of_row = pd.factorize(rows["qid"])[0]
+
+    def operations(self, reranker: MatroyshkaReranker, depth: int) -> Operations:
+        """What scoring the pairs takes on this reranker's weights, of which so many layers are opened for it."""
+        from .operations import Operations
+
+        decoder, _, tokenizer = reranker._weights().at_depth(depth)
+        queries = self._query_of_row[self.row_of_pair]
+        return Operations(decoder, reranker._encode(tokenizer, self.pairs), queries, int(self._query_of_row.max()) + 1)
+
+
 class Measured(NamedTuple):
     """A shape and what was measured of it.
 
@@ -315,21 +351,19 @@ class Measured(NamedTuple):
         choice: the shape.
         values: the measure of each query, ``[queries]``.
         operations: those of each query, ``[queries]``.
-        share: of all queries' operations in the full shape.
         milliseconds: a query, predicted.
     """
 
     choice: Choice
     values: Floats
     operations: Floats
-    share: float
     milliseconds: float
 
 
 def one_pass(
     width: MatroyshkaReranker,
     grid: Sequence[Choice],
-    rows: pd.DataFrame,
+    candidates: Candidates,
     evaluation: Evaluation,
     finish: Callable[[Floats], Floats],
 ) -> Iterator[Measured]:
@@ -338,46 +372,32 @@ def one_pass(
     Args:
         width: reads logits at all cutoffs.
         grid: shapes of this width; none, and nothing is run.
-        rows: candidates.
-        evaluation: of these rows.
+        candidates: to rank.
+        evaluation: of their rows.
         finish: what becomes of the logits last.
 
     Yields:
         Each of the grid.
     """
-    from .operations import Operations
-
     if not grid:
         return
-    cutoffs = _depths(width)
-    texts = list(zip(rows["query"], rows[width.text_field], strict=True))
-    competing = list(zip(rows["qid"], rows["query"], strict=True))
-    numbers: dict[tuple[str, str], int] = {}
-    pair_of_row = np.array([numbers.setdefault(pair, len(numbers)) for pair in texts])
-    row_of_pair = np.unique(pair_of_row, return_index=True)[1]
-    query_of_row = pd.factorize(rows["qid"])[0]
-
-    decoder, _, tokenizer = width._weights().at_depth(cutoffs[-1])  # opened before time is taken
-    operations = Operations(
-        decoder, width._encode(tokenizer, list(numbers)), query_of_row[row_of_pair], len(evaluation.queries)
-    )
+    cutoffs, layers, ratio = _depths(width), width.compress_layers, width.compress_ratio
+    operations = candidates.operations(width, cutoffs[-1])  # opened before time is taken
     begun = time.perf_counter()
-    scored = width.transform(rows[["qid", "query", "docno", width.text_field]])
+    scored = width.transform(candidates.rows)
     seconds = time.perf_counter() - begun
-    layers, ratio = width.compress_layers, width.compress_ratio
-    each = 1000 * seconds / operations(cutoffs, layers, ratio).sum()
-    full = operations(cutoffs[-1:]).mean()
+    rate = seconds / operations(cutoffs, layers, ratio).sum()
     logits = {cutoff: scored.get(f"score_{cutoff}", scored["score"]).to_numpy() for cutoff in cutoffs}
     for choice in grid:
-        cascade = Cascade(dict(choice.prune), competing, pair_of_row, choice.cutoff)
-        alive: Sequence[int] = range(len(numbers))
+        cascade = Cascade(dict(choice.prune), candidates.competing, candidates.pair_of_row, choice.cutoff)
+        alive: Sequence[int] = range(len(candidates.pairs))
         for layer, _ in choice.prune:
-            alive = cascade.survivors(layer, alive, logits[layer][row_of_pair])
-        left = np.zeros(len(numbers), dtype=int)
-        np.maximum.at(left, pair_of_row, cascade.exit_layer)  # a pair goes as far as one of its rows
+            alive = cascade.survivors(layer, alive, logits[layer][candidates.row_of_pair])
+        left = np.zeros(len(candidates.pairs), dtype=int)
+        np.maximum.at(left, candidates.pair_of_row, cascade.exit_layer)  # a pair goes as far as one of its rows
         counted = operations([*dict(choice.prune), choice.cutoff], layers, ratio, left)
         values = evaluation(finish(cascade.ordered(logits)))
-        yield Measured(choice, values, counted, counted.mean() / full, each * counted.mean())
+        yield Measured(choice, values, counted, 1000 * rate * counted.mean())
 
 
 def in_turns(rerankers: Sequence[MatroyshkaReranker], rows: pd.DataFrame) -> Floats:
