@@ -4,5 +4,6 @@ from .errors import ScoringError
 from .matroyshka import MatroyshkaReranker
 from .rankllama import RankLLaMAReranker
 from .reranker import LLMReranker
+from .tuning import Tuning, tune
 
-__all__ = ["LLMReranker", "MatroyshkaReranker", "RankLLaMAReranker", "ScoringError"]
+__all__ = ["LLMReranker", "MatroyshkaReranker", "RankLLaMAReranker", "ScoringError", "Tuning", "tune"]

@@ -175,9 +175,8 @@ class LLMReranker(pt.Estimator):
             return pt.model.add_ranks(inp.assign(**none))
         self._check_rows(inp)
         pairs = list(zip(inp["query"], self._bodies(inp), strict=True))
-        queries = list(zip(inp["qid"], inp["query"], strict=True))
         try:
-            scores = self._score(pairs, queries, lambda row: self._label(inp, row))
+            scores = self._score(pairs, inp["qid"], lambda row: self._label(inp, row))
         except ScoringError as error:
             so_far = inp.assign(**self._columns(cast(Scores, error.scores)))
             error.scores = pt.model.add_ranks(so_far[so_far["score"].notna()].copy())
@@ -209,7 +208,7 @@ class LLMReranker(pt.Estimator):
                     raise ValueError(f"the {name} of pairs[{number}] is {problem}.")
             checked.append((pair[0], self._body(pair[1])))
         try:
-            scores = self._at_cutoffs(self._score(checked, [query for query, _ in checked], "pairs[{}]".format))
+            scores = self._at_cutoffs(self._score(checked, [None] * len(checked), "pairs[{}]".format))
         except ScoringError as error:
             error.scores = self._at_cutoffs(cast(Scores, error.scores))
             raise
@@ -244,8 +243,8 @@ class LLMReranker(pt.Estimator):
         qid, docno = (getattr(value, "item", lambda value=value: value)() for value in inp[["qid", "docno"]].iloc[row])
         return f"qid {qid!r}, docno {docno!r}"
 
-    def _score(self, pairs: list[tuple[str, str]], queries: Sequence[Hashable], label: Callable[[int], str]) -> Scores:
-        """Score pairs, of which ``queries`` tells who compete; each distinct one goes through the model once."""
+    def _score(self, pairs: list[tuple[str, str]], qids: Iterable[Hashable], label: Callable[[int], str]) -> Scores:
+        """Score pairs, of which those of one qid and query compete; each distinct one goes through the model once."""
         from .cascade import Cascade
         from .scoring import score
 
@@ -253,10 +252,13 @@ class LLMReranker(pt.Estimator):
         shape = self._shape(weights.checkpoint)
         if not pairs:
             return Scores.none()
-        distinct = list(dict.fromkeys(pairs))
-        at = {pair: index for index, pair in enumerate(distinct)}
-        inverse = np.array([at[pair] for pair in pairs])
-        cascade = Cascade(dict(shape.prune), queries, inverse, shape.cutoffs[-1]) if shape.prune else None
+        at: dict[tuple[str, str], int] = {}
+        inverse = np.array([at.setdefault(pair, len(at)) for pair in pairs])
+        distinct = list(at)
+        cascade = None
+        if shape.prune:
+            queries = list(zip(qids, (query for query, _ in pairs), strict=True))
+            cascade = Cascade(dict(shape.prune), queries, inverse, shape.cutoffs[-1])
 
         def of_rows(scores: np.ndarray) -> Scores:
             by_layer = dict(zip(shape.cutoffs, scores[:, inverse], strict=True))

@@ -97,6 +97,21 @@ def test_benchmark(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
     assert all(row["of its operations"] < 1 for row in figures["comparisons"][:2])
 
 
+def test_pareto(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    collection(tmp_path)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    grid = ["--start_layer", "2", "--depths", "2", "4", "8", "--ratios", "1", "2", "--keep", "2", "4", "--timed", "1"]
+    files = ["--output", str(tmp_path / "pareto.png"), "--csv", str(tmp_path / "shapes.csv")]
+    run(monkeypatch, "pareto.py", str(tmp_path), str(tmp_path), "--run", "first", "--candidates", "5", *grid, *files)
+    out = capfd.readouterr().out
+    assert out.count(f"{tmp_path.name}, 3 queries, 5 candidates each: 19 shapes") == 2
+    for wanted in ("first: nDCG@10 0.6309", "within 50% of the operations", "best cascade: ", "of the full depth's"):
+        assert wanted in out
+    assert len(pd.read_csv(tmp_path / "shapes.csv")) == 2 * 19
+    assert (tmp_path / "pareto.png").stat().st_size > 10_000
+
+
 def test_the_little_collection_is_sound() -> None:
     documents = pd.read_json(EXAMPLES / "collection" / "docs.jsonl", lines=True)
     topics = pd.read_csv(EXAMPLES / "collection" / "topics.tsv", sep="\t", names=["qid", "query"])

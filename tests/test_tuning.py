@@ -1,0 +1,264 @@
+"""Tuning: what it says of a shape is what the shape does, and each width is one pass."""
+
+import builtins
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyterrier as pt
+import pytest
+from conftest import MODELS, frame
+from hypothesis import given
+from hypothesis import strategies as st
+from ir_measures import RR
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+
+from pyterrier_llmrerank import MatroyshkaReranker, Tuning, scoring, tune, tuning
+from pyterrier_llmrerank.operations import Operations
+from pyterrier_llmrerank.tuning import cascades, interval, pareto
+
+FULL = MatroyshkaReranker(MODELS / "costwise_full", dtype="float32")
+RES = frame(5, 9)
+QRELS = pd.DataFrame(
+    [(f"q{q}", f"d{(3 * q + k) % 9}", k % 3) for q in range(4) for k in range(5)], columns=["qid", "docno", "label"]
+)
+GRID: dict[str, Any] = {"cutoffs": [2, 4, 6, 8], "keep": [2, 4, 6], "compress_layers": [3], "timed": 0}
+
+
+@pytest.fixture(scope="module")
+def found() -> Tuning:
+    return tune(FULL, RES, QRELS, **GRID)
+
+
+def test_what_it_measured_is_what_an_experiment_measures(found: Tuning) -> None:
+    judged = RES[RES["qid"] != "q4"]
+    assert found.shapes["prune"].map(len).value_counts().tolist() == [54, 36, 10]
+    topics, candidates = judged[["qid", "query"]].drop_duplicates(), pt.Transformer.from_df(judged)
+    systems = [candidates >> found.reranker(index) for index in found.shapes.index]
+    wanted = pt.Experiment(systems, topics, QRELS, ["ndcg_cut_10"])
+    np.testing.assert_allclose(found.shapes["nDCG@10"], wanted["ndcg_cut_10"], atol=1e-9)
+    evaluated = pt.Evaluate(found.reranker(9)(judged), QRELS, ["ndcg_cut_10"])["ndcg_cut_10"]
+    assert found.shapes.loc[9, "nDCG@10"] == pytest.approx(evaluated)
+
+
+def test_equal_texts_leave_apart(found: Tuning) -> None:
+    """The same passage under several docnos, and queries that are the same under another qid."""
+    rows = RES.assign(text=RES["text"].where(RES["docno"] != "d1", RES["text"].shift(-1)))
+    rows["query"] = rows["query"].where(rows["qid"] != "q2", rows["query"].iloc[0])
+    again = tune(FULL.at(normalize=True), rows, QRELS, **GRID)
+    for index in again.shapes[again.shapes["prune"].map(len) > 0].sample(5, random_state=1).index:
+        reranked = again.reranker(index)(rows[rows["qid"] != "q4"])
+        assert reranked["score"].between(0, 1).all()
+        wanted = pt.Evaluate(reranked, QRELS, ["ndcg_cut_10"])["ndcg_cut_10"]
+        assert again.shapes.loc[index, "nDCG@10"] == pytest.approx(wanted)
+
+
+def test_a_width_is_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    embedded, real = [], scoring.embedded
+    monkeypatch.setattr(scoring, "embedded", lambda *args: embedded.append(len(args[1])) or real(*args))
+    shapes = tune(FULL, RES, QRELS, **GRID).shapes
+    assert sum(embedded) == 3 * 4 * 9  # ratios, judged queries, candidates
+    counts = shapes.groupby("compress_ratio").size()
+    per_cutoff = [1, 1 + 3, 1 + 2 * 3 + 3, 1 + 3 * 3 + 3 * 3]  # alone, one stage, two stages
+    assert counts.tolist() == [sum(per_cutoff), sum(per_cutoff[1:]), sum(per_cutoff[1:])]  # 2 is above the pooling
+
+
+def test_the_grid() -> None:
+    assert list(cascades([2, 4, 6], [5, 3], 2)) == [
+        (2, ()),
+        (4, ()), (4, ((2, 5),)), (4, ((2, 3),)),
+        (6, ()), (6, ((2, 5),)), (6, ((2, 3),)), (6, ((4, 5),)), (6, ((4, 3),)), (6, ((2, 5), (4, 3))),
+    ]  # fmt: skip
+
+
+def test_defaults() -> None:
+    shapes = tune(FULL, RES, QRELS, timed=0).shapes
+    assert sorted(set(shapes["cutoff"])) == [2, 3, 4, 5, 6, 7, 8]
+    assert set(shapes["compress_layers"]) == {(), (2,)}
+    assert set(shapes["prune"]) == {()}  # nobody has more than ten candidates
+    few = tune(FULL.at(cutoff=5, compress_layers=[3], compress_ratio=2, prune={3: 2}), RES, QRELS, timed=0).shapes
+    assert sorted(set(few["cutoff"])) == [2, 3, 4, 5]
+    assert set(few["compress_layers"]) == {(), (3,)}
+    assert tuning._spread(range(4, 31), 30) == [7, 10, 14, 17, 20, 24, 27, 30]
+
+
+def test_a_pooling_that_has_no_effect_is_no_shape() -> None:
+    shapes = tune(FULL, RES, QRELS, **{**GRID, "keep": 2, "compress_layers": 0}).shapes
+    assert set(shapes["compress_ratio"]) == {1}
+
+
+def test_models_that_are_not_walked_have_depths_alone(tmp_path: Path) -> None:
+    config = GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=700, pad_token_id=0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(MODELS / "mistral_base").save_pretrained(tmp_path)
+    shapes = tune(MatroyshkaReranker(tmp_path, dtype="float32", start_layer=1), RES, QRELS, keep=2, timed=1).shapes
+    assert shapes["cutoff"].tolist() == [1, 2, 3]
+    assert shapes["share"].tolist() == [1, 1, 1]  # all layers are run, whatever is read
+    assert shapes["front"].any()
+
+
+def test_costs(found: Tuning) -> None:
+    shapes = found.shapes
+    full = shapes[(shapes["cutoff"] == 8) & (shapes["compress_ratio"] == 1) & (shapes["prune"] == ())].iloc[0]
+    assert full["share"] == 1
+    assert (shapes["share"] * full["operations"] / shapes["operations"]).to_numpy() == pytest.approx(1)
+    assert shapes["share"].max() == 1
+    for _, width in shapes.groupby("compress_ratio"):
+        assert (width["milliseconds"] / width["operations"]).nunique() < 5  # but for rounding, one rate
+    assert not shapes["timed"].any()
+    assert (shapes["low"] <= shapes["nDCG@10"]).all()
+    assert (shapes["nDCG@10"] <= shapes["high"]).all()
+
+
+def test_a_cascades_operations_are_those_of_its_run(found: Tuning) -> None:
+    judged = RES[RES["qid"] != "q4"]
+    decoder, _, tokenizer = FULL._weights().at_depth(8)
+    ids = FULL._encode(tokenizer, list(zip(judged["query"], judged["text"], strict=True)))
+    operations = Operations(decoder, ids, np.repeat(np.arange(4), 9), 4)
+    for row in (row for _, row in found.shapes.iterrows() if len(row["prune"]) == 2):
+        exit_layer = found.reranker(row)(judged)["exit_layer"].to_numpy()
+        read = [*dict(row["prune"]), row["cutoff"]]
+        counted = operations(read, row["compress_layers"], row["compress_ratio"], exit_layer)
+        assert row["operations"] == pytest.approx(counted.mean())
+
+
+def test_the_front_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Any, ...]] = []
+    real = MatroyshkaReranker.transform
+
+    def transform(self: MatroyshkaReranker, rows: pd.DataFrame) -> pd.DataFrame:
+        seen.append((self, rows["qid"].nunique()))
+        return real(self, rows)
+
+    clock = itertools.count()
+    monkeypatch.setattr(MatroyshkaReranker, "transform", transform)
+    monkeypatch.setattr(tuning.time, "perf_counter", lambda: float(next(clock)))
+    got = tune(FULL, RES, QRELS, **{**GRID, "timed": 2, "compress_ratios": [1]})
+    front = got.shapes[got.shapes["front"]]
+    assert got.shapes["timed"].equals(got.shapes["front"])
+    assert seen[1:] == [(got.reranker(index), 2) for index in front.index] * 2  # one pass, then turns
+    # Each took a second by this clock for two queries, whose operations are about half of the four's.
+    assert front["milliseconds"].between(400, 600).all()
+
+
+def test_in_a_budget(found: Tuning) -> None:
+    shapes = found.shapes
+    for share in (0.3, 0.6, 1.0):
+        best = Tuning(FULL, shapes, found.measure, share, None).best
+        within = shapes[shapes["share"] <= share]
+        wanted = within.sort_values(["nDCG@10", "operations"], ascending=[False, True]).index[0]
+        assert best == found.reranker(wanted)
+    assert found.best == found.reranker(found.front.iloc[-1])
+    cheapest = found.front.iloc[0]
+    limit = f"{cheapest['milliseconds'] * 1.0001:.9f}ms"
+    assert Tuning(FULL, shapes.iloc[[cheapest.name]], found.measure, limit, None).best == found.reranker(cheapest)
+    with pytest.raises(ValueError, match=r"budget=0.001: no shape is within it; the cheapest takes 0\.\d+ of the full"):
+        _ = Tuning(FULL, shapes, found.measure, 0.001, None).best
+    with pytest.raises(ValueError, match=r"budget='0.0ms': .* milliseconds a query"):
+        _ = Tuning(FULL, shapes, found.measure, "0.0ms", None).best
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=30))
+def test_nothing_on_the_front_is_dominated_and_all_else_is(points: list[tuple[int, int]]) -> None:
+    cost, value = (np.array(numbers, dtype=float) for numbers in zip(*points, strict=True))
+    for own, on_front in zip(points, pareto(cost, value), strict=True):
+        dominated = any(c <= own[0] and v >= own[1] and (c, v) != own for c, v in points)
+        assert on_front != dominated
+
+
+def test_intervals() -> None:
+    values = np.column_stack([np.full(40, 0.25), np.arange(40) % 2, np.arange(40) % 2])
+    low, high = interval(values)
+    assert low[0] == high[0] == 0.25
+    assert low[1] == pytest.approx(0.5 - 1.96 * 0.5 / np.sqrt(40), abs=0.03)
+    assert (low[1], high[1]) == (low[2], high[2])
+
+
+@pytest.mark.parametrize("measure", ["RR@3", RR @ 3])
+def test_measures_and_the_first_stage(measure: object) -> None:
+    few = {**GRID, "cutoffs": [4, 8], "compress_ratios": [1], "stages": 0}
+    got = tune(FULL, RES, QRELS, measure, **few)
+    assert got.measure == "RR@3"
+    assert got.first_stage == pytest.approx(pt.Evaluate(RES[RES["qid"] != "q4"], QRELS, [RR @ 3])["RR@3"])
+    assert tune(FULL, RES.drop(columns="score"), QRELS, measure, **few).first_stage == got.first_stage
+    assert tune(FULL, RES.drop(columns=["score", "rank"]), QRELS, measure, **few).first_stage is None
+    irrelevant = QRELS.assign(label=QRELS["label"].where(QRELS["qid"] != "q1", 0))
+    reranked = FULL(RES[RES["qid"].isin(["q0", "q2", "q3"])])
+    wanted = pt.Evaluate(reranked, QRELS[QRELS["qid"] != "q1"], [RR @ 3])["RR@3"]
+    counted = tune(FULL, RES, irrelevant, measure, **few).shapes.set_index("cutoff")["RR@3"]
+    assert counted[8] == pytest.approx(wanted * 3 / 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reranker": MatroyshkaReranker(MODELS / "costwise_full", released=True)}, "reranker=.*without released"),
+        ({"reranker": pt.Transformer.identity()}, "reranker=.*; allowed: a MatroyshkaReranker"),
+        ({"res": RES.drop(columns="text")}, r"res has columns .*; missing: text"),
+        ({"qrels": QRELS.drop(columns="label")}, r"qrels has columns .*; missing: label"),
+        ({"qrels": QRELS.assign(qid="other")}, "res and qrels have no query in common"),
+        ({"res": RES.assign(text=None)}, "'text' is"),
+        ({"measure": "nonsense"}, "measure='nonsense'; allowed: one of ir_measures"),
+        ({"measure": "nDCG("}, "measure='nDCG.'; allowed"),
+        ({"measure": 3}, "measure=3; allowed"),
+        ({"budget": 0}, "budget=0; allowed: a share .* '150ms'; None"),
+        ({"budget": 1.5}, "budget=1.5; allowed"),
+        ({"budget": True}, "budget=True; allowed"),
+        ({"budget": "150"}, "budget='150'; allowed"),
+        ({"keep": [0]}, "keep=0; allowed: an integer of at least 1"),
+        ({"stages": -1}, "stages=-1; allowed: an integer of at least 0"),
+        ({"timed": 1.5}, "timed=1.5; allowed"),
+        ({"cutoffs": [1, 8]}, r"cutoff=1: .* has heads at layers 2 to 8"),
+        ({"cutoffs": []}, r"cutoff=\[\]; allowed"),
+        ({"compress_ratios": [3]}, "compress_ratio=3; allowed"),
+        ({"compress_ratios": []}, r"compress_ratios=\[\].*: no shape is left"),
+        ({"keep": 2.5}, "keep=2.5; allowed"),
+        ({"compress_layers": [8]}, r"compress_layers=\[8\]: layer index 8 is beyond"),
+        ({"compress_ratios": [2], "compress_layers": [0]}, "no shape is left"),
+    ],
+)
+def test_bad_input_is_told_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(MatroyshkaReranker, "transform", None)
+    with pytest.raises(ValueError, match=message):
+        tune(**{"reranker": FULL, "res": RES, "qrels": QRELS, **changes})
+
+
+def test_a_plot_has_what_was_measured(found: Tuning, monkeypatch: pytest.MonkeyPatch) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    ax = found.plot()
+    assert ax.get_xlabel() == "share of the full shape's operations"
+    assert ax.get_ylabel() == "nDCG@10"
+    assert sum(len(points.get_offsets()) for points in ax.collections[:4:2]) == len(found.shapes)
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == ["without a cascade", "cascade", "first stage", "front, 95 % intervals"]
+    other = pyplot.subplots()[1]
+    again = Tuning(FULL, found.shapes, found.measure, "150ms", None)
+    assert again.plot(other, "milliseconds") is other
+    assert "budget" in [text.get_text() for text in other.get_legend().get_texts()]
+    pyplot.close("all")
+    with pytest.raises(ValueError, match="cost='seconds'; allowed: share, milliseconds"):
+        found.plot(cost="seconds")
+
+    real = builtins.__import__
+
+    def without(name: str, *arguments: Any, **options: Any) -> Any:
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=r"pip install 'pyterrier-llmrerank\[plot\]'"):
+        found.plot()
+
+
+def test_it_says_what_it_is(found: Tuning) -> None:
+    assert repr(found).endswith(f"{len(found.shapes)} shapes, {len(found.front)} on the front by nDCG@10")
+    with pytest.raises(KeyError):
+        found.reranker(len(found.shapes))
