@@ -343,7 +343,8 @@ class LLMReranker(pt.Estimator):
 
         Each query's relevant results compete with its other results, judged or not. A query with no relevant
         result gets what is judged relevant from the other queries' results or from the recipe's ``text``, or
-        is left out; one log line counts these. With validation given, nDCG@10 is measured on it every
+        is left out; one log line counts these. Losses are logged too (INFO), or shown in a progress bar where
+        ``verbose``. With validation given, nDCG@10 is measured on it every
         ``eval_steps``, the best checkpoint is kept, and ``patience`` stops early. From then on the re-ranker
         scores with what it learnt, which lies, with its checkpoints, in the recipe's ``output_dir`` (by default a
         new folder in PyTerrier's home); :meth:`save` writes it elsewhere. Fitting again goes on from there: a

@@ -1,6 +1,7 @@
 """Re-rankers fit on what stands before them in a pipeline, and what they learnt is saved and opened."""
 
 import dataclasses
+import logging
 import pickle
 import shutil
 from pathlib import Path
@@ -155,6 +156,19 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="allowed: a new or an empty folder"):
         reranker.save(tmp_path)
     assert (tmp_path / "note").read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", ["rankllama", "matroyshka"])
+def test_losses_are_logged_not_printed(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    _, results, qrels = candidates()
+    with caplog.at_level(logging.INFO, "pyterrier_llmrerank"):
+        untrained(kind, tmp_path / "run", max_steps=2, logging_steps=1).fit(results, qrels)
+    assert capsys.readouterr().out == ""
+    ours = [record for record in caplog.records if record.levelno == logging.INFO and "'loss': " in record.getMessage()]
+    assert [record.getMessage()[:12] for record in ours] == ["step 1 of 2:", "step 2 of 2:"]
+    assert {record.name.partition(".")[0] for record in ours} == {"pyterrier_llmrerank"}
 
 
 @pytest.mark.parametrize("kind", ["rankllama", "matroyshka"])
