@@ -189,6 +189,17 @@ def test_fitting_again_goes_on_from_there(kind: str, tmp_path: Path) -> None:
         assert [Path(folder).name for folder in reranker.adapters] == ["first", "second"]
 
 
+@pytest.mark.usefixtures("devices")
+def test_several_devices_are_not_trained_on(tmp_path: Path) -> None:
+    _, results, qrels = candidates()
+    for kind in ("rankllama", "matroyshka"):
+        reranker = untrained(kind, tmp_path / kind)
+        reranker.set_parameter("device", ["cuda:0", "cuda:1"])
+        with pytest.raises(ValueError, match=r"device=\('cuda:0', 'cuda:1'\): fit trains on one device; .* torchrun"):
+            reranker.fit(results, qrels)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_adapter_names_the_base_it_was_trained_on(tmp_path: Path) -> None:
     other = tmp_path / "other_base"
     shutil.copytree(RANKLLAMA_BASE, other)

@@ -108,6 +108,16 @@ def test_models_run_by_their_own_forward_compute_each_pairs_own_tokens(monkeypat
     assert plain.usage.pairs == 6
 
 
+@pytest.mark.usefixtures("devices")
+def test_several_devices_add_up() -> None:
+    one, several, rows = matroyshka(), matroyshka(device=["cuda:0", "cuda:1"]), frame(8, 3)
+    one.transform(rows)
+    several.transform(rows)
+    assert (several.usage.pairs, several.usage.tokens) == (24, one.usage.tokens)
+    assert several.usage.filled == one.usage.filled
+    assert several.usage.padding < one.usage.padding  # fewer queries beside each other
+
+
 def test_calls_add_up_and_a_pair_that_stands_twice_counts_once() -> None:
     reranker, rows = matroyshka(), frame(2, 3)
     assert reranker.usage == Usage()
