@@ -1,9 +1,11 @@
 """The PyTerrier contract: frames in and out, composition, inspection, caching, copies and parallel work."""
 
+import contextlib
 import copy
 import pickle
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -329,6 +331,21 @@ def test_several_devices_have_one_progress_bar(capfd: pytest.CaptureFixture[str]
     MatroyshkaReranker(FULL, dtype="float32", verbose=True, device=DEVICES, batch_size=1).transform(frame(6, 2))
     shown = capfd.readouterr().err
     assert shown.count("MatroyshkaReranker: 100%") == shown.count("12/12") == 1
+
+
+@pytest.mark.usefixtures("devices")
+def test_devices_take_turns_at_the_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = [0]
+
+    class Bar(contextlib.nullcontext):
+        def update(self, count: int) -> None:
+            before = done[0]
+            time.sleep(0.002)
+            done[0] = before + count
+
+    monkeypatch.setattr(pt, "tqdm", lambda **options: Bar(Bar()))
+    MatroyshkaReranker(FULL, dtype="float32", device=DEVICES, batch_size=1).transform(frame(24, 2))
+    assert done == [48]
 
 
 # -- pipelines
