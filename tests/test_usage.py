@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -226,7 +227,7 @@ def test_it_is_quiet_until_it_is_asked_for(setting: str, lines: int) -> None:
 
 def test_a_stopwatch_adds_up_also_where_something_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([1.0, 3.0, 10.0, 11.5])
-    monkeypatch.setattr("pyterrier_llmrerank.usage.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("pyterrier_llmrerank.usage.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     watch = Stopwatch()
     with watch:
         pass
