@@ -87,9 +87,10 @@ def _in_a_line(error: BaseException) -> str:
 # -- arguments that several commands have
 
 
-def _show_more(verbose: bool) -> bool:
-    if verbose:
-        logging.getLogger(__package__).setLevel(logging.INFO)
+def _say_so_much(verbose: bool) -> bool:
+    """Our warnings, or what is done and others' warnings, too."""
+    logging.getLogger(__package__).setLevel(logging.INFO if verbose else logging.WARNING)
+    logging.getLogger().setLevel(logging.WARNING if verbose else logging.ERROR)
     return verbose
 
 
@@ -97,7 +98,7 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run of 3, 4 or 6 col
 Output = Annotated[Path, typer.Option(help="The file to write; compressed where its name ends in .gz.")]
 OutputForm = Annotated[Form, typer.Option(help="Tevatron's three columns (qid, docno, score), or TREC's six.")]
 Tag = Annotated[str, typer.Option(help="The run's name, in TREC's form.")]
-Verbose = Annotated[bool, typer.Option("--verbose", help="Show progress, and say what is done.", callback=_show_more)]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show progress, and say what is done.", callback=_say_so_much)]
 
 
 # -- commands
@@ -200,7 +201,7 @@ def evaluate(
 
 
 def _show(table: Any) -> None:
-    typer.echo(table.to_string(index=False, float_format="{:.4f}".format))
+    typer.echo(table.to_string(index=False, float_format="{:.4f}".format, formatters={"p": "{:.2g}".format}))
 
 
 # -- reranking: options are the constructors' arguments

@@ -84,7 +84,6 @@ class Judgement(NamedTuple):
     qid: str
     docno: str
     label: int
-    line: int
 
 
 class _Ranked(Protocol):
@@ -294,7 +293,7 @@ def read_qrels(path: Path) -> Iterator[Judgement]:
         first = seen.setdefault((qid, docno), line)
         if first != line:
             raise malformed(path, line, f"docno {docno!r} again for query {qid!r}, as in line {first}; wanted it once")
-        yield Judgement(qid, docno, label, line)
+        yield Judgement(qid, docno, label)
 
 
 # -- lines

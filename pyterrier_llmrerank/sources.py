@@ -133,7 +133,7 @@ def judgements(name: str) -> list[Judgement]:
             rows = ((one.query_id, one.doc_id, one.relevance) for one in dataset.qrels_iter())
         else:
             raise ValueError(f"qrels={name!r}: the dataset has none.")
-        found = [Judgement(qid, docno, int(label), 0) for qid, docno, label in rows]
+        found = [Judgement(qid, docno, int(label)) for qid, docno, label in rows]
     if not found:
         raise ValueError(f"qrels={name!r}: no judgement in it.")
     return found
