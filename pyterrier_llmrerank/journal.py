@@ -76,6 +76,7 @@ class JournaledFile:
         try:
             self._write(self._log, self.journal, _line(settings))
             self._file = FileIO(path, "x")
+            self._lock()
         except BaseException:
             self._log.close()
             raise
