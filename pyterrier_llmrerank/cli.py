@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return app(args=argv, standalone_mode=False) or 0
     except typer.TyperException as error:
-        typer.echo(f"error: {error.format_message()} See --help.", err=True)
+        typer.echo(f"error: {error.format_message().rstrip('.')}. See --help.", err=True)
         return error.exit_code
     except ERRORS as error:
         typer.echo(f"error: {_in_a_line(error)}", err=True)
@@ -227,7 +227,7 @@ def _pair(key: Callable[[str], Any], value: Callable[[str], Any]) -> Callable[[s
     def parse(word: str) -> tuple[Any, Any]:
         first, colon, second = word.partition(":")
         if not colon:
-            raise typer.BadParameter(f"{word!r} has no colon.")
+            raise typer.BadParameter(f"{word!r} has no colon")
         return key(first), value(second)
 
     return parse

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,8 @@ def queries(name: str) -> dict[str, str]:
         return dict(zip(frame["qid"].astype(str), frame["query"], strict=True))
     if not dataset.has_queries():
         raise ValueError(f"topics={name!r}: the dataset has none.")
-    return {query.query_id: query.default_text() for query in dataset.queries_iter()}
+    with _fetching("topics", name):
+        return {query.query_id: query.default_text() for query in dataset.queries_iter()}
 
 
 def documents(name: str, docnos: Collection[str]) -> dict[str, Text]:
@@ -101,7 +103,8 @@ def documents(name: str, docnos: Collection[str]) -> dict[str, Text]:
         return {d["docno"]: Text(d["docno"], d.get("title"), d.get("url"), d["text"], 0) for d in wanted}
     if not dataset.has_docs():
         raise ValueError(f"texts={name!r}: the dataset has none.")
-    return {docno: _text(document) for docno, document in dataset.docs_store().get_many(docnos).items()}
+    with _fetching("texts", name):
+        return {docno: _text(document) for docno, document in dataset.docs_store().get_many(docnos).items()}
 
 
 def _text(document: Any) -> Text:
@@ -122,21 +125,23 @@ def judgements(name: str) -> list[Judgement]:
     Raises:
         ValueError, OSError: as :func:`queries`; or there is none in it.
     """
-    if (path := _file(name)) is not None:
-        found = list(read_qrels(path))
-    else:
-        dataset = _dataset("qrels", name)
-        if isinstance(dataset, pt.datasets.Dataset):
-            frame = _part(name, "qrels", dataset.get_qrels).astype({"qid": str, "docno": str})
-            rows = frame[["qid", "docno", "label"]].itertuples(index=False)
-        elif dataset.has_qrels():
-            rows = ((one.query_id, one.doc_id, one.relevance) for one in dataset.qrels_iter())
-        else:
-            raise ValueError(f"qrels={name!r}: the dataset has none.")
-        found = [Judgement(qid, docno, int(label)) for qid, docno, label in rows]
+    found = _judgements(name)
     if not found:
         raise ValueError(f"qrels={name!r}: no judgement in it.")
     return found
+
+
+def _judgements(name: str) -> list[Judgement]:
+    if (path := _file(name)) is not None:
+        return list(read_qrels(path))
+    dataset = _dataset("qrels", name)
+    if isinstance(dataset, pt.datasets.Dataset):
+        frame = _part(name, "qrels", dataset.get_qrels).astype({"qid": str, "docno": str, "label": int})
+        return list(map(Judgement, frame["qid"], frame["docno"], frame["label"]))
+    if not dataset.has_qrels():
+        raise ValueError(f"qrels={name!r}: the dataset has none.")
+    with _fetching("qrels", name):
+        return [Judgement(one.query_id, one.doc_id, one.relevance) for one in dataset.qrels_iter()]
 
 
 def _file(name: str) -> Path | None:
@@ -166,3 +171,12 @@ def _part(name: str, part: str, read: Callable[[], Any]) -> Any:
         return read()
     except NotImplementedError as error:
         raise ValueError(f"{name!r}: the dataset has no {part}.") from error
+
+
+@contextmanager
+def _fetching(argument: str, name: str) -> Iterator[None]:
+    """What ir_datasets says where it has tried all of a file's addresses, as the error that it is."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError(f"{argument}={name!r} could not be fetched: {str(error)[:300]}") from error
