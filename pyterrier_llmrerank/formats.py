@@ -452,10 +452,11 @@ def writing(path: Path) -> Iterator[TextIO]:
     Raises:
         OSError: it cannot be written.
     """
-    path = path.resolve()  # a link stays one
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {path.parent}.")
     regular = path.is_file() or not path.exists()
+    if regular:
+        path = path.resolve()  # a link stays one
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"{path}: there is no folder {path.parent}.")
     part = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}") if regular else path
     try:
         with part.open("xb" if regular else "wb") as raw:

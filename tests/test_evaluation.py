@@ -38,7 +38,13 @@ def test_a_run_and_its_baseline() -> None:
         total[["value", "baseline", "difference", "p"]].iloc[0].astype(float),
         [values.mean(), others.mean(), (values - others).mean(), stats.ttest_rel(values, others).pvalue],
     )
-    _, same = compare([parse_measure("RR")], QRELS, run(*mine), run(*mine))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("places", [(0, 1, 1, 3), (1,)])
+def test_where_nothing_differs_there_is_no_p(places: tuple[int, ...]) -> None:
+    _, same = compare([parse_measure("RR")], QRELS[: len(places)], run(*places), run(*places))
+    assert same["difference"].tolist() == [0]
     assert np.isnan(same["p"].iloc[0])
 
 

@@ -334,5 +334,10 @@ def test_links_and_devices_stay_what_they_are(tmp_path: Path) -> None:
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "target").read_text() == "x"
     assert written(Path(os.devnull), "x").is_char_device()
+    reading, end = os.pipe()
+    written(Path(f"/dev/fd/{end}"), "through a pipe")
+    assert os.read(reading, 100) == b"through a pipe"
+    os.close(reading)
+    os.close(end)
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         written(tmp_path / "none" / "run.txt", "x")
