@@ -295,14 +295,15 @@ class LLMReranker(pt.Estimator):
                 raise
             finally:
                 if used:  # it came as far as that
-                    self._add_up(sum(used, Usage()))
+                    took = sum(used, Usage())
+                    self._add_up(took)
+                    logger.info("%r: %s", self, took)
         return of_rows(scores)
 
     def _add_up(self, used: Usage) -> None:
-        """Take a call's usage into the sum, and log it."""
+        """Take a call's usage into the sum."""
         with _LOCK:
             self._usage += used
-        logger.info("%r: %s", self, used)
 
     @property
     def usage(self) -> Usage:
