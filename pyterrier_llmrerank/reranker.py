@@ -79,6 +79,7 @@ class LLMReranker(pt.Estimator):
     verbose: bool
     training: Recipe | None
     _usage: Usage = Usage()
+    _usage_level: int = logging.INFO  # at which each call's is logged
     _shared_key: Hashable
     _shared_weights: tuple[Weights, ...]
 
@@ -297,11 +298,11 @@ class LLMReranker(pt.Estimator):
                 if used:  # it came as far as that
                     took = sum(used, Usage())
                     self._add_up(took)
-                    logger.info("%r: %s", self, took)
+                    logger.log(self._usage_level, "%r: %s", self, took)
         return of_rows(scores)
 
     def _add_up(self, used: Usage) -> None:
-        """Take a call's usage into the sum."""
+        """Take some usage into the sum."""
         with _LOCK:
             self._usage += used
 
