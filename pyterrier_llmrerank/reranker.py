@@ -82,6 +82,12 @@ class LLMReranker(pt.Estimator):
     _usage_level: int = logging.INFO  # at which each call's is logged
     _shared_key: Hashable
     _shared_weights: tuple[Weights, ...]
+    __signature__: ClassVar[inspect.Signature]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Say what the constructor takes: PyTerrier's ``__new__``, which takes anything, hides it from some tools."""
+        super().__init_subclass__(**options)
+        cls.__signature__ = inspect.signature(cls)
 
     def _set_shared(
         self,
@@ -196,8 +202,8 @@ class LLMReranker(pt.Estimator):
             pairs: one ``(query, passage)`` pair, or an iterable of them. Two strings in a list are one pair too.
 
         Returns:
-            One pair: a float. A list: an array ``[n]``. With several cutoffs, one per cutoff, shallowest
-            first: ``[cutoffs]`` and ``[cutoffs, n]``.
+            A float for one pair, an array ``[n]`` for a list. With several cutoffs, one per cutoff, shallowest
+            first, ``[cutoffs]`` and ``[cutoffs, n]``.
 
         Raises:
             ValueError: something is not a pair of strings.
@@ -316,7 +322,9 @@ class LLMReranker(pt.Estimator):
         """The model's tokenizer; no weight is read for it. For ``pt.text.sliding(..., tokenizer=...)``.
 
         Raises:
-            ValueError, FileNotFoundError, ConnectionError: the model cannot be opened.
+            ValueError: the model is not what is allowed.
+            FileNotFoundError: it is not there.
+            ConnectionError: it is to come from the hub, which cannot be reached.
         """
         return self._weights().checkpoint.tokenizer()
 
@@ -432,6 +440,10 @@ class LLMReranker(pt.Estimator):
 
     def set_parameter(self, name: str, value: Any) -> None:
         """Change a constructor argument, as ``pt.GridScan`` does; it is checked as if given to the constructor.
+
+        Args:
+            name: of the argument.
+            value: what it is to be.
 
         Raises:
             ValueError: no such argument, or not a value for it.
