@@ -172,16 +172,16 @@ class LLMReranker(pt.Estimator):
         pt.validate.result_frame(inp, extra_columns=["query", self.text_field], context=self)
         if len(inp) == 0:
             none = {name: pd.Series(values) for name, values in self._columns(Scores.none()).items()}
-            return pt.model.add_ranks(inp.assign(**none))
+            return ranked(inp.assign(**none))
         self._check_rows(inp)
         pairs = list(zip(inp["query"], self._bodies(inp), strict=True))
         try:
             scores = self._score(pairs, inp["qid"], lambda row: self._label(inp, row))
         except ScoringError as error:
             so_far = inp.assign(**self._columns(cast(Scores, error.scores)))
-            error.scores = pt.model.add_ranks(so_far[so_far["score"].notna()].copy())
+            error.scores = ranked(so_far[so_far["score"].notna()])
             raise
-        return pt.model.add_ranks(inp.assign(**self._columns(scores)))
+        return ranked(inp.assign(**self._columns(scores)))
 
     def compute_score(self, pairs: Iterable[Any]) -> float | np.ndarray:
         """Score pairs without a frame.
@@ -227,6 +227,9 @@ class LLMReranker(pt.Estimator):
         for name in ("qid", "docno"):
             if inp[name].isna().any():
                 raise ValueError(f"{name} is missing in row {int(inp[name].isna().argmax())} of the frame.")
+            for row, value in enumerate(inp[name]):
+                if not isinstance(value, Hashable):
+                    raise ValueError(f"{name} is {value!r} in row {row} of the frame; wanted a string or a number.")
         for name in ("query", self.text_field):
             problems = [(row, problem) for row, value in enumerate(inp[name]) if (problem := problem_of(value))]
             if not problems:
@@ -423,6 +426,13 @@ class LLMReranker(pt.Estimator):
 
 
 # -- values
+
+
+def ranked(scored: pd.DataFrame) -> pd.DataFrame:
+    """A copy of a frame with PyTerrier's ranks added, whatever its index is called and holds."""
+    numbered = pt.model.add_ranks(scored.reset_index(drop=True))  # an index named qid would hide the column
+    numbered.index = scored.index.take(numbered.index)
+    return numbered
 
 
 def problem_of(text: object) -> str | None:

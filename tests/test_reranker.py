@@ -49,6 +49,14 @@ def test_scores_and_ranks_are_added_and_nothing_else_is_touched(reranker: LLMRer
         assert query.sort_values("rank")["score"].is_monotonic_decreasing
 
 
+def test_an_index_may_be_named_as_a_column() -> None:
+    rows = frame().set_index("qid", drop=False)
+    got = MATROYSHKA.transform(rows)
+    assert got.index.equals(rows.index)
+    assert got.index.name == "qid"
+    assert got["rank"].tolist() == MATROYSHKA.transform(frame())["rank"].tolist()
+
+
 ROWS = st.lists(
     st.tuples(st.integers(0, 3), st.integers(0, 5), st.text(max_size=20), st.integers(0, 30)), min_size=1, max_size=8
 )
@@ -157,6 +165,14 @@ def test_a_row_without_identity_is_named(column: str) -> None:
     rows = frame().astype(object)
     rows.loc[2, column] = None
     with pytest.raises(ValueError, match=f"{column} is missing in row 2"):
+        MATROYSHKA.transform(rows)
+
+
+@pytest.mark.parametrize("column", ["qid", "docno"])
+def test_an_identity_that_is_no_value_is_named(column: str) -> None:
+    rows = frame().astype(object)
+    rows.at[2, column] = ["a"]
+    with pytest.raises(ValueError, match=rf"{column} is \['a'\] in row 2 of the frame; wanted a string or a number"):
         MATROYSHKA.transform(rows)
 
 
