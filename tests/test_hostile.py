@@ -121,7 +121,8 @@ def is_sound(frame: pd.DataFrame, reranker: LLMReranker) -> bool:
     texts = [*frame["query"], *frame["text"], *(titles if isinstance(reranker, RankLLaMAReranker) else ())]
     ids = [*frame["qid"], *frame["docno"]]
     hashable = not any(isinstance(value, list | dict) for value in ids)
-    return all(map(is_text, texts)) and hashable and not any(pd.isna(v) for v in ids if pd.api.types.is_scalar(v))
+    there = not any(pd.isna(value) for value in ids if pd.api.types.is_scalar(value))
+    return hashable and there and all(map(is_text, [*texts, *(value for value in ids if isinstance(value, str))]))
 
 
 @pytest.mark.parametrize("name", RERANKERS)

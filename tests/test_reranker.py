@@ -158,6 +158,8 @@ def test_a_repeated_column_is_named(column: str) -> None:
     rows = frame().assign(extra=1)
     with pytest.raises(ValueError, match=f"several columns '{column}'"):
         MATROYSHKA.transform(pd.concat([rows, rows[[column]]], axis=1))
+    with pytest.raises(ValueError, match=f"several columns '{column}'"):
+        MATROYSHKA.transform(pd.concat([rows, rows[[column]]], axis=1).head(0))
 
 
 @pytest.mark.parametrize("column", ["qid", "docno"])
@@ -169,10 +171,13 @@ def test_a_row_without_identity_is_named(column: str) -> None:
 
 
 @pytest.mark.parametrize("column", ["qid", "docno"])
-def test_an_identity_that_is_no_value_is_named(column: str) -> None:
+@pytest.mark.parametrize(
+    ("value", "problem"), [(["a"], r"\['a'\], neither a string nor a number"), ("\ud83d", "not valid Unicode")]
+)
+def test_an_identity_that_is_no_value_is_named(column: str, value: object, problem: str) -> None:
     rows = frame().astype(object)
-    rows.at[2, column] = ["a"]
-    with pytest.raises(ValueError, match=rf"{column} is \['a'\] in row 2 of the frame; wanted a string or a number"):
+    rows.at[2, column] = value
+    with pytest.raises(ValueError, match=rf"{column} is {problem}.* in row 2 of the frame"):
         MATROYSHKA.transform(rows)
 
 
