@@ -7,14 +7,12 @@ through torch's restricted unpickler.
 from __future__ import annotations
 
 import errno
-import gzip
 import hashlib
 import importlib.util
 import json
 import os
 import re
 import tempfile
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,9 +28,6 @@ if TYPE_CHECKING:
 
 #: The most bytes of a JSON file of a checkpoint; indexes of the largest models have a few million.
 LARGEST_JSON = 2**26
-
-#: The most bytes of a line of data: what a line says is held in memory.
-LONGEST_LINE = 2**26
 
 #: The most that a checkpoint's configuration may say of each size: ten times what there is, and little enough to build
 #: without weights in little memory. What the files hold has to agree.
@@ -318,29 +313,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a JSON object is wanted, not a {type(content).__name__}.")
     return content
-
-
-def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file and their numbers, from 1; decompressed where its name ends in ``.gz``.
-
-    Raises:
-        ValueError: the compressed data are broken or cut off, or a line is longer than :data:`LONGEST_LINE`; names
-            the file and the line.
-        FileNotFoundError, PermissionError, IsADirectoryError: as :func:`open`.
-    """
-    number = 0
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        while True:
-            number += 1
-            try:
-                line = file.readline(LONGEST_LINE + 1)
-            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-                raise ValueError(f"{path}, line {number}: broken gzip data: {error}.") from error
-            if len(line) > LONGEST_LINE:
-                raise ValueError(f"{path}, line {number}: longer than {LONGEST_LINE} bytes.")
-            if not line:
-                return
-            yield number, line
 
 
 def check_sizes(settings: Mapping[str, Any], names: Mapping[str, str], argument: str) -> None:

@@ -109,7 +109,8 @@ class PlainDecoder(nn.Module):
         places = on_device(packed.places, device)
         length = on_device(packed.real, device)
         mask = torch.arange(places.shape[1], device=device) < length[:, None]
-        states = self._states(on_device(packed.ids, device)[places], mask.long())
+        ids = packed.ids_below(len(cast(nn.Embedding, self.model.get_input_embeddings()).weight))
+        states = self._states(on_device(ids, device)[places], mask.long())
         pair = torch.arange(len(packed), device=device)
         read = []
         for cutoff in cutoffs:

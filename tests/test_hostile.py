@@ -1,9 +1,15 @@
 """Whatever comes in: right results or a clear error; nothing is executed, nothing changed that was there.
 
-``LLMRERANK_FRAMES`` says how many random frames go through ``transform``, 60 by default.
+``LLMRERANK_FUZZ`` says how many random inputs each test makes, 40 by default.
 """
 
+import gzip
+import io
+import json
 import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +17,14 @@ import pandas as pd
 import pyarrow as pa
 import pyterrier as pt
 import pytest
+import torch
 from conftest import MODELS
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
-from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker
+from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker, ScoringError, formats
+from pyterrier_llmrerank.training.data import read_lines
 
 FULL = str(MODELS / "costwise_full")
 RERANKERS: dict[str, LLMReranker] = {
@@ -26,7 +35,10 @@ RERANKERS: dict[str, LLMReranker] = {
 }
 #: What some of them add beside score and rank.
 ADDED = {"several cutoffs": ["score_2", "score_3"], "cascade": ["score_2", "exit_layer"]}
-FRAMES = int(os.environ.get("LLMRERANK_FRAMES", "60"))
+INPUTS = int(os.environ.get("LLMRERANK_FUZZ", "40"))
+FUZZED = settings(
+    max_examples=INPUTS, derandomize=INPUTS == 40, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+)
 
 # -- frames
 
@@ -126,9 +138,7 @@ def is_sound(frame: pd.DataFrame, reranker: LLMReranker) -> bool:
 
 
 @pytest.mark.parametrize("name", RERANKERS)
-@settings(
-    max_examples=FRAMES, derandomize=FRAMES == 60, deadline=None, database=None, suppress_health_check=list(HealthCheck)
-)
+@FUZZED
 @given(frames())
 def test_any_frame_is_ranked_or_refused(name: str, rows: pd.DataFrame) -> None:
     reranker, before = RERANKERS[name], rows.copy()
@@ -156,3 +166,151 @@ def test_any_frame_is_ranked_or_refused(name: str, rows: pd.DataFrame) -> None:
         ranks, scores = zip(*sorted(ranked), strict=True)
         assert ranks == tuple(range(len(ranked)))
         assert list(scores) == sorted(scores, reverse=True)
+
+
+# -- files
+
+#: What a key of a JSON object may say instead.
+VALUES = st.sampled_from(
+    [None, True, False, 0, -1, 1, 2, 3, 64, 10**12, -(10**12), 2**70, 0.5, -1.5, 1e308, float("nan"), float("inf"), "",
+     "x", "64", "../../etc", "/etc/passwd", "\0", "\ud83d", "y" * 100_000, [], [1], {}, {"a": 1}, [[[[]]]],
+     {"rope_type": "yarn"}]
+)  # fmt: skip
+KEYS = st.sampled_from(
+    ["rope_parameters", "rope_scaling", "sliding_window", "head_dim", "layer_types", "num_labels", "dtype", "id2label",
+     "attn_implementation", "_attn_implementation", "is_encoder_decoder", "quantization_config", "to_dict", "layer_sep",
+     "start_layer", "alpha_pattern", "use_dora", "use_rslora", "pad_token", "added_tokens_decoder", "weight_map",
+     "tokenizer_class", "chat_template", "model_type", "pre_tokenizer", "model", "prompt", "pos_scores"]
+)  # fmt: skip
+
+
+@st.composite
+def broken(draw: st.DrawFn, sound: bytes) -> bytes:
+    """A file's bytes with something done to them: a key's value, or some bytes, wherever they stand."""
+    how = draw(st.sampled_from(["key", "key", "key", "cut", "flip", "flip", "insert", "repeat", "all"]))
+    try:
+        said = json.loads(sound)
+    except ValueError:
+        said = None
+    if how == "key" and isinstance(said, dict):
+        place = said
+        while nested := [key for key, value in place.items() if isinstance(value, dict) and value]:
+            if not draw(st.booleans()):
+                break
+            place = place[draw(st.sampled_from(nested))]
+        place[draw(st.sampled_from([*place]) | KEYS)] = draw(VALUES)
+        return json.dumps(said).encode()
+    ends = [8, 200, len(sound)]  # where a header begins, is, and anywhere
+    at = draw(st.integers(0, draw(st.sampled_from(ends))))
+    some = draw(st.binary(min_size=1, max_size=9) | st.sampled_from([b"\0", b"\xff" * 8, b"[" * 5000, b"9" * 5000]))
+    if how == "cut":
+        return sound[:at]
+    if how == "insert":
+        return sound[:at] + some + sound[at:]
+    if how == "repeat":
+        return sound[:at] + sound[: draw(st.integers(0, 300))] + sound[at:]
+    if how == "all":
+        return some
+    return sound[:at] + some + sound[at + len(some) :]
+
+
+def binned(folder: Path) -> bytes:
+    """An adapter's tensors as torch saves them."""
+    into = io.BytesIO()
+    torch.save(load_file(folder / "adapter_model.safetensors"), into)
+    return into.getvalue()
+
+
+ADAPTER, BASE = MODELS / "rankllama_adapter", MODELS / "rankllama_base"
+#: How a checkpoint is opened of which a file is broken, by what it is.
+OPENED: dict[str, tuple[Path, Callable[[Path], LLMReranker]]] = {
+    "model": (Path(FULL), lambda folder: MatroyshkaReranker(folder, dtype="float32", cutoff=2)),
+    "adapter": (ADAPTER, lambda folder: RankLLaMAReranker(folder, base_model=BASE, dtype="float32")),
+    "base": (BASE, lambda folder: RankLLaMAReranker(ADAPTER, base_model=folder, dtype="float32")),
+    "adapters": (
+        MODELS / "adapter_sd",
+        lambda folder: MatroyshkaReranker(
+            MODELS / "mistral_base", adapters=folder, start_layer=2, cutoff=2, dtype="float32"
+        ),
+    ),
+}
+BROKEN = [
+    *(("model", file) for file in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")),
+    *(("adapter", file) for file in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")),
+    ("base", "config.json"),
+    ("adapters", "adapter_config.json"),
+]
+
+
+def refused(message: str, named: bool) -> None:
+    """An error has to say where it is, and be short enough to be read."""
+    event("refused")
+    assert named, message
+    assert len(message) < 2000
+
+
+@pytest.mark.parametrize(("what", "file"), BROKEN)
+@FUZZED
+@given(st.data())
+def test_a_broken_checkpoint_scores_or_is_named(what: str, file: str, data: st.DataObject) -> None:
+    folder, opened = OPENED[what]
+    content = binned(folder) if file.endswith(".bin") else (folder / file).read_bytes()
+    with tempfile.TemporaryDirectory() as temporary:
+        for other in folder.iterdir():
+            if other.name != file and not (file.endswith(".bin") and other.name == "adapter_model.safetensors"):
+                (Path(temporary) / other.name).symlink_to(other)
+        (Path(temporary) / file).write_bytes(data.draw(broken(content)))
+        try:
+            score = opened(Path(temporary)).compute_score(("a query", "a passage"))
+        except (ValueError, OSError) as error:
+            refused(str(error), temporary in str(error) or "the tokenizer makes" in str(error))
+        except ScoringError as error:  # numbers that are no weights of anything
+            refused(str(error), "is the checkpoint sound?" in str(error))
+        else:
+            event("scored")
+            assert np.isfinite(score)
+
+
+LINES = {
+    "train.jsonl": b'{"query_id": "1", "query": "q", "pos": ["p"], "neg": ["n", "m"], "pos_scores": [1], "neg_scores": '
+    b'[0, 0.5], "prompt": "Relevant?"}\n{"query": "q", "positive_passages": [{"text": "p", "title": "t"}], '
+    b'"negative_passages": [{"text": "n"}]}\n',
+    "run.txt": b"1 d1 0.5\n1 d2 0.25\n2 d1 -1e3\n",
+    "run.trec": b"1 Q0 d1 1 0.5 tag\n1 Q0 d2 2 0.25 tag\n",
+    "qrels.txt": b"1 0 d1 1\n1 0 d2 0\n2 0 d1 3\n",
+    "topics.tsv": b"1\ta query\n2\tanother query\n",
+    "topics.jsonl": b'{"qid": "1", "query": "a query"}\n{"_id": "2", "text": "another"}\n',
+    "texts.tsv": b"d1\ta title\ta text\nd2\t\tanother\n",
+    "texts.jsonl": b'{"docno": "d1", "text": "a text", "title": "t", "url": "u"}\n{"_id": "d2", "text": ""}\n',
+    "rerank.jsonl": b'{"query_id": "1", "query": "q", "docid": "d1", "text": "a text", "title": "", "score": 0.5}\n'
+    b'{"query_id": "1", "query": "q", "docid": "d2", "text": "a text", "url": "u"}\n',
+}
+READERS: dict[str, Callable[[Path], Iterator[Any]]] = {
+    "train": read_lines, "run": formats.read_run, "qrels": formats.read_qrels, "topics": formats.read_topics,
+    "texts": formats.read_texts, "rerank": formats.read_rerank,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("zipped", [False, True], ids=["plain", "gz"])
+@pytest.mark.parametrize("name", LINES)
+@FUZZED
+@given(st.data())
+def test_broken_lines_are_read_or_named(name: str, zipped: bool, data: st.DataObject) -> None:
+    sound = LINES[name]
+    if zipped:
+        sound = gzip.compress(data.draw(broken(sound)), mtime=0) if data.draw(st.booleans()) else gzip.compress(sound)
+    content = data.draw(broken(sound))
+    if name.endswith(".jsonl") and not zipped and data.draw(st.booleans()):  # the keys and values of one line
+        first, second, _ = sound.split(b"\n")
+        content = first + b"\n" + data.draw(broken(second))
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / (name + ".gz" * zipped)
+        path.write_bytes(content)
+        try:
+            rows = list(READERS[name.partition(".")[0]](path))
+        except ValueError as error:
+            named = str(error).startswith(f"{path}, line ") or str(error) == f"{path}: no training data in it."
+            refused(str(error), named)
+        else:
+            event("read")
+            assert all(isinstance(row, dict | tuple) for row in rows)

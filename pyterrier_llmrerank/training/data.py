@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import reason, short
-from ..files import HUB_ID, numbered_lines
+from ..errors import short
+from ..files import HUB_ID
+from ..formats import malformed, objects
 from ..inputs import Ids
 from ..packing import PackedPairs
 from ..reranker import problem_of
@@ -163,21 +163,21 @@ def read_lines(path: Path, teacher: bool = False) -> Iterator[dict[str, Any]]:
     """The records of a JSON lines file, each checked.
 
     Args:
-        path: the file; compressed where its name ends in ``.gz``.
+        path: the file; compressed where its name ends in ``.gz``; empty lines are passed over.
         teacher: whether every line must have a teacher's scores.
 
     Raises:
         ValueError: a line is malformed; names the file and the line.
     """
-    number = 0
-    for number, line in numbered_lines(path):
+    empty = True
+    for line, record in objects(path):
         try:
-            record = json.loads(line)
             _check(record, teacher)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: {reason(error)}.") from error
+        except ValueError as error:
+            raise malformed(path, line, str(error)) from error
+        empty = False
         yield record
-    if number == 0:
+    if empty:
         raise ValueError(f"{path}: no training data in it.")
 
 
