@@ -84,7 +84,6 @@ class Judgement(NamedTuple):
     qid: str
     docno: str
     label: int
-    line: int
 
 
 class _Ranked(Protocol):
@@ -179,12 +178,12 @@ def _rerank_rows(path: Path) -> Iterator[RerankRow]:
 
 
 def rerank_line(row: RerankRow) -> str:
-    """A line of a rerank file, with its line end; what is None is left out, but for the title, which is empty then."""
+    """A line of a rerank file, with its line end; what is None is left out."""
     record = {
         "query_id": row.qid,
         "query": row.query,
         "docid": row.docno,
-        "title": row.title or "",
+        "title": row.title,
         "url": row.url,
         "text": row.text,
         "score": row.score,
@@ -196,6 +195,11 @@ def by_query(rows: Iterable[Ranked]) -> Iterator[tuple[str, list[Ranked]]]:
     """The rows of one query after the other."""
     for qid, group in groupby(rows, attrgetter("qid")):
         yield qid, list(group)
+
+
+def best_first(rows: Iterable[RunRow]) -> list[RunRow]:
+    """By score; equal ones by rank where there are ranks, then as they stand."""
+    return sorted(rows, key=lambda row: (-row.score, row.rank or 0))
 
 
 def _each_once(path: Path, rows: Iterable[Ranked]) -> Iterator[Ranked]:
@@ -289,7 +293,7 @@ def read_qrels(path: Path) -> Iterator[Judgement]:
         first = seen.setdefault((qid, docno), line)
         if first != line:
             raise malformed(path, line, f"docno {docno!r} again for query {qid!r}, as in line {first}; wanted it once")
-        yield Judgement(qid, docno, label, line)
+        yield Judgement(qid, docno, label)
 
 
 # -- lines
@@ -453,8 +457,11 @@ def writing(path: Path) -> Iterator[TextIO]:
     Raises:
         OSError: it cannot be written.
     """
-    path = path.resolve()  # a link stays one
     regular = path.is_file() or not path.exists()
+    if regular:
+        path = path.resolve()  # a link stays one
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"{path}: there is no folder {path.parent}.")
     part = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}") if regular else path
     try:
         with part.open("xb" if regular else "wb") as raw:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import threading
 from abc import abstractmethod
 from collections import defaultdict
@@ -16,6 +17,7 @@ import pandas as pd
 import pyterrier as pt
 
 from .errors import ScoringError
+from .usage import Usage
 
 # Torch and transformers take seconds to import: that waits until weights are asked for.
 if TYPE_CHECKING:
@@ -28,7 +30,9 @@ if TYPE_CHECKING:
     from .training.recipes import Recipe
     from .weights import Weights
 
-_WEIGHTS_LOCK = threading.RLock()  # held while a reranker finds its weights, so that threads may share it
+logger = logging.getLogger(__name__)
+
+_LOCK = threading.RLock()  # held while a reranker finds its weights or adds up its usage, so that threads may share it
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("int8", "float8")
@@ -74,6 +78,7 @@ class LLMReranker(pt.Estimator):
     attn_implementation: str | None
     verbose: bool
     training: Recipe | None
+    _usage: Usage = Usage()
     _shared_key: Hashable
     _shared_weights: Weights
 
@@ -274,6 +279,7 @@ class LLMReranker(pt.Estimator):
             finished = {layer: self._finish(here) for layer, here in by_layer.items()}
             return Scores(self._finish(final), finished, None if cascade is None else cascade.exit_layer)
 
+        used: list[Usage] = []
         with pt.tqdm(total=len(distinct), desc=type(self).__name__, unit="pair", disable=not self.verbose) as bar:
             try:
                 scores = score(
@@ -284,12 +290,28 @@ class LLMReranker(pt.Estimator):
                     batch_size=self.batch_size,
                     label=lambda index: label(pairs.index(distinct[index])),
                     progress=bar.update,
+                    used=used.append,
                     cascade=cascade,
                 )
             except ScoringError as error:
                 error.scores = of_rows(cast(np.ndarray, error.scores))
                 raise
+            finally:
+                if used:  # it came as far as that
+                    took = sum(used, Usage())
+                    self._add_up(took)
+                    logger.info("%r: %s", self, took)
         return of_rows(scores)
+
+    def _add_up(self, used: Usage) -> None:
+        """Take a call's usage into the sum."""
+        with _LOCK:
+            self._usage += used
+
+    @property
+    def usage(self) -> Usage:
+        """What all calls so far took together; one log line (INFO) after each says what that call did."""
+        return self._usage
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -375,7 +397,7 @@ class LLMReranker(pt.Estimator):
         openers = [opener for opener in (self._checkpoint(), self._overlaid()) if opener is not None]
         options = (device, dtype, self.quantization, self.torch_compile)
         key = tuple((opener.func, identity(opener.args), *options) for opener in openers)
-        with _WEIGHTS_LOCK:
+        with _LOCK:
             if self.__dict__.get("_shared_key") != key:
                 weights: Weights | None = None
                 for own, opener in zip(key, openers, strict=True):
@@ -388,7 +410,7 @@ class LLMReranker(pt.Estimator):
             return self._shared_weights
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if not name.startswith("_shared")}
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
 
     # -- a value: equal, hashable and printed by its arguments
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -20,8 +21,9 @@ from .decoder import embedded, walk
 from .errors import ScoringError
 from .inputs import Ids
 from .kernels import kernel_of
-from .packing import PackedPairs, Row, regrouped
+from .packing import PackedPairs, Packing, Row, regrouped
 from .plain import PlainDecoder
+from .usage import Stopwatch, Usage
 from .weights import Weights
 
 #: Pairs whose ids are made, and which are sorted into batches, together; a query's pairs stay together beyond it.
@@ -72,6 +74,7 @@ def score(
     batch_size: int | None,
     label: Callable[[int], str],
     progress: Callable[[int], object],
+    used: Callable[[Usage], object],
     cascade: Cascade | None = None,
 ) -> np.ndarray:
     """Score every pair at every cutoff of the shape, or as far as it goes.
@@ -87,6 +90,7 @@ def score(
         batch_size: pairs a batch; None for a token budget that fits the device.
         label: names a pair, for messages.
         progress: told how many pairs are done with each batch.
+        used: told what it takes, in parts that add up, also where scoring has to stop.
         cascade: which pairs go on where the shape prunes. Survivors' states go on from where they are.
 
     Returns:
@@ -129,13 +133,17 @@ def score(
         members = [going[index] for index in batch]
         pairs_ids = [ids[member] for member in members]
         cutoffs = stages[stage]
+        packing: Packing
         if isinstance(model, PlainDecoder):
-            states = model(PackedPairs(pairs_ids), cutoffs)
+            packed = PackedPairs(pairs_ids)
+            states = model(packed, cutoffs)
+            packing, tokens = packed, int(packed.real.sum())
         else:
             if stage == 0:
                 row = embedded(model, PackedPairs(pairs_ids, shape.pad_id))
             else:
                 row = regrouped([held[stage - 1, member] for member in members], pairs_ids)
+            packing, tokens = row.packing, len(row.states)
             on = stage + 1 < len(stages)
             states, row = walk(
                 model, row, cutoffs, compress_layers=shape.compress_layers, compress_ratio=shape.compress_ratio,
@@ -143,6 +151,9 @@ def score(
             )  # fmt: skip
             if on:
                 held.update({(stage, member): (row, number) for number, member in enumerate(members)})
+        if stage == 0:
+            positions = len(packing) * packing.longest
+            used(Usage(tokens=tokens, positions=positions, filled=int(packing.real.sum())))
         first = shape.cutoffs.index(cutoffs[0])
         read = slice(first, first + len(cutoffs))
         computed = torch.einsum("cbw,cw->cb", states.float(), heads[read])
@@ -166,8 +177,14 @@ def score(
     budget = Budget(pairs=batch_size) if batch_size else Budget.of_device(weights.device)
     chunk_size = CHUNK if len(stages) == 1 else CASCADE_CHUNK
     parts = list(chunks([query for query, _ in pairs], max(chunk_size, batch_size or 0)))
+    begun, tokenising, waiting = time.perf_counter(), Stopwatch(), Stopwatch()
+
+    def encoded(part: list[int]) -> tuple[list[int], list[Ids]]:
+        with tokenising:
+            return part, encode(tokenizer, [pairs[i] for i in part])
+
     try:
-        for chunk, ids in _one_ahead(lambda part: (part, encode(tokenizer, [pairs[i] for i in part])), parts):
+        for chunk, ids in _one_ahead(encoded, parts, waiting):
             going = list(range(len(chunk)))
             held: dict[tuple[int, int], tuple[Row, int]] = {}  # where each pair's states are, after each stage
             for stage in range(len(stages)):
@@ -185,6 +202,10 @@ def score(
         collect()
     except MemoryError as error:
         raise ScoringError("out of memory between two batches; rerank fewer queries at a time.", scores) from error
+    finally:
+        model_seconds = time.perf_counter() - begun - waiting.seconds
+        used(Usage(tokenising_seconds=tokenising.seconds, model_seconds=model_seconds))
+        used(Usage(pairs=int(np.isfinite(scores[0]).sum())))
     return scores
 
 
@@ -203,15 +224,17 @@ def _brought_back(computed: Tensor) -> Callable[[], np.ndarray]:
     return result
 
 
-def _one_ahead(make: Callable[[Item], Made], items: Sequence[Item]) -> Iterator[Made]:
+def _one_ahead(make: Callable[[Item], Made], items: Sequence[Item], waiting: Stopwatch) -> Iterator[Made]:
     """What is made of each of some items; that of the next is being made, in a thread, while one is worked on."""
     thread = ThreadPoolExecutor(1)  # begins with what it is first given
     try:
-        made = make(items[0])
+        with waiting:
+            made = make(items[0])
         for item in items[1:]:
             coming = thread.submit(make, item)
             yield made
-            made = coming.result()
+            with waiting:
+                made = coming.result()
         yield made
     finally:
         thread.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,275 @@
+"""Files of any length: rerank JSON lines go in, a run comes out, and what is interrupted goes on where it was."""
+
+from __future__ import annotations
+
+import copy
+import gzip
+import logging
+import time
+import zlib
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain, repeat
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import pyterrier as pt
+
+from .formats import RerankRow, by_query, read_rerank, run_line
+from .journal import Block, JournaledFile, journal_of
+from .reranker import LLMReranker, positive
+from .usage import Stopwatch, Usage
+
+logger = logging.getLogger(__name__)
+
+#: Constructor arguments with which a run may go on although it was begun with others: they leave scores as they are,
+#: to the last digits.
+FREE = ("batch_size", "device", "training", "verbose")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`rerank_file` did.
+
+    Args:
+        target: the run.
+        pairs: rows that were scored and written.
+        queries: those they belong to.
+        seconds: from call to return.
+        resumed_from: rows that stood in the run before.
+        usage: what scoring took; seconds in which the run was written are in it.
+
+    >>> print(Report(Path("run.tsv"), 2000, 20, 12.5, 1000))
+    run.tsv: 2,000 pairs of 20 queries in 12.5 s (160 pairs/s), after 1,000 pairs that stood there
+    """
+
+    target: Path
+    pairs: int
+    queries: int
+    seconds: float
+    resumed_from: int = 0
+    usage: Usage = field(default_factory=Usage)
+
+    def __str__(self) -> str:
+        after = f", after {self.resumed_from:,} pairs that stood there" if self.resumed_from else ""
+        model = f"; scored {self.usage}" if self.usage != Usage() else ""
+        rate = self.pairs / self.seconds if self.seconds else 0.0
+        return (
+            f"{self.target}: {self.pairs:,} pairs of {self.queries:,} queries in {self.seconds:.1f} s "
+            f"({rate:,.0f} pairs/s){after}{model}"
+        )
+
+
+class Chunk(NamedTuple):
+    """Whole queries that are scored in one call, and written in one block.
+
+    Args:
+        frame: a result frame: ``qid``, ``query``, ``docno``, ``title``, ``url``, ``text``.
+        queries: how many.
+        checksum: the CRC-32 of what the frame holds.
+        first, last: their lines in the source, from 1.
+    """
+
+    frame: pd.DataFrame
+    queries: int
+    checksum: int
+    first: int
+    last: int
+
+
+def rerank_file(
+    reranker: LLMReranker,
+    source: Path,
+    target: Path,
+    *,
+    form: str = "three",
+    tag: str = "llmrerank",
+    resume: bool = False,
+    workers: int = 1,
+    address: str | None = None,
+) -> Report:
+    """Rerank a file of any length.
+
+    Memory does not grow with the file, but for the queries' ids. Whole queries are read until there are
+    :data:`~pyterrier_llmrerank.scoring.CHUNK` rows, scored in one call while the next are read, and written in one
+    block. Which queries go together depends on the source alone, so that a run that was interrupted ends up with the
+    same bytes as one that was not.
+
+    Until the run is finished, ``<target>.journal`` lies beside it. A target that is there is never written over:
+    without ``resume`` it is an error; with it
+
+    - a target with its journal is gone on with after the last block that was written whole. The rows before must be
+      the same as then, and so must the arguments and the dtype that scores depend on; later rows may have been
+      mended, and batch size, device and workers may be others. (That a model's files are the same is not checked.)
+    - a target without a journal is finished: nothing is scored, and a warning says so;
+    - without a target, the run begins, so that the same command can be given again until it succeeds.
+
+    What stops it, an error, Ctrl-C, a full disk or a kill, leaves whole blocks; an error has a note that says how
+    to go on. The files go if nothing had been written.
+
+    Args:
+        reranker: what scores. Where it is ``verbose``, a progress bar counts pairs.
+        source: what :func:`~pyterrier_llmrerank.formats.read_rerank` reads.
+        target: the run; compressed where the name ends in ``.gz``. Queries stand as in the source, the documents of
+            each from the best.
+        form: ``"three"`` or ``"trec"``, as :func:`~pyterrier_llmrerank.formats.run_line`.
+        tag: the run's name, in the TREC form.
+        resume: go on with a target that is there.
+        workers: processes that score, on Ray (``pip install 'pyterrier-llmrerank[ray]'``), as
+            :func:`~pyterrier_llmrerank.workers.scored_by`; 1 scores in this process, unless ``address`` is given.
+        address: a Ray cluster's; None for one on this machine.
+
+    Returns:
+        What was done. It is logged, too (INFO), and added to ``reranker.usage``.
+
+    Raises:
+        ValueError: an argument or a line is not what is allowed, or the target was begun with another source or
+            re-ranker.
+        FileExistsError: the target is there, and ``resume`` is False.
+        ScoringError: as :meth:`LLMReranker.transform`.
+        ImportError: Ray is asked for, and not installed.
+        OSError: a file cannot be read or written.
+
+    >>> from pyterrier_llmrerank import RankLLaMAReranker
+    >>> report = rerank_file(RankLLaMAReranker(), Path("rerank.jsonl"), Path("run.tsv"), resume=True)  # doctest: +SKIP
+    """
+    source, target = Path(source), Path(target)
+    positive("workers", workers)
+    run_line("q", "d", 1, 0.0, form, tag)  # raises on what none could be written with
+    if resume and target.exists() and not journal_of(target).exists():
+        logger.warning("%s has no journal beside it, so it is finished: nothing was scored.", target)
+        return Report(target, 0, 0, 0.0)
+    begun, writing = time.perf_counter(), Stopwatch()
+    pairs = queries = stood = 0
+    usage = Usage()
+    quiet = copy.copy(reranker)
+    quiet.verbose = False
+    if workers == 1 and address is None:
+        scored = partial(_scored, quiet)
+    else:
+        from .workers import scored_by
+
+        scored = partial(scored_by, quiet, workers=workers, address=address)
+    compress = partial(gzip.compress, mtime=0) if target.suffix == ".gz" else bytes
+    total = _count(source) if reranker.verbose else None
+    with JournaledFile(target, _settings(reranker, form, tag), resume=resume) as run:
+        chunks = _chunks(source, [block.rows for block in run.blocks])
+        for block in run.blocks:
+            _check(next(chunks, None), block, source, target)
+            stood += block.rows
+        bar = pt.tqdm(
+            total=total, initial=stood, desc=type(reranker).__name__, unit="pair", disable=not reranker.verbose
+        )
+        try:
+            with bar, closing(scored(chunks)) as results:
+                for chunk, (result, used) in results:
+                    with writing:
+                        data = compress(_written(result, form, tag))
+                        run.append(data, len(chunk.frame), chunk.checksum)
+                    pairs += len(chunk.frame)
+                    queries += chunk.queries
+                    usage += used
+                    bar.update(len(chunk.frame))
+        except BaseException as error:
+            if stood + pairs:
+                error.add_note(
+                    f"{target} holds {stood + pairs:,} pairs, of whole queries; go on with resume (--resume)."
+                )
+            raise
+        finally:
+            usage += Usage(writing_seconds=writing.seconds)
+            reranker._add_up(usage)
+    report = Report(target, pairs, queries, time.perf_counter() - begun, stood, usage)
+    logger.info("%s", report)
+    return report
+
+
+# -- reading
+
+
+def _chunks(source: Path, sizes: Iterable[int]) -> Iterator[Chunk]:
+    """Whole queries until there are so many rows; after these sizes, until there are those of a chunk."""
+    from .scoring import CHUNK
+
+    queries = by_query(read_rerank(source))
+    for size in chain(sizes, repeat(CHUNK)):
+        rows: list[RerankRow] = []
+        count = 0
+        while len(rows) < size and (query := next(queries, None)) is not None:
+            rows += query[1]
+            count += 1
+        if not rows:
+            return
+        yield _chunk(rows, count)
+
+
+def _chunk(rows: list[RerankRow], queries: int) -> Chunk:
+    names = ("qid", "query", "docno", "title", "url", "text")
+    columns = {name: [getattr(row, name) for row in rows] for name in names}
+    return Chunk(
+        pd.DataFrame(columns, dtype=object), queries, zlib.crc32(repr(columns).encode()), rows[0].line, rows[-1].line
+    )
+
+
+def _check(chunk: Chunk | None, block: Block, source: Path, target: Path) -> None:
+    """Raise ValueError where a block was written from other rows."""
+    if chunk is None:
+        raise ValueError(f"{source} has fewer rows than {target} was written from; go on with the same, or delete it.")
+    if (len(chunk.frame), chunk.checksum) != (block.rows, block.source):
+        raise ValueError(
+            f"{source}, lines {chunk.first} to {chunk.last}: not those that {target} was written from; "
+            "go on with the same, or delete it."
+        )
+
+
+def _count(path: Path) -> int | None:
+    """Its lines, in a fraction of the time that any model takes; None where a damaged file does not tell."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            return sum(part.count(b"\n") for part in iter(partial(file.read, 1 << 20), b""))
+    except (EOFError, gzip.BadGzipFile, zlib.error):  # who reads it will say so, with the line
+        return None
+
+
+# -- scoring
+
+
+def _scored(reranker: LLMReranker, chunks: Iterator[Chunk]) -> Generator[tuple[Chunk, tuple[pd.DataFrame, Usage]]]:
+    """Each chunk with its result; the next one is read, in a thread, while one is scored."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, chunks, None)
+        while (chunk := coming.result()) is not None:
+            coming = thread.submit(next, chunks, None)
+            yield chunk, measured(reranker, chunk.frame)
+
+
+def measured(reranker: LLMReranker, frame: pd.DataFrame) -> tuple[pd.DataFrame, Usage]:
+    """A frame's scores and ranks without its texts, and what they took; the re-ranker's usage begins anew."""
+    reranker._usage = Usage()
+    return reranker.transform(frame)[["qid", "docno", "rank", "score"]], reranker.usage
+
+
+# -- writing
+
+
+def _written(result: pd.DataFrame, form: str, tag: str) -> bytes:
+    """The lines of a run; queries as they stand in the result, the documents of each from the best."""
+    order = np.lexsort((result["rank"], pd.factorize(result["qid"])[0]))
+    columns = (result[name].to_numpy()[order] for name in ("qid", "docno", "rank", "score"))
+    return "".join(
+        run_line(qid, docno, rank + 1, score, form, tag) for qid, docno, rank, score in zip(*columns, strict=True)
+    ).encode()
+
+
+def _settings(reranker: LLMReranker, form: str, tag: str) -> dict[str, Any]:
+    """What a run is the same by: the arguments that its scores depend on, with the dtype they come to here."""
+    from .weights import resolve_device, resolve_dtype
+
+    arguments = {name: value for name, value in reranker._arguments().items() if name not in FREE}
+    dtype = str(resolve_dtype(reranker.dtype, resolve_device(reranker.device))).removeprefix("torch.")
+    return {"reranker": type(reranker).__name__, **arguments, "dtype": dtype, "form": form, "tag": tag}

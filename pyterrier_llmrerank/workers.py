@@ -1,0 +1,254 @@
+"""Several processes, on one machine or many, that each hold the model and score what one process reads and writes."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pandas as pd
+
+from .usage import Usage
+
+if TYPE_CHECKING:
+    from .reranker import LLMReranker
+    from .streaming import Chunk
+
+logger = logging.getLogger(__name__)
+
+#: Chunks a worker that may be under way, or wait for earlier ones to be written.
+AHEAD = 3
+
+#: So many workers lost over one frame, or over opening the model, are too many.
+LOSSES = 3
+
+#: A frame with its scores, and what these took.
+Scored = tuple[pd.DataFrame, Usage]
+
+
+def scored_by(
+    reranker: LLMReranker, chunks: Iterator[Chunk], *, workers: int, address: str | None = None
+) -> Generator[tuple[Chunk, Scored]]:
+    """Score chunks in Ray actors.
+
+    Each opens the model once, and gets a chunk whenever it is free. Where the cluster has GPUs each has one of its own,
+    else an equal share of the CPUs, and as many threads. One that joins late, or never, holds nothing up; where one is
+    lost, another is started, and its chunk is scored again. Results come in the order of the chunks, and no more than
+    :data:`AHEAD` chunks a worker are held. Scores are those of one process: to the last bit where that has as many
+    threads, on the same hardware.
+
+    Args:
+        reranker: what scores; its model has to be there under its name, and this package installed, on each machine.
+        chunks: what is to be scored.
+        workers: how many.
+        address: a cluster's. None for the one that this process is connected to, or that ``RAY_ADDRESS`` names, or
+            else one on this machine that ends with the work.
+
+    Yields:
+        Each chunk with its result.
+
+    Raises:
+        ImportError: Ray is not installed.
+        ConnectionError: there is no cluster at the address.
+        ValueError: there are GPUs, and fewer than workers.
+        RuntimeError: :data:`LOSSES` workers were lost over one chunk, or over opening the model.
+        Exception: whatever reading or scoring a chunk raised, when all chunks before it have been yielded.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError(f"workers={workers} needs Ray: pip install 'pyterrier-llmrerank[ray]'") from error
+
+    with _connected(ray, address), Workers(ray, reranker, workers) as pool:
+        coming = _errors_last(chunks)
+        last: Exception | None = None
+        held: dict[int, Chunk] = {}
+        done: dict[int, Scored | Exception] = {}
+        given = yielded = 0
+        more = True
+        while True:
+            while yielded in done:
+                result = done.pop(yielded)
+                if isinstance(result, Exception):
+                    raise result
+                yield held.pop(yielded), result
+                yielded += 1
+            while more and pool.free and given - yielded < AHEAD * workers:
+                chunk = next(coming, None)
+                if chunk is None or isinstance(chunk, Exception):
+                    more, last = False, chunk
+                else:
+                    held[given] = chunk
+                    pool.give(given, chunk.frame)
+                    given += 1
+            if yielded == given and not more:
+                if last is not None:
+                    raise last
+                return
+            done |= pool.wait()
+
+
+class Worker:
+    """A process that opens the model once, and scores frames."""
+
+    def __init__(self, reranker: LLMReranker) -> None:
+        self._reranker = reranker
+
+    def open(self) -> None:
+        """Read the model. An error here arrives as itself; one in the constructor of an actor would not."""
+        weights = self._reranker._weights()
+        weights.at_depth(self._reranker.deepest() or weights.checkpoint.layers)
+
+    def score(self, frame: pd.DataFrame) -> Scored:
+        """As :func:`~pyterrier_llmrerank.streaming.measured`."""
+        from .streaming import measured
+
+        return measured(self._reranker, frame)
+
+
+class Task(NamedTuple):
+    """What a worker does.
+
+    Args:
+        number: by which its result is known.
+        frame: what is scored; None to open the model.
+        losses: workers that were lost over it.
+    """
+
+    number: int
+    frame: pd.DataFrame | None
+    losses: int = 0
+
+    def __str__(self) -> str:
+        if self.frame is None:
+            return "opening the model"
+        return f"queries {self.frame['qid'].iloc[0]!r} to {self.frame['qid'].iloc[-1]!r}"
+
+
+class Workers:
+    """So many workers, and what they are doing. On leaving they are ended.
+
+    Args:
+        ray: the module, connected to a cluster.
+        reranker: what each scores with.
+        count: how many.
+
+    Raises:
+        ValueError: as :func:`scored_by`.
+    """
+
+    def __init__(self, ray: Any, reranker: LLMReranker, count: int) -> None:
+        self._ray = ray
+        self._reranker = reranker
+        self._actor = ray.remote(Worker).options(**_share(ray.cluster_resources(), reranker.device, count))
+        self._busy: dict[Any, tuple[Any, Task]] = {}  # worker and task by what is waited for
+        self._idle: list[Any] = []
+        self._again: deque[Task] = deque()
+        for _ in range(count):
+            self._start(Task(-1, None))
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        for worker in [*self._idle, *(worker for worker, _ in self._busy.values())]:
+            self._ray.kill(worker)
+
+    @property
+    def free(self) -> bool:
+        """Whether one has nothing to do."""
+        return bool(self._idle)
+
+    def give(self, number: int, frame: pd.DataFrame) -> None:
+        """Have a free one score a frame."""
+        self._score(self._idle.pop(), Task(number, frame))
+
+    def wait(self) -> dict[int, Scored | Exception]:
+        """Wait for one that opens the model or scores to be done with it.
+
+        Returns:
+            What came of its frame, by number, or what scoring it raised; nothing if it is free for a first frame, or
+            was lost and another is starting.
+
+        Raises:
+            RuntimeError: as :func:`scored_by`.
+            Exception: whatever opening the model raised.
+        """
+        ready = self._ray.wait(list(self._busy))[0][0]
+        worker, task = self._busy.pop(ready)
+        result: Scored | Exception
+        try:
+            result = self._ray.get(ready)
+        except self._ray.exceptions.RayTaskError as error:
+            failed: Exception = error.cause
+            failed.__cause__ = error  # it tells where in the worker
+            if task.frame is None:
+                raise failed from error
+            result = failed
+        except self._ray.exceptions.RayError as error:
+            self._replace(worker, task, error)
+            return {}
+        if self._again:
+            self._score(worker, self._again.popleft())
+        else:
+            self._idle.append(worker)
+        return {} if task.frame is None else {task.number: result}
+
+    def _start(self, opening: Task) -> None:
+        worker = self._actor.remote(self._reranker)
+        self._busy[worker.open.remote()] = worker, opening
+
+    def _score(self, worker: Any, task: Task) -> None:
+        self._busy[worker.score.remote(task.frame)] = worker, task
+
+    def _replace(self, worker: Any, task: Task, error: Exception) -> None:
+        """Start another in place of a lost one, whose frame is scored again by the next that is free."""
+        self._ray.kill(worker)  # where it is only out of reach
+        task = task._replace(losses=task.losses + 1)
+        if task.losses == LOSSES:
+            raise RuntimeError(f"{LOSSES} workers were lost over {task}, the last one by: {error}") from error
+        logger.warning("a worker was lost over %s and is replaced: %s", task, error)
+        if task.frame is None:
+            self._start(task)
+        else:
+            self._again.append(task)
+            self._start(Task(-1, None))
+        if self._again and self._idle:
+            self._score(self._idle.pop(), self._again.popleft())
+
+
+@contextmanager
+def _connected(ray: Any, address: str | None) -> Iterator[None]:
+    """Within, there is a cluster; it is left as it was found."""
+    if ray.is_initialized():
+        yield
+        return
+    address = address or os.environ.get("RAY_ADDRESS", "local")
+    ray.init(address=address, log_to_driver=False, configure_logging=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _share(resources: Mapping[str, float], device: str | None, workers: int) -> dict[str, int]:
+    """What each worker has to itself."""
+    gpus = 0 if device == "cpu" else int(resources.get("GPU", 0))
+    if not gpus:
+        # Where there are more workers than CPUs, none: they would wait for one for ever.
+        return {"num_cpus": int(resources.get("CPU", 0)) // workers}
+    if workers > gpus:
+        raise ValueError(f"workers={workers}; allowed: at most {gpus}, a GPU each, or device='cpu'.")
+    return {"num_cpus": 1, "num_gpus": 1}
+
+
+def _errors_last(chunks: Iterator[Chunk]) -> Iterator[Chunk | Exception]:
+    """Chunks, and last what reading them raised, if anything: those before it are still to be scored."""
+    try:
+        yield from chunks
+    except Exception as error:
+        yield error
