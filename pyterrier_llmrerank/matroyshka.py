@@ -119,7 +119,7 @@ class MatroyshkaReranker(LLMReranker):
         layer_sep: int | None = None,
         text_field: str = "text",
         batch_size: int | None = None,
-        device: str | None = None,
+        device: str | Sequence[str] | None = None,
         dtype: str = "auto",
         quantization: str | None = None,
         torch_compile: bool = False,

@@ -40,7 +40,10 @@ class RankLLaMAReranker(LLMReranker):
             NaN. None to read no titles.
         url_field: likewise for URLs, which stand before the title (the document model reads them).
         batch_size: pairs a batch; None for as many as fit a token budget.
-        device: for example ``"cuda:1"``; None for CUDA or MPS where there is one, else the CPU.
+        device: for example ``"cuda:1"``; None for CUDA or MPS where there is one, else the CPU. Several,
+            ``["cuda:0", "cuda:1"]``, each get a copy of the weights, and share out a frame's queries: each takes the
+            next few when it is through with some, a query's candidates together. Kept as a tuple. :meth:`fit` takes
+            one.
         dtype: ``"auto"`` is bfloat16 where the device computes in it natively, else float32; or name
             ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         quantization: hold the layers' linear projections in eight bits, by torchao (``pip install
@@ -81,7 +84,7 @@ class RankLLaMAReranker(LLMReranker):
         title_field: str | None = "title",
         url_field: str | None = None,
         batch_size: int | None = None,
-        device: str | None = None,
+        device: str | Sequence[str] | None = None,
         dtype: str = "auto",
         quantization: str | None = None,
         torch_compile: bool = False,

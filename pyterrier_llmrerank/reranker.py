@@ -71,7 +71,7 @@ class LLMReranker(pt.Estimator):
     model: str
     text_field: str
     batch_size: int | None
-    device: str | None
+    device: str | tuple[str, ...] | None
     dtype: str
     quantization: str | None
     torch_compile: bool
@@ -80,7 +80,7 @@ class LLMReranker(pt.Estimator):
     training: Recipe | None
     _usage: Usage = Usage()
     _shared_key: Hashable
-    _shared_weights: Weights
+    _shared_weights: tuple[Weights, ...]
 
     def _set_shared(
         self,
@@ -99,7 +99,7 @@ class LLMReranker(pt.Estimator):
         self.model = path_like("model", model)
         self.text_field = column("text_field", text_field)
         self.batch_size = None if batch_size is None else positive("batch_size", batch_size)
-        self.device = None if device is None else str(device)
+        self.device = devices(device)
         self.dtype = str(dtype).removeprefix("torch.")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r}; allowed: {', '.join(DTYPES)}.")
@@ -256,8 +256,8 @@ class LLMReranker(pt.Estimator):
         from .cascade import Cascade
         from .scoring import score
 
-        weights = self._weights()
-        shape = self._shape(weights.checkpoint)
+        replicas = self._replicas()
+        shape = self._shape(replicas[0].checkpoint)
         if not pairs:
             return Scores.none()
         at: dict[tuple[str, str], int] = {}
@@ -283,7 +283,7 @@ class LLMReranker(pt.Estimator):
         with pt.tqdm(total=len(distinct), desc=type(self).__name__, unit="pair", disable=not self.verbose) as bar:
             try:
                 scores = score(
-                    weights,
+                    replicas,
                     shape,
                     distinct,
                     self._encode,
@@ -298,15 +298,14 @@ class LLMReranker(pt.Estimator):
                 raise
             finally:
                 if used:  # it came as far as that
-                    took = sum(used, Usage())
-                    self._add_up(took)
-                    logger.info("%r: %s", self, took)
+                    self._add_up(sum(used, Usage()))
         return of_rows(scores)
 
     def _add_up(self, used: Usage) -> None:
-        """Take a call's usage into the sum."""
+        """Take a call's usage into the sum, and log it."""
         with _LOCK:
             self._usage += used
+        logger.info("%r: %s", self, used)
 
     @property
     def usage(self) -> Usage:
@@ -347,7 +346,8 @@ class LLMReranker(pt.Estimator):
 
         Each query's relevant results compete with its other results, judged or not. A query with no relevant
         result gets what is judged relevant from the other queries' results or from the recipe's ``text``, or
-        is left out; one log line counts these. With validation given, nDCG@10 is measured on it every
+        is left out; one log line counts these. Losses are logged too (INFO), or shown in a progress bar where
+        ``verbose``. With validation given, nDCG@10 is measured on it every
         ``eval_steps``, the best checkpoint is kept, and ``patience`` stops early. From then on the re-ranker
         scores with what it learnt, which lies, with its checkpoints, in the recipe's ``output_dir`` (by default a
         new folder in PyTerrier's home); :meth:`save` writes it elsewhere. Fitting again goes on from there: a
@@ -381,32 +381,42 @@ class LLMReranker(pt.Estimator):
         if topics_or_res_va is not None and qrels_va is not None:
             validation = Frames(topics_or_res_va, qrels_va, self._bodies, self.text_field)
         if "_shared_weights" in self.__dict__:  # not needed while another copy is trained
-            self._shared_weights.leave(self)
+            for weights in self._shared_weights:
+                weights.leave(self)
             del self._shared_weights, self._shared_key
         self._take_up(str(self._train(Frames(topics_or_res_tr, qrels_tr, self._bodies, self.text_field), validation)))
 
-    # -- one copy of the weights
+    # -- one copy of the weights, or one a device
 
     def _weights(self) -> Weights:
-        """The weights that the arguments name, shared with every living reranker that names the same."""
-        from .files import identity
-        from .weights import Weights, resolve_device, resolve_dtype, share
+        """The weights that the arguments name; of several devices those on the first."""
+        return self._replicas()[0]
 
-        device = resolve_device(self.device)
-        dtype = resolve_dtype(self.dtype, device)
+    def _replicas(self) -> tuple[Weights, ...]:
+        """The same for each device, shared with every living reranker that names the same."""
+        from .files import identity
+        from .weights import Weights, resolve_devices, resolve_dtype, share
+
+        places = resolve_devices(self.device)
+        dtype = resolve_dtype(self.dtype, *places)
         openers = [opener for opener in (self._checkpoint(), self._overlaid()) if opener is not None]
-        options = (device, dtype, self.quantization, self.torch_compile)
-        key = tuple((opener.func, identity(opener.args), *options) for opener in openers)
+        files = [(opener.func, identity(opener.args)) for opener in openers]
+        options = [(place, dtype, self.quantization, self.torch_compile) for place in places]
+        key = tuple((*named, *of_place) for of_place in options for named in files)
         with _LOCK:
             if self.__dict__.get("_shared_key") != key:
-                weights: Weights | None = None
-                for own, opener in zip(key, openers, strict=True):
-                    weights = share(own, partial(Weights, opener, *options, below=weights))
-                assert weights is not None
-                if "_shared_weights" in self.__dict__:
-                    self._shared_weights.leave(self)
-                weights.join(self)
-                self._shared_key, self._shared_weights = key, weights
+                replicas = []
+                for of_place in options:
+                    weights: Weights | None = None
+                    for named, opener in zip(files, openers, strict=True):
+                        weights = share((*named, *of_place), partial(Weights, opener, *of_place, below=weights))
+                    assert weights is not None
+                    replicas.append(weights)
+                for left in set(self.__dict__.get("_shared_weights", ())).difference(replicas):
+                    left.leave(self)
+                for joined in replicas:
+                    joined.join(self)
+                self._shared_key, self._shared_weights = key, tuple(replicas)
             return self._shared_weights
 
     def __getstate__(self) -> dict[str, Any]:
@@ -503,6 +513,16 @@ def column(name: str, value: object) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError(f"{name}={value!r}; allowed: the name of a column.")
     return value
+
+
+def devices(value: object) -> str | tuple[str, ...] | None:
+    """A device's name, or those of several, or ValueError; a list of one is that one."""
+    if not isinstance(value, list | tuple):
+        return None if value is None else str(value)
+    names = tuple(map(str, value))
+    if len(set(names)) < max(1, len(names)):
+        raise ValueError(f"device={value!r}; allowed: a device, or a list of at least one, each once.")
+    return names if len(names) > 1 else names[0]
 
 
 def path_like(name: str, value: object) -> str:

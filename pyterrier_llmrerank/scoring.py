@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -31,6 +33,9 @@ CHUNK = 1024
 
 #: The same where candidates leave on the way: the states of all of them are held until it is known which go on.
 CASCADE_CHUNK = 256
+
+#: Several devices have at least so many chunks each to take, where there are queries enough, so that none waits long.
+SHARES = 4
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -65,8 +70,12 @@ class Shape:
         return [tuple(cutoff for cutoff in self.cutoffs if above < cutoff <= last) for above, last in bounds]
 
 
+class Stopped(Exception):  # noqa: N818
+    """Raised between two batches where another device cannot go on."""
+
+
 def score(
-    weights: Weights,
+    replicas: Sequence[Weights],
     shape: Shape,
     pairs: Sequence[tuple[str, str]],
     encode: Callable[[PreTrainedTokenizerBase, list[tuple[str, str]]], list[Ids]],
@@ -79,18 +88,18 @@ def score(
 ) -> np.ndarray:
     """Score every pair at every cutoff of the shape, or as far as it goes.
 
-    Pairs are made into ids and scored a chunk at a time, so that no more ids are held than those of two chunks; those
-    of the next are made while one is scored. A text is tokenised once a chunk.
+    Pairs are made into ids and scored a chunk of whole queries at a time. Each device takes the next chunk when it is
+    through with one, so that a faster one takes more; the first works in this thread, others in threads of their own.
 
     Args:
-        weights: the model.
+        replicas: the model, once for each device.
         shape: how much of it to run.
         pairs: query and passage of each.
         encode: makes ids of them.
         batch_size: pairs a batch; None for a token budget that fits the device.
         label: names a pair, for messages.
-        progress: told how many pairs are done with each batch.
-        used: told what it takes, in parts that add up, also where scoring has to stop.
+        progress: told how many pairs are done with each batch; one thread at a time.
+        used: told what it takes, in parts that add up, also where scoring has to stop; by any thread.
         cascade: which pairs go on where the shape prunes. Survivors' states go on from where they are.
 
     Returns:
@@ -98,13 +107,76 @@ def score(
 
     Raises:
         ValueError, ImportError: attention cannot be computed as the shape says.
-        ScoringError: a score is not finite, or memory runs out, with one pair alone or between batches; carries the
-            scores so far.
+        ScoringError: a score is not finite, memory runs out, with one pair alone or between batches, or a device
+            fails. The other devices stop after their batch; carries all scores so far.
+    """
+    for weights in replicas:  # one after the other: transformers builds models under settings of the whole process
+        kernel_of(shape.attn_implementation, weights.device, weights.dtype)
+        weights.at_depth(shape.cutoffs[-1])
+    scores = np.full((len(shape.cutoffs), len(pairs)), np.nan)
+    size = CHUNK if len(shape.stages) == 1 else CASCADE_CHUNK
+    if len(replicas) > 1:
+        size = min(size, -(-len(pairs) // (SHARES * len(replicas))))
+    parts = deque(chunks([query for query, _ in pairs], max(size, batch_size or 0)))
+    stopped, lock = threading.Event(), threading.Lock()
+
+    def next_part() -> list[int] | None:
+        with lock:
+            return parts.popleft() if parts and not stopped.is_set() else None
+
+    def locked_progress(count: int) -> None:
+        with lock:
+            progress(count)
+
+    def work(weights: Weights) -> None:
+        cuda = weights.device.type == "cuda"
+        try:
+            with torch.cuda.device(weights.device) if cuda else nullcontext():  # a setting of each thread
+                _score_on(
+                    weights, shape, pairs, iter(next_part, None), scores, encode, stopped.is_set,
+                    batch_size=batch_size, label=label, progress=locked_progress, used=used, cascade=cascade,
+                )  # fmt: skip
+        except BaseException:
+            stopped.set()
+            raise
+
+    try:
+        with ThreadPoolExecutor(len(replicas)) as threads:  # each begins with what it is first given
+            try:
+                others = [threads.submit(work, weights) for weights in replicas[1:]]
+                work(replicas[0])
+                for other in others:
+                    other.result()
+            finally:
+                stopped.set()
+    finally:
+        used(Usage(pairs=int(np.isfinite(scores[0]).sum())))
+    return scores
+
+
+def _score_on(
+    weights: Weights,
+    shape: Shape,
+    pairs: Sequence[tuple[str, str]],
+    parts: Iterator[list[int]],
+    scores: np.ndarray,
+    encode: Callable[[PreTrainedTokenizerBase, list[tuple[str, str]]], list[Ids]],
+    is_stopped: Callable[[], bool],
+    *,
+    batch_size: int | None,
+    label: Callable[[int], str],
+    progress: Callable[[int], object],
+    used: Callable[[Usage], object],
+    cascade: Cascade | None,
+) -> None:
+    """One device's work in :func:`score`: write into ``scores`` those of the parts, indices of pairs, that it gets.
+
+    No more ids are held than those of two parts; those of the next are made while one is scored. A text is tokenised
+    once a part. When ``is_stopped``, no batch is begun any more, and what was begun is still written.
     """
     kernel = kernel_of(shape.attn_implementation, weights.device, weights.dtype)
     model, heads, tokenizer = weights.at_depth(shape.cutoffs[-1])
     heads = heads[list(shape.heads)]
-    scores = np.full((len(shape.cutoffs), len(pairs)), np.nan)
     stages = shape.stages
     in_work: list[tuple[list[int], slice, Callable[[], np.ndarray]]] = []
 
@@ -130,6 +202,8 @@ def score(
     @torch.inference_mode()
     def run(stage: int, going: list[int], batch: list[int]) -> None:
         """Take pairs through a stage: ``batch`` says which of those of the chunk that are ``going``."""
+        if is_stopped():
+            raise Stopped
         members = [going[index] for index in batch]
         pairs_ids = [ids[member] for member in members]
         cutoffs = stages[stage]
@@ -175,8 +249,6 @@ def score(
         return members
 
     budget = Budget(pairs=batch_size) if batch_size else Budget.of_device(weights.device)
-    chunk_size = CHUNK if len(stages) == 1 else CASCADE_CHUNK
-    parts = list(chunks([query for query, _ in pairs], max(chunk_size, batch_size or 0)))
     begun, tokenising, waiting = time.perf_counter(), Stopwatch(), Stopwatch()
 
     def encoded(part: list[int]) -> tuple[list[int], list[Ids]]:
@@ -200,13 +272,18 @@ def score(
                     )
                 going = leave(stage, going)
         collect()
+    except Stopped:
+        with suppress(ScoringError):  # there is one already
+            collect()
     except MemoryError as error:
         raise ScoringError("out of memory between two batches; rerank fewer queries at a time.", scores) from error
+    except ScoringError:
+        raise
+    except RuntimeError as error:  # so torch says what goes wrong on a device
+        raise ScoringError(f"scoring failed on {weights.device}: {error}", scores) from error
     finally:
         model_seconds = time.perf_counter() - begun - waiting.seconds
         used(Usage(tokenising_seconds=tokenising.seconds, model_seconds=model_seconds))
-        used(Usage(pairs=int(np.isfinite(scores[0]).sum())))
-    return scores
 
 
 def _brought_back(computed: Tensor) -> Callable[[], np.ndarray]:
@@ -224,17 +301,16 @@ def _brought_back(computed: Tensor) -> Callable[[], np.ndarray]:
     return result
 
 
-def _one_ahead(make: Callable[[Item], Made], items: Sequence[Item], waiting: Stopwatch) -> Iterator[Made]:
+def _one_ahead(make: Callable[[Item], Made], items: Iterable[Item], waiting: Stopwatch) -> Iterator[Made]:
     """What is made of each of some items; that of the next is being made, in a thread, while one is worked on."""
     thread = ThreadPoolExecutor(1)  # begins with what it is first given
+    made: list[Made] = []
     try:
-        with waiting:
-            made = make(items[0])
-        for item in items[1:]:
-            coming = thread.submit(make, item)
-            yield made
+        for item in items:
+            coming = thread.submit(make, item) if made else None
+            yield from made
             with waiting:
-                made = coming.result()
-        yield made
+                made = [coming.result() if coming else make(item)]
+        yield from made
     finally:
         thread.shutdown(wait=False, cancel_futures=True)

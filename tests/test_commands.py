@@ -114,6 +114,16 @@ def test_a_run_says_nothing_that_it_need_not(data: Path, tmp_path: Path, caplog:
     assert caplog.messages == []
 
 
+def test_losses_are_logged_where_there_is_no_progress_bar(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.NOTSET, "pyterrier_llmrerank")  # as it is; put back afterwards
+    assert main(["train", *distill(data, tmp_path / "run"), "--logging_steps", "1", "--disable_tqdm", "True"]) == 0
+    assert [message.partition(":")[0] for message in caplog.messages if "'loss': " in message] == [
+        f"step {step} of 4" for step in range(1, 5)
+    ]
+
+
 def opened_as_said(capsys: pytest.CaptureFixture[str], folder: Path) -> LLMReranker:
     """The re-ranker that a run's last words say opens what it wrote."""
     said = capsys.readouterr().out.split("\n\n")

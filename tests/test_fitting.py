@@ -1,6 +1,7 @@
 """Re-rankers fit on what stands before them in a pipeline, and what they learnt is saved and opened."""
 
 import dataclasses
+import logging
 import pickle
 import shutil
 from pathlib import Path
@@ -158,6 +159,19 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["rankllama", "matroyshka"])
+def test_losses_are_logged_not_printed(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    _, results, qrels = candidates()
+    with caplog.at_level(logging.INFO, "pyterrier_llmrerank"):
+        untrained(kind, tmp_path / "run", max_steps=2, logging_steps=1).fit(results, qrels)
+    assert capsys.readouterr().out == ""
+    ours = [record for record in caplog.records if record.levelno == logging.INFO and "'loss': " in record.getMessage()]
+    assert [record.getMessage()[:12] for record in ours] == ["step 1 of 2:", "step 2 of 2:"]
+    assert {record.name.partition(".")[0] for record in ours} == {"pyterrier_llmrerank"}
+
+
+@pytest.mark.parametrize("kind", ["rankllama", "matroyshka"])
 def test_fitting_again_goes_on_from_there(kind: str, tmp_path: Path) -> None:
     _, results, qrels = candidates()
     reranker = untrained(kind, tmp_path / "first", max_steps=3)
@@ -173,6 +187,17 @@ def test_fitting_again_goes_on_from_there(kind: str, tmp_path: Path) -> None:
         assert (Path(reranker.model).name, reranker.base_model) == ("second", RANKLLAMA_BASE)
     else:
         assert [Path(folder).name for folder in reranker.adapters] == ["first", "second"]
+
+
+@pytest.mark.usefixtures("devices")
+def test_several_devices_are_not_trained_on(tmp_path: Path) -> None:
+    _, results, qrels = candidates()
+    for kind in ("rankllama", "matroyshka"):
+        reranker = untrained(kind, tmp_path / kind)
+        reranker.set_parameter("device", ["cuda:0", "cuda:1"])
+        with pytest.raises(ValueError, match=r"device=\('cuda:0', 'cuda:1'\): fit trains on one device; .* torchrun"):
+            reranker.fit(results, qrels)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_adapter_names_the_base_it_was_trained_on(tmp_path: Path) -> None:

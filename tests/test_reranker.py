@@ -1,9 +1,11 @@
 """The PyTerrier contract: frames in and out, composition, inspection, caching, copies and parallel work."""
 
+import contextlib
 import copy
 import pickle
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -11,8 +13,9 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 import pytest
+import torch
 from conftest import MODELS, frame, words
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyterrier.measures import nDCG
 
@@ -293,6 +296,77 @@ def test_options_are_printed_and_are_no_pipelines_compilation() -> None:
     options = "quantization='int8', torch_compile=True, attn_implementation='eager'"
     assert repr(reranker) == f"RankLLaMAReranker('a/b', {options})"
     assert (reranker >> pt.RankCutoff(2)).compile().transform(frame().head(0)).empty
+
+
+DEVICES = ("cuda:0", "cuda:1", "cuda:2")
+
+
+@pytest.mark.usefixtures("devices")
+@pytest.mark.parametrize("name", RERANKERS)
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.tuples(st.integers(0, 6), st.integers(0, 3), st.integers(0, 30)), min_size=1, max_size=12),
+    st.none() | st.integers(1, 4),
+)
+def test_a_frame_over_several_devices_is_the_same(
+    name: str, drawn: list[tuple[int, int, int]], batch_size: int | None
+) -> None:
+    """Qids may share a query's text, and queries a passage; a cascade's queries stay whole."""
+    rows = pd.DataFrame(
+        [
+            {"qid": f"q{q}", "docno": f"d{d}", "query": words(q // 2, 3), "text": f"{words(n, 5)} {d}"}
+            for q, d, n in drawn
+        ]
+    )
+    arguments = RERANKERS[name]._arguments()
+    one, two, three = (
+        type(RERANKERS[name])(**{**arguments, "device": DEVICES[:count], "batch_size": batch_size}).transform(rows)
+        for count in (1, 2, 3)
+    )
+    numbers = [column for column in one if column.startswith("score")]
+    for several in (two, three):
+        np.testing.assert_allclose(several[numbers].astype(float), one[numbers].astype(float), atol=2e-4)
+        pd.testing.assert_frame_equal(several.drop(columns=numbers), one.drop(columns=numbers))  # ranks too
+
+
+def test_devices_are_a_value() -> None:
+    one, several = MatroyshkaReranker(device=["cuda:0"]), MatroyshkaReranker(device=["cuda:0", torch.device("cuda:1")])
+    assert one == MatroyshkaReranker(device="cuda:0")
+    assert several.device == ("cuda:0", "cuda:1")
+    assert several == MatroyshkaReranker(device=("cuda:0", "cuda:1")) != MatroyshkaReranker(device=["cuda:1", "cuda:0"])
+    assert repr(several) == "MatroyshkaReranker('BAAI/Matroyshka-ReRanker-passage', device=('cuda:0', 'cuda:1'))"
+    for other in (pickle.loads(pickle.dumps(several)), eval(repr(several)), copy.copy(several)):
+        assert other == several
+        assert hash(other) == hash(several)
+
+
+@pytest.mark.parametrize("value", [[], (), ["cpu", "cpu"], ["cuda:0", "cuda:1", torch.device("cuda:0")]])
+def test_devices_that_cannot_be(value: object) -> None:
+    for cls in (RankLLaMAReranker, MatroyshkaReranker):
+        with pytest.raises(ValueError, match=r"device=.*; allowed: a device, or a list of at least one, each once"):
+            cls(device=value)
+
+
+@pytest.mark.usefixtures("devices")
+def test_several_devices_have_one_progress_bar(capfd: pytest.CaptureFixture[str]) -> None:
+    MatroyshkaReranker(FULL, dtype="float32", verbose=True, device=DEVICES, batch_size=1).transform(frame(6, 2))
+    shown = capfd.readouterr().err
+    assert shown.count("MatroyshkaReranker: 100%") == shown.count("12/12") == 1
+
+
+@pytest.mark.usefixtures("devices")
+def test_devices_take_turns_at_the_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = [0]
+
+    class Bar(contextlib.nullcontext):
+        def update(self, count: int) -> None:
+            before = done[0]
+            time.sleep(0.002)
+            done[0] = before + count
+
+    monkeypatch.setattr(pt, "tqdm", lambda **options: Bar(Bar()))
+    MatroyshkaReranker(FULL, dtype="float32", device=DEVICES, batch_size=1).transform(frame(24, 2))
+    assert done == [48]
 
 
 # -- pipelines

@@ -228,3 +228,131 @@ def test_memory_running_out_between_batches_loses_no_score(monkeypatch: pytest.M
     with pytest.raises(ScoringError, match="out of memory between two batches") as info:
         reranker.compute_score([pair(i, 9, i) for i in range(8)])
     assert np.isfinite(info.value.scores).sum() >= 2
+
+
+# -- several devices
+
+TWO, THREE = ["cuda:0", "cuda:1"], ["cuda:0", "cuda:1", "cuda:2"]
+SEVERAL = settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.mark.usefixtures("devices")
+@pytest.mark.parametrize("name", RERANKERS)
+@SEVERAL
+@given(PAIRS, st.none() | st.integers(1, 5))
+def test_several_devices_score_as_one(name: str, drawn: list, batch_size: int | None) -> None:
+    pairs = [pair(*numbers) for numbers in drawn]
+    arguments = {**RERANKERS[name]._arguments(), "batch_size": batch_size}
+    wanted = RERANKERS[name].compute_score(pairs)
+    for device in (TWO, THREE):
+        got = type(RERANKERS[name])(**{**arguments, "device": device}).compute_score(pairs)
+        np.testing.assert_allclose(got, wanted, atol=1e-4, rtol=0)
+
+
+class Devices:
+    """Two devices of which each batch is seen: ``on_batch`` gets the device's number and how many it had before.
+
+    What it returns is multiplied to the batch's states.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, on_batch: Callable[[int, int], float], **options: object):
+        self.reranker = MatroyshkaReranker(FULL, dtype="float32", device=TWO, **options)
+        self.batches = [0, 0]
+        self.stopped = threading.Event()
+        models = [weights.at_depth(8)[0] for weights in self.reranker._replicas()]
+        assert models[0] is not models[1]
+        walk, score_on = scoring.walk, scoring._score_on
+
+        def watched(model: object, *args: object, **options: object) -> tuple[torch.Tensor, Row]:
+            number = next(number for number, own in enumerate(models) if own is model)
+            self.batches[number] += 1
+            factor = on_batch(number, self.batches[number] - 1)
+            states, row = walk(model, *args, **options)
+            return states * factor, row
+
+        def seen(*args: object, **options: object) -> None:
+            self.stopped = next(arg.__self__ for arg in args if getattr(arg, "__name__", "") == "is_set")
+            score_on(*args, **options)
+
+        monkeypatch.setattr(scoring, "walk", watched)
+        monkeypatch.setattr(scoring, "_score_on", seen)
+
+
+@pytest.mark.usefixtures("devices")
+def test_devices_work_at_once_and_the_faster_takes_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    both, rest_done = threading.Barrier(2, timeout=20), threading.Event()
+
+    def on_batch(device: int, before: int) -> float:
+        if before == 0:
+            both.wait()
+        if device == 0:  # the slower one: it has its first query, and the ids of another
+            assert rest_done.wait(20)
+        elif before == 17:
+            rest_done.set()
+        return 1
+
+    pairs = [(f"{i} panda", words(i, 9)) for i in range(20)]
+    wanted = RERANKERS["plain"].compute_score(pairs)
+    devices = Devices(monkeypatch, on_batch)
+    monkeypatch.setattr(scoring, "SHARES", 10)  # a query each time
+    np.testing.assert_allclose(devices.reranker.compute_score(pairs), wanted, atol=1e-4)
+    assert devices.batches == [2, 18]
+
+
+@pytest.mark.usefixtures("devices")
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("how", ["not finite", "lost", "interrupted"])
+def test_a_device_that_fails_stops_the_others_and_no_score_is_lost(
+    monkeypatch: pytest.MonkeyPatch, failing: int, how: str
+) -> None:
+    other_is_on = threading.Event()
+
+    def on_batch(device: int, before: int) -> float:
+        if device != failing:
+            if before == 2:
+                other_is_on.set()
+                assert devices.stopped.wait(20)
+            return 1
+        assert other_is_on.wait(20)
+        if how == "lost":
+            raise RuntimeError("CUDA error: unspecified launch failure")
+        if how == "interrupted":
+            raise KeyboardInterrupt
+        return np.inf
+
+    pairs = [(f"{i} panda", words(i, 9)) for i in range(30)]
+    wanted = RERANKERS["plain"].compute_score(pairs)
+    devices = Devices(monkeypatch, on_batch, batch_size=1)
+    message = {"not finite": r"score of pairs\[\d+\] is not finite", "lost": "failed on cpu: CUDA error: unspec"}
+    with pytest.raises(KeyboardInterrupt if how == "interrupted" else ScoringError, match=message.get(how)) as info:
+        devices.reranker.compute_score(pairs)
+    assert devices.batches[failing] == (2 if how == "not finite" else 1)  # which shows when the next is in work
+    assert devices.batches[1 - failing] == 3
+    assert devices.reranker.usage.pairs == 3
+    if how != "interrupted":
+        scores = info.value.scores[0]
+        there = np.isfinite(scores)
+        assert there.sum() == 3  # the last of them was in work when the other failed
+        np.testing.assert_allclose(scores[there], wanted[there], atol=1e-4)
+
+
+@pytest.mark.usefixtures("devices")
+def test_one_query_stays_on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = Devices(monkeypatch, lambda device, before: 1, batch_size=2)
+    devices.reranker.compute_score([("panda", words(i, 9)) for i in range(6)])
+    assert sorted(devices.batches) == [0, 3]
+
+
+def test_a_device_that_fails_alone_loses_no_score_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = scoring.walk, []
+
+    def lost(*args: object, **options: object) -> tuple[torch.Tensor, Row]:
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+        return real(*args, **options)
+
+    monkeypatch.setattr(scoring, "walk", lost)
+    with pytest.raises(ScoringError, match="scoring failed on cpu: CUDA error") as info:
+        MatroyshkaReranker(FULL, dtype="float32", batch_size=1).compute_score([("a", words(i, 9)) for i in range(9)])
+    assert np.isfinite(info.value.scores).sum() >= 1

@@ -3,6 +3,7 @@
 import builtins
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -134,7 +135,7 @@ def test_the_front_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     clock = itertools.count()
     monkeypatch.setattr(MatroyshkaReranker, "transform", transform)
-    monkeypatch.setattr(tuning.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(tuning, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
     got = tune(FULL, RES, QRELS, **{**GRID, "timed": 2, "compress_ratios": [1]})
     front = got.shapes[got.shapes["front"]]
     assert got.shapes["timed"].equals(got.shapes["front"])

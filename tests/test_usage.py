@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -106,6 +107,16 @@ def test_models_run_by_their_own_forward_compute_each_pairs_own_tokens(monkeypat
     plain.transform(rows)
     assert plain.usage.tokens == plain.usage.filled > packed.usage.tokens
     assert plain.usage.pairs == 6
+
+
+@pytest.mark.usefixtures("devices")
+def test_several_devices_add_up() -> None:
+    one, several, rows = matroyshka(), matroyshka(device=["cuda:0", "cuda:1"]), frame(8, 3)
+    one.transform(rows)
+    several.transform(rows)
+    assert (several.usage.pairs, several.usage.tokens) == (24, one.usage.tokens)
+    assert several.usage.filled == one.usage.filled
+    assert several.usage.padding < one.usage.padding  # fewer queries beside each other
 
 
 def test_calls_add_up_and_a_pair_that_stands_twice_counts_once() -> None:
@@ -216,7 +227,7 @@ def test_it_is_quiet_until_it_is_asked_for(setting: str, lines: int) -> None:
 
 def test_a_stopwatch_adds_up_also_where_something_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([1.0, 3.0, 10.0, 11.5])
-    monkeypatch.setattr("pyterrier_llmrerank.usage.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("pyterrier_llmrerank.usage.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     watch = Stopwatch()
     with watch:
         pass

@@ -184,7 +184,7 @@ def parameters(weights: module.Weights) -> list[bool]:
 
 
 def test_only_what_is_run_is_loaded_and_what_nobody_needs_is_dropped() -> None:
-    shallow = MatroyshkaReranker(FULL, cutoff=3)
+    shallow = MatroyshkaReranker(FULL, cutoff=3, dtype="float16")  # which no other test's re-ranker keeps
     weights = shallow._weights()
     shallow.compute_score(PAIR)
     assert weights.loaded_layers == 3
@@ -316,6 +316,51 @@ def test_a_missing_weight_is_named(tmp_path: Path) -> None:
     save_file(stored, tmp_path / "model" / "model.safetensors")
     with pytest.raises(ValueError, match=r"no tensor 'layers\.1\.mlp\.up_proj\.weight'"):
         MatroyshkaReranker(tmp_path / "model").compute_score(PAIR)
+
+
+TWO_CPUS = torch.device("cpu"), torch.device("cpu", 0)  # torch tells them apart
+
+
+def test_there_is_a_copy_a_device_shared_by_all_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "resolve_devices", lambda names: TWO_CPUS if isinstance(names, tuple) else TWO_CPUS[:1])
+    both = MatroyshkaReranker(FULL, dtype="float32", cutoff=3, device=["cuda:0", "cuda:1"], max_length=99)
+    first, second = both._replicas()
+    assert (first.device, second.device) == TWO_CPUS
+    assert both._weights() is first is not second
+    assert MatroyshkaReranker(FULL, dtype="float32")._replicas() == (first,)
+    deep = both.at(cutoff=7)
+    assert deep._replicas() == (first, second)
+    deep.compute_score([(f"{number} panda", "a panda") for number in range(8)])
+    assert second.loaded_layers == 7
+    parts = [dict(weights.at_depth(1)[0].named_parameters()) for weights in (first, second)]
+    name = "layers.0.mlp.up_proj.weight"
+    assert parts[0][name].data_ptr() != parts[1][name].data_ptr()
+    assert torch.equal(parts[0][name], parts[1][name])
+    del deep
+    gc.collect()
+    assert parameters(second) == [True] * 3 + [False] * 5
+    second = weakref.ref(second)
+    parts.clear()
+    both.set_parameter("device", None)
+    assert both._replicas() == (first,)
+    gc.collect()
+    assert second() is None
+    assert first.loaded_layers >= 3
+
+
+def test_devices_by_two_names_are_named() -> None:
+    assert module.resolve_devices(None) == (resolve_device(None),)
+    assert module.resolve_devices("cpu") == (torch.device("cpu"),)
+    with pytest.raises(ValueError, match=r"device=\('cpu', 'cpu:0'\): two of these are cpu; allowed: each device once"):
+        module.resolve_devices(("cpu", "cpu:0"))
+    with pytest.raises(ValueError, match="device='abacus' cannot be used here"):
+        module.resolve_devices(("cpu", "abacus"))
+
+
+def test_auto_is_one_dtype_on_all_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert resolve_dtype("auto", *TWO_CPUS) == torch.bfloat16
+    assert resolve_dtype("auto", torch.device("cpu"), torch.device("mps")) == torch.float32
 
 
 def test_a_changed_argument_leaves_the_old_weights() -> None:

@@ -185,6 +185,8 @@ def main(command: str, argv: Sequence[str]) -> Path:
         FloatingPointError: as :class:`~pyterrier_llmrerank.training.trainer.GroupTrainer`.
     """
     recipe, sources, arguments = parse(command, argv)
+    if arguments.disable_tqdm:  # losses are logged then
+        logging.getLogger(__name__.partition(".")[0]).setLevel(logging.INFO)
     checkpoint = recipe.open(sources.model_name_or_path, sources.raw_peft or [])
     with arguments.main_process_first(desc="reading the data"):
         records = open_data("train_data", sources.train_data, sources.dataset_split, recipe.loss.needs_teacher)

@@ -42,7 +42,7 @@ def fit(
     training: Frames,
     validation: Frames | None,
     *,
-    device: str | None,
+    device: str | tuple[str, ...] | None,
     dtype: str,
     verbose: bool,
     **opening: Any,
@@ -55,7 +55,7 @@ def fit(
         adapters: merged into it before.
         training: what to learn from.
         validation: what to measure nDCG@10 on; the best checkpoint is kept.
-        device: as for a re-ranker.
+        device: as for a re-ranker, but one.
         dtype: as for a re-ranker; frozen weights are held and steps computed in it.
         verbose: show a progress bar.
         opening: what else the recipe's ``open`` takes.
@@ -68,6 +68,10 @@ def fit(
         FileExistsError: there is something in the recipe's ``output_dir``, and no run is resumed.
         FloatingPointError: as :class:`~pyterrier_llmrerank.training.trainer.GroupTrainer`.
     """
+    if isinstance(device, tuple):
+        raise ValueError(
+            f"device={device!r}: fit trains on one device; to train on several: torchrun -m pyterrier_llmrerank train."
+        )
     records = records_of(
         training.results,
         judged(training.qrels, "qrels_tr"),

@@ -16,7 +16,15 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
-from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from ..batching import Budget, run_in_batches
@@ -184,6 +192,14 @@ class _Progress(ProgressCallback):
             self.training_bar.set_postfix(self._shown)
 
 
+class _Log(TrainerCallback):
+    """Log lines where there is no progress bar; the Trainer would print."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_local_process_zero:
+            logger.info("step %d of %d: %s", state.global_step, state.max_steps, logs)
+
+
 class GroupTrainer(Trainer):
     """Transformers' Trainer over groups of passages.
 
@@ -227,9 +243,10 @@ class GroupTrainer(Trainer):
             data_collator=_Collate(collate),
             callbacks=[_NewEpoch(groups)],
         )
-        if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
-            self.remove_callback(ProgressCallback)
-            self.add_callback(_Progress)
+        for usual, ours in ((ProgressCallback, _Progress), (PrinterCallback, _Log)):
+            if any(type(callback) is usual for callback in self.callback_handler.callbacks):
+                self.remove_callback(usual)
+                self.add_callback(ours)
         self.collate = collate
         self.loss = loss
         self.widths = widths
