@@ -161,7 +161,7 @@ def read_rerank(path: Path) -> Iterator[RerankRow]:
 
 
 def _rerank_rows(path: Path) -> Iterator[RerankRow]:
-    for line, record in _objects(path):
+    for line, record in objects(path):
         score = record.get("score")
         if score is not None and not _is_finite(score):
             raise malformed(path, line, f"score is {reprlib.repr(score)}; wanted a finite number")
@@ -244,7 +244,7 @@ def read_topics(path: Path) -> Iterator[Topic]:
 
 def _topics(path: Path) -> Iterator[Topic]:
     if _is_json(path):
-        for line, record in _objects(path):
+        for line, record in objects(path):
             qid = _id(path, line, record, "qid", "query_id", "_id")
             yield Topic(qid, _text(path, line, record, "query", "text"), line)
     else:
@@ -262,7 +262,7 @@ def read_texts(path: Path) -> Iterator[Text]:
         ValueError, OSError: as :func:`read_run`.
     """
     if _is_json(path):
-        for line, record in _objects(path):
+        for line, record in objects(path):
             yield Text(
                 _id(path, line, record, "docno", "docid", "_id"),
                 _optional(path, line, record, "title"),
@@ -356,7 +356,12 @@ def _fields(path: Path, allowed: dict[int, str]) -> Iterator[tuple[int, list[str
     return _split(path, ((line, text.split("\t")) for line, text in _lines(path)), allowed, "parted by tabs")
 
 
-def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a JSON lines file, each with its line.
+
+    Raises:
+        ValueError, OSError: as :func:`read_run`.
+    """
     for line, text in _lines(path):
         try:
             record = json.loads(text)

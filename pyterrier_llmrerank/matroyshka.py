@@ -415,18 +415,19 @@ class MatroyshkaReranker(LLMReranker):
             FileExistsError: there is something in the folder.
             ValueError: there is no adapter to write.
         """
-        from .saving import copy_adapter, empty_folder, write_merged
+        from .saving import copy_adapter, write_merged, written_whole
 
         model, adapters, _, _ = self._opened()
         adapters = (*adapters, *self._token_adapter())
         if not merged and not adapters:
             raise ValueError("adapters=(): there is none to write; allowed: merged=True.")
-        target = empty_folder(Path(folder).expanduser())
+        target = Path(folder).expanduser()
         if not merged:
             targets = [target / str(n) for n in range(1, len(adapters) + 1)] if len(adapters) > 1 else [target]
-            for name, place in zip(adapters, targets, strict=True):
-                place.mkdir(exist_ok=True)
-                copy_adapter(adapter_folder(name, model), place)
+            with written_whole(target):
+                for name, place in zip(adapters, targets, strict=True):
+                    place.mkdir(exist_ok=True)
+                    copy_adapter(adapter_folder(name, model), place)
             return targets
         weights = self._weights()
         checkpoint = cast("MatroyshkaCheckpoint", weights.checkpoint)
@@ -437,7 +438,8 @@ class MatroyshkaReranker(LLMReranker):
             "start_layer": checkpoint.start_layer, "layer_sep": checkpoint.layer_sep, "layer_wise": True,
         }  # fmt: skip
         named = {f"{checkpoint.head_module(k)}.weight": head[None] for k, head in enumerate(heads)}
-        write_merged(checkpoint, named, settings, weights.dtype, target)
+        with written_whole(target):
+            write_merged(checkpoint, named, settings, weights.dtype, target)
         return []
 
     def _columns(self, scores: Scores) -> dict[str, np.ndarray]:
