@@ -68,7 +68,7 @@ def test_what_scoring_raises_arrives_as_itself(cluster: Any, tmp_path: Path) -> 
     source, target = write_rows(tmp_path / "rerank.jsonl", records), tmp_path / "run.tsv"
     of_titles = MatroyshkaReranker(MODELS / "costwise_full", dtype="float32", cutoff=2, text_field="title")
     with pytest.raises(ValueError, match=r"'title' is None, not a string .* for qid 'q7', docno 'd0'") as error:
-        rerank_file(of_titles, source, target, workers=2)
+        rerank_file(of_titles, source, target, address="auto")  # one worker on the cluster that is there
     assert type(error.value) is ValueError
     assert "go on with resume" in error.value.__notes__[0]
     assert len(list(read_run(target))) == sum(CHUNKS[:3])
