@@ -8,12 +8,20 @@ from pathlib import Path
 
 from torch import Tensor
 
+from .errors import short
 from .files import TensorFiles, read_json
 
 
 def canonical(name: str) -> str:
     """A tensor's or module's name without the prefix of the model around the headless decoder."""
     return name.removeprefix("model.")
+
+
+#: What lets a regular expression match in more than one way.
+WILD = re.compile(r"[*+?|{]")
+
+#: Above any lora_alpha in size.
+MOST = 1e9
 
 
 class Adapter:
@@ -41,7 +49,8 @@ class Adapter:
         self.name = str(folder) if name is None else name
         self.config = read_json(config)
         if self.config.get("peft_type") != "LORA" or self.config.get("use_dora"):
-            raise ValueError(f"{argument}: peft_type {self.config.get('peft_type')!r} (or DoRA); only LoRA is allowed.")
+            kind = short(self.config.get("peft_type"))
+            raise ValueError(f"{argument}: peft_type {kind} (or DoRA); only LoRA is allowed.")
         self._files = TensorFiles(folder, "adapter_model", argument)
         self._sides: dict[str, dict[str, str]] = {}
         self._full_names: dict[str, str] = {}
@@ -53,10 +62,12 @@ class Adapter:
             elif (match := self._WHOLE.fullmatch(key)) and ".lora_" not in key:
                 self.whole[canonical(match["module"]) + ".weight"] = key
             else:
-                raise ValueError(f"{argument}: tensor {key!r} is no part of a plain LoRA adapter.")
+                raise ValueError(f"{argument}: tensor {short(key)} is no part of a plain LoRA adapter.")
         for module, sides in self._sides.items():
             if set(sides) != {"A", "B"}:
-                raise ValueError(f"{argument}: module {module!r} has only lora_{'/'.join(sides)}; A and B are wanted.")
+                raise ValueError(
+                    f"{argument}: module {short(module)} has only lora_{'/'.join(sides)}; A and B are wanted."
+                )
 
     @property
     def base(self) -> str:
@@ -66,10 +77,10 @@ class Adapter:
             ValueError: it names none.
         """
         base = self.config.get("base_model_name_or_path")
-        if not isinstance(base, str) or not base:
+        if not isinstance(base, str) or not 0 < len(base) < 4096:
             raise ValueError(
-                f"{self.argument}: the adapter names no base model (base_model_name_or_path is {base!r}); write one "
-                "there, or give a RankLLaMA base_model."
+                f"{self.argument}: the adapter names no base model (base_model_name_or_path is {short(base)}); write "
+                "one there, or give a RankLLaMA base_model."
             )
         return base
 
@@ -85,10 +96,13 @@ class Adapter:
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise ValueError unless each module it updates is among these, with a weight of the shape given."""
         if unknown := sorted(self.modules - set(shapes)):
-            raise ValueError(f"{self.argument}: the model has no module {unknown[0]!r} ({len(unknown)} such modules).")
+            raise ValueError(
+                f"{self.argument}: the model has no module {short(unknown[0])} ({len(unknown)} such modules)."
+            )
         for module, sides in self._sides.items():
             down, up = (self._files.shape(sides[side]) for side in "AB")
-            if len(down) != 2 or len(up) != 2 or (up[0], down[1]) != shapes[module] or up[1] != down[0]:
+            fits = len(down) == len(up) == 2 and (up[0], down[1]) == shapes[module] and up[1] == down[0] > 0
+            if not fits:
                 raise ValueError(
                     f"{self.argument}: adapter of another shape: {module} is {list(shapes[module])} in the model, "
                     f"the adapter has lora_A {list(down)} and lora_B {list(up)}."
@@ -101,21 +115,45 @@ class Adapter:
 
     def factors(self, module: str) -> tuple[Tensor, Tensor]:
         """The update of a module as fp32 ``[rank, inputs]`` and ``[outputs, rank]``; their product is added."""
-        down, up = (self._files.read(self._sides[module][side]).float() for side in "AB")
+        down, up = (self._finite(self._sides[module][side]) for side in "AB")
         rank = down.shape[0]
-        alpha = _pattern(
-            self.config.get("alpha_pattern"), self._full_names[module], self.config.get("lora_alpha", rank)
-        )
+        alpha = self._alpha(self._full_names[module], rank)
         scaling = alpha / rank**0.5 if self.config.get("use_rslora") else alpha / rank
         return down, up * scaling
 
     def read_whole(self, name: str) -> Tensor:
-        """A tensor that was trained whole."""
-        return self._files.read(self.whole[name])
+        """A tensor that was trained whole.
 
+        Raises:
+            ValueError: not all of its numbers are finite.
+        """
+        return self._finite(self.whole[name])
 
-def _pattern(pattern: dict[str, float] | None, module: str, default: float) -> float:
-    for key, value in (pattern or {}).items():
-        if re.fullmatch(rf"(.*\.)?({key})", module):
-            return value
-    return default
+    def _finite(self, key: str) -> Tensor:
+        tensor = self._files.read(key).float()
+        if not tensor.isfinite().all():
+            raise ValueError(f"{self.argument}: not all numbers of tensor {key!r} are finite.")
+        return tensor
+
+    def _alpha(self, module: str, rank: int) -> float:
+        """What scales a module's update, with its rank: PEFT's patterns are regular expressions for module names."""
+        patterns = self.config.get("alpha_pattern") or {}
+        if not isinstance(patterns, dict):
+            raise ValueError(f"{self.argument}: alpha_pattern is {short(patterns)}; wanted an object.")
+        name, alpha = "lora_alpha", self.config.get("lora_alpha", rank)
+        for pattern, value in patterns.items():
+            if self._fits(pattern, module):
+                name, alpha = f"alpha_pattern {short(pattern)}", value
+                break
+        number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+        if not number or not -MOST < alpha < MOST:
+            raise ValueError(f"{self.argument}: {name} is {short(alpha)}; wanted a number.")
+        return float(alpha)
+
+    def _fits(self, pattern: str, module: str) -> bool:
+        if len(pattern) > 1000 or len(WILD.findall(pattern)) > 2:  # a match could take forever
+            raise ValueError(f"{self.argument}: alpha_pattern {short(pattern)} is too intricate.")
+        try:
+            return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"{self.argument}: alpha_pattern {short(pattern)}: {error}.") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -18,10 +18,27 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .adapters import Adapter, canonical
 from .decoder import FAMILIES
-from .files import TensorFiles, adapter_folder, folder_of, portable, read_json
+from .errors import reason, short
+from .files import TensorFiles, adapter_folder, check_sizes, folder_of, portable, read_json
 
 #: A Matroyshka model_type is this and the family of its decoder.
 LAYER_WISE = "cost_wise_"
+
+#: What a checkpoint's configuration may say and is not listened to: what is of no account for a headless decoder in a
+#: dtype of our choice, and what could have code fetched.
+IGNORED = {
+    "model_type", "auto_map", "architectures", "transformers_version", "dtype", "torch_dtype", "num_labels", "id2label",
+    "label2id", "problem_type", "attn_implementation", "experts_implementation",
+}  # fmt: skip
+
+
+def listened_to(settings: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without what is :data:`IGNORED` and what is private to transformers, at any depth."""
+    return {
+        key: listened_to(value) if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if key not in IGNORED and not key.startswith("_")
+    }
 
 
 def is_layer_wise(model: str) -> bool:
@@ -84,28 +101,37 @@ class Checkpoint(ABC):
         family = model_type.removeprefix(LAYER_WISE)
         if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise ValueError(
-                f"{self.argument}: model_type {model_type!r} is not supported; allowed: {', '.join(FAMILIES)} and what "
-                f"else transformers has as a causal language model, and {LAYER_WISE} + one of these."
+                f"{self.argument}: model_type {short(model_type)} is not supported; allowed: {', '.join(FAMILIES)} "
+                f"and what else transformers has as a causal language model, and {LAYER_WISE} + one of these."
             )
         if self.settings.get("quantization_config"):
             raise ValueError(f"{self.argument}: its weights are quantised; open the model they were made from.")
-        ignored = ("model_type", "auto_map", "architectures", "transformers_version")
-        settings = {key: value for key, value in self.settings.items() if key not in ignored}
-        try:
-            config = CONFIG_MAPPING[family].from_dict(settings)
-        except Exception as error:  # transformers validates with the errors of several libraries
-            raise ValueError(f"{self.argument}: config.json does not describe a {family} model: {error}") from error
+        check_sizes(self.settings, CONFIG_MAPPING[family].attribute_map, self.argument)
+        with self.described():
+            config = CONFIG_MAPPING[family].from_dict(listened_to(self.settings))
         if config.is_encoder_decoder:
             raise ValueError(
                 f"{self.argument}: model_type {model_type!r} is an encoder and a decoder; wanted a decoder alone."
             )
-        rotary = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+        rope = getattr(config, "rope_parameters", None)
+        rotary = rope.get("rope_type", "default") if isinstance(rope, dict) else "default"
         if rotary in ("dynamic", "longrope"):
             raise ValueError(
                 f"{self.argument}: rope_type {rotary!r} is not supported: it turns by the longest row of a batch, "
                 "so that a score would depend on its neighbours."
             )
         return config
+
+    @contextmanager
+    def described(self) -> Iterator[None]:
+        """Where transformers builds what the configuration says; ValueError on whatever goes wrong in that."""
+        try:
+            yield
+        except Exception as error:  # it checks little: nonsense fails anywhere, with any error
+            family = short(self.settings.get("model_type"))
+            raise ValueError(
+                f"{self.argument}: config.json does not describe a model_type {family}: {reason(error)}"
+            ) from error
 
     @property
     def walked(self) -> bool:
@@ -152,8 +178,8 @@ class Checkpoint(ABC):
         try:
             with errors_only():  # it would warn that it does not know the model type
                 return AutoTokenizer.from_pretrained(folder, config=self.config, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{self.argument}: no usable tokenizer in {folder}: {error}") from error
+        except Exception as error:  # the tokenizers library has no kind of error of its own
+            raise ValueError(f"{self.argument}: no usable tokenizer in {folder}: {reason(error)}") from error
 
     @cached_property
     def files(self) -> TensorFiles:
@@ -175,11 +201,29 @@ class Checkpoint(ABC):
         for adapter in self.adapters:
             adapter.check(shapes | {name: shape for name, shape in heads.items() if name is not None})
 
+    def check_depth(self) -> None:
+        """Raise ValueError unless the files hold the deepest layer that the configuration says there is."""
+        deepest = f"layers.{self.layers - 1}."
+        if not any(name.startswith(deepest) for name in self._names):
+            raise ValueError(
+                f"{self.argument}: num_hidden_layers is {self.layers}, but the checkpoint has no {deepest}*"
+            )
+
+    def check_weights(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise ValueError unless the files hold these weights, by their names in the headless decoder."""
+        for name, wanted in shapes.items():
+            if name not in self:
+                raise ValueError(f"{self.argument}: the checkpoint has no tensor {name!r}.")
+            if (shape := self.files.shape(self._names[name])) != wanted:
+                raise ValueError(
+                    f"{self.argument}: tensor {name!r} is {list(shape)}, its config.json asks for {list(wanted)}."
+                )
+
     def tensor(self, name: str) -> Tensor:
         """A weight by its name in the headless decoder: fp32 where an adapter touches it, else as stored.
 
         Raises:
-            ValueError: the checkpoint has no such tensor.
+            ValueError: the checkpoint has no such tensor, or not one of numbers that a weight may be.
         """
         if name not in self:
             raise ValueError(f"{self.argument}: the checkpoint has no tensor {name!r}.")
@@ -198,7 +242,11 @@ class Checkpoint(ABC):
         width = int(self.config.hidden_size)
         if weight.numel() != width:
             raise ValueError(f"{self.argument}: head {name!r} is {list(weight.shape)}; wanted [1, {width}].")
-        return weight.reshape(width).float()
+        return self.merged(name.removesuffix(".weight"), weight.reshape(1, width)).reshape(width).float()
+
+    def _stored_head(self, name: str) -> Tensor:
+        """A head out of the model's own files, adapters merged in."""
+        return self._head(self.files.read(self._names[name]), name)
 
 
 class RankLLaMACheckpoint(Checkpoint):
@@ -257,7 +305,7 @@ class RankLLaMACheckpoint(Checkpoint):
                 f"{self.argument}: no score head ({name!r}), neither in an adapter nor in the model; "
                 "wanted a RankLLaMA adapter or a *ForSequenceClassification model with one label, or fit() first."
             )
-        return self._head(self.tensor(name), name)[None]
+        return self._stored_head(name)[None]
 
     def _tokenizer_folder(self) -> Path:
         """Beside the adapter where there is one, else beside the base."""
@@ -353,17 +401,25 @@ class MatroyshkaCheckpoint(Checkpoint):
         """Every layer's head, adapters merged in."""
         modules = [self.head_module(index) for index in range(len(self.head_layers))]
         if self.layer_wise:
-            return torch.stack([self._head(self.tensor(f"{module}.weight"), module) for module in modules])
-        yes = tokenizer("Yes", add_special_tokens=False)["input_ids"][-1]
-        row = self._lm_head_row(yes)
-        return torch.stack([self._head(self.merged(module, row[None]), module) for module in modules])
+            self.check_weights({f"{module}.weight": (1, int(self.config.hidden_size)) for module in modules})
+            return torch.stack([self._stored_head(f"{module}.weight") for module in modules])
+        yes = tokenizer("Yes", add_special_tokens=False)["input_ids"]
+        if not yes:
+            raise ValueError(f"{self.argument}: its tokenizer makes no token of 'Yes', by which heads start.")
+        row = self._lm_head_row(yes[-1])
+        return torch.stack([self._head(row, module) for module in modules])
 
     def _lm_head_row(self, token: int) -> Tensor:
         if not self.walked:  # other families have other names for their tables
             with errors_only():
                 causal: Any = AutoModelForCausalLM.from_pretrained(self.folder, config=self.config, dtype="auto")
-            row: Tensor = causal.get_output_embeddings().weight.data[token]
-            return row
+            return self._row(causal.get_output_embeddings().weight.data, token)
         tied = self.config.tie_word_embeddings and "lm_head.weight" not in self
         table = "embed_tokens.weight" if tied else "lm_head.weight"
-        return self.tensor(table)[token]
+        self.check_weights({table: (int(self.config.vocab_size), int(self.config.hidden_size))})
+        return self._row(self.tensor(table), token)
+
+    def _row(self, table: Tensor, token: int) -> Tensor:
+        if token >= len(table):
+            raise ValueError(f"{self.argument}: 'Yes' is token {token}, beyond the {len(table)} of its LM head.")
+        return table[token]

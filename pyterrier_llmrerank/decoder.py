@@ -248,8 +248,8 @@ def decode(
 
 def embedded(model: Decoder, packed: PackedPairs) -> Row:
     """The pairs before the first layer."""
-    device = cast(Tensor, model.embed_tokens.weight).device
-    return Row(packed, model.embed_tokens(on_device(packed.ids, device)), 0)
+    table = cast(Tensor, model.embed_tokens.weight)
+    return Row(packed, model.embed_tokens(on_device(packed.ids_below(len(table)), table.device)), 0)
 
 
 def walk(

@@ -1,12 +1,17 @@
-"""Evaluation: one measure, query by query, for many rankings of the same candidates."""
+"""Evaluation: one measure, query by query, for many rankings of the same candidates; or runs against each other."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import ir_measures
 import numpy as np
 import pandas as pd
 import pyterrier as pt
 from numpy.typing import NDArray
+
+from .formats import Judgement, RunRow, best_first, by_query
 
 Floats = NDArray[np.float64]
 
@@ -48,3 +53,90 @@ class Evaluation:
         if "score" in rows:
             return float(self(rows["score"].to_numpy(dtype=float)).mean())
         return float(self(-rows["rank"].to_numpy(dtype=float)).mean()) if "rank" in rows else None
+
+
+def parse_measure(name: str) -> ir_measures.Measure:
+    """A measure by its name in ir_measures: ``nDCG@10``, ``RR(rel=2)@10``.
+
+    Raises:
+        ValueError: there is none of this name, its parameters are not what is allowed, or nothing installed
+            computes it.
+    """
+    try:
+        measure = ir_measures.parse_measure(name)
+    except (ValueError, NameError) as error:
+        known = ", ".join(sorted({kind.NAME for kind in ir_measures.measures.registry.values()}))
+        raise ValueError(f"measure={name!r}; allowed: nDCG@10, RR(rel=2)@10 and the like, out of {known}.") from error
+    try:
+        measure.validate_params()  # type: ignore[no-untyped-call]
+        if measure.params.get("cutoff", 1) < 1:  # on which trec_eval ends the process
+            raise AssertionError
+    except AssertionError as error:
+        allowed = ", ".join(f"{key} ({what.desc})" for key, what in measure.SUPPORTED_PARAMS.items())
+        raise ValueError(
+            f"measure={name!r}; {measure.NAME} takes {allowed}, written {measure.NAME}(rel=2)@10."
+        ) from error
+    if not ir_measures.DefaultPipeline.supports(measure):  # type: ignore[no-untyped-call]
+        raise ValueError(f"measure={name!r}: nothing installed computes it.")
+    return measure
+
+
+def compare(
+    measures: Sequence[ir_measures.Measure],
+    qrels: Sequence[Judgement],
+    run: Iterable[RunRow],
+    baseline: Iterable[RunRow] | None = None,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Measure a run, and test whether it differs from a second one.
+
+    Every query with judgements counts, with nothing found where a run lacks it (``trec_eval -c``). Documents stand
+    by score; equal ones by rank, or as they came, where trec_eval goes by docno: in runs whose scores were rounded
+    those may be many.
+
+    Args:
+        measures: what is measured.
+        qrels: judgements.
+        run: what is measured.
+        baseline: what it is compared with.
+
+    Returns:
+        A frame of each query's values: ``qid``, ``measure``, ``value``; and one of the measures': ``measure``,
+        ``value``. With a baseline both have ``baseline`` and ``difference``, too, and the second ``p``, of a paired
+        two-sided t-test over the queries (NaN where no query differs).
+    """
+    judged = [ir_measures.Qrel(row.qid, row.docno, row.label) for row in qrels]
+    queries, total = _measured(measures, judged, run)
+    if baseline is None:
+        return queries, total
+    other_queries, other_total = _measured(measures, judged, baseline)
+    queries = queries.merge(other_queries.rename(columns={"value": "baseline"}), on=["qid", "measure"])
+    total["baseline"] = other_total["value"]
+    for frame in (queries, total):
+        frame["difference"] = frame["value"] - frame["baseline"]
+    pairs = dict(list(queries.groupby("measure")))
+    total["p"] = [_paired(pairs[name]["value"], pairs[name]["baseline"]) for name in total["measure"]]
+    return queries, total
+
+
+def _measured(
+    measures: Sequence[ir_measures.Measure], judged: Sequence[ir_measures.Qrel], run: Iterable[RunRow]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The values of each query, and of each measure."""
+    scored = [
+        ir_measures.ScoredDoc(row.qid, row.docno, -place)
+        for _, rows in by_query(run)
+        for place, row in enumerate(best_first(rows))
+    ]
+    found: Any = ir_measures.calc(measures, judged, scored)
+    queries = [(metric.query_id, str(metric.measure), metric.value) for metric in found.per_query]
+    total = [(str(measure), found.aggregated[measure]) for measure in measures]
+    return pd.DataFrame(queries, columns=["qid", "measure", "value"]), pd.DataFrame(total, columns=["measure", "value"])
+
+
+def _paired(values: pd.Series[float], others: pd.Series[float]) -> float:
+    """The p of a paired t-test; NaN for fewer than two queries, and, as scipy has it, where none differs."""
+    if len(values) < 2:
+        return float("nan")
+    from scipy import stats  # takes a while to import, which importing the package should not
+
+    return float(stats.ttest_rel(values, others).pvalue)

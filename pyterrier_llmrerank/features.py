@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
@@ -10,6 +11,7 @@ import pandas as pd
 import pyterrier as pt
 
 from .matroyshka import MatroyshkaReranker
+from .reranker import ranked
 
 
 class MatroyshkaFeatures(pt.Transformer):
@@ -38,7 +40,7 @@ class MatroyshkaFeatures(pt.Transformer):
             layers = [first._last_layer() if r.cutoff is None else cast(int, r.cutoff) for r in self.rerankers]
             scored = first.at(cutoff=layers).transform(inp)
             scores = [scored.get(f"score_{layer}", scored["score"]).to_numpy() for layer in layers]
-            ranks = pt.model.add_ranks(inp.assign(score=scores[0]))["rank"]
+            ranks = ranked(inp.assign(score=scores[0]))["rank"]
             features = list(np.stack(scores, axis=1))
         return inp.assign(**({} if "rank" in inp else {"rank": ranks}), features=features)
 
@@ -80,8 +82,8 @@ class AtDepth(pt.Transformer):
         """
         name = f"score_{self.layer}"
         pt.validate.result_frame(inp, extra_columns=[name], context=self)
-        layers = [column for column in inp.columns if column.removeprefix("score_").isdigit()]
-        return pt.model.add_ranks(inp.assign(score=inp[name]).drop(columns=layers))
+        layers = [column for column in inp.columns if re.fullmatch(r"score_\d+", str(column))]
+        return ranked(inp.assign(score=inp[name]).drop(columns=layers))
 
     def __repr__(self) -> str:
         return f"AtDepth({self.layer})"

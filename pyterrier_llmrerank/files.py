@@ -13,15 +13,35 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyterrier as pt
 from safetensors import SafetensorError, safe_open
 
+from .errors import reason, short
+
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+#: The most bytes of a JSON file of a checkpoint; indexes of the largest models have a few million.
+LARGEST_JSON = 2**26
+
+#: The most that a checkpoint's configuration may say of each size: ten times what there is, and little enough to build
+#: without weights in little memory. What the files hold has to agree.
+LARGEST = {
+    "num_hidden_layers": 10_000,
+    **dict.fromkeys(
+        ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"),
+        2**24,
+    ),
+    "sliding_window": 2**31,
+}
+
+#: The dtypes that weights are stored in, as torch prints them.
+STORED = ("torch.float32", "torch.bfloat16", "torch.float16", "torch.float64")
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*")
 
@@ -198,10 +218,6 @@ def dequantised(file: Path, argument: str = "model") -> Path:
     """
     if importlib.util.find_spec("gguf") is None:
         raise ImportError(f"{argument}={str(file)!r}: reading a GGUF file needs the gguf package: pip install gguf")
-    import torch
-    from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     file = file.resolve()
     stat = file.stat()
     home = Path(pt.io.pyterrier_home()) / "llmrerank"
@@ -213,14 +229,16 @@ def dequantised(file: Path, argument: str = "model") -> Path:
     with tempfile.TemporaryDirectory(dir=home) as temporary:
         ready = Path(temporary) / "model"
         try:
-            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(ready)
-            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        except (ValueError, KeyError, RuntimeError, OSError) as error:
-            raise ValueError(f"{argument}={str(file)!r}: cannot be read as a GGUF language model: {error}") from error
+            tokenizer, model = _read_gguf(file)
+        except Exception as error:  # its readers raise whatever a broken or hostile file makes them raise
+            raise ValueError(
+                f"{argument}={str(file)!r}: cannot be read as a GGUF language model: {reason(error)}"
+            ) from error
+        save_tokenizer(tokenizer, ready)
         if hasattr(model.config, "quantization_config"):  # no longer true of what is written
             del model.config.quantization_config
         model.config.save_pretrained(ready)
-        save_file(dict(model.named_parameters()), ready / "model.safetensors")  # a tied head counts once
+        save_tensors(dict(model.named_parameters()), ready / "model.safetensors")  # a tied head counts once
         try:
             os.replace(ready, folder)
         except OSError:  # another process was first
@@ -229,19 +247,87 @@ def dequantised(file: Path, argument: str = "model") -> Path:
     return folder
 
 
+def _read_gguf(file: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Tokenizer and fp32 model, of no more weights than the file holds."""
+    import torch
+    from gguf import GGUFReader
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    described: dict[str, Any] = load_gguf_checkpoint(file)  # type: ignore[no-untyped-call]
+    check_sizes(described["config"], {}, str(file))
+    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    wanted = sum(weight.numel() for weight in model.parameters())
+    if wanted > (held := sum(int(tensor.n_elements) for tensor in GGUFReader(file).tensors)):
+        raise ValueError(f"it describes a model of {wanted} weights and holds {held}")
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    opened: Any = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
+    )
+    model, loading = opened
+    if loading["missing_keys"]:
+        raise ValueError(f"it has no tensor for {min(loading['missing_keys'])!r}")
+    return tokenizer, model
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: it cannot be written; names the file.
+    """
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:  # of its own kind where the disk is full
+        raise OSError(f"{path} cannot be written: {error}") from error
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer's files.
+
+    Raises:
+        OSError: they cannot be written; names the folder.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the tokenizers library has no kind of error of its own
+        raise OSError(f"{folder}: the tokenizer cannot be written: {reason(error)}") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a checkpoint's file.
 
     Raises:
         ValueError: the file holds something else.
     """
+    if (size := path.stat().st_size) > LARGEST_JSON:
+        raise ValueError(f"{path}: {size} bytes; a checkpoint's JSON file of at most {LARGEST_JSON} is wanted.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not a JSON file: {error}") from error
+    except (ValueError, RecursionError) as error:  # numbers of too many digits are plain ValueErrors
+        raise ValueError(f"{path}: not a JSON file: {reason(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a JSON object is wanted, not a {type(content).__name__}.")
     return content
+
+
+def check_sizes(settings: Mapping[str, Any], names: Mapping[str, str], argument: str) -> None:
+    """Raise ValueError on sizes that no model has, before anything is built in them.
+
+    Args:
+        settings: a checkpoint's configuration.
+        names: what its family calls some of :data:`LARGEST` otherwise.
+        argument: the caller's argument and value, for messages.
+    """
+    for usual, largest in LARGEST.items():
+        for name in {usual, names.get(usual, usual)}:
+            value = settings.get(name)
+            if value is not None and (type(value) is not int or not 1 <= value <= largest):
+                raise ValueError(f"{argument}: {name} is {short(value)}; allowed: integers from 1 to {largest}.")
 
 
 class TensorFiles:
@@ -258,6 +344,7 @@ class TensorFiles:
     """
 
     def __init__(self, folder: Path, stem: str, argument: str) -> None:
+        self.argument = argument
         bin_stem = "pytorch_model" if stem == "model" else stem
         for name in (f"{stem}.safetensors", f"{bin_stem}.bin"):
             index = folder / f"{name}.index.json"
@@ -274,7 +361,10 @@ class TensorFiles:
                     raise FileNotFoundError(f"{argument}: {index} names {file}, which is not there.")
                 source = path if path.suffix == ".safetensors" else _load_bin(path)
                 names = source if isinstance(source, dict) else _open_safetensors(path).keys()
-                self._where.update(dict.fromkeys(names, source))
+                for name in names:
+                    if name in self._where:
+                        raise ValueError(f"{argument}: tensor {short(name)} is in {path} and in another file too.")
+                    self._where[name] = source
             return
         raise FileNotFoundError(
             f"{argument}: no weights in {folder}; wanted {stem}.safetensors, {bin_stem}.bin or their index. "
@@ -295,16 +385,24 @@ class TensorFiles:
         return tuple(_open_safetensors(source).get_slice(name).get_shape())
 
     def read(self, name: str) -> Tensor:
-        """A tensor in the dtype it is stored in; it may be a view of the file, which is mapped as long as it lives."""
+        """A tensor in the dtype it is stored in; it may be a view of the file, which is mapped as long as it lives.
+
+        Raises:
+            ValueError: its numbers are of a kind that no weights are.
+        """
         source = self._where[name]
         tensor: Tensor = source[name] if isinstance(source, dict) else _open_safetensors(source).get_tensor(name)
+        if str(tensor.dtype) not in STORED:
+            raise ValueError(
+                f"{self.argument}: tensor {short(name)} is {tensor.dtype}; wanted one of {', '.join(STORED)}."
+            )
         return tensor
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
-        isinstance(file, str) and Path(file).name == file for file in weight_map.values()
+        isinstance(file, str) and Path(file).name == file and len(file) < 256 for file in weight_map.values()
     ):
         raise ValueError(f"{index}: weight_map must name files of this folder.")
     return weight_map
@@ -314,7 +412,7 @@ def _open_safetensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
+        raise ValueError(f"{path}: not a readable safetensors file: {reason(error)}") from error
 
 
 def _load_bin(path: Path) -> dict[str, Tensor]:
@@ -326,7 +424,21 @@ def _load_bin(path: Path) -> dict[str, Tensor]:
         except RuntimeError:  # files of before torch 1.6 cannot be mapped
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises whatever a broken or hostile file makes it raise
-        raise ValueError(f"{path}: refused, it is not a plain file of tensors: {error}") from error
-    if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
+        raise ValueError(f"{path}: refused, it is not a plain file of tensors: {reason(error)}") from error
+    if not isinstance(content, dict) or not all(isinstance(n, str) and _is_plain(t) for n, t in content.items()):
         raise ValueError(f"{path}: refused, it is not a plain file of tensors.")
     return content
+
+
+def _is_plain(tensor: object) -> bool:
+    """Whether it is a dense tensor in memory, with as many numbers behind it as its shape says."""
+    import torch
+
+    return (
+        isinstance(tensor, torch.Tensor)
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and not tensor.is_quantized
+        and not tensor.is_nested
+        and tensor.untyped_storage().nbytes() >= tensor.nbytes
+    )

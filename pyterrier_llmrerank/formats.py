@@ -84,7 +84,6 @@ class Judgement(NamedTuple):
     qid: str
     docno: str
     label: int
-    line: int
 
 
 class _Ranked(Protocol):
@@ -162,7 +161,7 @@ def read_rerank(path: Path) -> Iterator[RerankRow]:
 
 
 def _rerank_rows(path: Path) -> Iterator[RerankRow]:
-    for line, record in _objects(path):
+    for line, record in objects(path):
         score = record.get("score")
         if score is not None and not _is_finite(score):
             raise malformed(path, line, f"score is {reprlib.repr(score)}; wanted a finite number")
@@ -179,12 +178,12 @@ def _rerank_rows(path: Path) -> Iterator[RerankRow]:
 
 
 def rerank_line(row: RerankRow) -> str:
-    """A line of a rerank file, with its line end; what is None is left out, but for the title, which is empty then."""
+    """A line of a rerank file, with its line end; what is None is left out."""
     record = {
         "query_id": row.qid,
         "query": row.query,
         "docid": row.docno,
-        "title": row.title or "",
+        "title": row.title,
         "url": row.url,
         "text": row.text,
         "score": row.score,
@@ -196,6 +195,11 @@ def by_query(rows: Iterable[Ranked]) -> Iterator[tuple[str, list[Ranked]]]:
     """The rows of one query after the other."""
     for qid, group in groupby(rows, attrgetter("qid")):
         yield qid, list(group)
+
+
+def best_first(rows: Iterable[RunRow]) -> list[RunRow]:
+    """By score; equal ones by rank where there are ranks, then as they stand."""
+    return sorted(rows, key=lambda row: (-row.score, row.rank or 0))
 
 
 def _each_once(path: Path, rows: Iterable[Ranked]) -> Iterator[Ranked]:
@@ -240,7 +244,7 @@ def read_topics(path: Path) -> Iterator[Topic]:
 
 def _topics(path: Path) -> Iterator[Topic]:
     if _is_json(path):
-        for line, record in _objects(path):
+        for line, record in objects(path):
             qid = _id(path, line, record, "qid", "query_id", "_id")
             yield Topic(qid, _text(path, line, record, "query", "text"), line)
     else:
@@ -258,7 +262,7 @@ def read_texts(path: Path) -> Iterator[Text]:
         ValueError, OSError: as :func:`read_run`.
     """
     if _is_json(path):
-        for line, record in _objects(path):
+        for line, record in objects(path):
             yield Text(
                 _id(path, line, record, "docno", "docid", "_id"),
                 _optional(path, line, record, "title"),
@@ -289,7 +293,7 @@ def read_qrels(path: Path) -> Iterator[Judgement]:
         first = seen.setdefault((qid, docno), line)
         if first != line:
             raise malformed(path, line, f"docno {docno!r} again for query {qid!r}, as in line {first}; wanted it once")
-        yield Judgement(qid, docno, label, line)
+        yield Judgement(qid, docno, label)
 
 
 # -- lines
@@ -352,7 +356,12 @@ def _fields(path: Path, allowed: dict[int, str]) -> Iterator[tuple[int, list[str
     return _split(path, ((line, text.split("\t")) for line, text in _lines(path)), allowed, "parted by tabs")
 
 
-def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a JSON lines file, each with its line.
+
+    Raises:
+        ValueError, OSError: as :func:`read_run`.
+    """
     for line, text in _lines(path):
         try:
             record = json.loads(text)
@@ -448,8 +457,11 @@ def writing(path: Path) -> Iterator[TextIO]:
     Raises:
         OSError: it cannot be written.
     """
-    path = path.resolve()  # a link stays one
     regular = path.is_file() or not path.exists()
+    if regular:
+        path = path.resolve()  # a link stays one
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"{path}: there is no folder {path.parent}.")
     part = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}") if regular else path
     try:
         with part.open("xb" if regular else "wb") as raw:

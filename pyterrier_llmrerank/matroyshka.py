@@ -79,9 +79,10 @@ class MatroyshkaReranker(LLMReranker):
             heads of its own: heads then start as the LM head's row of ``Yes``. None for what the
             checkpoint says; a plain model has just one head then, at its last layer.
         layer_sep: layers from one such head to the next; None for 1.
-        text_field, batch_size, device, dtype, quantization, torch_compile, attn_implementation, verbose: as for
-            :class:`~pyterrier_llmrerank.RankLLaMAReranker`. Where ``released`` masks padding, attention is
-            SDPA's whatever ``attn_implementation`` says.
+        text_field, batch_size, device, dtype, quantization, torch_compile, verbose: as for
+            :class:`~pyterrier_llmrerank.RankLLaMAReranker`.
+        attn_implementation: as for :class:`~pyterrier_llmrerank.RankLLaMAReranker`; where ``released`` masks padding,
+            attention is SDPA's whatever it says.
         training: how :meth:`fit` trains: ``DistillTraining`` (the default, with the original's settings)
             or ``CompensateTraining``. What it learns becomes one more of ``adapters``.
 
@@ -175,7 +176,8 @@ class MatroyshkaReranker(LLMReranker):
             options: any of the constructor's other arguments; ``training`` holds the settings.
 
         Raises:
-            ValueError, FileNotFoundError: as the constructor.
+            ValueError: as the constructor.
+            FileNotFoundError: likewise.
 
         >>> from pyterrier_llmrerank import MatroyshkaReranker
         >>> MatroyshkaReranker.untrained("mistralai/Mistral-7B-v0.1").start_layer
@@ -397,34 +399,35 @@ class MatroyshkaReranker(LLMReranker):
     def save(self, folder: str | Path, *, merged: bool = False) -> list[Path]:
         """Write what was trained, in the form that the original programs, PEFT and the constructor open.
 
+        Adapters do not say with which ``start_layer``, ``layer_sep`` and ``prompt`` they were trained: give those
+        to the constructor again.
+
         Args:
             folder: where to; new or empty.
             merged: write one layer-wise model (``cost_wise_*``) with all adapters merged in, rather than the
                 PEFT adapters. Weights are in ``dtype``, not quantised, heads are fp32.
 
-        Adapters do not say with which ``start_layer``, ``layer_sep`` and ``prompt`` they were trained: give those
-        to the constructor again.
-
         Returns:
-            What to give as ``adapters`` when opening them: the folder where there is one adapter, else a numbered
-            folder in it for each; nothing where merged, which is opened as ``model``.
+            What to give as ``adapters`` when opening them, which is the folder where there is one adapter, else a
+            numbered folder in it for each; nothing where merged, which is opened as ``model``.
 
         Raises:
             FileExistsError: there is something in the folder.
             ValueError: there is no adapter to write.
         """
-        from .saving import copy_adapter, empty_folder, write_merged
+        from .saving import copy_adapter, write_merged, written_whole
 
         model, adapters, _, _ = self._opened()
         adapters = (*adapters, *self._token_adapter())
         if not merged and not adapters:
             raise ValueError("adapters=(): there is none to write; allowed: merged=True.")
-        target = empty_folder(Path(folder).expanduser())
+        target = Path(folder).expanduser()
         if not merged:
             targets = [target / str(n) for n in range(1, len(adapters) + 1)] if len(adapters) > 1 else [target]
-            for name, place in zip(adapters, targets, strict=True):
-                place.mkdir(exist_ok=True)
-                copy_adapter(adapter_folder(name, model), place)
+            with written_whole(target):
+                for name, place in zip(adapters, targets, strict=True):
+                    place.mkdir(exist_ok=True)
+                    copy_adapter(adapter_folder(name, model), place)
             return targets
         weights = self._weights()
         checkpoint = cast("MatroyshkaCheckpoint", weights.checkpoint)
@@ -435,7 +438,8 @@ class MatroyshkaReranker(LLMReranker):
             "start_layer": checkpoint.start_layer, "layer_sep": checkpoint.layer_sep, "layer_wise": True,
         }  # fmt: skip
         named = {f"{checkpoint.head_module(k)}.weight": head[None] for k, head in enumerate(heads)}
-        write_merged(checkpoint, named, settings, weights.dtype, target)
+        with written_whole(target):
+            write_merged(checkpoint, named, settings, weights.dtype, target)
         return []
 
     def _columns(self, scores: Scores) -> dict[str, np.ndarray]:

@@ -102,17 +102,32 @@ class PackedPairs(Packing):
     Args:
         pairs: at least one.
         pad_id: fill each pair up to a multiple of 8 with this id, as the released code does; None for no padding.
+
+    Raises:
+        ValueError: a pair has no token.
     """
 
     def __init__(self, pairs: Sequence[Ids], pad_id: int | None = None) -> None:
         prefix, body, suffix = (np.array([len(pair[part]) for pair in pairs]) for part in range(3))
         padding = np.zeros_like(prefix) if pad_id is None else -(prefix + body + suffix) % 8
         super().__init__(prefix, body, suffix, owners(pairs), padding)
+        if not self.real.all():
+            raise ValueError("the tokenizer makes no token of a pair, so that there is nothing to score.")
         ids: list[int] = []
         for pair, owns, pads in zip(pairs, self.owns, padding, strict=True):
             ids += (pair.prefix if owns else []) + pair.body + pair.suffix + [pad_id or 0] * int(pads)
         #: Token ids of the row, ``[tokens]``.
         self.ids: Indices = np.array(ids, dtype=np.int64)
+
+    def ids_below(self, rows: int) -> Indices:
+        """The ids, checked against an embedding of so many rows: past its end a device fails beyond repair.
+
+        Raises:
+            ValueError: one is not among them.
+        """
+        if (largest := int(self.ids.max())) >= rows:
+            raise ValueError(f"the tokenizer makes token {largest}, but the model knows {rows} tokens.")
+        return self.ids
 
 
 @dataclass(frozen=True)

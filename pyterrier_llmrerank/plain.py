@@ -7,6 +7,7 @@ cannot be pooled.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -44,7 +45,14 @@ class PlainDecoder(nn.Module):
         quantize: Callable[[nn.Module], None] | None = None,
     ) -> None:
         super().__init__()
-        with errors_only():  # it would warn of the language model's head, which is not needed
+        with checkpoint.described(), torch.device("meta"):
+            wanted = sum(weight.numel() for weight in AutoModel.from_config(checkpoint.config).parameters())  # type: ignore[no-untyped-call]
+        held = sum(math.prod(checkpoint.files.shape(name)) for name in checkpoint.files)
+        if wanted > held:  # memory would be taken for what is missing
+            raise ValueError(
+                f"{checkpoint.argument}: config.json describes a model of {wanted} weights, its files hold {held}."
+            )
+        with checkpoint.described(), errors_only():  # it would warn of the language model's head, which is not needed
             model, loading = AutoModel.from_pretrained(
                 checkpoint.folder, config=checkpoint.config, dtype="auto", output_loading_info=True
             )
@@ -101,7 +109,8 @@ class PlainDecoder(nn.Module):
         places = on_device(packed.places, device)
         length = on_device(packed.real, device)
         mask = torch.arange(places.shape[1], device=device) < length[:, None]
-        states = self._states(on_device(packed.ids, device)[places], mask.long())
+        ids = packed.ids_below(len(cast(nn.Embedding, self.model.get_input_embeddings()).weight))
+        states = self._states(on_device(ids, device)[places], mask.long())
         pair = torch.arange(len(packed), device=device)
         read = []
         for cutoff in cutoffs:

@@ -119,7 +119,8 @@ class RankLLaMAReranker(LLMReranker):
             options: any of the constructor's other arguments; ``training`` holds the settings.
 
         Raises:
-            ValueError, FileNotFoundError: as the constructor; or ``base`` is an adapter.
+            ValueError: as the constructor; or ``base`` is an adapter.
+            FileNotFoundError: as the constructor.
 
         >>> from pyterrier_llmrerank.training import RankLLaMATraining
         >>> RankLLaMAReranker.untrained("meta-llama/Llama-2-7b-hf", training=RankLLaMATraining(group_size=8)).model
@@ -206,19 +207,18 @@ class RankLLaMAReranker(LLMReranker):
             FileExistsError: there is something in the folder.
             ValueError: there is no adapter, or it is untrained.
         """
-        from .saving import copy_adapter, empty_folder, write_merged
+        from .saving import copy_adapter, write_merged, written_whole
 
         weights = self._weights()
         checkpoint = weights.checkpoint
         heads = checkpoint.heads(checkpoint.tokenizer())  # raises where it is untrained
         if not merged and not self._is_adapter():
             raise ValueError(f"model={self.model!r} is no adapter; allowed: merged=True.")
-        target = empty_folder(Path(folder).expanduser())
-        if not merged:
-            copy_adapter(folder_of(self._opened()[0], "model"), target, self._base())
-            checkpoint.tokenizer().save_pretrained(target)
-            return
         family = type(checkpoint.config).__name__.removesuffix("Config")
         settings = {"architectures": [f"{family}ForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
         settings |= {"label2id": {"LABEL_0": 0}}
-        write_merged(checkpoint, {"score.weight": heads}, settings, weights.dtype, target)
+        with written_whole(Path(folder).expanduser()) as target:
+            if merged:
+                write_merged(checkpoint, {"score.weight": heads}, settings, weights.dtype, target)
+            else:
+                copy_adapter(folder_of(self._opened()[0], "model"), target, self._base(), checkpoint.tokenizer())

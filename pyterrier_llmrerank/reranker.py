@@ -82,6 +82,12 @@ class LLMReranker(pt.Estimator):
     _usage_level: int = logging.INFO  # at which each call's is logged
     _shared_key: Hashable
     _shared_weights: tuple[Weights, ...]
+    __signature__: ClassVar[inspect.Signature]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Say what the constructor takes: PyTerrier's ``__new__``, which takes anything, hides it from some tools."""
+        super().__init_subclass__(**options)
+        cls.__signature__ = inspect.signature(cls)
 
     def _set_shared(
         self,
@@ -176,18 +182,18 @@ class LLMReranker(pt.Estimator):
             ScoringError: scoring had to stop; carries the rows already scored.
         """
         pt.validate.result_frame(inp, extra_columns=["query", self.text_field], context=self)
+        self._check_rows(inp)
         if len(inp) == 0:
             none = {name: pd.Series(values) for name, values in self._columns(Scores.none()).items()}
-            return pt.model.add_ranks(inp.assign(**none))
-        self._check_rows(inp)
+            return ranked(inp.assign(**none))
         pairs = list(zip(inp["query"], self._bodies(inp), strict=True))
         try:
             scores = self._score(pairs, inp["qid"], lambda row: self._label(inp, row))
         except ScoringError as error:
             so_far = inp.assign(**self._columns(cast(Scores, error.scores)))
-            error.scores = pt.model.add_ranks(so_far[so_far["score"].notna()].copy())
+            error.scores = ranked(so_far[so_far["score"].notna()])
             raise
-        return pt.model.add_ranks(inp.assign(**self._columns(scores)))
+        return ranked(inp.assign(**self._columns(scores)))
 
     def compute_score(self, pairs: Iterable[Any]) -> float | np.ndarray:
         """Score pairs without a frame.
@@ -196,8 +202,8 @@ class LLMReranker(pt.Estimator):
             pairs: one ``(query, passage)`` pair, or an iterable of them. Two strings in a list are one pair too.
 
         Returns:
-            One pair: a float. A list: an array ``[n]``. With several cutoffs, one per cutoff, shallowest
-            first: ``[cutoffs]`` and ``[cutoffs, n]``.
+            A float for one pair, an array ``[n]`` for a list. With several cutoffs, one per cutoff, shallowest
+            first, ``[cutoffs]`` and ``[cutoffs, n]``.
 
         Raises:
             ValueError: something is not a pair of strings.
@@ -233,6 +239,9 @@ class LLMReranker(pt.Estimator):
         for name in ("qid", "docno"):
             if inp[name].isna().any():
                 raise ValueError(f"{name} is missing in row {int(inp[name].isna().argmax())} of the frame.")
+            for row, value in enumerate(inp[name]):
+                if problem := problem_of_id(value):
+                    raise ValueError(f"{name} is {problem} in row {row} of the frame.")
         for name in ("query", self.text_field):
             problems = [(row, problem) for row, value in enumerate(inp[name]) if (problem := problem_of(value))]
             if not problems:
@@ -316,7 +325,9 @@ class LLMReranker(pt.Estimator):
         """The model's tokenizer; no weight is read for it. For ``pt.text.sliding(..., tokenizer=...)``.
 
         Raises:
-            ValueError, FileNotFoundError, ConnectionError: the model cannot be opened.
+            ValueError: the model is not what is allowed.
+            FileNotFoundError: it is not there.
+            ConnectionError: it is to come from the hub, which cannot be reached.
         """
         return self._weights().checkpoint.tokenizer()
 
@@ -433,6 +444,10 @@ class LLMReranker(pt.Estimator):
     def set_parameter(self, name: str, value: Any) -> None:
         """Change a constructor argument, as ``pt.GridScan`` does; it is checked as if given to the constructor.
 
+        Args:
+            name: of the argument.
+            value: what it is to be.
+
         Raises:
             ValueError: no such argument, or not a value for it.
         """
@@ -459,6 +474,13 @@ class LLMReranker(pt.Estimator):
 # -- values
 
 
+def ranked(scored: pd.DataFrame) -> pd.DataFrame:
+    """A copy of a frame with PyTerrier's ranks added, whatever its index is called and holds."""
+    numbered = pt.model.add_ranks(scored.reset_index(drop=True))  # an index named qid would hide the column
+    numbered.index = scored.index.take(numbered.index.to_numpy())
+    return numbered
+
+
 def problem_of(text: object) -> str | None:
     """What is wrong with a query or passage, or None."""
     if not isinstance(text, str):
@@ -469,6 +491,13 @@ def problem_of(text: object) -> str | None:
         except UnicodeEncodeError as error:
             return f"not valid Unicode (a lone surrogate at character {error.start})"
     return None
+
+
+def problem_of_id(value: object) -> str | None:
+    """What is wrong with a qid or docno that is there, or None."""
+    if isinstance(value, str):
+        return problem_of(value)
+    return None if pd.api.types.is_hashable(value) else f"{value!r}, neither a string nor a number"
 
 
 def integer(name: str, value: object, allowed: str) -> int:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from .checkpoints import Checkpoint
-from .files import read_json
+from .files import read_json, save_tensors, save_tokenizer
 from .weights import build_decoder
+
+#: What a copy of an adapter gets last of all, and what it does not get.
+LAST_OR_NOT = ("adapter_config.json", "trainer_state.json")
 
 
 def empty_folder(folder: Path, argument: str = "folder") -> Path:
@@ -36,22 +40,48 @@ def empty_folder(folder: Path, argument: str = "folder") -> Path:
     return folder
 
 
-def copy_adapter(source: Path, target: Path, base: str | None = None) -> None:
+@contextmanager
+def written_whole(folder: Path, argument: str = "folder") -> Iterator[Path]:
+    """A new or empty folder to write into; what was written is removed again where not all of it could be.
+
+    So that nothing half-written opens later. What makes a folder a model is still to be written last, for a process
+    may end before it can tidy up.
+
+    Raises:
+        FileExistsError: as :func:`empty_folder`.
+    """
+    was_there = folder.exists()
+    empty_folder(folder, argument)
+    try:
+        yield folder
+    except BaseException:
+        for entry in folder.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        if not was_there:
+            folder.rmdir()
+        raise
+
+
+def copy_adapter(
+    source: Path, target: Path, base: str | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
     """Copy a PEFT folder: the adapter and the tokenizer beside it, not what a training run left there.
 
     Args:
         source: the folder.
         target: where to.
         base: what the copy calls its base; None for what the adapter calls it.
+        tokenizer: what is written beside it, rather than what lies there; None for that.
     """
     for file in source.iterdir():
         weights = file.name.startswith("adapter_model.")
-        wanted = weights or (file.suffix in (".json", ".model", ".jinja", ".txt") and file.name != "trainer_state.json")
+        wanted = weights or (file.suffix in (".json", ".model", ".jinja", ".txt") and file.name not in LAST_OR_NOT)
         if file.is_file() and wanted:
             shutil.copyfile(file, target / file.name)
-    if base is not None:
-        config = read_json(target / "adapter_config.json") | {"base_model_name_or_path": base}
-        (target / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, target)
+    config = read_json(source / "adapter_config.json") | ({} if base is None else {"base_model_name_or_path": base})
+    (target / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def write_merged(
@@ -82,11 +112,11 @@ def write_merged(
             else checkpoint.tensor(name.removeprefix("model.")).to(dtype).contiguous()
             for name in names
         }
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        save_tensors(tensors, folder / file, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
     kept = {key: value for key, value in checkpoint.settings.items() if key not in ("auto_map", "torch_dtype")}
     config = kept | {"dtype": str(dtype).removeprefix("torch.")} | dict(settings)
-    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    checkpoint.tokenizer().save_pretrained(folder)
+    save_tokenizer(checkpoint.tokenizer(), folder)
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")  # what makes it a model

@@ -202,14 +202,17 @@ def build_decoder(checkpoint: Checkpoint) -> PreTrainedModel:
     """The checkpoint's headless model without its weights: they are still to be filled in.
 
     Raises:
-        ValueError: an adapter does not fit it.
+        ValueError: its configuration, its files and its adapters do not fit each other.
     """
-    with torch.device("meta"):
+    checkpoint.check_depth()
+    with checkpoint.described(), torch.device("meta"):
         decoder: PreTrainedModel = AutoModel.from_config(checkpoint.config, attn_implementation=ATTENTION)  # type: ignore[no-untyped-call]
+    checkpoint.check_weights({name: tuple(weight.shape) for name, weight in decoder.named_parameters()})
+    with checkpoint.described():
+        decoder.rotary_emb = type(decoder.rotary_emb)(checkpoint.config)  # computed, not stored
     checkpoint.check_adapters(
         {name: tuple(m.weight.shape) for name, m in decoder.named_modules() if isinstance(m, nn.Linear)}
     )
-    decoder.rotary_emb = type(decoder.rotary_emb)(checkpoint.config)  # computed, not stored
     decoder.eval()  # type: ignore[no-untyped-call]
     return decoder
 
@@ -225,15 +228,10 @@ def fill(module: nn.Module, checkpoint: Checkpoint, prefix: str, device: torch.d
         dtype: what they are converted to.
 
     Raises:
-        ValueError: one is missing or of another shape.
+        ValueError: one is not of numbers that a weight may be.
     """
-    for name, parameter in list(module.named_parameters()):
+    for name, _ in list(module.named_parameters()):
         tensor = checkpoint.tensor(prefix + name)
-        if tensor.shape != parameter.shape:
-            raise ValueError(
-                f"{checkpoint.argument}: tensor {prefix + name!r} is {list(tensor.shape)}, "
-                f"its config.json asks for {list(parameter.shape)}."
-            )
         owner = module.get_submodule(name.rpartition(".")[0])
         placed = tensor.to(device=device, dtype=dtype, copy=True)
         owner.register_parameter(name.rpartition(".")[2], nn.Parameter(placed, requires_grad=False))

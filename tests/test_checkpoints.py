@@ -182,7 +182,11 @@ def test_no_model_folder() -> None:
         ({"model_type": "vit"}, "model_type 'vit' is not supported; allowed: llama, mistral"),
         ({"model_type": "bart"}, "model_type 'bart' is an encoder and a decoder; wanted a decoder alone"),
         ({"quantization_config": {"bits": 4}}, "weights are quantised"),
-        ({"num_attention_heads": "many"}, r"config\.json does not describe a mistral model"),
+        ({"attention_dropout": "much"}, r"config\.json does not describe a model_type 'mistral'"),
+        ({"num_attention_heads": "many"}, "num_attention_heads is 'many'; allowed: integers from 1 to 16777216"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000; allowed: integers from 1 to 10000"),
+        ({"hidden_size": -1}, "hidden_size is -1; allowed: integers from 1 to"),
+        ({"model_type": "x" * 10**6}, r"model_type 'x{50,60}\.\.\. is not supported"),
     ],
 )
 def test_a_configuration_that_does_not_do(changed: Callable[..., str], config: dict, message: str) -> None:

@@ -77,3 +77,15 @@ def test_depths_are_values_and_not_of_a_cascade() -> None:
         full().at(cutoff=[4, 8], prune={3: 2}).depths()
     with pytest.raises(pt.validate.InputValidationError, match="score_4"):
         AtDepth(4).transform(frame(1, 1))
+
+
+def test_columns_and_indexes_of_any_name() -> None:
+    rows = full().at(cutoff=[2, 4]).transform(frame(2, 3)).assign(score_=1)
+    rows[3] = "a number for a name"
+    rows = rows.set_index("qid", drop=False)
+    got = AtDepth(2).transform(rows)
+    assert set(got.columns) == set(rows.columns) - {"score_2", "score_4"}
+    assert got["score"].tolist() == rows["score_2"].tolist()
+    assert MatroyshkaFeatures([full().at(cutoff=2)]).transform(rows)["features"].str[0].tolist() == pytest.approx(
+        rows["score_2"].tolist()
+    )

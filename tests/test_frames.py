@@ -91,7 +91,7 @@ def test_a_teachers_scores_go_with_their_passages() -> None:
     scored = results().assign(teacher=range(9))
     (record,) = records_of(scored, QRELS, bodies, 1, None, "text")  # query 2's positive would come without a score
     assert (record["query_id"], record["pos_scores"], record["neg_scores"]) == ("1", [1], [0, 2])
-    with pytest.raises(ValueError, match="'teacher' is nan for qid '2', docno 'd4'"):
+    with pytest.raises(ValueError, match="training results: 'teacher' is nan for qid '2', docno 'd4'; wanted a"):
         records_of(scored.assign(teacher=[0.0, 1, 2, float("nan"), 4, 5, 6, 7, 8]), QRELS, bodies, 1, None, "text")
 
 

@@ -52,6 +52,14 @@ def test_scores_and_ranks_are_added_and_nothing_else_is_touched(reranker: LLMRer
         assert query.sort_values("rank")["score"].is_monotonic_decreasing
 
 
+def test_an_index_may_be_named_as_a_column() -> None:
+    rows = frame().set_index("qid", drop=False)
+    got = MATROYSHKA.transform(rows)
+    assert got.index.equals(rows.index)
+    assert got.index.name == "qid"
+    assert got["rank"].tolist() == MATROYSHKA.transform(frame())["rank"].tolist()
+
+
 ROWS = st.lists(
     st.tuples(st.integers(0, 3), st.integers(0, 5), st.text(max_size=20), st.integers(0, 30)), min_size=1, max_size=8
 )
@@ -153,6 +161,8 @@ def test_a_repeated_column_is_named(column: str) -> None:
     rows = frame().assign(extra=1)
     with pytest.raises(ValueError, match=f"several columns '{column}'"):
         MATROYSHKA.transform(pd.concat([rows, rows[[column]]], axis=1))
+    with pytest.raises(ValueError, match=f"several columns '{column}'"):
+        MATROYSHKA.transform(pd.concat([rows, rows[[column]]], axis=1).head(0))
 
 
 @pytest.mark.parametrize("column", ["qid", "docno"])
@@ -160,6 +170,17 @@ def test_a_row_without_identity_is_named(column: str) -> None:
     rows = frame().astype(object)
     rows.loc[2, column] = None
     with pytest.raises(ValueError, match=f"{column} is missing in row 2"):
+        MATROYSHKA.transform(rows)
+
+
+@pytest.mark.parametrize("column", ["qid", "docno"])
+@pytest.mark.parametrize(
+    ("value", "problem"), [(["a"], r"\['a'\], neither a string nor a number"), ("\ud83d", "not valid Unicode")]
+)
+def test_an_identity_that_is_no_value_is_named(column: str, value: object, problem: str) -> None:
+    rows = frame().astype(object)
+    rows.at[2, column] = value
+    with pytest.raises(ValueError, match=rf"{column} is {problem}.* in row 2 of the frame"):
         MATROYSHKA.transform(rows)
 
 

@@ -77,7 +77,18 @@ def test_a_malformed_line_is_named(tmp_path: Path, change: dict[str, Any], messa
         list(read_lines(path))
 
 
-@pytest.mark.parametrize("line", [b"{", b"[1]", b"\xff\xfe", b""])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{",
+        b"[1]",
+        b"\xff\xfe",
+        b"\0",
+        b"[" * 100_000,
+        b'{"query": "\\ud83d", "pos": ["p"], "neg": ["n"]}',
+        b"9" * 5000,
+    ],
+)
 def test_a_line_that_is_no_object(tmp_path: Path, line: bytes) -> None:
     (tmp_path / "train.jsonl").write_bytes(json.dumps(SCORED).encode() + b"\n" + line + b"\n")
     with pytest.raises(ValueError, match="line 2: "):

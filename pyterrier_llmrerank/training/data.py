@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..errors import short
 from ..files import HUB_ID
+from ..formats import malformed, objects
 from ..inputs import Ids
 from ..packing import PackedPairs
+from ..reranker import problem_of
 
 if TYPE_CHECKING:
     from datasets.arrow_dataset import Dataset
@@ -94,7 +95,9 @@ def candidates(record: Any, body: Body) -> Candidates:
         raise ValueError(f"a JSON object is wanted, not {type(record).__name__}")
     query = record.get("query")
     if not isinstance(query, str):
-        raise ValueError(f"query is {query!r}; wanted a string")
+        raise ValueError(f"query is {short(query)}; wanted a string")
+    _check_unicode("query", [query])
+    _check_unicode("query_id", [str(record.get("query_id"))])
     if record.get("positive_passages") is not None:
         positives, negatives = (_documents(record, key, body) for key in ("positive_passages", "negative_passages"))
         return Candidates(query, positives, negatives)
@@ -106,66 +109,75 @@ def candidates(record: Any, body: Body) -> Candidates:
     positives, negatives = ([body(text, None) for text in _texts(record, key)] for key in ("pos", "neg"))
     prompt = record.get("prompt")
     if not isinstance(prompt, str | None):
-        raise ValueError(f"prompt is {prompt!r}; wanted a string")
+        raise ValueError(f"prompt is {short(prompt)}; wanted a string")
+    _check_unicode("prompt", [prompt or ""])
     if record.get("pos_scores") is None and record.get("neg_scores") is None:
         return Candidates(query, positives, negatives, None, prompt)
     teacher = _scores(record, "pos_scores", len(positives)), _scores(record, "neg_scores", len(negatives))
     return Candidates(query, positives, negatives, teacher, prompt)
 
 
+def _check_unicode(key: str, texts: Sequence[str]) -> None:
+    for text in texts:
+        if problem := problem_of(text):
+            raise ValueError(f"{key}: {short(text)} is {problem}")
+
+
 def _texts(record: dict[str, Any], key: str) -> list[str]:
     value = record.get(key)
     if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
-        raise ValueError(f"{key} is {_short(value)}; wanted a list of strings, at least one")
-    return cast(list[str], value)
+        raise ValueError(f"{key} is {short(value)}; wanted a list of strings, at least one")
+    _check_unicode(key, value)
+    return value
 
 
 def _documents(record: dict[str, Any], key: str, body: Body) -> list[str]:
     value = record.get(key)
-    wanted = f"{key} is {_short(value)}; wanted a list of passages with text and perhaps title, at least one"
+    wanted = f"{key} is {short(value)}; wanted a list of passages with text and perhaps title, at least one"
     if not isinstance(value, list) or not value:
         raise ValueError(wanted)
     for passage in value:
         texts = isinstance(passage, dict) and isinstance(passage.get("text"), str)
         if not texts or not isinstance(passage.get("title"), str | None):
             raise ValueError(wanted)
+        _check_unicode(key, [passage["text"], passage.get("title") or ""])
     return [body(passage["text"], passage.get("title")) for passage in value]
 
 
 def _scores(record: dict[str, Any], key: str, count: int) -> list[float]:
     value = record.get(key)
-    numbers = isinstance(value, list) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
-    if not numbers or len(cast(list[Any], value)) != count or not all(map(math.isfinite, cast(list[float], value))):
-        raise ValueError(f"{key} is {_short(value)}; wanted {count} finite numbers, one a passage")
-    return [float(score) for score in cast(list[float], value)]
+    if not isinstance(value, list) or len(value) != count or not all(map(_is_finite, value)):
+        raise ValueError(f"{key} is {short(value)}; wanted {count} finite numbers, one a passage")
+    return [float(score) for score in value]
 
 
-def _short(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) < 60 else shown[:57] + "..."
+def _is_finite(value: object) -> bool:
+    """Whether it is a number that a float can hold."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an int of hundreds of digits
+        return False
 
 
 def read_lines(path: Path, teacher: bool = False) -> Iterator[dict[str, Any]]:
     """The records of a JSON lines file, each checked.
 
     Args:
-        path: the file; compressed where its name ends in ``.gz``.
+        path: the file; compressed where its name ends in ``.gz``; empty lines are passed over.
         teacher: whether every line must have a teacher's scores.
 
     Raises:
         ValueError: a line is malformed; names the file and the line.
     """
-    number = 0
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
-            for line in lines:
-                number += 1
-                record = json.loads(line)
-                _check(record, teacher)
-                yield record
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path}, line {number}: {error}.") from error
-    if number == 0:
+    empty = True
+    for line, record in objects(path):
+        try:
+            _check(record, teacher)
+        except ValueError as error:
+            raise malformed(path, line, str(error)) from error
+        empty = False
+        yield record
+    if empty:
         raise ValueError(f"{path}: no training data in it.")
 
 

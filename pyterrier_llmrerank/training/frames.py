@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
-import numpy as np
 import pandas as pd
 import pyterrier as pt
 
+from ..errors import short
 from ..reranker import problem_of
 from .validation import Validation, apart
 
@@ -22,17 +23,47 @@ Bodies = Callable[[pd.DataFrame], list[str]]
 
 
 def judged(qrels: pd.DataFrame, argument: str) -> pd.DataFrame:
-    """Judgements with ids as strings.
+    """Judgements with ids as strings and labels as numbers, each pair once.
 
     Raises:
-        ValueError: a column is missing, or there is no row.
+        ValueError: a column is missing or there twice, there is no row, an id or a label is not there, a label is no
+            number, or a pair has two different labels.
     """
-    for name in ("qid", "docno", "label"):
-        if name not in qrels.columns:
-            raise ValueError(f"{argument} has columns {list(qrels.columns)}; wanted qid, docno and label.")
+    wanted = ["qid", "docno", "label"]
+    for name in wanted:
+        if list(qrels.columns).count(name) != 1:
+            raise ValueError(f"{argument} has columns {list(qrels.columns)}; wanted qid, docno and label, once each.")
     if qrels.empty:
         raise ValueError(f"{argument} is empty.")
-    return qrels[["qid", "docno", "label"]].astype({"qid": str, "docno": str})
+    rows = qrels[wanted].reset_index(drop=True)
+    for name in ("qid", "docno"):
+        if rows[name].isna().any():
+            raise ValueError(f"{argument}: {name} is missing in row {int(rows[name].isna().argmax())}.")
+    rows = rows.astype({"qid": str, "docno": str})
+    rows["label"] = numbers(rows, "label", argument)
+    rows = rows.drop_duplicates()
+    if (repeated := rows[rows.duplicated(["qid", "docno"])]).size:
+        qid, docno = repeated[["qid", "docno"]].iloc[0]
+        raise ValueError(f"{argument}: qid {qid!r}, docno {docno!r} has two different labels.")
+    return rows
+
+
+def numbers(rows: pd.DataFrame, name: str, argument: str) -> pd.Series[Any]:
+    """A column as numbers, all of them finite.
+
+    Raises:
+        ValueError: one is not; names its row.
+    """
+    for qid, docno, value in zip(rows["qid"], rows["docno"], rows[name], strict=True):
+        try:
+            finite = math.isfinite(value)
+        except (TypeError, OverflowError):
+            finite = False
+        if not finite:
+            raise ValueError(
+                f"{argument}: {name!r} is {short(value)} for qid {qid!r}, docno {docno!r}; wanted a finite number."
+            )
+    return pd.to_numeric(rows[name])
 
 
 def records_of(
@@ -60,10 +91,10 @@ def records_of(
     Raises:
         ValueError: a teacher's score is missing, ``text`` gives no texts, or no query is left.
     """
+    results = results.reset_index(drop=True)  # an index named qid would hide the column
     results = results.assign(qid=results["qid"].astype(str), docno=results["docno"].astype(str))
-    if TEACHER in results and (missing := results[~np.isfinite(results[TEACHER].astype(float))]).size:
-        qid, docno = missing[["qid", "docno"]].iloc[0]
-        raise ValueError(f"{TEACHER!r} is {missing[TEACHER].iloc[0]} for qid {qid!r}, docno {docno!r}.")
+    if TEACHER in results:
+        results[TEACHER] = numbers(results, TEACHER, "the training results")
     results["_body"] = bodies(results)
     positive = qrels[qrels["label"] >= min_label].groupby("qid")["docno"]
     relevant = {str(qid): set(docnos) for qid, docnos in positive}

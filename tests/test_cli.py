@@ -1,0 +1,306 @@
+"""The commands, from a run to the evaluation of a reranked one, and what they say of what is wrong."""
+
+import gzip
+import inspect
+import json
+import logging
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import MODELS, frame
+from scipy import stats
+from typer.testing import CliRunner
+
+from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker, cli, streaming
+from pyterrier_llmrerank.cli import app, main
+from pyterrier_llmrerank.formats import Judgement, RunRow, read_rerank, read_run
+
+RANKLLAMA = ["--model", str(MODELS / "rankllama_adapter"), "--base-model", str(MODELS / "rankllama_base")]
+KINDS = {"rankllama": RankLLaMAReranker, "matroyshka": MatroyshkaReranker}
+
+
+@pytest.fixture(autouse=True)
+def levels() -> Iterator[None]:
+    """Loggers as they were."""
+    loggers = [logging.getLogger(name) for name in ("", "pyterrier_llmrerank")]
+    before = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run of three queries, six documents each, with what it ranks; the folder that commands run in."""
+    rows = frame(3, 6)
+    with gzip.open(tmp_path / "run.gz", "wt") as lines:
+        lines.writelines(f"{r.qid} Q0 {r.docno} {r.rank} {r.score} first\n" for r in rows.itertuples())
+    topics = rows.drop_duplicates("qid")
+    (tmp_path / "topics.tsv").write_text("".join(f"{r.qid}\t{r.query}\n" for r in topics.itertuples()))
+    texts = rows.drop_duplicates("docno")
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(json.dumps({"docno": r.docno, "title": "T", "text": r.text}) + "\n" for r in texts.itertuples())
+    )
+    (tmp_path / "qrels.txt").write_text("q0 0 d3 1\nq1 0 d0 1\nq2 0 d1 1\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(command: str) -> int:
+    return main(shlex.split(command))
+
+
+PREPARE = "prepare run.gz --topics topics.tsv --texts texts.jsonl --depth 4 --output rerank.jsonl.gz"
+
+
+def test_from_a_run_to_the_evaluation_of_a_reranked_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(PREPARE) == 0
+    rows = list(read_rerank(Path("rerank.jsonl.gz")))
+    assert [(row.qid, row.docno) for row in rows] == [(f"q{q}", f"d{d}") for q in range(3) for d in range(4)]
+    assert (
+        main(["rerank", "rankllama", "rerank.jsonl.gz", "--output", "mine.txt", *RANKLLAMA, "--dtype", "float32"]) == 0
+    )
+    scored = RankLLaMAReranker(
+        MODELS / "rankllama_adapter", base_model=MODELS / "rankllama_base", dtype="float32"
+    ).transform(
+        pd.DataFrame([row._asdict() for row in rows]).rename(columns={"score": "before"})
+    )  # fmt: skip
+    want = scored.sort_values(["qid", "rank"])
+    got = list(read_run(Path("mine.txt")))
+    assert [(row.qid, row.docno) for row in got] == list(zip(want["qid"], want["docno"], strict=True))
+    assert [row.score for row in got] == pytest.approx(want["score"].tolist(), abs=1e-5)
+    assert run("convert mine.txt --output mine.trec.gz --tag mine") == 0
+    ranked = list(read_run(Path("mine.trec.gz")))
+    assert [row.rank for row in ranked] == [1, 2, 3, 4] * 3
+    assert [row[:2] + row[3:] for row in ranked] == [row[:2] + row[3:] for row in got]
+    assert gzip.decompress(Path("mine.trec.gz").read_bytes()).startswith(f"q0 Q0 {got[0].docno} 1 ".encode())
+    assert capsys.readouterr() == ("", "")
+    assert run("evaluate mine.trec.gz RR@10 --qrels qrels.txt --baseline run.gz --per-query") == 0
+    said = [line.split() for line in capsys.readouterr().out.splitlines()]
+    ranks = want.set_index(["qid", "docno"])["rank"]
+    values = [1 / (1 + ranks[f"q{q}", docno]) for q, docno in enumerate(("d3", "d0", "d1"))]
+    before = [1 / 4, 1, 1 / 2]
+    assert said[0] == ["qid", "measure", "value", "baseline", "difference"]
+    assert sorted(said[1:4]) == [
+        [f"q{q}", "RR@10", f"{value:.4f}", f"{other:.4f}", f"{value - other:.4f}"]
+        for q, (value, other) in enumerate(zip(values, before, strict=True))
+    ]
+    assert said[5] == ["measure", "value", "baseline", "difference", "p"]
+    p = f"{stats.ttest_rel(values, before).pvalue:.2g}"
+    mean, other = np.mean(values), np.mean(before)
+    assert said[6] == ["RR@10", f"{mean:.4f}", f"{other:.4f}", f"{mean - other:.4f}", p]
+
+
+def test_vaswani_by_name_and_from_files(collections: Path, tmp_path: Path) -> None:
+    if not (collections / "irds_home" / "vaswani").is_dir():
+        pytest.skip("needs irds_home/vaswani in LLMRERANK_DATA: a home of ir_datasets")
+    shutil.copytree(collections / "irds_home" / "vaswani", tmp_path / "vaswani")
+    there = collections / "vaswani"
+    environment = {**os.environ, "IR_DATASETS_HOME": str(tmp_path)}
+
+    def said(*words: str) -> str:
+        command = [sys.executable, "-m", "pyterrier_llmrerank", *words]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=240, cwd=tmp_path, env=environment
+        ).stdout
+
+    run = str(there / "runs" / "bm25.res.gz")
+    said("prepare", run, "--topics", "vaswani", "--texts", "irds:vaswani", "--depth", "5", "--output", "named.jsonl")
+    files = ["--topics", str(there / "topics.tsv"), "--texts", str(there / "docs.jsonl.gz")]
+    said("prepare", run, *files, "--depth", "5", "--output", "files.jsonl")
+    named, read = (list(read_rerank(tmp_path / name)) for name in ("named.jsonl", "files.jsonl"))
+    assert len(named) == 5 * 93
+    for one, other in zip(named, read, strict=True):
+        assert (one.qid, one.docno, one.score) == (other.qid, other.docno, other.score)
+        assert one.query.lower().split() == other.query.lower().split()  # ir_datasets has capitals
+        assert one.text.split() == other.text.split()
+    table = said("evaluate", run, "--qrels", "vaswani")
+    assert table == said("evaluate", run, "--qrels", str(there / "qrels.txt"))
+    assert table.split() == ["measure", "value", "nDCG@10", "0.4449"]
+
+
+def test_convert_orders_by_score(folder: Path) -> None:
+    Path("given.txt").write_text("q d1 1 0.25\nq d2 9 0.5\nq d3 2 0.5\n")
+    assert run("convert given.txt --output three.txt --form three") == 0
+    assert Path("three.txt").read_text() == "q\td3\t0.5\nq\td2\t0.5\nq\td1\t0.25\n"
+
+
+def test_what_evaluate_measures_by_itself(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("evaluate run.gz --qrels qrels.txt") == 0
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["measure", "value"],
+        ["nDCG@10", "0.6872"],
+    ]
+
+
+# -- rerank's options
+
+
+def reranked(monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[LLMReranker, dict[str, Any]]:
+    """The re-ranker and the arguments that a rerank command comes to."""
+    calls: list[tuple[LLMReranker, dict[str, Any]]] = []
+
+    def record(reranker: LLMReranker, source: Path, target: Path, **arguments: Any) -> None:
+        calls.append((reranker, {"source": source, "target": target, **arguments}))
+
+    monkeypatch.setattr(streaming, "rerank_file", record)
+    assert main(["rerank", *words]) == 0
+    ((reranker, arguments),) = calls
+    return reranker, arguments
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_without_options_a_reranker_is_as_its_constructor_makes_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reranker, arguments = reranked(monkeypatch, name, "in.jsonl", "--output", "out.txt")
+    assert reranker == KINDS[name]()
+    assert arguments == {
+        "source": Path("in.jsonl"), "target": Path("out.txt"), "form": "three", "tag": name, "resume": False,
+        "workers": 1, "address": None,
+    }  # fmt: skip
+
+
+def test_the_options_are_the_constructors_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = (
+        "matroyshka in --output out.gz --form trec --tag mine --resume --workers 2 --address auto --verbose "
+        "--model smollm2-135m --cutoff 20 --cutoff 10 --compress-layers 8 --compress-layers 12 --compress-ratio 2 "
+        "--prune 8:50 --prune 12:20 --normalize --max-length 100 --dtype float32 --batch-size 3 --prompt why?"
+    )
+    reranker, arguments = reranked(monkeypatch, *words.split())
+    assert reranker == MatroyshkaReranker(
+        "smollm2-135m", cutoff=[10, 20], compress_layers=[8, 12], compress_ratio=2, prune={8: 50, 12: 20},
+        normalize=True, max_length=100, dtype="float32", batch_size=3, prompt="why?", verbose=True,
+    )  # fmt: skip
+    assert (arguments["form"], arguments["tag"], arguments["resume"]) == ("trec", "mine", True)
+    assert (arguments["workers"], arguments["address"]) == (2, "auto")
+    words = f"matroyshka in --output out --model smollm2-135m --token-adapters 2:{MODELS}/adapter_comp_token2"
+    reranker, _ = reranked(monkeypatch, *words.split())
+    assert reranker == MatroyshkaReranker("smollm2-135m", token_adapters={2: str(MODELS / "adapter_comp_token2")})
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_argument_is_an_option_with_a_sentence_of_the_docstring(name: str) -> None:
+    said = " ".join(CliRunner().invoke(app, ["rerank", name, "--help"], terminal_width=10_000).output.split())
+    arguments = [one for one in inspect.signature(KINDS[name]).parameters if one not in cli._NO_OPTIONS]
+    assert len(arguments) >= 12
+    for argument in arguments:
+        assert re.search(f' --{argument.replace("_", "-")} [^-]*[A-Z"]', said), argument
+    assert "as for" not in said.lower()
+
+
+def test_interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        error = KeyboardInterrupt()
+        error.add_note("out.txt holds 3 pairs.")
+        raise error
+
+    monkeypatch.setattr(streaming, "rerank_file", stopped)
+    assert main(["rerank", "rankllama", "in", "--output", "out.txt"]) == 130
+    assert capsys.readouterr().err == "interrupted. out.txt holds 3 pairs.\n"
+
+
+def test_what_verbose_says(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert run(PREPARE) == 0
+    assert caplog.messages == []
+    assert run(f"{PREPARE} --verbose") == 0
+    assert caplog.messages == ["rerank.jsonl.gz: 12 pairs"]
+
+
+# -- what is wrong
+
+
+@pytest.mark.parametrize(
+    ("command", "problem"),
+    [
+        ("prepare none --topics topics.tsv --texts texts.jsonl --output o", "No such file or directory: 'none'"),
+        ("prepare run.gz --topics none --texts texts.jsonl --output o", "topics='none': no such file, nor a dataset"),
+        ("prepare run.gz --topics topics.tsv --texts topics.tsv --output o", "docno 'd0' .* not among the texts"),
+        ("evaluate run.gz foo --qrels qrels.txt", "measure='foo'; allowed"),
+        ("evaluate qrels.txt --qrels run.gz", "run.gz, line 1: 6 columns"),
+        ("convert run.gz --output none/o", "there is no folder"),
+        ("convert run.gz --output o --tag 'a b'", "tag is 'a b'; wanted no white space"),
+        ("rerank rankllama topics.tsv --output o --model ./none", "model='./none'"),
+        ("rerank matroyshka none --output o --compress-ratio 3", "compress_ratio=3; allowed: 1, 2, 4, 8"),
+        (f"rerank rankllama topics.tsv --output o {shlex.join(RANKLLAMA)}", "topics.tsv, line 1: not JSON"),
+    ],
+)
+def test_errors_are_one_line(folder: Path, command: str, problem: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(command) == 1
+    (said,) = capfd.readouterr().err.splitlines()
+    assert re.match(f"error: .*{problem}", said)
+    assert not Path("o").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "problem"),
+    [
+        ("", "Missing command"),
+        ("evaluate run.gz", "Missing option '--qrels'"),
+        (
+            "prepare run.gz --topics t --texts t --output o --depth 0",
+            "'--depth': .* greater than or equal to 1",
+        ),
+        ("convert run.gz --output o --form four", "'four' is not one of 'three', 'trec'"),
+        ("rerank matroyshka x --output o --prune 5", "'5' has no colon"),
+        ("rerank matroyshka x --output o --prune a:5", "Invalid value for '--prune'"),
+        ("rerank rankllama x --output o --cutoff 5", "No such option"),
+        ("train dance", "No such command 'dance'"),
+    ],
+)
+def test_commands_that_are_malformed(command: str, problem: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command) == 2
+    assert re.match(f"error: .*{problem}", capsys.readouterr().err)
+
+
+def test_training_without_its_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "pyterrier_llmrerank.training", types.ModuleType("pyterrier_llmrerank.training"))
+    assert run("train distill --train_data x") == 1
+    assert capsys.readouterr().err.startswith("error: training needs more packages (pip install 'pyterrier-llmrerank[")
+
+
+# -- help
+
+
+EXAMPLES = [
+    command
+    for words in (
+        [], ["prepare"], ["convert"], ["evaluate"], ["rerank", "rankllama"], ["rerank", "matroyshka"],
+    )
+    for command in CliRunner()
+    .invoke(app, [*words, "--help"]).output.partition("Examples:\n")[2].replace("\\\n", "").splitlines()
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_examples_of_the_help_are_commands(example: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = shlex.split(example.partition(" > ")[0])
+    assert words[0] == "llmrerank"
+    monkeypatch.setattr(cli, "read_run", lambda path: iter([RunRow("q", "d", None, 1.0, 1)]))
+    monkeypatch.setattr(cli, "rerank_rows", lambda *_: iter([]))
+    monkeypatch.setattr(cli, "judgements", lambda name: [Judgement("q", "d", 1)])
+    monkeypatch.setattr(streaming, "rerank_file", lambda *_, **__: None)
+    assert main(words[1:]) == 0
+
+
+def test_there_are_examples() -> None:
+    assert len(EXAMPLES) == 17
+
+
+def test_help_needs_no_model() -> None:
+    code = "import sys\nfrom pyterrier_llmrerank.cli import main\nassert main(['rerank', 'rankllama', '--help']) == 0\n"
+    code += "print([name for name in ('torch', 'transformers', 'scipy') if name in sys.modules])"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert ran.stdout.splitlines()[-1] == "[]"
+    module = [sys.executable, "-m", "pyterrier_llmrerank", "--help"]
+    ran = subprocess.run(module, capture_output=True, text=True, check=True, timeout=120)
+    assert ran.stdout.startswith("Usage: python -m pyterrier_llmrerank ")
