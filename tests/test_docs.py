@@ -32,9 +32,11 @@ from conftest import MODELS, collection, frame
 from pyterrier.measures import nDCG
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from typer.main import get_command
 
 import pyterrier_llmrerank
 from pyterrier_llmrerank import MatroyshkaReranker
+from pyterrier_llmrerank.cli import app
 from pyterrier_llmrerank.training.commands import parse
 
 ROOT = Path(__file__).parent.parent
@@ -271,10 +273,7 @@ def parsed(command: Any, words: list[str], parent: Any = None) -> None:
 def understood(words: list[str]) -> None:
     """Parse a command of the package's, and run nothing."""
     if words[0] != "train":
-        cli = pytest.importorskip("pyterrier_llmrerank.cli", reason="the command line is not here yet")
-        from typer.main import get_command
-
-        parsed(get_command(cli.app), ["llmrerank", *words])
+        parsed(get_command(app), ["llmrerank", *words])
         return
     _, recipe, *options = words
     if "--deepspeed" in options:  # a package that is not among the tests' needs
