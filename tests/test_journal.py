@@ -122,7 +122,7 @@ def test_a_file_that_is_there_is_not_written_over(tmp_path: Path) -> None:
         JournaledFile(path, SETTINGS)
     assert list(tmp_path.iterdir()) == [path]
     journal_of(path).touch()
-    with pytest.raises(FileExistsError, match="resume=True goes on with it"):
+    with pytest.raises(FileExistsError, match=r"go on with resume \(--resume\)"):
         JournaledFile(path, SETTINGS)
     assert path.read_text() == "mine\n"
 
