@@ -69,7 +69,7 @@ class JournaledFile:
                 raise
             return
         if path.exists():
-            can = "; resume=True goes on with it" if self.journal.exists() else ""
+            can = "; go on with resume (--resume)" if self.journal.exists() else ""
             raise FileExistsError(f"{path} is there already, and is not written over{can}.")
         # The journal comes first: a file without one is finished.
         self._log = FileIO(self.journal, "w")
