@@ -191,4 +191,4 @@ def test_where_nothing_could_be_written_nothing_is_left(tmp_path: Path) -> None:
         write(tmp_path / "run.tsv", [b"one\n"], stop=0)
     with pytest.raises(OSError, match="File too large"), disk_of(0):
         JournaledFile(tmp_path / "run.tsv", SETTINGS)
-    assert list(tmp_path.glob("*.tsv")) == []
+    assert list(tmp_path.iterdir()) == []

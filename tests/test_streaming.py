@@ -11,6 +11,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -424,3 +425,14 @@ def test_a_damaged_source_does_not_keep_the_progress_bar_from_beginning(tmp_path
     with pytest.raises(ValueError, match=r"rerank\.jsonl\.gz, line 34: the compressed file is cut off"):
         rerank_file(verbose, cut, tmp_path / "run.tsv")
     assert len(list(read_run(tmp_path / "run.tsv"))) == sum(CHUNKS[:-1])
+
+
+def test_a_pipe_is_read_once_with_a_progress_bar_too(source: Path, whole: bytes, tmp_path: Path) -> None:
+    pipe, target = tmp_path / "pipe", tmp_path / "run.tsv"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as thread:
+        writing = thread.submit(pipe.write_bytes, source.read_bytes())
+        shown = MatroyshkaReranker(MODELS / "costwise_full", dtype="float32", cutoff=2, verbose=True)
+        rerank_file(shown, pipe, target)
+        writing.result()
+    assert target.read_bytes() == whole

@@ -241,7 +241,7 @@ def test_too_many_losses_over_one_thing_are_an_error(
     stand = Stand(lambda busy: busy[0], loses)
     with caplog.at_level(logging.WARNING):
         got, error = run(stand, chunks(["q0", "q1", "q2"]), 2)
-    assert isinstance(error, RuntimeError)
+    assert isinstance(error, ConnectionError)
     assert f"{LOSSES} workers were lost over {over}" in str(error)
     assert got == (["q0"] if what == "score" else [])
     assert caplog.text.count(f"a worker was lost over {over} and is replaced") == replaced
