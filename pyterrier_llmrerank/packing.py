@@ -24,11 +24,12 @@ Indices = NDArray[np.int64]
 class Packing:
     """How the tokens of a batch's pairs stand in one row.
 
-    The row holds pair after pair; the prefix stands with the first pair that has it.
+    The row holds pair after pair; the prefix stands with the first pair that has it, or, where a batch before has run
+    it, in no row any more.
 
     Args:
         prefix, body, suffix: tokens of each pair's parts, ``[pairs]``.
-        owner: for each pair the first one with the same prefix, ``[pairs]``.
+        owner: for each pair the first one with the same prefix, ``[pairs]``; -1 where its prefix is not in the row.
         padding: tokens after the suffix that no other sees as a key, ``[pairs]``; the released code has some.
     """
 
@@ -79,12 +80,21 @@ class Packing:
 
     @cached_property
     def places(self) -> Indices:
-        """Where each token of each pair stands in the row, ``[pairs, longest]``; 0 after a pair's end."""
+        """Where each token of each pair stands in the row, ``[pairs, longest]``; 0 after a pair's end.
+
+        The tokens of a prefix that is not in the row are counted on after the row's last.
+        """
         position = np.arange(self.longest)[None]
-        shared = self._starts[self.owner][:, None] + position
+        shared = np.where(self.owner < 0, len(self.pair_of_token), self._starts[self.owner])[:, None] + position
         own = self._starts[:, None] + position - np.where(self.owns, 0, self.prefix)[:, None]
         place = np.where(position < self.prefix[:, None], shared, own)
         return np.where(position < self.lengths[:, None], place, 0)
+
+    @property
+    def last_prefix(self) -> slice:
+        """Where the last pair's prefix stands in the row, if it does."""
+        start = int(self._starts[self.owner[-1]])
+        return slice(start, start + int(self.prefix[-1]))
 
     @cached_property
     def last(self) -> Indices:
@@ -102,15 +112,16 @@ class PackedPairs(Packing):
     Args:
         pairs: at least one.
         pad_id: fill each pair up to a multiple of 8 with this id, as the released code does; None for no padding.
+        known: a prefix that a batch before has run; None for none.
 
     Raises:
         ValueError: a pair has no token.
     """
 
-    def __init__(self, pairs: Sequence[Ids], pad_id: int | None = None) -> None:
+    def __init__(self, pairs: Sequence[Ids], pad_id: int | None = None, known: Sequence[int] | None = None) -> None:
         prefix, body, suffix = (np.array([len(pair[part]) for pair in pairs]) for part in range(3))
         padding = np.zeros_like(prefix) if pad_id is None else -(prefix + body + suffix) % 8
-        super().__init__(prefix, body, suffix, owners(pairs), padding)
+        super().__init__(prefix, body, suffix, owners(pairs, known), padding)
         if not self.real.all():
             raise ValueError("the tokenizer makes no token of a pair, so that there is nothing to score.")
         ids: list[int] = []
@@ -136,7 +147,8 @@ class Row:
 
     Args:
         packing: how they stand in the row.
-        states: of their tokens, ``[tokens, width]``.
+        states: of their tokens, ``[tokens, width]``. Where a row has been through a walk, those of a prefix that is
+            not in it follow, so that all its places are filled.
         depth: layers they have been through.
     """
 
@@ -145,12 +157,13 @@ class Row:
     depth: int
 
 
-def regrouped(members: Sequence[tuple[Row, int]], pairs: Sequence[Ids]) -> Row:
+def regrouped(members: Sequence[tuple[Row, int]], pairs: Sequence[Ids], known: Sequence[int] | None = None) -> Row:
     """Pairs out of several rows of one depth as a row of their own.
 
     Args:
         members: the row of each pair, and its number there.
         pairs: their ids, which say whose prefix is the same.
+        known: as :class:`PackedPairs`.
     """
     rows = {id(row): row for row, _ in members}
     offsets = dict(zip(rows, np.cumsum([0, *(len(row.states) for row in rows.values())]).tolist(), strict=False))
@@ -158,7 +171,7 @@ def regrouped(members: Sequence[tuple[Row, int]], pairs: Sequence[Ids]) -> Row:
         np.array([getattr(row.packing, part)[number] for row, number in members])
         for part in ("prefix", "body", "suffix", "padding")
     )
-    packing = Packing(prefix, body, suffix, owners(pairs), padding)
+    packing = Packing(prefix, body, suffix, owners(pairs, known), padding)
     sources = []
     for (row, number), owns in zip(members, packing.owns, strict=True):
         places = row.packing.places[number, : row.packing.lengths[number]]
@@ -168,9 +181,9 @@ def regrouped(members: Sequence[tuple[Row, int]], pairs: Sequence[Ids]) -> Row:
     return Row(packing, states.index_select(0, source), next(iter(rows.values())).depth)
 
 
-def owners(pairs: Sequence[Ids]) -> Indices:
-    """For each pair the first one with the same prefix, ``[pairs]``."""
-    first: dict[tuple[int, ...], int] = {}
+def owners(pairs: Sequence[Ids], known: Sequence[int] | None = None) -> Indices:
+    """For each pair the first one with the same prefix, ``[pairs]``; -1 for those with the known one."""
+    first: dict[tuple[int, ...], int] = {} if known is None else {tuple(known): -1}
     return np.array([first.setdefault(tuple(pair.prefix), index) for index, pair in enumerate(pairs)])
 
 

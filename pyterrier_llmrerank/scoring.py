@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .batching import Budget, chunks, run_in_batches
 from .cascade import Cascade
-from .decoder import embedded, walk
+from .decoder import KnownPrefix, embedded, walk
 from .errors import ScoringError
 from .inputs import Ids
 from .kernels import kernel_of
@@ -179,6 +179,7 @@ def _score_on(
     heads = heads[list(shape.heads)]
     stages = shape.stages
     in_work: list[tuple[list[int], slice, Callable[[], np.ndarray]]] = []
+    prefix: KnownPrefix | None = None  # that with which the last batch ended: the next may begin with it
 
     def collect(leave: int = 0) -> None:
         """Wait for batches until so many are left for the device to work on."""
@@ -202,6 +203,7 @@ def _score_on(
     @torch.inference_mode()
     def run(stage: int, going: list[int], batch: list[int]) -> None:
         """Take pairs through a stage: ``batch`` says which of those of the chunk that are ``going``."""
+        nonlocal prefix
         if is_stopped():
             raise Stopped
         members = [going[index] for index in batch]
@@ -213,16 +215,19 @@ def _score_on(
             states = model(packed, cutoffs)
             packing, tokens = packed, int(packed.real.sum())
         else:
+            known = None if prefix is None else prefix.ids
             if stage == 0:
-                row = embedded(model, PackedPairs(pairs_ids, shape.pad_id))
+                row = embedded(model, PackedPairs(pairs_ids, shape.pad_id, known))
             else:
-                row = regrouped([held[stage - 1, member] for member in members], pairs_ids)
+                row = regrouped([held[stage - 1, member] for member in members], pairs_ids, known)
             packing, tokens = row.packing, len(row.states)
             on = stage + 1 < len(stages)
+            leaves = prefix if row.packing.owner[-1] < 0 else KnownPrefix(pairs_ids[-1].prefix)
             states, row = walk(
                 model, row, cutoffs, compress_layers=shape.compress_layers, compress_ratio=shape.compress_ratio,
-                goes_on=on, kernel=kernel,
+                goes_on=on, kernel=kernel, before=prefix, leaves=leaves,
             )  # fmt: skip
+            prefix = leaves
             if on:
                 held.update({(stage, member): (row, number) for number, member in enumerate(members)})
         if stage == 0:
@@ -260,6 +265,7 @@ def _score_on(
             going = list(range(len(chunk)))
             held: dict[tuple[int, int], tuple[Row, int]] = {}  # where each pair's states are, after each stage
             for stage in range(len(stages)):
+                prefix = None  # of each stage anew: its layers are others
                 too_large = run_in_batches([ids[member] for member in going], partial(run, stage, going), budget)
                 if too_large is not None:
                     collect()

@@ -5,7 +5,7 @@ import torch
 from test_compression import by_definition
 from transformers import AutoConfig, AutoModel, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from pyterrier_llmrerank.decoder import ATTENTION, FAMILIES, decode
+from pyterrier_llmrerank.decoder import ATTENTION, FAMILIES, KnownPrefix, decode, embedded, walk
 from pyterrier_llmrerank.inputs import Ids
 from pyterrier_llmrerank.packing import PackedPairs
 
@@ -100,6 +100,22 @@ def test_compression_equals_full_attention_matrices(name: str, ratio: int) -> No
             if index + 1 in (2, 4):
                 wanted = theirs.norm(hidden[0, -1])
                 torch.testing.assert_close(states[(index + 1) // 2 - 1, row], wanted, atol=5e-5, rtol=5e-5)
+
+
+@pytest.mark.parametrize("pooling", [{}, {"compress_layers": {1, 3}, "compress_ratio": 2}])
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.inference_mode()
+def test_what_a_batch_has_run_of_a_prefix_is_seen_by_the_next(name: str, pooling: dict) -> None:
+    ours, _ = models(name)
+    one, *others, two = pairs()
+    prefix = KnownPrefix(one.prefix)
+    first, _ = walk(ours, embedded(ours, PackedPairs([*others, one])), [2, 4], leaves=prefix, **pooling)
+    row = embedded(ours, PackedPairs([two, others[0]], known=prefix.ids))
+    assert len(row.states) == len(two.body + two.suffix) + others[0].length
+    second, _ = walk(ours, row, [2, 4], before=prefix, **pooling)
+    for got, pair in ((first[:, 2], one), (second[:, 0], two), (second[:, 1], others[0])):
+        alone = decode(ours, PackedPairs([pair]), [2, 4], **pooling)
+        torch.testing.assert_close(got, alone[:, 0], atol=2e-5, rtol=2e-5)
 
 
 @torch.inference_mode()

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import MODELS, words
@@ -153,6 +154,42 @@ def test_a_prefix_is_computed_once_for_its_passages(monkeypatch: pytest.MonkeyPa
     assert one < 0.6 * many
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"cutoff": [3, 8], "compress_layers": [2, 5], "compress_ratio": 4},
+        {"compress_layers": [2], "compress_ratio": 2, "released": True},
+        {"prune": {3: 3, 5: 2}, "compress_layers": [4], "compress_ratio": 2},
+        {"attn_implementation": "eager"},
+    ],
+)
+def test_a_prefix_is_computed_once_whatever_the_batches(
+    monkeypatch: pytest.MonkeyPatch, shape: dict, dtype: str
+) -> None:
+    """Three queries, of which one fills many batches, one shares some, and one has one candidate."""
+    pairs = [(words(q, 30), words(q + i, 3 + i)) for q, count in ((1, 20), (2, 5), (3, 1)) for i in range(count)]
+    reranker = MatroyshkaReranker(FULL, dtype=dtype, **shape)
+    computed, real = [0], scoring.walk
+
+    def watched(model: object, row: Row, *args: object, **options: object) -> tuple[torch.Tensor, Row]:
+        computed[-1] += len(row.states) - int(row.packing.padding.sum())
+        return real(model, row, *args, **options)
+
+    monkeypatch.setattr(scoring, "walk", watched)
+    rows = pd.DataFrame(pairs, columns=["query", "text"]).assign(docno=[f"d{i}" for i in range(len(pairs))])
+    rows["qid"] = rows["query"]
+    together = reranker.transform(rows)
+    for batch_size in (1, 3):
+        computed.append(0)
+        reranker.set_parameter("batch_size", batch_size)
+        apart = reranker.transform(rows)
+        np.testing.assert_allclose(apart["score"], together["score"], atol=1e-4)
+    assert computed[0] > 0
+    assert len(set(computed)) == 1
+
+
 def test_the_last_layer_is_run_for_what_is_read() -> None:
     reranker = RERANKERS["plain"]
     decoder, _, _ = reranker._weights().at_depth(8)
@@ -197,7 +234,7 @@ def test_a_result_that_fails_to_come_back_is_asked_for_again(
     monkeypatch: pytest.MonkeyPatch, failure: Exception
 ) -> None:
     reranker = MatroyshkaReranker(FULL, dtype="float32", batch_size=2)
-    pairs = [pair(i, 9 * i, i) for i in range(8)]
+    pairs = [pair(i % 2, 9 * i, i) for i in range(8)]
     wanted, real, calls = reranker.compute_score(pairs), scoring._brought_back, []
 
     def brought_back(computed: torch.Tensor) -> Callable[[], np.ndarray]:
