@@ -14,6 +14,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -345,6 +346,9 @@ class TensorFiles:
 
     def __init__(self, folder: Path, stem: str, argument: str) -> None:
         self.argument = argument
+        # An adapter's tensors are many and small: its file, slower to open than they are to read, stays open.
+        # A model's would stay mapped, and count as memory in use.
+        self._open = cache(_open_safetensors) if stem == "adapter_model" else _open_safetensors
         bin_stem = "pytorch_model" if stem == "model" else stem
         for name in (f"{stem}.safetensors", f"{bin_stem}.bin"):
             index = folder / f"{name}.index.json"
@@ -360,7 +364,7 @@ class TensorFiles:
                 if not path.is_file():
                     raise FileNotFoundError(f"{argument}: {index} names {file}, which is not there.")
                 source = path if path.suffix == ".safetensors" else _load_bin(path)
-                names = source if isinstance(source, dict) else _open_safetensors(path).keys()
+                names = source if isinstance(source, dict) else self._open(path).keys()
                 for name in names:
                     if name in self._where:
                         raise ValueError(f"{argument}: tensor {short(name)} is in {path} and in another file too.")
@@ -382,7 +386,7 @@ class TensorFiles:
         source = self._where[name]
         if isinstance(source, dict):
             return tuple(source[name].shape)
-        return tuple(_open_safetensors(source).get_slice(name).get_shape())
+        return tuple(self._open(source).get_slice(name).get_shape())
 
     def read(self, name: str) -> Tensor:
         """A tensor in the dtype it is stored in; it may be a view of the file, which is mapped as long as it lives.
@@ -391,7 +395,7 @@ class TensorFiles:
             ValueError: its numbers are of a kind that no weights are.
         """
         source = self._where[name]
-        tensor: Tensor = source[name] if isinstance(source, dict) else _open_safetensors(source).get_tensor(name)
+        tensor: Tensor = source[name] if isinstance(source, dict) else self._open(source).get_tensor(name)
         if str(tensor.dtype) not in STORED:
             raise ValueError(
                 f"{self.argument}: tensor {short(name)} is {tensor.dtype}; wanted one of {', '.join(STORED)}."
