@@ -182,9 +182,18 @@ def regrouped(members: Sequence[tuple[Row, int]], pairs: Sequence[Ids], known: S
 
 
 def owners(pairs: Sequence[Ids], known: Sequence[int] | None = None) -> Indices:
-    """For each pair the first one with the same prefix, ``[pairs]``; -1 for those with the known one."""
-    first: dict[tuple[int, ...], int] = {} if known is None else {tuple(known): -1}
-    return np.array([first.setdefault(tuple(pair.prefix), index) for index, pair in enumerate(pairs)])
+    """For each pair the first one with the same prefix, ``[pairs]``; -1 for those with the known one.
+
+    A pair that is its prefix alone is read there, and has it in the row even so.
+    """
+    first: dict[tuple[int, ...], int] = {}
+    apart = None if known is None else tuple(known)
+    owner = []
+    for index, pair in enumerate(pairs):
+        prefix = tuple(pair.prefix)
+        is_apart = prefix == apart and (pair.body or pair.suffix)
+        owner.append(-1 if is_apart else first.setdefault(prefix, index))
+    return np.array(owner)
 
 
 def on_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
