@@ -1,6 +1,8 @@
 """A score depends on its pair alone, and what cannot be scored is named without losing what was."""
 
+import gc
 import threading
+import tracemalloc
 from collections.abc import Callable
 
 import numpy as np
@@ -227,6 +229,28 @@ def test_ids_are_made_while_the_chunk_before_is_scored(monkeypatch: pytest.Monke
     reranker._encode = encode
     reranker.compute_score([pair(i, 9, i) for i in range(6)])
     assert chunks_made == [2, 2, 2]
+
+
+def test_memory_does_not_grow_with_the_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond what tells rows and pairs apart: neither ids nor states are kept, of which a pair here has kilobytes."""
+    monkeypatch.setattr(scoring, "CHUNK", 50)
+    reranker = MatroyshkaReranker(FULL, dtype="float32", cutoff=2, batch_size=25)
+    texts = [f"{words(i, 60)} {i}" for i in range(800)]
+
+    def peak(count: int) -> int:
+        rows = pd.DataFrame({"qid": [str(i // 10) for i in range(count)], "text": texts[:count]}, dtype=object)
+        rows["query"], rows["docno"] = rows["qid"], rows.index.astype(str)
+        gc.collect()
+        tracemalloc.start()
+        try:
+            reranker.transform(rows)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(200)
+    growth = (peak(800) - peak(200)) / 600
+    assert growth < 800
 
 
 @pytest.mark.parametrize("failure", [MemoryError(), torch.OutOfMemoryError("CUDA error: out of memory")])
