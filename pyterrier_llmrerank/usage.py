@@ -18,7 +18,7 @@ class Usage:
 
     Args:
         pairs: distinct pairs of query and text that got a score.
-        tokens: tokens that went into the model's first layer: a query's prefix once a batch, for all its passages.
+        tokens: tokens that went into the model's first layer: a query's prefix once, for all its passages.
             (Models run by their own forward: once a pair.) What pooling and cascades save deeper is not taken off.
         positions: at which attention lays pairs out side by side: in each batch pairs times the longest pair.
         filled: those of them that hold a token; a prefix stands in each of its pairs here.

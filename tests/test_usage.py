@@ -56,19 +56,19 @@ def test_it_reads_as_one_line() -> None:
 def test_tokens_and_padding_are_those_of_the_batches(
     make: type[LLMReranker], batch_size: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against the ids of each batch: a prefix counts once in tokens, and in each pair that attention lays out."""
+    """Against the ids of each batch: a prefix counts once in all tokens, and in each pair that attention lays out."""
     reranker, rows, batches = make(batch_size=batch_size), frame(3, 4), []
     real = scoring.PackedPairs
 
-    def packed(pairs: list, pad_id: int | None = None) -> object:
+    def packed(pairs: list, *options: object) -> object:
         batches.append(pairs)
-        return real(pairs, pad_id)
+        return real(pairs, *options)
 
     monkeypatch.setattr(scoring, "PackedPairs", packed)
     reranker.transform(rows)
     used = reranker.usage
     assert used.pairs == sum(map(len, batches)) == len(rows)
-    assert used.tokens == sum(map(packed_size, batches))
+    assert used.tokens == packed_size([pair for batch in batches for pair in batch])
     assert used.filled == sum(pair.length for batch in batches for pair in batch)
     assert used.positions == sum(len(batch) * max(pair.length for pair in batch) for batch in batches)
     assert 0 < used.padding == 1 - used.filled / used.positions < 1
