@@ -1,16 +1,19 @@
-"""How fast re-ranking is, beside what one would use else: the same weights, texts, precision and threads in one run.
+r"""How fast re-ranking is, beside what one would use else: the same weights, texts, precision and threads in one run.
 
     python examples/benchmark.py FOLDER --candidates 100 --queries 1
-    python examples/benchmark.py FOLDER --queries 10 --random_layers 32 --matroyshka '' --peers a  # on a GPU
+    python examples/benchmark.py FOLDER --queries 10 --random_layers 32 --matroyshka '' \
+        --quantization float8 --torch_compile --json gpu.json --plot gpu.png  # 7B, on one GPU of 80 GB
     python examples/benchmark.py FOLDER --peers --quantization float8 --torch_compile  # what options give
 
 FOLDER is as for rerank_run.py. Peers of RankLLaMA: (a) sentence-transformers' CrossEncoder as it comes, (b)
 transformers' sequence classification padded and cut to 194 tokens, the original's maximum. Peer of Matroyshka: (c)
-padded batches through eager attention with full attention matrices, as the released code does. "20/2" is
-twenty layers, and passages pooled two to one before layer 8. With options of the re-rankers (--quantization,
+padded batches through eager attention with full attention matrices, as the released code does. "20/2" is twenty
+layers, and passages pooled two to one before layer 8. With options of the re-rankers (--quantization,
 --torch_compile, --attn_implementation), both stand beside themselves without, marked "+". All take turns for some
-rounds; printed are medians. Operations are counted by torch, not timed; of those compiled or in eight bits it does not
-see all. The share of the peak is that of matrix products of the model's own shapes, in the same run.
+rounds; printed are medians. Tokens are those of the texts as ours read them, a query's in each of its pairs and
+padding in none, and so the same for all that read the same texts. Operations are counted by torch, not timed; of
+those compiled or in eight bits it does not see all. The share of the peak is that of matrix products of the model's
+own shapes, in the same run.
 """
 
 from __future__ import annotations
@@ -35,11 +38,10 @@ from rerank_run import load, with_title
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, MistralConfig
 
-from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker, scoring
+from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker
 from pyterrier_llmrerank.batching import TOKENS
 from pyterrier_llmrerank.files import SHIPPED, folder_of, smollm2
 from pyterrier_llmrerank.inputs import Ids, MatroyshkaInputs, document
-from pyterrier_llmrerank.packing import Packing, Row
 
 Scorer = Callable[[], np.ndarray]
 LONGEST = 1024  # tokens of a text: more than any has, so that nobody but (b) cuts
@@ -61,6 +63,7 @@ class System:
     name: str
     score: Scorer
     dtype: torch.dtype
+    reads: LLMReranker  # the texts that this one reads
     seconds: list[float] = field(default_factory=list)
     operations: int = 0
 
@@ -236,28 +239,11 @@ def seconds_to_open(model: str, dtype: str) -> tuple[float, float]:
     return found[0], found[1]
 
 
-def batches(reranker: RankLLaMAReranker, candidates: pd.DataFrame) -> tuple[int, float, float, float]:
-    """Tokens that go through the layers, the shares of padding there and in attention, the process's memory in GB."""
-    made: list[Packing] = []
-    real = scoring.walk
-
-    def watched(model: Any, row: Row, *arguments: Any, **options: Any) -> tuple[torch.Tensor, Row]:
-        made.append(row.packing)
-        return real(model, row, *arguments, **options)
-
-    scoring.walk = watched
-    try:
-        reranker(candidates)
-    finally:
-        scoring.walk = real
-    tokens = sum(len(packed.positions) for packed in made)
-    padding = sum(int(packed.padding.sum()) for packed in made)
-    attended = sum(int(packed.lengths.sum()) for packed in made) / sum(len(packed) * packed.longest for packed in made)
+def most_memory() -> float:
+    """Of the device if it has its own, else of the process, in GB; until now."""
     if torch.cuda.is_available():
-        memory = torch.cuda.max_memory_allocated()
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return tokens, padding / tokens, 1 - attended, memory / 1e9
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def measure(systems: list[System], rounds: int, device: str) -> dict[str, np.ndarray]:
@@ -280,11 +266,12 @@ def report(systems: list[System], pairs: int, best: dict[torch.dtype, float]) ->
     """What each system does in a second, and with how many operations."""
     rows = []
     for system in systems:
-        seconds = statistics.median(system.seconds)
+        seconds, used = statistics.median(system.seconds), system.reads.usage
         rows.append(
             {
                 "system": system.name,
                 "pairs/s": round(pairs / seconds, 2),
+                "tokens/s": round(used.filled / used.pairs * pairs / seconds),
                 "GFLOP a pair": round(system.operations / pairs / 1e9, 2),
                 "share of peak": round(system.operations / seconds / best[system.dtype], 2),
             }
@@ -351,49 +338,51 @@ def main() -> None:
             random_model(merged, chosen.random_layers, device)
             chosen.rankllama = str(merged)
         rank = RankLLaMAReranker(chosen.rankllama, **lengths, **shared)
-        systems = [System("RankLLaMA", ours(rank, candidates), dtype)]
+        systems = [System("RankLLaMA", ours(rank, candidates), dtype, rank)]
         if options:
             other = RankLLaMAReranker(chosen.rankllama, **lengths, **shared, **options)
-            systems.append(System("RankLLaMA +", ours(other, candidates), dtype))
+            systems.append(System("RankLLaMA +", ours(other, candidates), dtype, rank))
         if not chosen.random_layers and {"a", "b"} & set(chosen.peers):
             rank.save(merged, merged=True)
             without_chat(merged)
         if "a" in chosen.peers:
-            systems.append(System("(a) CrossEncoder", cross_encoder(merged, candidates, dtype, device), dtype))
+            systems.append(System("(a) CrossEncoder", cross_encoder(merged, candidates, dtype, device), dtype, rank))
         if "b" in chosen.peers:
-            systems.append(System("(b) padded to 194", classifier(merged, candidates, dtype, device), dtype))
+            systems.append(System("(b) padded to 194", classifier(merged, candidates, dtype, device), dtype, rank))
         if chosen.matroyshka:
             full = MatroyshkaReranker(chosen.matroyshka, max_length=LONGEST, **shared)
             part = full.at(cutoff=shape[0], compress_layers=shape[1], compress_ratio=shape[2])
-            systems.append(System("Matroyshka", ours(full, titled), dtype))
-            systems.append(System(part_name, ours(part, titled), dtype))
+            systems.append(System("Matroyshka", ours(full, titled), dtype, full))
+            systems.append(System(part_name, ours(part, titled), dtype, full))
             if options:
                 others = MatroyshkaReranker(chosen.matroyshka, max_length=LONGEST, **shared, **options)
-                systems.append(System("Matroyshka +", ours(others, titled), dtype))
+                systems.append(System("Matroyshka +", ours(others, titled), dtype, full))
         for kind in dict.fromkeys([dtype, torch.float32]) if chosen.matroyshka and "c" in chosen.peers else ():
             name = f"(c) eager {kind}".replace("torch.", "")
-            systems.append(System(name, straightforward(part, titled, kind, device, *shape), kind))
+            systems.append(System(name, straightforward(part, titled, kind, device, *shape), kind, full))
         scores = measure(systems, chosen.rounds, device)
         imported, opened = seconds_to_open(chosen.rankllama, chosen.dtype)
-        tokens, padding, apart, memory = batches(rank, candidates)
     config = rank._weights().checkpoint.config
     best = {kind: peak(config, kind, device, TOKENS[device]) for kind in {system.dtype for system in systems}}
     comparisons = [("RankLLaMA", "(a) CrossEncoder"), ("RankLLaMA", "(b) padded to 194")]
     comparisons += [(part_name, f"(c) eager {kind}") for kind in dict.fromkeys([chosen.dtype, "float32"])]
     comparisons += [(f"{name} +", name) for name in ("RankLLaMA", "Matroyshka") if options]
     tables = report(systems, len(candidates), best), beside(systems, comparisons, scores)
+    tokens, padding, memory = rank.usage.tokens / rank.usage.pairs, rank.usage.padding, most_memory()
 
     print(f"\n{chosen.folder.name}: {len(candidates)} pairs, {chosen.candidates} a query, {chosen.dtype}, {device},")
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; medians of {chosen.rounds}\n")
     for table in tables:
         print(table.to_string(index=False), end="\n\n")
     print(f"matrix products in the model's shapes: {best[dtype] / 1e9:.0f} GFLOP/s")
-    print(f"RankLLaMA: {tokens / len(candidates):.1f} tokens computed a pair, {padding:.1%} of them padding;")
-    print(f"{apart:.1%} of the positions that attention lays out are")
-    print(f"most memory of the process so far: {memory:.2f} GB")
+    print(f"RankLLaMA: {tokens:.1f} tokens computed a pair, without padding;")
+    print(f"of the positions that attention lays out {padding:.1%} are padding")
+    print(f"most memory of all that ran: {memory:.2f} GB")
     print(f"seconds to import the package {imported:.2f}, to open it for a first score {opened:.2f}")
     if chosen.json:
         figures = {"seconds": {s.name: s.seconds for s in systems}, "peak": best[dtype], "pairs": len(candidates)}
+        figures |= {"tokens a pair": tokens, "padding": padding, "gigabytes": memory}
+        figures |= {"seconds to import": imported, "seconds to open": opened}
         figures |= {"systems": tables[0].to_dict("records"), "comparisons": tables[1].to_dict("records")}
         chosen.json.write_text(json.dumps(figures, indent=2), encoding="utf-8")
     if chosen.plot:

@@ -58,7 +58,7 @@ class Budget:
 def run_in_batches(pairs: Sequence[Ids], run: Callable[[list[int]], None], budget: Budget) -> int | None:
     """Call ``run`` with lists of indices until every index has been in one, halving when memory runs out.
 
-    Pairs with one prefix stand together, so that it is computed once a batch; among them, and among prefixes, the
+    Pairs with one prefix stand together, so that it is computed once for all; among them, and among prefixes, the
     longest go first, so that a batch too large shows at once and neighbours are of alike length.
 
     Args:

@@ -64,20 +64,31 @@ def test_long_documents(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
 
 
 def test_benchmark(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     collection(tmp_path)
     rankllama = RankLLaMAReranker(MODELS / "rankllama_adapter", base_model=MODELS / "rankllama_base", dtype="float32")
     rankllama.save(tmp_path / "merged", merged=True)
     models = ["--rankllama", str(tmp_path / "merged"), "--matroyshka", str(MODELS / "costwise_full")]
     shape = ["--cutoff", "6", "--compress_layer", "2", "--dtype", "float32", "--json", str(tmp_path / "figures.json")]
     choice = ["--run", "first", "--queries", "2", "--candidates", "5", "--rounds", "1", "--peers", "b", "c"]
-    choice += ["--attn_implementation", "eager"]
+    choice += ["--attn_implementation", "eager", "--plot", str(tmp_path / "figures.png")]
     monkeypatch.setattr(sys, "argv", ["benchmark.py", str(tmp_path), *models, *shape, *choice])
     monkeypatch.syspath_prepend(str(EXAMPLES))
     runpy.run_path(str(EXAMPLES / "benchmark.py"), run_name="__main__")
     out = capfd.readouterr().out
-    for wanted in ("10 pairs, 5 a query", "(b) padded to 194", "Matroyshka 6/2", "GFLOP/s", "0.0% of them padding"):
+    for wanted in (
+        "10 pairs, 5 a query",
+        "(b) padded to 194",
+        "Matroyshka 6/2",
+        "GFLOP/s",
+        "tokens/s",
+        "% are padding",
+    ):
         assert wanted in out
     figures = json.loads((tmp_path / "figures.json").read_text())
+    assert 0 < figures["padding"] < 0.5
+    assert figures["seconds to import"] < figures["seconds to open"]
+    assert (tmp_path / "figures.png").stat().st_size > 5_000
     differences = [row["largest difference"] for row in figures["comparisons"]]
     assert len(differences) == 4
     assert max(differences) < 1e-3
