@@ -5,15 +5,15 @@ r"""How fast re-ranking is, beside what one would use else: the same weights, te
         --quantization float8 --torch_compile --json gpu.json --plot gpu.png  # 7B, on one GPU of 80 GB
     python examples/benchmark.py FOLDER --peers --quantization float8 --torch_compile  # what options give
 
-FOLDER is as for rerank_run.py. Peers of RankLLaMA: (a) sentence-transformers' CrossEncoder as it comes, (b)
-transformers' sequence classification padded and cut to 194 tokens, the original's maximum. Peer of Matroyshka: (c)
-padded batches through eager attention with full attention matrices, as the released code does. "20/2" is twenty
-layers, and passages pooled two to one before layer 8. With options of the re-rankers (--quantization,
---torch_compile, --attn_implementation), both stand beside themselves without, marked "+". All take turns for some
-rounds; printed are medians. Tokens are those of the texts as ours read them, a query's in each of its pairs and
-padding in none, and so the same for all that read the same texts. Operations are counted by torch, not timed; of
-those compiled or in eight bits it does not see all. The share of the peak is that of matrix products of the model's
-own shapes, in the same run.
+FOLDER is as for rerank_run.py. Peers of RankLLaMA: (a) CrossEncoder as it comes (pip install
+sentence-transformers), (b) transformers' sequence classification padded and cut to 194 tokens, the original's
+maximum. Peer of Matroyshka: (c) padded batches through eager attention with full attention matrices, as the
+released code does. "20/2" is twenty layers, and passages pooled two to one before layer 8. With options of the
+re-rankers (--quantization, --torch_compile, --attn_implementation), both stand beside themselves without, marked
+"+". All take turns for some rounds; printed are medians. Tokens are those of the texts as ours read them, a query's
+in each of its pairs and padding in none, and so the same for all that read the same texts. Operations are counted
+by torch, not timed; of those compiled or in eight bits it does not see all. The share of the peak is that of matrix
+products of the model's own shapes, in the same run.
 """
 
 from __future__ import annotations
@@ -362,7 +362,7 @@ def main() -> None:
             systems.append(System(name, straightforward(part, titled, kind, device, *shape), kind, full))
         scores = measure(systems, chosen.rounds, device)
         imported, opened = seconds_to_open(chosen.rankllama, chosen.dtype)
-    config = rank._weights().checkpoint.config
+        config = rank._weights().checkpoint.config
     best = {kind: peak(config, kind, device, TOKENS[device]) for kind in {system.dtype for system in systems}}
     comparisons = [("RankLLaMA", "(a) CrossEncoder"), ("RankLLaMA", "(b) padded to 194")]
     comparisons += [(part_name, f"(c) eager {kind}") for kind in dict.fromkeys([chosen.dtype, "float32"])]

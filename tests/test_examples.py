@@ -1,15 +1,18 @@
 """The examples run, end to end, on a tiny model; what they print is what a user is told to expect."""
 
 import gzip
+import importlib
 import json
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
 
 import ir_measures
 import pandas as pd
 import pytest
 from conftest import MODELS, RECORDS, collection
+from transformers import MistralConfig
 
 from pyterrier_llmrerank import RankLLaMAReranker
 from pyterrier_llmrerank.training.data import open_data
@@ -94,6 +97,26 @@ def test_benchmark(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
     assert max(differences) < 1e-3
     assert [row["system"] for row in figures["comparisons"][2:]] == ["RankLLaMA +", "Matroyshka +"]
     assert all(row["of its operations"] < 1 for row in figures["comparisons"][:2])
+
+
+def test_benchmark_of_random_weights(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """As it is told to run on a GPU, in a smaller shape."""
+    collection(tmp_path)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    benchmark = importlib.import_module("benchmark")
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    monkeypatch.setattr(benchmark, "MistralConfig", partial(MistralConfig, **size))
+    monkeypatch.setattr(benchmark, "smollm2", lambda: str(MODELS / "mistral_base"))
+    choice = ["--run", "first", "--candidates", "3", "--rounds", "1", "--matroyshka", "", "--peers", "b"]
+    choice += ["--random_layers", "2", "--attn_implementation", "eager", "--json", str(tmp_path / "figures.json")]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", str(tmp_path), *choice])
+    benchmark.main()
+    assert "3 pairs, 3 a query, bfloat16" in capfd.readouterr().out
+    systems = json.loads((tmp_path / "figures.json").read_text())["systems"]
+    assert [row["system"] for row in systems] == ["RankLLaMA", "RankLLaMA +", "(b) padded to 194"]
+    assert min(row["tokens/s"] for row in systems) > 0
 
 
 def test_pareto(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
