@@ -30,6 +30,32 @@ def test_a_union_of_depths_is_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(compiled.transform(rows.head(0)).columns) == list(got.columns)
 
 
+class LeastSquares:
+    """A learner as scikit-learn's are called."""
+
+    def fit(self, features: np.ndarray, labels: np.ndarray) -> None:
+        self.weights = np.linalg.lstsq(features, labels, rcond=None)[0]
+
+    def predict(self, features: np.ndarray) -> np.ndarray:
+        return features @ self.weights
+
+
+def test_a_fused_union_is_learnt_from() -> None:
+    """By pt.ltr, and what it learnt ranks as it does over the union that is not fused."""
+    rows, first = frame(4, 5), pt.Transformer.from_df(frame(4, 5))
+    topics = rows[["qid", "query"]].drop_duplicates()
+    qrels = rows[["qid", "docno"]].assign(label=[0, 1, 0, 2, 0] * 4)
+    union = full().at(cutoff=4) ** full().at(cutoff=2) ** full()
+    assert isinstance(union.compile(), MatroyshkaFeatures)
+    ranked = []
+    for features in (union, union.compile()):
+        pipeline = first >> features >> pt.ltr.apply_learned_model(LeastSquares())
+        pipeline.fit(topics, qrels)
+        ranked.append(pipeline(topics).sort_values(["qid", "docno"]))
+    np.testing.assert_allclose(ranked[0]["score"], ranked[1]["score"], atol=1e-3)
+    assert ranked[1]["score"].nunique() == len(rows)
+
+
 def test_what_differs_in_more_than_depth_stays_apart() -> None:
     shallow, other = full().at(cutoff=4), full().at(cutoff=8, normalize=True)
     several, released = full().at(cutoff=[3, 4]), MatroyshkaReranker(FULL, released=True, cutoff=4)
