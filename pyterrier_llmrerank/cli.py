@@ -213,8 +213,8 @@ def _said(kind: type[LLMReranker]) -> dict[str, str]:
     arguments = re.split(r"^\S", arguments, maxsplit=1, flags=re.M)[0]
     found = re.findall(r"^    (\w[\w, ]*): (.*?)(?=^    \S|\Z)", arguments, re.M | re.S)
     sentences = {names: re.split(r"(?<=\.) ", " ".join(text.split()))[0] for names, text in found}
-    plain = {names: said[0].upper() + said[1:].replace("``", "") for names, said in sentences.items()}
-    return {name: said for names, said in plain.items() for name in names.split(", ")}
+    plain = {names: said.replace("``", "") for names, said in sentences.items()}
+    return {name: said[0].upper() + said[1:] for names, said in plain.items() for name in names.split(", ")}
 
 
 #: Arguments that are no options: a rerank file has one text, and training is another command.

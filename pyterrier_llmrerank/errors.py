@@ -11,9 +11,10 @@ import pandas as pd
 class ScoringError(RuntimeError):
     """Scoring had to stop at a pair.
 
-    Attributes:
-        scores: what was scored until then, NaN elsewhere: ``[cutoffs, pairs]`` from ``compute_score``; a
-            frame with the rows that have a score from ``transform``.
+    Args:
+        message: at which pair, and why.
+        scores: what was scored until then, kept as the attribute: from ``transform`` a frame with the rows that
+            have a score; from ``compute_score`` an array ``[cutoffs, pairs]``, NaN where there is none.
     """
 
     def __init__(self, message: str, scores: np.ndarray | pd.DataFrame) -> None:

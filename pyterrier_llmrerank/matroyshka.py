@@ -79,9 +79,10 @@ class MatroyshkaReranker(LLMReranker):
             heads of its own: heads then start as the LM head's row of ``Yes``. None for what the
             checkpoint says; a plain model has just one head then, at its last layer.
         layer_sep: layers from one such head to the next; None for 1.
-        text_field, batch_size, device, dtype, quantization, torch_compile, attn_implementation, verbose: as for
-            :class:`~pyterrier_llmrerank.RankLLaMAReranker`. Where ``released`` masks padding, attention is
-            SDPA's whatever ``attn_implementation`` says.
+        text_field, batch_size, device, dtype, quantization, torch_compile, verbose: as for
+            :class:`~pyterrier_llmrerank.RankLLaMAReranker`.
+        attn_implementation: as for :class:`~pyterrier_llmrerank.RankLLaMAReranker`; where ``released`` masks padding,
+            attention is SDPA's whatever it says.
         training: how :meth:`fit` trains: ``DistillTraining`` (the default, with the original's settings)
             or ``CompensateTraining``. What it learns becomes one more of ``adapters``.
 
@@ -175,7 +176,8 @@ class MatroyshkaReranker(LLMReranker):
             options: any of the constructor's other arguments; ``training`` holds the settings.
 
         Raises:
-            ValueError, FileNotFoundError: as the constructor.
+            ValueError: as the constructor.
+            FileNotFoundError: likewise.
 
         >>> from pyterrier_llmrerank import MatroyshkaReranker
         >>> MatroyshkaReranker.untrained("mistralai/Mistral-7B-v0.1").start_layer
@@ -397,17 +399,17 @@ class MatroyshkaReranker(LLMReranker):
     def save(self, folder: str | Path, *, merged: bool = False) -> list[Path]:
         """Write what was trained, in the form that the original programs, PEFT and the constructor open.
 
+        Adapters do not say with which ``start_layer``, ``layer_sep`` and ``prompt`` they were trained: give those
+        to the constructor again.
+
         Args:
             folder: where to; new or empty.
             merged: write one layer-wise model (``cost_wise_*``) with all adapters merged in, rather than the
                 PEFT adapters. Weights are in ``dtype``, not quantised, heads are fp32.
 
-        Adapters do not say with which ``start_layer``, ``layer_sep`` and ``prompt`` they were trained: give those
-        to the constructor again.
-
         Returns:
-            What to give as ``adapters`` when opening them: the folder where there is one adapter, else a numbered
-            folder in it for each; nothing where merged, which is opened as ``model``.
+            What to give as ``adapters`` when opening them, which is the folder where there is one adapter, else a
+            numbered folder in it for each; nothing where merged, which is opened as ``model``.
 
         Raises:
             FileExistsError: there is something in the folder.

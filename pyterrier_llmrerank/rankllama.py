@@ -119,7 +119,8 @@ class RankLLaMAReranker(LLMReranker):
             options: any of the constructor's other arguments; ``training`` holds the settings.
 
         Raises:
-            ValueError, FileNotFoundError: as the constructor; or ``base`` is an adapter.
+            ValueError: as the constructor; or ``base`` is an adapter.
+            FileNotFoundError: as the constructor.
 
         >>> from pyterrier_llmrerank.training import RankLLaMATraining
         >>> RankLLaMAReranker.untrained("meta-llama/Llama-2-7b-hf", training=RankLLaMATraining(group_size=8)).model

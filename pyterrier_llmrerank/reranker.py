@@ -79,8 +79,15 @@ class LLMReranker(pt.Estimator):
     verbose: bool
     training: Recipe | None
     _usage: Usage = Usage()
+    _usage_level: int = logging.INFO  # at which each call's is logged
     _shared_key: Hashable
     _shared_weights: tuple[Weights, ...]
+    __signature__: ClassVar[inspect.Signature]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Say what the constructor takes: PyTerrier's ``__new__``, which takes anything, hides it from some tools."""
+        super().__init_subclass__(**options)
+        cls.__signature__ = inspect.signature(cls)
 
     def _set_shared(
         self,
@@ -195,8 +202,8 @@ class LLMReranker(pt.Estimator):
             pairs: one ``(query, passage)`` pair, or an iterable of them. Two strings in a list are one pair too.
 
         Returns:
-            One pair: a float. A list: an array ``[n]``. With several cutoffs, one per cutoff, shallowest
-            first: ``[cutoffs]`` and ``[cutoffs, n]``.
+            A float for one pair, an array ``[n]`` for a list. With several cutoffs, one per cutoff, shallowest
+            first, ``[cutoffs]`` and ``[cutoffs, n]``.
 
         Raises:
             ValueError: something is not a pair of strings.
@@ -298,14 +305,15 @@ class LLMReranker(pt.Estimator):
                 raise
             finally:
                 if used:  # it came as far as that
-                    self._add_up(sum(used, Usage()))
+                    took = sum(used, Usage())
+                    self._add_up(took)
+                    logger.log(self._usage_level, "%r: %s", self, took)
         return of_rows(scores)
 
     def _add_up(self, used: Usage) -> None:
-        """Take a call's usage into the sum, and log it."""
+        """Take some usage into the sum."""
         with _LOCK:
             self._usage += used
-        logger.info("%r: %s", self, used)
 
     @property
     def usage(self) -> Usage:
@@ -317,7 +325,9 @@ class LLMReranker(pt.Estimator):
         """The model's tokenizer; no weight is read for it. For ``pt.text.sliding(..., tokenizer=...)``.
 
         Raises:
-            ValueError, FileNotFoundError, ConnectionError: the model cannot be opened.
+            ValueError: the model is not what is allowed.
+            FileNotFoundError: it is not there.
+            ConnectionError: it is to come from the hub, which cannot be reached.
         """
         return self._weights().checkpoint.tokenizer()
 
@@ -433,6 +443,10 @@ class LLMReranker(pt.Estimator):
 
     def set_parameter(self, name: str, value: Any) -> None:
         """Change a constructor argument, as ``pt.GridScan`` does; it is checked as if given to the constructor.
+
+        Args:
+            name: of the argument.
+            value: what it is to be.
 
         Raises:
             ValueError: no such argument, or not a value for it.

@@ -147,8 +147,9 @@ def rerank_file(
     begun, writing = time.perf_counter(), Stopwatch()
     pairs = queries = stood = 0
     usage = Usage()
-    quiet = copy.copy(reranker)
+    quiet = copy.copy(reranker)  # the whole run has one progress bar, and one log line
     quiet.verbose = False
+    quiet._usage_level = logging.DEBUG
     if workers == 1 and address is None:
         scored = partial(_scored, quiet)
     else:
@@ -267,9 +268,10 @@ def _written(result: pd.DataFrame, form: str, tag: str) -> bytes:
 
 
 def _settings(reranker: LLMReranker, form: str, tag: str) -> dict[str, Any]:
-    """What a run is the same by: the arguments that its scores depend on, with the dtype they come to here."""
-    from .weights import resolve_device, resolve_dtype
+    """What a run is the same by: the arguments that its scores depend on, with the dtype that ``"auto"`` is here."""
+    from .weights import resolve_devices, resolve_dtype
 
     arguments = {name: value for name, value in reranker._arguments().items() if name not in FREE}
-    dtype = str(resolve_dtype(reranker.dtype, resolve_device(reranker.device))).removeprefix("torch.")
-    return {"reranker": type(reranker).__name__, **arguments, "dtype": dtype, "form": form, "tag": tag}
+    if reranker.dtype == "auto":
+        arguments["dtype"] = str(resolve_dtype("auto", *resolve_devices(reranker.device))).removeprefix("torch.")
+    return {"reranker": type(reranker).__name__, **arguments, "form": form, "tag": tag}

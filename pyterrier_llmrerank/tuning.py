@@ -195,7 +195,7 @@ def tune(
 
     Raises:
         ValueError: an argument is not what is allowed; nothing was run then.
-        ScoringError: as :meth:`~pyterrier_llmrerank.MatroyshkaReranker.transform`.
+        ScoringError: as :meth:`~pyterrier_llmrerank.LLMReranker.transform`.
 
     >>> import pandas as pd
     >>> from pyterrier_llmrerank import MatroyshkaReranker, tune
@@ -203,8 +203,9 @@ def tune(
     >>> res = pd.DataFrame({"qid": "1", "query": "what do pandas eat", "docno": ["a", "b"], "text": texts})
     >>> qrels = pd.DataFrame({"qid": ["1"], "docno": ["b"], "label": [1]})
     >>> found = tune(MatroyshkaReranker("smollm2-135m"), res, qrels, "RR", budget=0.5)
-    >>> found.front[["cutoff", "compress_ratio", "prune", "RR", "share", "milliseconds"]]
-    >>> found.best
+    >>> table = found.front[["cutoff", "compress_ratio", "prune", "RR", "share", "milliseconds"]]
+    >>> found.best.model
+    'smollm2-135m'
     """
     if not isinstance(reranker, MatroyshkaReranker) or reranker.released:
         raise ValueError(f"reranker={reranker!r}; allowed: a MatroyshkaReranker, without released=True.")

@@ -36,13 +36,14 @@ def scored_by(
     """Score chunks in Ray actors.
 
     Each opens the model once, and gets a chunk whenever it is free. Where the cluster has GPUs each has one of its own,
-    else an equal share of the CPUs, and as many threads. One that joins late, or never, holds nothing up; where one is
-    lost, another is started, and its chunk is scored again. Results come in the order of the chunks, and no more than
-    :data:`AHEAD` chunks a worker are held. Scores are those of one process: to the last bit where that has as many
-    threads, on the same hardware.
+    or as many as ``device`` lists; else an equal share of the CPUs, and as many threads. One that joins late, or
+    never, holds nothing up; where one is lost, another is started, and its chunk is scored again. Results come in the
+    order of the chunks, and no more than :data:`AHEAD` chunks a worker are held. Scores are those of one process: to
+    the last bit where that has as many threads, on the same hardware.
 
     Args:
         reranker: what scores; its model has to be there under its name, and this package installed, on each machine.
+            Name a ``dtype`` where not all of them compute in bf16: ``"auto"`` is what each finds.
         chunks: what is to be scored.
         workers: how many.
         address: a cluster's. None for the one that this process is connected to, or that ``RAY_ADDRESS`` names, or
@@ -235,15 +236,19 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
-def _share(resources: Mapping[str, float], device: str | None, workers: int) -> dict[str, int]:
+def _share(resources: Mapping[str, float], device: str | tuple[str, ...] | None, workers: int) -> dict[str, int]:
     """What each worker has to itself."""
     gpus = 0 if device == "cpu" else int(resources.get("GPU", 0))
     if not gpus:
         # Where there are more workers than CPUs, none: they would wait for one for ever.
         return {"num_cpus": int(resources.get("CPU", 0)) // workers}
-    if workers > gpus:
-        raise ValueError(f"workers={workers}; allowed: at most {gpus}, a GPU each, or device='cpu'.")
-    return {"num_cpus": 1, "num_gpus": 1}
+    each = len(device) if isinstance(device, tuple) else 1
+    if workers * each > gpus:
+        raise ValueError(
+            f"workers={workers} with device={device!r}: {each} of the cluster's {gpus} GPUs each; "
+            f"allowed: at most {gpus // each}, or device='cpu'."
+        )
+    return {"num_cpus": 1, "num_gpus": each}
 
 
 def _errors_last(chunks: Iterator[Chunk]) -> Iterator[Chunk | Exception]:

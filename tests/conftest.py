@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyterrier as pt
 import pytest
 import torch
 
@@ -75,6 +76,19 @@ def frame(queries: int = 2, documents: int = 3) -> pd.DataFrame:
         for d in range(documents)
     ]
     return pd.DataFrame(rows)
+
+
+def collection(folder: Path, run: str = "first") -> None:
+    """Three queries and what a run has of them, all tied: the ranks in the file decide."""
+    rows = frame(3, 6)
+    rows["score"] = 0.5
+    (folder / "runs").mkdir(parents=True)
+    rows[["qid", "query"]].drop_duplicates().to_csv(folder / "topics.tsv", sep="\t", header=False, index=False)
+    rows[["docno", "text"]].drop_duplicates("docno").assign(title="").to_json(
+        folder / "docs.jsonl.gz", orient="records", lines=True
+    )
+    pt.io.write_results(rows, str(folder / "runs" / f"{run}.res.gz"))
+    (folder / "qrels.txt").write_text("".join(f"q{q} 0 d1 1\n" for q in range(3)))
 
 
 @pytest.fixture

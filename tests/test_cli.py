@@ -196,6 +196,7 @@ def test_every_argument_is_an_option_with_a_sentence_of_the_docstring(name: str)
     for argument in arguments:
         assert re.search(f' --{argument.replace("_", "-")} [^-]*[A-Z"]', said), argument
     assert "as for" not in said.lower()
+    assert "`" not in said
 
 
 def test_interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """The examples run, end to end, on a tiny model; what they print is what a user is told to expect."""
 
+import gzip
 import json
 import runpy
 import sys
@@ -7,11 +8,11 @@ from pathlib import Path
 
 import ir_measures
 import pandas as pd
-import pyterrier as pt
 import pytest
-from conftest import MODELS, frame
+from conftest import MODELS, RECORDS, collection
 
 from pyterrier_llmrerank import RankLLaMAReranker
+from pyterrier_llmrerank.training.data import open_data
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -26,19 +27,6 @@ def test_quickstart(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixtur
     out = capfd.readouterr().out
     for wanted in ("nDCG@10", "RR@10", "mrt", "BM25 >> 4 layers", "BM25 >> 8 layers", "zero-shot", "25 queries"):
         assert wanted in out
-
-
-def collection(folder: Path) -> None:
-    """Three queries and what a run has of them, all tied: the ranks in the file decide."""
-    rows = frame(3, 6)
-    rows["score"] = 0.5
-    (folder / "runs").mkdir()
-    rows[["qid", "query"]].drop_duplicates().to_csv(folder / "topics.tsv", sep="\t", header=False, index=False)
-    rows[["docno", "text"]].drop_duplicates("docno").assign(title="").to_json(
-        folder / "docs.jsonl.gz", orient="records", lines=True
-    )
-    pt.io.write_results(rows, str(folder / "runs" / "first.res.gz"))
-    (folder / "qrels.txt").write_text("".join(f"q{q} 0 d1 1\n" for q in range(3)))
 
 
 def test_rerank_run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -112,6 +100,36 @@ def test_pareto(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[st
     assert (tmp_path / "pareto.png").stat().st_size > 10_000
 
 
+def test_benchmark_training(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    size = ["--group_size", "4", "--passage_max_length", "40", "--steps", "3", "--rounds", "1"]
+    figures = tmp_path / "figures.json"
+    run(monkeypatch, "benchmark_training.py", str(tmp_path / "data.jsonl"), *size, "--json", str(figures))
+    assert "tokens/s" in capfd.readouterr().out
+    assert figures.is_file()
+
+
+def test_training_mixture(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    texts = {"gold": "pandas eat bamboo", "hard": "pandas sleep", "easy": "tea is made from leaves"}
+    sources = {"docs": [{"docid": name, "title": "", "text": text} for name, text in texts.items()], "train.ids": []}
+    for number, source in enumerate(["a", "a", "a", "b"]):
+        ids = {"query_id": str(number), "source": source, "positive": ["gold"], "negative": ["easy", "hard"]}
+        sources["train.ids"].append({**ids, "query": "what do pandas eat"})
+    for name, records in sources.items():
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (tmp_path / f"{name}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    output = tmp_path / "train.jsonl"
+    choice = ["--take", "a=2", "b=1", "--negatives", "1", "--held_out", "1"]
+    monkeypatch.setattr(sys, "argv", ["training_mixture.py", str(output), str(tmp_path), *choice])
+    runpy.run_path(str(EXAMPLES / "training_mixture.py"), run_name="__main__")
+    assert "train.jsonl: 2 queries" in capfd.readouterr().out
+    held_out = output.with_suffix(".held_out.jsonl")
+    drawn = [json.loads(line) for path in (output, held_out) for line in path.read_text().splitlines()]
+    assert sorted(int(record["query_id"]) // 3 for record in drawn) == [0, 0, 1]  # two of a, and the one of b
+    assert [record["negative_passages"][0]["docid"] for record in drawn] == ["hard"] * 3
+    assert len(open_data("data", [str(output)])) == 2  # what the train commands read
+
+
 def test_the_little_collection_is_sound() -> None:
     documents = pd.read_json(EXAMPLES / "collection" / "docs.jsonl", lines=True)
     topics = pd.read_csv(EXAMPLES / "collection" / "topics.tsv", sep="\t", names=["qid", "query"])
@@ -122,14 +140,3 @@ def test_the_little_collection_is_sound() -> None:
     assert {q.doc_id for q in qrels} <= set(documents["docno"])
     assert {q.query_id for q in qrels if q.relevance >= 2} == set(topics["qid"])
     assert {q.relevance for q in qrels} == {0, 1, 2, 3}
-
-
-def test_the_readmes_pipeline_for_long_documents() -> None:
-    from pyterrier_llmrerank import MatroyshkaReranker
-
-    text = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
-    (line,) = [line for line in text.splitlines() if line.startswith("long = first")]
-    rows = frame(2, 3)
-    names = {"pt": pt, "first": pt.Transformer.from_df(rows), "deep": MatroyshkaReranker(MODELS / "costwise_full")}
-    exec(line, names)
-    assert len(names["long"].transform(rows[["qid", "query"]].drop_duplicates())) == 6

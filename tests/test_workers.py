@@ -262,21 +262,22 @@ def test_a_bad_line_waits_for_what_was_read_before_it() -> None:
         ({"CPU": 8.0}, None, 3, {"num_cpus": 2}),
         ({"CPU": 2.0}, None, 3, {"num_cpus": 0}),
         ({"CPU": 8.0, "GPU": 2.0}, None, 2, {"num_cpus": 1, "num_gpus": 1}),
+        ({"CPU": 8.0, "GPU": 4.0}, ("cuda:0", "cuda:1"), 2, {"num_cpus": 1, "num_gpus": 2}),
         ({"CPU": 8.0, "GPU": 2.0}, "cpu", 4, {"num_cpus": 2}),
     ],
 )
-def test_each_has_its_share(
-    resources: dict[str, float], device: str | None, count: int, wanted: dict[str, int]
-) -> None:
+def test_each_has_its_share(resources: dict[str, float], device: object, count: int, wanted: dict[str, int]) -> None:
     stand = Stand(None, None, resources)
-    with Workers(stand, MatroyshkaReranker(MODELS / "costwise_full", device=device), count):
+    with Workers(stand, SimpleNamespace(device=device), count):
         assert stand.options == wanted
         assert len(stand.alive) == count
     assert stand.alive == set()
 
 
 def test_more_workers_than_gpus_are_refused() -> None:
-    with pytest.raises(ValueError, match="workers=3; allowed: at most 2, a GPU each, or device='cpu'"):
+    with pytest.raises(
+        ValueError, match="workers=3 with device=None: 1 of the cluster's 2 GPUs each; allowed: at most 2"
+    ):
         Workers(Stand(None, None, {"CPU": 8.0, "GPU": 2.0}), MATROYSHKA, 3)
 
 

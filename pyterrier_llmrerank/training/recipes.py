@@ -80,9 +80,10 @@ class Recipe(ABC):
         output_dir: where ``fit`` writes; None for a new folder in PyTerrier's home.
         eval_steps: steps from one measurement of nDCG@10 to the next, for ``fit``; None for ``save_steps``.
         bf16: None, for ``fit``, for what the re-ranker's ``dtype`` says.
-        learning_rate, num_train_epochs, max_steps, per_device_train_batch_size (queries),
-            gradient_accumulation_steps, warmup_steps (below 1: a share of all), gradient_checkpointing,
-            logging_steps, save_steps, seed: as in :class:`transformers.TrainingArguments`.
+        learning_rate, num_train_epochs, max_steps: as in :class:`transformers.TrainingArguments`.
+        gradient_checkpointing, logging_steps, save_steps, seed: likewise.
+        per_device_train_batch_size, gradient_accumulation_steps: likewise; batches are of queries.
+        warmup_steps: likewise; below 1 a share of all.
 
     Raises:
         ValueError: a value is not what is allowed.
@@ -209,6 +210,9 @@ class Recipe(ABC):
 class RankLLaMATraining(Recipe):
     """Fine-tuning RankLLaMA (Ma et al., 2023): LoRA and a score head, cross-entropy over groups.
 
+    Arguments are those of :class:`~pyterrier_llmrerank.training.recipes.Recipe`.
+
+    >>> from pyterrier_llmrerank.training import RankLLaMATraining
     >>> RankLLaMATraining(group_size=8).learning_rate
     0.0001
     """
@@ -257,7 +261,23 @@ class RankLLaMATraining(Recipe):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class MatroyshkaTraining(Recipe):
-    """What both steps of training a Matroyshka Re-Ranker (Liu et al., 2025) have in common."""
+    """What both steps of training a Matroyshka Re-Ranker (Liu et al., 2025) have in common.
+
+    Args:
+        start_layer: the shallowest layer with a head.
+        layer_sep: layers from one head to the next.
+        compress_layers: before each of these layers a step pools passages or not, with equal odds.
+        compress_ratios: each step pools so many passage states into one, a ratio drawn from these.
+        train_method: ``normal`` or ``distill``, cross-entropy alone; ``distill_final_layer``, ``distill_last_layer`` or
+            ``distill_fix_layer``, by which of the deeper layers teaches; each of these three with ``_teacher`` too,
+            to learn from another model's scores as well.
+        prompt: the question that ends every input, where the data has none of its own.
+
+    All else is as for :class:`~pyterrier_llmrerank.training.recipes.Recipe`.
+
+    Raises:
+        ValueError: a value is not what is allowed.
+    """
 
     task_type: ClassVar[str] = "CAUSAL_LM"
 
@@ -345,8 +365,10 @@ class MatroyshkaTraining(Recipe):
 class DistillTraining(MatroyshkaTraining):
     """Cascaded self-distillation: every layer from ``start_layer`` on learns to rank, from the deeper ones too.
 
-    Where the data has no teacher's scores, choose a ``train_method`` without ``_teacher``.
+    Where the data has no teacher's scores, choose a ``train_method`` without ``_teacher``. Arguments are those of
+    :class:`~pyterrier_llmrerank.training.recipes.MatroyshkaTraining`.
 
+    >>> from pyterrier_llmrerank.training import DistillTraining
     >>> DistillTraining().train_method
     'distill_fix_layer_teacher'
     """
@@ -359,6 +381,16 @@ class DistillTraining(MatroyshkaTraining):
 class CompensateTraining(MatroyshkaTraining):
     """Factorized compensation on top of a distilled model: for its depths, or for one width.
 
+    Args:
+        finetune_type: ``layer`` for all depths at full width, ``token`` for one ratio.
+        compress_ratios: the one ratio to compensate for; 1 for ``layer``.
+
+    All else is as for :class:`~pyterrier_llmrerank.training.recipes.MatroyshkaTraining`.
+
+    Raises:
+        ValueError: a value is not what is allowed.
+
+    >>> from pyterrier_llmrerank.training import CompensateTraining
     >>> CompensateTraining(finetune_type="token", compress_ratios=(2,)).widths(0).ratios
     (2,)
     """

@@ -1,0 +1,283 @@
+"""What the pages and the README tell a user to type is run, on tiny models in place of those that they name."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import html
+import importlib
+import json
+import logging
+import pkgutil
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import ir_datasets
+import pandas as pd
+import pyterrier as pt
+import pytest
+import torch
+import yaml
+from conftest import MODELS, collection, frame
+from pyterrier.measures import nDCG
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from typer.main import get_command
+
+import pyterrier_llmrerank
+from pyterrier_llmrerank import MatroyshkaReranker
+from pyterrier_llmrerank.cli import app
+from pyterrier_llmrerank.training.commands import parse
+
+ROOT = Path(__file__).parent.parent
+PAGES = Path(pyterrier_llmrerank.__file__).parent / "pt_docs"
+TEXTS = [*sorted(PAGES.glob("*.rst")), ROOT / "README.md"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def blocks(path: Path, language: str) -> list[tuple[int, str]]:
+    """The code blocks of a page in a language, each with the number of its first line."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    found: list[tuple[int, list[str]]] = []
+    inside = False
+    for number, line in enumerate(lines, start=1):
+        if path.suffix == ".md":
+            if line.startswith("```"):
+                inside = line == f"```{language}"
+                if inside:
+                    found.append((number + 1, []))
+            elif inside:
+                found[-1][1].append(line)
+        elif line == f".. code-block:: {language}":
+            inside = True
+            found.append((number + 1, []))
+        elif inside and line and not line.startswith("   "):
+            inside = False
+        elif inside:  # an option of the directive holds a line, so that numbers stay true
+            found[-1][1].append("" if line.startswith("   :") else line[3:])
+    return [(number, "\n".join(code)) for number, code in found]
+
+
+# -- the pages
+
+
+def test_the_pages_build_without_warnings(tmp_path: Path) -> None:
+    pytest.importorskip("sphinx", reason="needs Sphinx: pip install sphinx")
+    settings = Path(__file__).parent / "docs"
+    build = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-c", str(settings), str(PAGES), str(tmp_path)]
+    done = subprocess.run(build, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    reference = (tmp_path / "api.html").read_text(encoding="utf-8")
+    public = {*pyterrier_llmrerank.__all__, *(f"training.{n}" for n in pyterrier_llmrerank.training.__all__)}
+    assert {name for name in public if f'id="pyterrier_llmrerank.{name}"' not in reference} == set()
+    assert "RankLLaMAReranker(model='castorini/" in html.unescape(re.sub("<[^>]*>", "", reference))  # its own arguments
+
+
+def test_the_pages_and_the_project_agree() -> None:
+    citation = yaml.safe_load((PAGES / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == PROJECT["version"]
+    assert [author["name"] for author in citation["authors"]] == [author["name"] for author in PROJECT["authors"]]
+    assert citation["license"] == PROJECT["license"]
+    changes = (PAGES / "changelog.rst").read_text(encoding="utf-8")
+    assert re.findall(r"^(\d\S+)\n-+$", changes, re.MULTILINE)[0] == PROJECT["version"]
+    bibtex = "".join(code for _, code in blocks(PAGES / "citing.rst", "bibtex"))
+    assert f"{{{PROJECT['version']}}}" in bibtex
+    for work in citation["references"]:
+        assert re.sub(r"\W", "", work["title"]) in re.sub(r"\W", "", bibtex)
+        assert all(f"{a['given-names']} {a['family-names']}" in bibtex.replace("\n ", "") for a in work["authors"])
+
+
+# -- Python
+
+
+@pytest.fixture(autouse=True)
+def _levels() -> Iterator[None]:
+    """What a page or a command says of logging holds no longer than its test."""
+    loggers = [logging.getLogger(), logging.getLogger("pyterrier_llmrerank")]
+    before = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+
+
+class Everything(pt.Transformer):
+    """A first stage that retrieves all documents for each query."""
+
+    def transform(self, topics: pd.DataFrame) -> pd.DataFrame:
+        found = frame(1, 6)[["docno", "score"]]
+        return pt.model.add_ranks(topics[["qid", "query"]].merge(found, how="cross"))
+
+
+def dataset(name: str) -> Any:
+    """A small one under a name that there is."""
+    assert name.removeprefix("irds:") in ir_datasets.registry
+
+    def text_loader(fields: str | list[str] = "text") -> pt.Transformer:
+        texts = frame(1, 6).assign(title="Pandas", url="https://example.org")
+        wanted = texts[["docno", *([fields] if isinstance(fields, str) else fields)]]
+        return pt.apply.generic(lambda results: results.merge(wanted, on="docno"))
+
+    topics = frame(3, 1)[["qid", "query"]]
+    qrels = pd.DataFrame({"qid": topics["qid"], "docno": "d1", "label": 1})
+    return SimpleNamespace(get_topics=lambda: topics, get_qrels=lambda: qrels, text_loader=text_loader)
+
+
+def write_adapter(folder: Path, base: Path, config: PretrainedConfig, score: bool = False) -> None:
+    """One with random numbers over a base: RankLLaMA's if it has a score head, else one for Matroyshka."""
+    folder.mkdir(parents=True)
+    settings = {"peft_type": "LORA", "task_type": "SEQ_CLS" if score else "CAUSAL_LM", "r": 2, "lora_alpha": 4}
+    settings |= {"base_model_name_or_path": str(base), "target_modules": ["o_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    width = config.hidden_size
+    tensors = {"base_model.model.score.weight": torch.randn(1, width)} if score else {}
+    for layer in range(config.num_hidden_layers):
+        module = f"base_model.model.model.layers.{layer}.self_attn.o_proj"
+        tensors[f"{module}.lora_A.weight"] = torch.randn(2, config.num_attention_heads * config.head_dim)
+        tensors[f"{module}.lora_B.weight"] = torch.randn(width, 2)
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders by the names under which the pages speak of models: of a real one's depth, but tiny and untrained."""
+    home = tmp_path_factory.mktemp("world")
+    config = AutoConfig.from_pretrained(MODELS / "mistral_deep")
+    config.num_hidden_layers = 30  # as the small model has
+    base = home / "mistralai" / "Mistral-7B-v0.1"
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    AutoTokenizer.from_pretrained(MODELS / "mistral_deep").save_pretrained(base)
+    layer_wise = MatroyshkaReranker.untrained(str(base), start_layer=4, dtype="float32")
+    layer_wise.save(home / "BAAI" / "Matroyshka-ReRanker-passage", merged=True)
+    for name in ("meta-llama/Llama-2-7b-hf", "HuggingFaceTB/SmolLM2-135M-Instruct"):
+        shutil.copytree(base, home / name)
+    shutil.copytree(base, home / "BASE")
+    small = [f"matroyshka-smollm2-135m/{name}" for name in ("distilled", "distilled-2", "layer", "token-2", "token-4")]
+    compensation = "BAAI/Matroyshka-ReRanker-passage/compensate/layer/full"
+    own = ["distilled", "layer", "token2", "token4"]
+    own += ["result_self_distillation", "result_compensation_token_compress_ratio_2"]
+    for adapter in (*own, compensation, *small):
+        write_adapter(home / adapter, base, config)
+    for adapter in ("castorini/rankllama-v1-7b-lora-passage", "castorini/rankllama-v1-7b-lora-doc"):
+        write_adapter(home / adapter, Path("meta-llama/Llama-2-7b-hf"), config, score=True)
+    write_adapter(home / "rankllama-smollm2-135m", base, config, score=True)
+    collection(home / "vaswani", run="bm25")
+    return home
+
+
+@pytest.fixture
+def in_world(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of one's own with the models in it; no hub, no Java and no real data are needed in it."""
+    for path in world.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.setenv("PYTERRIER_HOME", str(tmp_path / "home"))
+    for module in ("files", "matroyshka", "rankllama"):
+        monkeypatch.setattr(f"pyterrier_llmrerank.{module}.smollm2", lambda: "HuggingFaceTB/SmolLM2-135M-Instruct")
+        monkeypatch.setattr(f"pyterrier_llmrerank.{module}.shipped", lambda name: str(world / name))
+    monkeypatch.setattr(pt, "get_dataset", dataset)
+    monkeypatch.setattr(
+        pt.Artifact, "from_hf", lambda name: SimpleNamespace(bm25=lambda *, num_results: Everything() % num_results)
+    )
+    return tmp_path
+
+
+def given() -> dict[str, Any]:
+    """What the README takes as said."""
+    data, example = dataset("irds:vaswani"), runpy.run_path(str(ROOT / "examples" / "rerank_run.py"))
+    judged = {"topics": data.get_topics(), "qrels": data.get_qrels()}
+    names = {f"{part}_{kind}": value for part in ("train", "valid") for kind, value in judged.items()}
+    return names | {
+        "Path": Path,
+        "time": time,
+        "nDCG": nDCG,
+        "load": example["load"],
+        "with_title": example["with_title"],
+    }
+
+
+@pytest.mark.parametrize("path", [path for path in TEXTS if blocks(path, "python")], ids=lambda path: path.name)
+def test_what_a_page_says_in_python_runs(path: Path, in_world: Path) -> None:
+    """In order, in one session; where a block fails, the page's name and line stand in the traceback."""
+    names = given() if path.suffix == ".md" else {}
+    for number, code in blocks(path, "python"):
+        tree = ast.increment_lineno(ast.parse(code), number - 1)
+        exec(compile(tree, str(path), "exec"), names)
+
+
+def test_the_docstrings_examples_give_what_they_say(in_world: Path) -> None:
+    modules = [
+        importlib.import_module(module.name)
+        for module in pkgutil.walk_packages(pyterrier_llmrerank.__path__, "pyterrier_llmrerank.")
+        if not module.name.endswith("__main__")
+    ]
+    results = [doctest.testmod(module, verbose=False) for module in modules]
+    assert sum(result.failed for result in results) == 0
+    assert sum(result.attempted for result in results) > 15
+
+
+# -- the shell
+
+
+def commands(path: Path) -> Iterator[list[str]]:
+    """The commands of a page as words."""
+    for language in ("bash", "console"):
+        for _, code in blocks(path, language):
+            for line in code.replace("\\\n", " ").splitlines():
+                for command in line.split("&&"):
+                    if words := shlex.split(command, comments=True):
+                        yield words
+
+
+TYPED = [(path.name, words) for path in TEXTS for words in commands(path)]
+
+
+@pytest.mark.parametrize("words", [words for _, words in TYPED], ids=[f"{n}: {' '.join(w)[:60]}" for n, w in TYPED])
+def test_what_a_page_says_in_the_shell_is_understood(words: list[str]) -> None:
+    if words[0] == "llmrerank":
+        understood(words[1:])
+    elif words[0] in ("torchrun", "python") and "-m" in words:
+        at = words.index("-m")
+        assert words[at + 1] == "pyterrier_llmrerank"
+        understood(words[at + 2 :])
+    elif words[0] == "bash":
+        assert (ROOT / words[1]).is_file()
+    elif words[0] == "python":
+        script = ROOT / words[1]
+        source = script.read_text(encoding="utf-8")
+        assert [word for word in words[2:] if word.startswith("--") and f'"{word}"' not in source] == []
+    elif words[0] == "pip":
+        for extra in re.findall(r"\[(.*?)\]", " ".join(words)):
+            assert set(extra.split(",")) <= set(PROJECT["optional-dependencies"])
+    else:
+        assert words[0] == "pytest"
+
+
+def parsed(command: Any, words: list[str], parent: Any = None) -> None:
+    """Let a command, and the one in it, take their arguments."""
+    context = command.make_context(words[0], words[1:], parent)
+    if rest := [*context._protected_args, *context.args]:
+        parsed(command.get_command(context, rest[0]), rest, context)
+
+
+def understood(words: list[str]) -> None:
+    """Parse a command of the package's, and run nothing."""
+    if words[0] != "train":
+        parsed(get_command(app), ["llmrerank", *words])
+        return
+    _, recipe, *options = words
+    if "--deepspeed" in options:  # a package that is not among the tests' needs
+        at = options.index("--deepspeed")
+        assert (ROOT / options[at + 1]).is_file()
+        del options[at : at + 2]
+    parse(recipe, [*options, "--use_cpu"])
