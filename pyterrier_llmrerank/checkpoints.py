@@ -177,7 +177,9 @@ class Checkpoint(ABC):
         folder = self._tokenizer_folder()
         try:
             with errors_only():  # it would warn that it does not know the model type
-                return AutoTokenizer.from_pretrained(folder, config=self.config, trust_remote_code=False)
+                opened = AutoTokenizer.from_pretrained(folder, config=self.config, trust_remote_code=False)
+            opened("Yes")  # some settings are wrong only when they are used
+            return opened
         except Exception as error:  # the tokenizers library has no kind of error of its own
             raise ValueError(f"{self.argument}: no usable tokenizer in {folder}: {reason(error)}") from error
 
@@ -367,12 +369,12 @@ class MatroyshkaCheckpoint(Checkpoint):
             start, step = self.settings.get("start_layer"), self.settings.get("layer_sep", 1)
             for name, given, own in (("start_layer", start_layer, start), ("layer_sep", layer_sep, step)):
                 if given not in (None, own):
-                    raise ValueError(f"{name}={given}: {self.argument} was trained with {name} {own!r}.")
+                    raise ValueError(f"{name}={given}: {self.argument} was trained with {name} {short(own)}.")
         else:
             start, step = self.layers if start_layer is None else start_layer, layer_sep or 1
         if type(start) is not int or type(step) is not int or not 1 <= start <= self.layers or step < 1:
             raise ValueError(
-                f"start_layer={start!r}, layer_sep={step!r}: {self.argument} has {self.layers} layers; "
+                f"start_layer={short(start)}, layer_sep={short(step)}: {self.argument} has {self.layers} layers; "
                 f"allowed: integers, from 1 to {self.layers} and from 1 on."
             )
         return start, step

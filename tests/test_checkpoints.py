@@ -361,6 +361,21 @@ def test_a_broken_tokenizer_is_named(changed: Callable[..., str], content: bytes
         MatroyshkaReranker(folder).compute_score(("a", "b"))
 
 
+def test_a_tokenizers_setting_that_is_none_is_named(changed: Callable[..., str]) -> None:
+    folder = changed(RAW)
+    path = Path(folder) / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": "64"}))
+    with pytest.raises(ValueError, match=r"no usable tokenizer in .*mistral_base: .*not supported between"):
+        MatroyshkaReranker(folder).compute_score(("a", "b"))
+
+
+@pytest.mark.parametrize("start", [None, 0, 9, 2.0, True, "y" * 10**5])
+def test_a_start_layer_that_is_none_is_shown(changed: Callable[..., str], start: object) -> None:
+    with pytest.raises(ValueError, match=r"start_layer=.*: model='.*' has 8 layers; allowed: integers") as info:
+        MatroyshkaCheckpoint(changed(FULL, {"start_layer": start}), (), None)
+    assert len(str(info.value)) < 500
+
+
 def test_a_token_that_the_model_does_not_know(changed: Callable[..., str]) -> None:
     folder = changed(RAW)
     path = Path(folder) / "tokenizer.json"
