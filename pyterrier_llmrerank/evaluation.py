@@ -35,7 +35,7 @@ class Evaluation:
         self.queries = list(dict.fromkeys(self._qids))
         own = qrels[qrels["qid"].astype(str).isin(set(self.queries))].astype({"qid": str, "docno": str})
         try:
-            self.measure = ir_measures.parse_measure(measure) if isinstance(measure, str) else measure
+            self.measure = parse_measure(measure) if isinstance(measure, str) else measure
             self._evaluator = ir_measures.evaluator([self.measure], pt.model.to_ir_measures(own))
         except (ValueError, NameError, AttributeError, RuntimeError) as error:
             raise ValueError(f"measure={measure!r}; allowed: one of ir_measures, 'nDCG@10'. ({error})") from error

@@ -63,23 +63,28 @@ class JournaledFile:
             self._file = FileIO(path, "r+")
             try:
                 self._lock()
+                if not self.journal.exists():
+                    raise FileExistsError(f"{path} has just been finished by another process.")
                 self._go_on(settings)
             except BaseException:
                 self._close()
                 raise
             return
         if path.exists():
-            can = "; resume=True goes on with it" if self.journal.exists() else ""
+            can = "; go on with resume (--resume)" if self.journal.exists() else ""
             raise FileExistsError(f"{path} is there already, and is not written over{can}.")
         # The journal comes first: a file without one is finished.
         self._log = FileIO(self.journal, "w")
         try:
             self._write(self._log, self.journal, _line(settings))
             self._file = FileIO(path, "x")
-            self._lock()
         except BaseException:
             self._log.close()
+            if not path.exists():
+                self.journal.unlink()
             raise
+        self._lock()
+        _sync_folder(path.parent)
 
     def append(self, data: bytes, rows: int, source: int) -> None:
         """Write a block, to the disk.
@@ -103,11 +108,11 @@ class JournaledFile:
         finished, empty = kind is None, self._end == 0
         if not finished:
             self._file.truncate(self._end)
-        self._close()
         if empty and not finished:  # nothing to go on with: not to stand in the way of another try
             self.path.unlink()
         if empty or finished:
             self.journal.unlink()
+        self._close()  # last: it gives up the lock
 
     def _lock(self) -> None:
         try:
@@ -138,7 +143,7 @@ class JournaledFile:
             self._end += block.size
             kept += len(line) + 1
         if size > self._end:
-            logger.info("%s: %d bytes after the last whole block are cut off.", self.path, size - self._end)
+            logger.warning("%s: %d bytes after the last whole block are cut off.", self.path, size - self._end)
         for file, end in ((self._file, self._end), (self._log, kept)):
             file.truncate(end)
             file.seek(end)
@@ -155,6 +160,15 @@ class JournaledFile:
     def _close(self) -> None:
         self._file.close()
         self._log.close()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Names of new files go to disk with the folder that they stand in."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def journal_of(path: Path) -> Path:

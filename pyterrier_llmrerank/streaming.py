@@ -147,6 +147,8 @@ def rerank_file(
     begun, writing = time.perf_counter(), Stopwatch()
     pairs = queries = stood = 0
     usage = Usage()
+    if workers == 1 and address is None:
+        reranker._weights()  # keeps them for its next call
     quiet = copy.copy(reranker)  # the whole run has one progress bar, and one log line
     quiet.verbose = False
     quiet._usage_level = logging.DEBUG
@@ -157,7 +159,7 @@ def rerank_file(
 
         scored = partial(scored_by, quiet, workers=workers, address=address)
     compress = partial(gzip.compress, mtime=0) if target.suffix == ".gz" else bytes
-    total = _count(source) if reranker.verbose else None
+    total = _count(source) if reranker.verbose and source.is_file() else None  # a pipe is read once
     with JournaledFile(target, _settings(reranker, form, tag), resume=resume) as run:
         chunks = _chunks(source, [block.rows for block in run.blocks])
         for block in run.blocks:

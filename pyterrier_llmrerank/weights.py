@@ -140,7 +140,7 @@ class Weights:
             wanted = max((self.checkpoint.layers if depth is None else depth for depth in depths), default=0)
             while self._loaded > wanted:
                 self._loaded -= 1
-                self._model.layers[self._loaded].to(device="meta")
+                empty(self._model.layers[self._loaded])
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -235,6 +235,16 @@ def fill(module: nn.Module, checkpoint: Checkpoint, prefix: str, device: torch.d
         owner = module.get_submodule(name.rpartition(".")[0])
         placed = tensor.to(device=device, dtype=dtype, copy=True)
         owner.register_parameter(name.rpartition(".")[2], nn.Parameter(placed, requires_grad=False))
+
+
+def empty(module: nn.Module) -> None:
+    """Take a module's weights, and leave their shapes; quantised ones cannot be moved to the meta device."""
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            shape = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+            part.register_parameter(name, nn.Parameter(shape, requires_grad=False))
+        for name, buffer in list(part.named_buffers(recurse=False)):
+            part.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype, device="meta"))
 
 
 class Overlaid(nn.Module):

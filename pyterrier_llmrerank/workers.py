@@ -56,7 +56,7 @@ def scored_by(
         ImportError: Ray is not installed.
         ConnectionError: there is no cluster at the address.
         ValueError: there are GPUs, and fewer than workers.
-        RuntimeError: :data:`LOSSES` workers were lost over one chunk, or over opening the model.
+        ConnectionError: :data:`LOSSES` workers were lost over one chunk, or over opening the model.
         Exception: whatever reading or scoring a chunk raised, when all chunks before it have been yielded.
     """
     try:
@@ -176,7 +176,7 @@ class Workers:
             was lost and another is starting.
 
         Raises:
-            RuntimeError: as :func:`scored_by`.
+            ConnectionError: as :func:`scored_by`.
             Exception: whatever opening the model raised.
         """
         ready = self._ray.wait(list(self._busy))[0][0]
@@ -211,7 +211,7 @@ class Workers:
         self._ray.kill(worker)  # where it is only out of reach
         task = task._replace(losses=task.losses + 1)
         if task.losses == LOSSES:
-            raise RuntimeError(f"{LOSSES} workers were lost over {task}, the last one by: {error}") from error
+            raise ConnectionError(f"{LOSSES} workers were lost over {task}, the last one by: {error}") from error
         logger.warning("a worker was lost over %s and is replaced: %s", task, error)
         if task.frame is None:
             self._start(task)

@@ -256,7 +256,8 @@ def test_a_killed_run_goes_on_where_it_was(data: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: with more, sums are divided otherwise
     killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     deadline = time.monotonic() + 120
-    while not (tmp_path / "cut" / "checkpoint-3" / "trainer_state.json").exists():
+    state = tmp_path / "cut" / "checkpoint-3" / "trainer_state.json"  # what a checkpoint's writing ends with
+    while not (state.exists() and state.read_text(encoding="utf-8").rstrip().endswith("}")):
         assert killed.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)

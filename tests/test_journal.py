@@ -16,7 +16,10 @@ from hypothesis import strategies as st
 from pyterrier_llmrerank.journal import Block, JournaledFile, journal_of
 
 SETTINGS = {"cutoff": [4, 8], "form": "three"}
-BLOCKS = st.lists(st.binary(min_size=1, max_size=40), min_size=1, max_size=6)
+#: Without NULs, which holes consist of.
+BLOCKS = st.lists(
+    st.binary(min_size=1, max_size=40).map(lambda data: data.replace(b"\0", b"\n")), min_size=1, max_size=6
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -119,7 +122,7 @@ def test_a_file_that_is_there_is_not_written_over(tmp_path: Path) -> None:
         JournaledFile(path, SETTINGS)
     assert list(tmp_path.iterdir()) == [path]
     journal_of(path).touch()
-    with pytest.raises(FileExistsError, match="resume=True goes on with it"):
+    with pytest.raises(FileExistsError, match=r"go on with resume \(--resume\)"):
         JournaledFile(path, SETTINGS)
     assert path.read_text() == "mine\n"
 
@@ -188,4 +191,4 @@ def test_where_nothing_could_be_written_nothing_is_left(tmp_path: Path) -> None:
         write(tmp_path / "run.tsv", [b"one\n"], stop=0)
     with pytest.raises(OSError, match="File too large"), disk_of(0):
         JournaledFile(tmp_path / "run.tsv", SETTINGS)
-    assert list(tmp_path.glob("*.tsv")) == []
+    assert list(tmp_path.iterdir()) == []

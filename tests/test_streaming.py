@@ -2,6 +2,7 @@
 
 import copy
 import gzip
+import itertools
 import json
 import logging
 import os
@@ -9,10 +10,12 @@ import random
 import resource
 import signal
 import tempfile
-import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partialmethod
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -22,7 +25,7 @@ from hypothesis import strategies as st
 
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker, ScoringError, scoring, streaming
 from pyterrier_llmrerank.formats import read_rerank, read_run
-from pyterrier_llmrerank.journal import journal_of
+from pyterrier_llmrerank.journal import JournaledFile, journal_of
 from pyterrier_llmrerank.streaming import Report, rerank_file
 from pyterrier_llmrerank.usage import Usage
 
@@ -227,21 +230,26 @@ def _cumulated(journal: Path) -> list[list[int]]:
     return [sizes[: n + 1] for n in range(len(sizes))]
 
 
+def _torn(run: JournaledFile, write: Any, numbers: Iterator[int], fatal: int | None, part: float, *what: Any) -> None:
+    """A write of which the fatal one stops after a part of its bytes, and the process with it."""
+    if next(numbers) == fatal:
+        *where, data = what
+        write(run, *where, data[: int(part * len(data))])
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(run, *what)
+
+
 @pytest.mark.parametrize("name", ["run.tsv", "run.trec.gz"])
-def test_killed_at_random_moments_it_ends_with_the_same_bytes(name: str, source: Path, tmp_path: Path) -> None:
-    """By a signal that no handler sees, in the middle of whatever it does."""
-    draw, form = random.Random(name), "trec" if "trec" in name else "three"
-    began = time.perf_counter()
+def test_killed_in_the_middle_of_any_write_it_ends_with_the_same_bytes(name: str, source: Path, tmp_path: Path) -> None:
+    """By a signal that no handler sees, when some bytes of a block, or of a journal's line, have been written."""
+    draw, form, write = random.Random(name), "trec" if "trec" in name else "three", JournaledFile._write
     rerank_file(MATROYSHKA, source, tmp_path / name, form=form)
-    took = time.perf_counter() - began
     target = tmp_path / f"killed-{name}"
-    deaths = 0
-    for last in [False] * 8 + [True]:
+    for fatal in (1, 2, 3, 2, 1, 5, 4, None):  # which write of a process: lines of the journal and blocks take turns
+        part = draw.random()
         child = os.fork()
         if child == 0:
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            if not last:
-                signal.setitimer(signal.ITIMER_REAL, draw.uniform(0.1, 0.9) * took)
+            JournaledFile._write = partialmethod(_torn, write, itertools.count(1), fatal, part)
             status = 1
             try:
                 rerank_file(MATROYSHKA, source, target, form=form, resume=True)
@@ -249,10 +257,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(name: str, source:
             finally:
                 os._exit(status)
         status = os.waitpid(child, 0)[1]
-        deaths += os.WIFSIGNALED(status)
-        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    assert not os.WIFSIGNALED(status)
-    assert deaths
+        assert os.WIFSIGNALED(status) if fatal else os.WEXITSTATUS(status) == 0
     assert target.read_bytes() == (tmp_path / name).read_bytes()
     assert not journal_of(target).exists()
 
@@ -377,7 +382,7 @@ def test_a_target_that_is_there_is_not_written_over(source: Path, whole: bytes, 
     target = tmp_path / "run.tsv"
     interrupted(source, target, KeyboardInterrupt(), 2)
     before = target.read_bytes()
-    with pytest.raises(FileExistsError, match="resume=True goes on with it"):
+    with pytest.raises(FileExistsError, match=r"go on with resume \(--resume\)"):
         rerank_file(MATROYSHKA, source, target)
     assert target.read_bytes() == before
 
@@ -424,3 +429,14 @@ def test_a_damaged_source_does_not_keep_the_progress_bar_from_beginning(tmp_path
     with pytest.raises(ValueError, match=r"rerank\.jsonl\.gz, line 34: the compressed file is cut off"):
         rerank_file(verbose, cut, tmp_path / "run.tsv")
     assert len(list(read_run(tmp_path / "run.tsv"))) == sum(CHUNKS[:-1])
+
+
+def test_a_pipe_is_read_once_with_a_progress_bar_too(source: Path, whole: bytes, tmp_path: Path) -> None:
+    pipe, target = tmp_path / "pipe", tmp_path / "run.tsv"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as thread:
+        writing = thread.submit(pipe.write_bytes, source.read_bytes())
+        shown = MatroyshkaReranker(MODELS / "costwise_full", dtype="float32", cutoff=2, verbose=True)
+        rerank_file(shown, pipe, target)
+        writing.result()
+    assert target.read_bytes() == whole

@@ -202,6 +202,7 @@ def test_measures_and_the_first_stage(measure: object) -> None:
         ({"qrels": QRELS.assign(qid="other")}, "res and qrels have no query in common"),
         ({"res": RES.assign(text=None)}, "'text' is"),
         ({"measure": "nonsense"}, "measure='nonsense'; allowed: one of ir_measures"),
+        ({"measure": "nDCG@0"}, "measure='nDCG@0'; allowed: one of ir_measures"),
         ({"measure": "nDCG("}, "measure='nDCG.'; allowed"),
         ({"measure": 3}, "measure=3; allowed"),
         ({"budget": 0}, "budget=0; allowed: a share .* '150ms'; None"),

@@ -68,7 +68,7 @@ def test_what_scoring_raises_arrives_as_itself(cluster: Any, tmp_path: Path) -> 
     source, target = write_rows(tmp_path / "rerank.jsonl", records), tmp_path / "run.tsv"
     of_titles = MatroyshkaReranker(MODELS / "costwise_full", dtype="float32", cutoff=2, text_field="title")
     with pytest.raises(ValueError, match=r"'title' is None, not a string .* for qid 'q7', docno 'd0'") as error:
-        rerank_file(of_titles, source, target, workers=2)
+        rerank_file(of_titles, source, target, address="auto")  # one worker on the cluster that is there
     assert type(error.value) is ValueError
     assert "go on with resume" in error.value.__notes__[0]
     assert len(list(read_run(target))) == sum(CHUNKS[:3])
@@ -219,24 +219,32 @@ def test_few_are_held_where_the_first_takes_long() -> None:
     def last_but_first(busy: list[Promise]) -> Promise:
         if others := [promise for promise in busy if _qid(promise.frame) != "q0"]:
             return others[-1]
-        assert len(taken) == 2 * AHEAD or len(taken) == 20
+        assert len(taken) == 2 * AHEAD
         return busy[0]
 
     assert run(Stand(last_but_first, lambda *_: False), coming(), 2)[0] == [f"q{n}" for n in range(20)]
 
 
-@pytest.mark.parametrize(("what", "over"), [("open", "opening the model"), ("score", "queries 'q1' to 'q1'")])
-def test_too_many_losses_over_one_thing_are_an_error(what: str, over: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("what", "over", "replaced"),
+    [
+        ("open", "opening the model", 2 * (LOSSES - 1)),  # two places, in turns
+        ("score", "queries 'q1' to 'q1'", LOSSES - 1),
+    ],
+)
+def test_too_many_losses_over_one_thing_are_an_error(
+    what: str, over: str, replaced: int, caplog: pytest.LogCaptureFixture
+) -> None:
     def loses(name: str, frame: pd.DataFrame | None) -> bool:
         return name == what and _qid(frame) in ("", "q1")
 
     stand = Stand(lambda busy: busy[0], loses)
     with caplog.at_level(logging.WARNING):
         got, error = run(stand, chunks(["q0", "q1", "q2"]), 2)
-    assert isinstance(error, RuntimeError)
+    assert isinstance(error, ConnectionError)
     assert f"{LOSSES} workers were lost over {over}" in str(error)
     assert got == (["q0"] if what == "score" else [])
-    assert caplog.text.count(f"a worker was lost over {over} and is replaced") >= LOSSES - 1
+    assert caplog.text.count(f"a worker was lost over {over} and is replaced") == replaced
     assert stand.alive == set()
 
 
