@@ -204,12 +204,15 @@ class Checkpoint(ABC):
             adapter.check(shapes | {name: shape for name, shape in heads.items() if name is not None})
 
     def check_depth(self) -> None:
-        """Raise ValueError unless the files hold the deepest layer that the configuration says there is."""
-        deepest = f"layers.{self.layers - 1}."
+        """Raise ValueError unless the files hold as many layers as the configuration says there are."""
+        deepest, beyond = (f"layers.{layer}." for layer in (self.layers - 1, self.layers))
         if not any(name.startswith(deepest) for name in self._names):
-            raise ValueError(
-                f"{self.argument}: num_hidden_layers is {self.layers}, but the checkpoint has no {deepest}*"
-            )
+            wrong = f"no {deepest}*"
+        elif any(name.startswith(beyond) for name in self._names):
+            wrong = f"{beyond}* too"
+        else:
+            return
+        raise ValueError(f"{self.argument}: num_hidden_layers is {self.layers}, but the checkpoint has {wrong}.")
 
     def check_weights(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise ValueError unless the files hold these weights, by their names in the headless decoder."""

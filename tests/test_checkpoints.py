@@ -320,6 +320,7 @@ def test_labels_without_number_take_no_memory(changed: Callable[..., str]) -> No
     ("config", "message"),
     [
         ({"num_hidden_layers": 9}, r"num_hidden_layers is 9, but the checkpoint has no layers\.8\.\*"),
+        ({"num_hidden_layers": 7}, r"num_hidden_layers is 7, but the checkpoint has layers\.7\.\* too"),
         (
             {"hidden_size": 2**20},
             r"tensor 'embed_tokens\.weight' is \[700, 64\], its config\.json asks for \[700, 1048576",
