@@ -177,7 +177,9 @@ class Checkpoint(ABC):
         folder = self._tokenizer_folder()
         try:
             with errors_only():  # it would warn that it does not know the model type
-                return AutoTokenizer.from_pretrained(folder, config=self.config, trust_remote_code=False)
+                opened = AutoTokenizer.from_pretrained(folder, config=self.config, trust_remote_code=False)
+            opened("Yes")  # some settings are wrong only when they are used
+            return opened
         except Exception as error:  # the tokenizers library has no kind of error of its own
             raise ValueError(f"{self.argument}: no usable tokenizer in {folder}: {reason(error)}") from error
 
@@ -202,12 +204,15 @@ class Checkpoint(ABC):
             adapter.check(shapes | {name: shape for name, shape in heads.items() if name is not None})
 
     def check_depth(self) -> None:
-        """Raise ValueError unless the files hold the deepest layer that the configuration says there is."""
-        deepest = f"layers.{self.layers - 1}."
+        """Raise ValueError unless the files hold as many layers as the configuration says there are."""
+        deepest, beyond = (f"layers.{layer}." for layer in (self.layers - 1, self.layers))
         if not any(name.startswith(deepest) for name in self._names):
-            raise ValueError(
-                f"{self.argument}: num_hidden_layers is {self.layers}, but the checkpoint has no {deepest}*"
-            )
+            wrong = f"no {deepest}*"
+        elif any(name.startswith(beyond) for name in self._names):
+            wrong = f"{beyond}* too"
+        else:
+            return
+        raise ValueError(f"{self.argument}: num_hidden_layers is {self.layers}, but the checkpoint has {wrong}.")
 
     def check_weights(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise ValueError unless the files hold these weights, by their names in the headless decoder."""
@@ -367,12 +372,12 @@ class MatroyshkaCheckpoint(Checkpoint):
             start, step = self.settings.get("start_layer"), self.settings.get("layer_sep", 1)
             for name, given, own in (("start_layer", start_layer, start), ("layer_sep", layer_sep, step)):
                 if given not in (None, own):
-                    raise ValueError(f"{name}={given}: {self.argument} was trained with {name} {own!r}.")
+                    raise ValueError(f"{name}={given}: {self.argument} was trained with {name} {short(own)}.")
         else:
             start, step = self.layers if start_layer is None else start_layer, layer_sep or 1
         if type(start) is not int or type(step) is not int or not 1 <= start <= self.layers or step < 1:
             raise ValueError(
-                f"start_layer={start!r}, layer_sep={step!r}: {self.argument} has {self.layers} layers; "
+                f"start_layer={short(start)}, layer_sep={short(step)}: {self.argument} has {self.layers} layers; "
                 f"allowed: integers, from 1 to {self.layers} and from 1 on."
             )
         return start, step

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -425,13 +426,24 @@ def _load_bin(path: Path) -> dict[str, Tensor]:
     try:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            records = _record_bytes(path)
         except RuntimeError:  # files of before torch 1.6 cannot be mapped
             content = torch.load(path, map_location="cpu", weights_only=True)
+            records = None
     except Exception as error:  # the unpickler raises whatever a broken or hostile file makes it raise
         raise ValueError(f"{path}: refused, it is not a plain file of tensors: {reason(error)}") from error
     if not isinstance(content, dict) or not all(isinstance(n, str) and _is_plain(t) for n, t in content.items()):
         raise ValueError(f"{path}: refused, it is not a plain file of tensors.")
+    storages = {s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in content.values())}
+    if records is not None and sum(storages.values()) > records:  # a mapped tensor may run on into the next record
+        raise ValueError(f"{path}: refused, its records are shorter than the tensors that they are said to hold.")
     return content
+
+
+def _record_bytes(path: Path) -> int:
+    """How many bytes there are of tensors' numbers in a file of torch's zip format."""
+    with zipfile.ZipFile(path) as records:
+        return sum(record.compress_size for record in records.infolist() if "/data/" in record.filename)
 
 
 def _is_plain(tensor: object) -> bool:

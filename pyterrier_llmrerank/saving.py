@@ -56,7 +56,7 @@ def written_whole(folder: Path, argument: str = "folder") -> Iterator[Path]:
         yield folder
     except BaseException:
         for entry in folder.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         if not was_there:
             folder.rmdir()
         raise

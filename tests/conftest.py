@@ -6,7 +6,9 @@ import importlib.util
 import json
 import os
 import random
+import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,17 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> None:
     cpus = lambda names: (torch.device("cpu"),) * (len(names) if isinstance(names, tuple) else 1)  # noqa: E731
     monkeypatch.setattr(weights, "resolve_devices", cpus)
     monkeypatch.setattr(weights, "share", lambda key, create: create())
+
+
+@contextmanager
+def no_file_above(size: int) -> Iterator[None]:
+    """As on a disk that is full: no file can be written beyond so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture

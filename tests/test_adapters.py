@@ -104,3 +104,65 @@ def test_a_whole_tensor_is_kept_by_name() -> None:
     adapter = Adapter(MODELS / "rankllama_adapter", "model")
     assert set(adapter.whole) == {"score.weight"}
     assert adapter.read_whole("score.weight").shape == (1, 64)
+
+
+MODULE = "layers.0.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"lora_alpha": "16"}, "lora_alpha is '16'; wanted a number"),
+        ({"lora_alpha": None}, "lora_alpha is None; wanted a number"),
+        ({"lora_alpha": True}, "lora_alpha is True; wanted a number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan; wanted a number"),
+        ({"lora_alpha": 10**400}, r"lora_alpha is 10+\.\.\.; wanted a number"),
+        ({"alpha_pattern": [1]}, r"alpha_pattern is \[1\]; wanted an object"),
+        ({"alpha_pattern": {"up_proj": "x"}}, "alpha_pattern 'up_proj' is 'x'; wanted a number"),
+        ({"alpha_pattern": {"(": 1}}, r"alpha_pattern '\('.*unterminated subpattern"),
+        ({"alpha_pattern": {"(a+)+$": 1, "(l|l|l)*": 1}}, "too intricate"),
+        ({"alpha_pattern": {"(.*)(.*)(.*)x": 1}}, "too intricate"),
+        ({"alpha_pattern": {"x" * 2000: 1}}, r"alpha_pattern 'x+\.\.\. is too intricate"),
+    ],
+)
+def test_a_scale_that_is_no_number_is_named(
+    change: Callable[..., Path], config: dict[str, object], message: str
+) -> None:
+    adapter = Adapter(change(config), "adapters: 'mine'")
+    with pytest.raises(ValueError, match=f"adapters: 'mine': {message}|{message}"):
+        adapter.factors(MODULE)
+
+
+def test_patterns_as_peft_writes_them_are_read(change: Callable[..., Path]) -> None:
+    plain = Adapter(MODELS / "adapter_sd", "adapters")
+    alpha = plain.config["lora_alpha"]
+    adapter = Adapter(change({"alpha_pattern": {r"layers\.\d+\.mlp\..*": 2 * alpha}}), "adapters")
+    torch.testing.assert_close(adapter.factors(MODULE)[1], 2 * plain.factors(MODULE)[1])
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.full((8, 64), float("nan")), "not all numbers of tensor .*up_proj.lora_A.weight' are finite"),
+        (torch.ones(8, 64, dtype=torch.int64), r"up_proj.lora_A.weight' is torch\.int64; wanted one of"),
+    ],
+)
+def test_numbers_that_are_no_update_are_named(change: Callable[..., Path], tensor: torch.Tensor, message: str) -> None:
+    adapter = Adapter(change(**{f"{MODULE}.lora_A.weight": tensor}), "adapters")
+    with pytest.raises(ValueError, match=message):
+        adapter.factors(MODULE)
+
+
+def test_an_update_of_no_rank_is_named(change: Callable[..., Path]) -> None:
+    folder = change(**{f"{MODULE}.lora_A.weight": torch.ones(0, 64), f"{MODULE}.lora_B.weight": torch.ones(160, 0)})
+    adapter = Adapter(folder, "adapters: 'mine'")
+    with pytest.raises(ValueError, match="adapters: 'mine': adapter of another shape"):
+        adapter.check(dict.fromkeys(adapter.modules, (160, 64)))
+
+
+@pytest.mark.parametrize("base", [None, 3, "", ["a"], "x" * 10**6])
+def test_a_base_that_is_no_name_is_shown(change: Callable[..., Path], base: object) -> None:
+    adapter = Adapter(change({"base_model_name_or_path": base}), "model")
+    with pytest.raises(ValueError, match="model: the adapter names no base model") as info:
+        _ = adapter.base
+    assert len(str(info.value)) < 300

@@ -1,16 +1,19 @@
 """Every layout that the systems are published in opens; what does not fit is refused by name."""
 
 import json
+import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import MODELS
 from safetensors.torch import load_file, save_file
 
-from pyterrier_llmrerank import MatroyshkaReranker
+from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
 from pyterrier_llmrerank.checkpoints import MatroyshkaCheckpoint, RankLLaMACheckpoint
 
 RAW, FULL, SD = (str(MODELS / name) for name in ("mistral_base", "costwise_full", "adapter_sd"))
@@ -252,3 +255,134 @@ def test_no_tokenizer(changed: Callable[..., str]) -> None:
         file.unlink()
     with pytest.raises(ValueError, match="no usable tokenizer"):
         MatroyshkaCheckpoint(folder, (), None).tokenizer()
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Callable[..., Path]:
+    """A copy of a RankLLaMA adapter that says otherwise of its base."""
+
+    def naming(base: str) -> Path:
+        folder = tmp_path / "adapter"
+        shutil.copytree(ADAPTER, folder)
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}))
+        return folder
+
+    return naming
+
+
+@pytest.mark.parametrize("base", ["../../../../../etc", "/etc", "/dev/zero", "/etc/passwd", "~/nowhere/at/all", "a\0b"])
+def test_an_adapter_that_names_a_path_outside_gets_nothing_of_it(adapter: Callable[..., Path], base: str) -> None:
+    """A base may lie anywhere, as PEFT writes absolute paths; what lies there is only ever read as a model."""
+    folder = adapter(base)
+    with pytest.raises(FileNotFoundError, match=r"no config\.json|a file\. Allowed|no such model folder") as info:
+        RankLLaMAReranker(folder).compute_score(("a", "b"))
+    assert repr(base)[1:-1] in str(info.value)
+
+
+class Command:
+    """What a pickle of it would have the shell do when it is opened."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple:
+        return (os.system, (self.command,))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_command_in_an_adapter_is_not_run(adapter: Callable[..., Path], tmp_path: Path, zipped: bool) -> None:
+    folder = adapter(BASE)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    (folder / "adapter_model.safetensors").unlink()
+    command = Command(f"echo owned > {tmp_path / 'owned'}")
+    torch.save({**tensors, "evil": command}, folder / "adapter_model.bin", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=r"adapter_model\.bin: refused, it is not a plain file of tensors"):
+        RankLLaMAReranker(folder).compute_score(("a", "b"))
+    assert not (tmp_path / "owned").exists()
+    pickle.loads(pickle.dumps(command))  # which would have
+    assert (tmp_path / "owned").exists()
+
+
+def test_kernels_that_a_configuration_names_are_not_fetched(changed: Callable[..., str]) -> None:
+    names = dict.fromkeys(["attn_implementation", "_attn_implementation", "experts_implementation"], "someone/kernels")
+    folder = changed(RAW, names | {"text_config": names})
+    config = MatroyshkaCheckpoint(folder, (), None).config
+    assert "someone/kernels" not in str(config.to_dict()) + str(config._attn_implementation)
+    assert MatroyshkaReranker(folder).compute_score(("a", "b")) == MatroyshkaReranker(RAW).compute_score(("a", "b"))
+
+
+def test_labels_without_number_take_no_memory(changed: Callable[..., str]) -> None:
+    assert MatroyshkaCheckpoint(changed(RAW, {"num_labels": 10**12}), (), None).layers == 8
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"num_hidden_layers": 9}, r"num_hidden_layers is 9, but the checkpoint has no layers\.8\.\*"),
+        ({"num_hidden_layers": 7}, r"num_hidden_layers is 7, but the checkpoint has layers\.7\.\* too"),
+        (
+            {"hidden_size": 2**20},
+            r"tensor 'embed_tokens\.weight' is \[700, 64\], its config\.json asks for \[700, 1048576",
+        ),
+        ({"intermediate_size": 2**24}, r"mlp\.gate_proj\.weight' is \[160, 64\], its config\.json asks for \[16777216"),
+        ({"head_dim": 2**24}, r"q_proj\.weight' is \[64, 64\], its config\.json asks for"),
+        ({"vocab_size": 10**6}, r"'embed_tokens\.weight' is \[700, 64\], its config\.json asks for \[1000000, 64\]"),
+        ({"num_attention_heads": 3}, "its config.json asks for|does not describe a model_type"),
+        ({"hidden_act": "nothing"}, "does not describe a model_type 'mistral'"),
+        ({"rope_theta": "x"}, "does not describe a model_type 'mistral'"),
+        ({"rope_parameters": [1]}, "does not describe a model_type 'mistral'"),
+        ({"rope_parameters": {"rope_type": "x"}}, "does not describe a model_type 'mistral'"),
+        ({"pad_token_id": 10**9}, "does not describe a model_type 'mistral'"),
+        ({"to_dict": 1}, "does not describe a model_type 'mistral'"),
+    ],
+)
+def test_sizes_that_the_files_do_not_have_are_named(changed: Callable[..., str], config: dict, message: str) -> None:
+    folder = changed(RAW, config)
+    with pytest.raises(ValueError, match=f"model='.*mistral_base'.*({message})"):
+        MatroyshkaReranker(folder).compute_score(("a", "b"))
+
+
+def test_a_family_without_a_walk_describes_no_more_than_its_files_hold(changed: Callable[..., str]) -> None:
+    folder = changed(RAW, {"model_type": "gpt2", "n_embd": 64, "n_layer": 8, "n_head": 4, "vocab_size": 2**24})
+    with pytest.raises(ValueError, match=r"config\.json describes a model of \d+ weights, its files hold \d+"):
+        MatroyshkaReranker(folder).compute_score(("a", "b"))
+    with pytest.raises(ValueError, match="n_layer is 1000000000; allowed: integers from 1 to 10000"):
+        MatroyshkaCheckpoint(changed(FULL, {"model_type": "gpt2", "n_layer": 10**9}), (), None)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"{}", b"[" * 100_000, b'{"model": 3}', b"\xff\xfe", b'{"model": {"type": "BPE", "vocab": []}}'],
+)
+def test_a_broken_tokenizer_is_named(changed: Callable[..., str], content: bytes) -> None:
+    folder = changed(RAW)
+    (Path(folder) / "tokenizer.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"model='.*mistral_base': no usable tokenizer in .*mistral_base"):
+        MatroyshkaReranker(folder).compute_score(("a", "b"))
+
+
+def test_a_tokenizers_setting_that_is_none_is_named(changed: Callable[..., str]) -> None:
+    folder = changed(RAW)
+    path = Path(folder) / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": "64"}))
+    with pytest.raises(ValueError, match=r"no usable tokenizer in .*mistral_base: .*not supported between"):
+        MatroyshkaReranker(folder).compute_score(("a", "b"))
+
+
+@pytest.mark.parametrize("start", [None, 0, 9, 2.0, True, "y" * 10**5])
+def test_a_start_layer_that_is_none_is_shown(changed: Callable[..., str], start: object) -> None:
+    with pytest.raises(ValueError, match=r"start_layer=.*: model='.*' has 8 layers; allowed: integers") as info:
+        MatroyshkaCheckpoint(changed(FULL, {"start_layer": start}), (), None)
+    assert len(str(info.value)) < 500
+
+
+def test_a_token_that_the_model_does_not_know(changed: Callable[..., str]) -> None:
+    folder = changed(RAW)
+    path = Path(folder) / "tokenizer.json"
+    said = json.loads(path.read_text())
+    said["added_tokens"].append(said["added_tokens"][-1] | {"id": 70_000, "content": "panda"})
+    path.write_text(json.dumps(said))
+    assert np.isfinite(MatroyshkaReranker(folder).compute_score(("a", "b")))
+    with pytest.raises(ValueError, match=r"the tokenizer makes token 70\d+, but the model knows 700 tokens|beyond"):
+        MatroyshkaReranker(folder).compute_score(("a", "a panda"))

@@ -1,15 +1,19 @@
 """Files are found, read as data alone, and refused with their name when they are not what they say."""
 
 import errno
+import io
 import json
 import pickle
 import shutil
+import struct
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import MODELS, frame
+from conftest import MODELS, frame, no_file_above
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -92,17 +96,147 @@ def test_a_broken_safetensors_is_named(tmp_path: Path, content: bytes) -> None:
         TensorFiles(tmp_path, "model", "model")
 
 
-@pytest.mark.parametrize("weight_map", [None, [], {"a": "../outside.safetensors"}, {"a": 3}])
+def lying(header: object, data: bytes, length: int | None = None) -> bytes:
+    """A safetensors file whose header says so."""
+    said = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(said) if length is None else length) + said + data
+
+
+ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        lying({"a": ONE}, b"1234", length=10),
+        lying({"a": ONE}, b"1234", length=2**62),
+        lying({"a": ONE}, b"12"),
+        lying({"a": ONE}, b"12345678"),
+        lying({"a": ONE | {"data_offsets": [4, 0]}}, b"1234"),
+        lying({"a": ONE | {"data_offsets": [0, 2**62]}}, b"1234"),
+        lying({"a": ONE | {"dtype": "F64"}}, b"1234"),
+        lying({"a": ONE | {"dtype": "F99"}}, b"1234"),
+        lying({"a": ONE | {"shape": [2]}}, b"1234"),
+        lying({"a": ONE | {"shape": [-1]}}, b"1234"),
+        lying({"a": ONE | {"shape": [2**62, 2**62]}}, b"1234"),
+        lying({"a": ONE, "b": ONE}, b"1234"),
+        lying(b"[" * 100_000, b""),
+        lying(b'{"a": \xff}', b""),
+    ],
+)
+def test_a_safetensors_header_that_lies_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a readable") as info:
+        TensorFiles(tmp_path, "model", "model")
+    assert len(str(info.value)) < 600
+
+
+@pytest.mark.parametrize("dtype", ["I64", "BOOL", "C64", "F4", "F8_E8M0"])
+def test_numbers_that_are_no_weights_are_named(tmp_path: Path, dtype: str) -> None:
+    size = {"I64": 8, "C64": 8}.get(dtype, 1)
+    shape = [2] if dtype == "F4" else [1]
+    header = {"a": {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}
+    (tmp_path / "model.safetensors").write_bytes(lying(header, bytes(size)))
+    opened = TensorFiles(tmp_path, "model", "model='x'")
+    with pytest.raises(ValueError, match=r"model='x': tensor 'a' is torch\..*; wanted one of torch.float32"):
+        opened.read("a")
+
+
+def test_a_truncated_safetensors_is_named(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "whole.safetensors")
+    whole = (tmp_path / "whole.safetensors").read_bytes()
+    for end in range(len(whole)):
+        (tmp_path / "model.safetensors").write_bytes(whole[:end])
+        with pytest.raises(ValueError, match=r"model\.safetensors: not a readable"):
+            TensorFiles(tmp_path, "model", "model")
+
+
+def records(content: bytes, change: Callable[[str, bytes], bytes]) -> bytes:
+    """What torch saved, with its records changed, and checksums that agree."""
+    into = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as saved, zipfile.ZipFile(into, "w") as other:
+        for name in saved.namelist():
+            other.writestr(name, change(name, saved.read(name)))
+    return into.getvalue()
+
+
+def test_a_bin_with_a_record_that_lies_is_refused(tmp_path: Path) -> None:
+    saved = io.BytesIO()
+    torch.save(TENSORS, saved)
+
+    def larger(name: str, record: bytes) -> bytes:
+        return record.replace(b"K\x02K\x03", b"K\x7fK\x7f") if name.endswith("data.pkl") else record
+
+    def shorter(name: str, record: bytes) -> bytes:
+        return record[:3] if "/data/" in name else record
+
+    for change in (larger, shorter):
+        (tmp_path / "pytorch_model.bin").write_bytes(records(saved.getvalue(), change))
+        with pytest.raises(ValueError, match=r"pytorch_model\.bin: refused"):
+            TensorFiles(tmp_path, "model", "model")
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.ones(1).expand(2**20, 2**20),  # a shape with a single number behind it
+        torch.ones(2, 2).to_sparse(),
+        torch.ones(2, device="meta"),
+        torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_bin_of_other_than_plain_tensors_is_refused(tmp_path: Path, tensor: torch.Tensor) -> None:
+    torch.save({"a": tensor}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: refused"):
+        TensorFiles(tmp_path, "model", "model")
+
+
+def test_a_tensor_in_two_files_is_named(tmp_path: Path) -> None:
+    sharded(tmp_path, ".safetensors")
+    save_file(TENSORS, tmp_path / "shard-1.safetensors")
+    with pytest.raises(ValueError, match=r"model='x': tensor 'a.weight' is in .*shard-1\.safetensors and in another"):
+        TensorFiles(tmp_path, "model", "model='x'")
+
+
+def test_links_are_followed_to_data_and_loops_are_nothing(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    save_file(TENSORS, tmp_path / "elsewhere" / "weights")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").symlink_to(tmp_path / "elsewhere" / "weights")  # as the hub's cache does
+    assert set(TensorFiles(tmp_path / "model", "model", "model")) == set(TENSORS)
+    (tmp_path / "model" / "model.safetensors").unlink()
+    (tmp_path / "model" / "model.safetensors").symlink_to(tmp_path / "model" / "model.safetensors")
+    with pytest.raises(FileNotFoundError, match="no weights in"):
+        TensorFiles(tmp_path / "model", "model", "model")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(FileNotFoundError, match=r"model='.*loop': no such model folder"):
+        RankLLaMAReranker(tmp_path / "loop")
+    (tmp_path / "model" / "config.json").symlink_to("/dev/zero")
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        MatroyshkaReranker(tmp_path / "model")
+
+
+@pytest.mark.parametrize("weight_map", [None, [], {"a": "../outside.safetensors"}, {"a": 3}, {"a": "x" * 10**6}])
 def test_an_index_names_files_of_its_folder_only(tmp_path: Path, weight_map: object) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(ValueError, match="weight_map"):
         TensorFiles(tmp_path, "model", "model")
 
 
-@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe", b"\0", b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}"])
 def test_broken_json_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"config\.json"):
+        read_json(tmp_path / "config.json")
+
+
+def test_json_of_any_length_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text("{}" + " " * 100)
+    assert read_json(tmp_path / "config.json") == {}
+    monkeypatch.setattr(files, "LARGEST_JSON", 100)
+    with pytest.raises(ValueError, match=r"config\.json: 102 bytes; .* at most 100"):
         read_json(tmp_path / "config.json")
 
 
@@ -304,6 +438,54 @@ def test_a_broken_gguf_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: 
     with pytest.raises(ValueError, match=r"base_model=.*m\.gguf.*cannot be read"):
         folder_of(str(tmp_path / "m.gguf"), "base_model")
     assert list((tmp_path / "home" / "llmrerank").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            b"llama.block_count\x04\0\0\0\x02",
+            b"llama.block_count\x04\0\0\0\x03",
+            "describes a model of .* weights and holds",
+        ),
+        (b"llama.block_count\x04\0\0\0\x02\0", b"llama.block_count\x04\0\0\0\xff\xff", "num_hidden_layers is 65535"),
+        (b"embedding_length\x04\0\0\0\x40\0\0\0", b"embedding_length\x04\0\0\0\0\0\0\x7f", "hidden_size is"),
+        (b"blk.1.ffn_up.weight", b"blk.1.ffn_zz.weight", "no tensor for 'model.layers.1.mlp.up_proj.weight'"),
+        (b"general.architecture", b"general.architectur_", "cannot be read"),
+    ],
+)
+def test_a_gguf_that_lies_is_named_and_leaves_nothing(
+    tiny_gguf: tuple[Path, LlamaForCausalLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    old: bytes, new: bytes, message: str,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("PYTERRIER_HOME", str(tmp_path / "home"))
+    sound = tiny_gguf[0].read_bytes()
+    assert old in sound
+    (tmp_path / "m.gguf").write_bytes(sound.replace(old, new))
+    with pytest.raises(ValueError, match=rf"m\.gguf': cannot be read as a GGUF language model: .*{message}|{message}"):
+        folder_of(str(tmp_path / "m.gguf"), "model")
+    assert list((tmp_path / "home" / "llmrerank").iterdir()) == []
+
+
+def test_a_cut_off_gguf_is_named(
+    tiny_gguf: tuple[Path, LlamaForCausalLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTERRIER_HOME", str(tmp_path / "home"))
+    sound = tiny_gguf[0].read_bytes()
+    for length in (3, 30, 300, 1500, len(sound) // 2, len(sound) - 100):
+        (tmp_path / "m.gguf").write_bytes(sound[:length])
+        with pytest.raises(ValueError, match=r"m\.gguf': cannot be read"):
+            folder_of(str(tmp_path / "m.gguf"), "model")
+
+
+def test_a_full_disk_leaves_no_model_of_a_gguf(
+    tiny_gguf: tuple[Path, LlamaForCausalLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTERRIER_HOME", str(tmp_path / "home"))
+    with no_file_above(50_000), pytest.raises(OSError, match=r"model\.safetensors cannot be written: .*too large"):
+        dequantised(tiny_gguf[0])
+    assert list((tmp_path / "home" / "llmrerank").iterdir()) == []
+    assert (dequantised(tiny_gguf[0]) / "model.safetensors").is_file()
 
 
 def test_smollm2_without_its_wheel_is_the_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,3 +117,41 @@ def test_validation_counts_what_was_not_retrieved() -> None:
     perfect = measure(lambda pairs: [float(body == "<text of d2>") for _, body, _ in pairs])
     # Queries 1 and 5 are perfect, 2 and 3 retrieved nothing relevant; 4 is not judged.
     assert perfect == pytest.approx(2 / 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"label": ["x", 0, 2, 1, 1]}, "qrels_tr: 'label' is 'x' for qid '1', docno 'd2'; wanted a finite number"),
+        ({"label": [1, 0, None, 1, 1]}, "qrels_tr: 'label' is .* for qid '2', docno 'd1'; wanted a finite number"),
+        ({"label": [1, 0, float("inf"), 1, 1]}, "'label' is inf for qid '2'"),
+        ({"label": [1, 0, 10**400, 1, 1]}, r"'label' is 10+\.\.\. for qid '2'"),
+        ({"label": [1, 0, [2], 1, 1]}, r"'label' is \[2\] for qid '2'"),
+        ({"qid": ["1", None, "2", "3", "5"]}, "qrels_tr: qid is missing in row 1"),
+        ({"docno": ["d2", "d3", "d1", "d9", None]}, "qrels_tr: docno is missing in row 4"),
+        ({"docno": ["d2"] * 5, "qid": ["1"] * 5}, "qrels_tr: qid '1', docno 'd2' has two different labels"),
+    ],
+)
+def test_a_judgement_that_is_none_is_named(change: dict[str, list[object]], message: str) -> None:
+    columns = {name: pd.Series(values, dtype=object) for name, values in change.items()}
+    with pytest.raises(ValueError, match=message):
+        judged(QRELS.assign(**columns), "qrels_tr")
+
+
+def test_judgements_are_of_three_columns_each_once() -> None:
+    with pytest.raises(ValueError, match="wanted qid, docno and label, once each"):
+        judged(pd.concat([QRELS, QRELS[["label"]]], axis=1), "qrels_tr")
+    twice = judged(pd.concat([QRELS, QRELS]).set_index("qid", drop=False), "qrels_tr")
+    pd.testing.assert_frame_equal(twice, QRELS, check_dtype=False)
+
+
+def test_an_index_may_be_named_as_a_column() -> None:
+    named = results().set_index("qid", drop=False)
+    assert records_of(named, QRELS, bodies, 1, None, "text") == records_of(results(), QRELS, bodies, 1, None, "text")
+
+
+@pytest.mark.parametrize("value", [None, "x", float("inf"), 10**400])
+def test_a_teachers_score_that_is_none_is_named(value: object) -> None:
+    scored = results().assign(teacher=pd.Series([0, 1, 2, value, 4, 5, 6, 7, 8], dtype=object))
+    with pytest.raises(ValueError, match=r"'teacher' is .* for qid '2', docno 'd4'; wanted a finite number"):
+        records_of(scored, QRELS, bodies, 1, None, "text")
