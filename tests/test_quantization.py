@@ -1,6 +1,7 @@
 """Linear layers in eight bits: which are, how, and what stays as it was."""
 
 import gc
+import shutil
 import sys
 from pathlib import Path
 
@@ -80,8 +81,9 @@ def test_scores_are_near() -> None:
 
 
 @pytest.mark.parametrize("name", ["int8", "float8"])
-def test_layers_that_nobody_needs_are_dropped_and_come_again(name: str) -> None:
-    shallow = MatroyshkaReranker(FULL, cutoff=2, dtype="float32", quantization=name)
+def test_layers_that_nobody_needs_are_dropped_and_come_again(name: str, tmp_path: Path) -> None:
+    own = shutil.copytree(FULL, tmp_path / "own")  # of which no other test has a re-ranker
+    shallow = MatroyshkaReranker(own, cutoff=2, dtype="float32", quantization=name)
     deep = shallow.at(cutoff=8)
     weights = shallow._weights()
     wanted = deep(frame())["score"]

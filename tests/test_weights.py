@@ -102,10 +102,10 @@ def test_weights_written_anew_are_read_anew(tmp_path: Path) -> None:
     assert MatroyshkaReranker(tmp_path / "model", dtype="float32").compute_score(PAIR) == pytest.approx(-old)
 
 
-def compensated(**changes: object) -> MatroyshkaReranker:
+def compensated(model: Path = MODELS / "mistral_base", **changes: object) -> MatroyshkaReranker:
     """A distilled model with compensation for depth, and for a ratio of 2."""
     return MatroyshkaReranker(
-        MODELS / "mistral_base",
+        model,
         **{
             "adapters": [MODELS / "adapter_sd", MODELS / "adapter_comp_layer"],
             "token_adapters": {2: MODELS / "adapter_comp_token2"},
@@ -132,17 +132,18 @@ def test_a_token_adapter_is_laid_over_one_copy_of_the_weights() -> None:
     assert repr(compensated(adapters=(), start_layer=None)).endswith(" over no adapter")
 
 
-def test_what_is_laid_over_goes_and_comes_with_what_is_below() -> None:
-    deep, shallow = compensated(compress_ratio=2), compensated(compress_ratio=2, cutoff=4)
+def test_what_is_laid_over_goes_and_comes_with_what_is_below(tmp_path: Path) -> None:
+    own = Path(shutil.copytree(MODELS / "mistral_base", tmp_path / "own"))  # of which no other test has a re-ranker
+    deep, shallow = compensated(own, compress_ratio=2), compensated(own, compress_ratio=2, cutoff=4)
     wanted, over = deep.compute_score(PAIR), deep._weights()
     shallow.compute_score(PAIR)
-    below = compensated(cutoff=2)
+    below = compensated(own, cutoff=2)
     below.compute_score(PAIR)
     assert (over.loaded_layers, below._weights().loaded_layers) == (8, 8)
     del deep
     gc.collect()
     assert (over.loaded_layers, below._weights().loaded_layers) == (4, 4)
-    assert compensated(compress_ratio=2).compute_score(PAIR) == pytest.approx(wanted, abs=1e-6)
+    assert compensated(own, compress_ratio=2).compute_score(PAIR) == pytest.approx(wanted, abs=1e-6)
     del shallow, over
     gc.collect()
     assert below._weights().loaded_layers == 2
