@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -74,9 +74,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except typer.TyperException as error:
         typer.echo(f"error: {error.format_message().rstrip('.')}. See --help.", err=True)
         return error.exit_code
-    except ERRORS as error:
+    except (*ERRORS, _Spelt) as error:
         typer.echo(f"error: {_in_a_line(error)}", err=True)
         return 1
+
+
+class _Spelt(Exception):  # noqa: N818
+    """An error of which the message calls arguments by their options' names."""
+
+    def __init__(self, error: Exception, arguments: Iterable[str]) -> None:
+        words = "|".join(arguments)
+        super().__init__(re.sub(rf"\b({words})=", lambda name: f"--{name[1].replace('_', '-')}=", _in_a_line(error)))
 
 
 def _in_a_line(error: BaseException) -> str:
@@ -133,8 +141,8 @@ def prepare(
 ) -> None:
     """Join a run with queries and texts.
 
-    What is written is a rerank file: JSON lines with query_id, query, docid, text and score, and title and url where
-    there are some; queries as in the run, each from its best document.
+    What is written, over an output that is there, is a rerank file: JSON lines with query_id, query, docid, text and
+    score, and title and url where there are some; queries as in the run, each from its best document.
     """
     count = 0
     with writing(output) as lines:
@@ -151,7 +159,7 @@ def prepare(
     )
 )
 def convert(run: Run, output: Output, form: OutputForm = "trec", tag: Tag = "llmrerank") -> None:
-    """Write a run in another form.
+    """Write a run in another form, over an output that is there.
 
     Ranks count from 1, by score; equal ones by the rank that they had, or as they came.
     """
@@ -188,6 +196,8 @@ def evaluate(
     """Measure a run, or two.
 
     All queries with judgements count; one that a run lacks, as one for which nothing was found.
+
+    A warning says how many those are; where it has none of them, that is an error.
 
     Documents of equal score stand by rank, or as they do in the file; trec_eval orders them by docno.
     """
@@ -288,6 +298,8 @@ def _rerank_command(name: str, kind: type[LLMReranker], *examples: str) -> None:
         except KeyboardInterrupt as error:
             typer.echo(f"interrupted. {' '.join(getattr(error, '__notes__', ()))}", err=True)
             raise
+        except ERRORS as error:
+            raise _Spelt(error, [*arguments, "workers"]) from error
 
     signature = inspect.signature(command, eval_str=True)
     own = [parameter for parameter in signature.parameters.values() if parameter.kind != parameter.VAR_KEYWORD]

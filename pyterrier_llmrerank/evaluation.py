@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import subprocess
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,6 +14,8 @@ import pyterrier as pt
 from numpy.typing import NDArray
 
 from .formats import Judgement, RunRow, best_first, by_query
+
+logger = logging.getLogger(__name__)
 
 Floats = NDArray[np.float64]
 
@@ -89,7 +93,8 @@ def compare(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Measure a run, and test whether it differs from a second one.
 
-    Every query with judgements counts, with nothing found where a run lacks it (``trec_eval -c``). Documents stand
+    Every query with judgements counts, with nothing found where a run lacks it (``trec_eval -c``); a warning says how
+    many it lacks. Documents stand
     by score; equal ones by rank, or as they came, where trec_eval goes by docno: in runs whose scores were rounded
     those may be many.
 
@@ -100,15 +105,18 @@ def compare(
         baseline: what it is compared with.
 
     Returns:
-        A frame of each query's values: ``qid``, ``measure``, ``value``; and one of the measures': ``measure``,
-        ``value``. With a baseline both have ``baseline`` and ``difference``, too, and the second ``p``, of a paired
-        two-sided t-test over the queries (NaN where no query differs).
+        A frame of each query's values: ``qid``, ``measure``, ``value``, the queries as judgements name them; and one of
+        the measures': ``measure``, ``value``. With a baseline both have ``baseline`` and ``difference``, too, and the
+        second ``p``, of a paired two-sided t-test over the queries (NaN where no query differs).
+
+    Raises:
+        ValueError: a run is empty, or has none of the queries with judgements; or a measure cannot be computed of it.
     """
     judged = [ir_measures.Qrel(row.qid, row.docno, row.label) for row in qrels]
-    queries, total = _measured(measures, judged, run)
+    queries, total = _measured(measures, judged, run, "run")
     if baseline is None:
         return queries, total
-    other_queries, other_total = _measured(measures, judged, baseline)
+    other_queries, other_total = _measured(measures, judged, baseline, "baseline")
     queries = queries.merge(other_queries.rename(columns={"value": "baseline"}), on=["qid", "measure"])
     total["baseline"] = other_total["value"]
     for frame in (queries, total):
@@ -119,7 +127,7 @@ def compare(
 
 
 def _measured(
-    measures: Sequence[ir_measures.Measure], judged: Sequence[ir_measures.Qrel], run: Iterable[RunRow]
+    measures: Sequence[ir_measures.Measure], judged: Sequence[ir_measures.Qrel], run: Iterable[RunRow], name: str
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The values of each query, and of each measure."""
     scored = [
@@ -127,8 +135,27 @@ def _measured(
         for _, rows in by_query(run)
         for place, row in enumerate(best_first(rows))
     ]
-    found: Any = ir_measures.calc(measures, judged, scored)
-    queries = [(metric.query_id, str(metric.measure), metric.value) for metric in found.per_query]
+    wanted, there = dict.fromkeys(judgement.query_id for judgement in judged), {row.query_id for row in scored}
+    if not there:
+        raise ValueError(f"the {name} is empty; wanted results to measure.")
+    if not (lacking := [query for query in wanted if query not in there]):
+        pass
+    elif len(lacking) == len(wanted):
+        some, others = next(iter(wanted)), scored[0].query_id
+        raise ValueError(f"the {name} has none of the queries with judgements, like {some!r}: it has {others!r}.")
+    else:
+        logger.warning("the %s lacks %d of the %d queries with judgements, which count as if nothing had been found.",
+                       name, len(lacking), len(wanted))  # fmt: skip
+    try:
+        found: Any = ir_measures.calc(measures, judged, scored)
+    except subprocess.CalledProcessError as error:  # gdeval's, of which qids are numbers
+        names = ", ".join(map(str, measures))
+        raise ValueError(
+            f"measure={names}: a program that computes one of these failed ({error}); ERR and its like want qids that "
+            "are numbers."
+        ) from error
+    values = {(str(metric.measure), metric.query_id): metric.value for metric in found.per_query}
+    queries = [(query, str(measure), values[str(measure), query]) for measure in measures for query in wanted]
     total = [(str(measure), found.aggregated[measure]) for measure in measures]
     return pd.DataFrame(queries, columns=["qid", "measure", "value"]), pd.DataFrame(total, columns=["measure", "value"])
 

@@ -15,6 +15,7 @@ import re
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,7 +123,9 @@ def identity(reference: Any) -> Any:
 
 
 def require(reference: str, argument: str) -> None:
-    """Raise FileNotFoundError on what is neither here nor can be on the hub."""
+    """Raise FileNotFoundError on what is neither here nor can be on the hub, or is all but the shipped one's name."""
+    if is_hub_id(reference) and reference != SHIPPED and get_close_matches(reference.lower(), [SHIPPED], cutoff=0.8):
+        raise FileNotFoundError(f"{argument}={reference!r}: no such model; did you mean {SHIPPED!r}?")
     if not is_hub_id(reference) and not Path(reference).expanduser().exists():
         raise FileNotFoundError(
             f"{argument}={reference!r}: no such model folder. Allowed: a folder, a .gguf file or a hub id."

@@ -8,12 +8,16 @@ import logging
 import os
 import zlib
 from collections.abc import Mapping
+from contextlib import ExitStack
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 logger = logging.getLogger(__name__)
+
+#: The last line of the journal of a file that is whole.
+FINISHED = "finished"
 
 
 class Block(NamedTuple):
@@ -35,19 +39,20 @@ class Block(NamedTuple):
 class JournaledFile:
     """A file of which blocks are there whole or not at all.
 
-    Until it is finished, ``<file>.journal`` lies beside it: a JSON line of settings, and one a block, which goes to
-    disk ahead of the block. A block counts if its bytes are in the file and have the checksum; after a kill or power
-    cut at any moment, what comes after the last one that counts is cut off, from both files. Each block is on disk
-    (fsync) when :meth:`append` returns. Left by an error, the file ends with the last whole block.
+    ``<file>.journal`` lies beside it: a JSON line of settings, one a block, which goes to disk ahead of the block, and
+    one that says when the file was finished. A block counts if its bytes are in the file and have the checksum; after
+    a kill or power cut at any moment, what comes after the last one that counts is cut off, from both files. Each
+    block is on disk (fsync) when :meth:`append` returns. Left by an error, the file ends with the last whole block.
 
     Args:
         path: the file.
         settings: what must be the same for the file to be gone on with; names, and values that JSON can hold.
-        resume: go on with a file that is there; without one, or without this, a new one is begun.
+        resume: go on with a file that is there, be it finished; without one, or without this, a new one is begun.
 
     Raises:
-        FileExistsError: the file is there, and ``resume`` is False.
-        ValueError: the file was begun with other settings; or its journal is damaged.
+        FileExistsError: the file is there, and ``resume`` is False, or there is no journal of it.
+        ValueError: the file was begun with other settings, or was changed after it had been finished; or its journal is
+            damaged.
         BlockingIOError: another process is writing it.
         OSError: it cannot be written.
     """
@@ -58,33 +63,27 @@ class JournaledFile:
         #: Those that stood there when the file was opened.
         self.blocks: list[Block] = []
         self._end = 0
-        if resume and path.exists():
-            self._log = FileIO(self.journal, "r+")
-            self._file = FileIO(path, "r+")
-            try:
-                self._lock()
-                if not self.journal.exists():
-                    raise FileExistsError(f"{path} has just been finished by another process.")
-                self._go_on(settings)
-            except BaseException:
-                self._close()
-                raise
-            return
-        if path.exists():
-            can = "; go on with resume (--resume)" if self.journal.exists() else ""
-            raise FileExistsError(f"{path} is there already, and is not written over{can}.")
-        # The journal comes first: a file without one is finished.
-        self._log = FileIO(self.journal, "w")
+        there = resume and path.exists()
         try:
-            self._write(self._log, self.journal, _line(settings))
-            self._file = FileIO(path, "x")
-        except BaseException:
-            self._log.close()
-            if not path.exists():
-                self.journal.unlink()
-            raise
-        self._lock()
-        _sync_folder(path.parent)
+            self._file = FileIO(path, "r+" if there else "x")
+        except FileExistsError:
+            can = "; go on with resume (--resume)" if self.journal.exists() else ""
+            raise FileExistsError(f"{path} is there already, and is not written over{can}.") from None
+        with ExitStack() as undo:
+            undo.callback(self._file.close)
+            self._lock()
+            if not there:
+                undo.callback(path.unlink)
+            begun = path.stat().st_size > 0  # a kill may have left an empty file
+            self._log = self._opened_journal("r+" if begun else "w")
+            undo.callback(self._log.close)
+            if begun:
+                self._go_on(settings)
+            else:
+                undo.callback(self.journal.unlink)
+                self._write(self._log, self.journal, _line(settings))
+                _sync_folder(path.parent)
+            undo.pop_all()
 
     def append(self, data: bytes, rows: int, source: int) -> None:
         """Write a block, to the disk.
@@ -105,14 +104,17 @@ class JournaledFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        finished, empty = kind is None, self._end == 0
-        if not finished:
-            self._file.truncate(self._end)
-        if empty and not finished:  # nothing to go on with: not to stand in the way of another try
-            self.path.unlink()
-        if empty or finished:
-            self.journal.unlink()
-        self._close()  # last: it gives up the lock
+        try:
+            if kind is None:
+                self._write(self._log, self.journal, _line(FINISHED))
+            elif self._end:
+                self._file.truncate(self._end)
+            else:  # nothing to go on with: not to stand in the way of another try
+                self.path.unlink()
+                self.journal.unlink()
+        finally:
+            self._log.close()
+            self._file.close()  # last: it gives up the lock
 
     def _lock(self) -> None:
         try:
@@ -121,6 +123,15 @@ class JournaledFile:
             raise BlockingIOError(error.errno, "another process is writing it", str(self.path)) from None
         except OSError as error:  # some network file systems
             logger.info("%s cannot be locked: %s", self.path, error)
+
+    def _opened_journal(self, mode: str) -> FileIO:
+        try:
+            return FileIO(self.journal, mode)
+        except FileNotFoundError:
+            raise FileExistsError(
+                f"{self.path} is there already, with no journal ({self.journal.name}) that says how it was made; "
+                "it is not written over."
+            ) from None
 
     def _go_on(self, settings: Mapping[str, Any]) -> None:
         """Find the blocks that count, and cut off what comes after them."""
@@ -131,8 +142,9 @@ class JournaledFile:
         if changed := [name for name in {**begun, **given} if begun.get(name) != given.get(name)]:
             differences = ", ".join(f"{name}={begun.get(name)!r}, not {given.get(name)!r}" for name in changed)
             raise ValueError(f"{self.path} was begun with {differences}; go on with the same, or delete it.")
+        finished = bool(lines) and _json(lines[-1]) == FINISHED
         size, kept = os.fstat(self._file.fileno()).st_size, len(first) + 1
-        for line in lines:
+        for line in lines[: len(lines) - finished]:
             fields = _json(line)
             if not isinstance(fields, list) or [type(field) for field in fields] != [int] * len(Block._fields):
                 break
@@ -142,6 +154,8 @@ class JournaledFile:
             self.blocks.append(block)
             self._end += block.size
             kept += len(line) + 1
+        if finished and (size, len(self.blocks)) != (self._end, len(lines) - 1):
+            raise ValueError(f"{self.path} was changed after it had been finished; it is not gone on with.")
         if size > self._end:
             logger.warning("%s: %d bytes after the last whole block are cut off.", self.path, size - self._end)
         for file, end in ((self._file, self._end), (self._log, kept)):
@@ -157,10 +171,6 @@ class JournaledFile:
         except OSError as error:
             raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error
 
-    def _close(self) -> None:
-        self._file.close()
-        self._log.close()
-
 
 def _sync_folder(folder: Path) -> None:
     """Names of new files go to disk with the folder that they stand in."""
@@ -172,7 +182,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def journal_of(path: Path) -> Path:
-    """Where the journal of an unfinished file lies."""
+    """Where the journal of a file lies."""
     return path.with_name(f"{path.name}.journal")
 
 

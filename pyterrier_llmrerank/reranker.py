@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 import threading
 from abc import abstractmethod
 from collections import defaultdict
@@ -529,11 +530,19 @@ def column(name: str, value: object) -> str:
     return value
 
 
+DEVICE = re.compile(r"(cpu|cuda|mps|xpu)(:\d+)?")
+
+
 def devices(value: object) -> str | tuple[str, ...] | None:
     """A device's name, or those of several, or ValueError; a list of one is that one."""
-    if not isinstance(value, list | tuple):
-        return None if value is None else str(value)
-    names = tuple(map(str, value))
+    if value is None:
+        return None
+    names = tuple(map(str, value)) if isinstance(value, list | tuple) else (str(value),)
+    if others := [name for name in names if not DEVICE.fullmatch(name)]:
+        raise ValueError(
+            f"device={value!r}: {others[0]!r} is none; allowed: 'cpu', 'cuda', 'cuda:1', 'mps', 'xpu', a list of "
+            "these, or None for what is here."
+        )
     if len(set(names)) < max(1, len(names)):
         raise ValueError(f"device={value!r}; allowed: a device, or a list of at least one, each once.")
     return names if len(names) > 1 else names[0]

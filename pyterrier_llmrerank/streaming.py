@@ -9,7 +9,7 @@ import time
 import zlib
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, repeat
@@ -21,7 +21,7 @@ import pandas as pd
 import pyterrier as pt
 
 from .formats import RerankRow, by_query, read_rerank, run_line
-from .journal import Block, JournaledFile, journal_of
+from .journal import Block, JournaledFile
 from .reranker import LLMReranker, positive
 from .usage import Stopwatch, Usage
 
@@ -29,7 +29,10 @@ logger = logging.getLogger(__name__)
 
 #: Constructor arguments with which a run may go on although it was begun with others: they leave scores as they are,
 #: to the last digits.
-FREE = ("batch_size", "device", "training", "verbose")
+FREE = ("training", "verbose")
+
+#: Likewise, where nothing is quantised.
+FREE_EXACTLY = ("batch_size", "device")
 
 
 @dataclass(frozen=True)
@@ -95,18 +98,19 @@ def rerank_file(
 ) -> Report:
     """Rerank a file of any length.
 
-    Memory does not grow with the file, but for the queries' ids. Whole queries are read until there are
-    :data:`~pyterrier_llmrerank.scoring.CHUNK` rows, scored in one call while the next are read, and written in one
-    block. Which queries go together depends on the source alone, so that a run that was interrupted ends up with the
-    same bytes as one that was not.
+    Memory does not grow with the file, but for the queries' ids; the rows of one query are held together. Whole
+    queries are read until there are :data:`~pyterrier_llmrerank.scoring.CHUNK` rows, scored in one call while the next
+    are read, and written in one block. Which queries go together depends on the source alone, so that a run that was
+    interrupted ends up with the same bytes as one that was not.
 
-    Until the run is finished, ``<target>.journal`` lies beside it. A target that is there is never written over:
-    without ``resume`` it is an error; with it
+    ``<target>.journal`` lies beside it: what the run was made with, what of it is done, and whether it is finished. A
+    target that is there is never written over: without ``resume`` it is an error; with it
 
-    - a target with its journal is gone on with after the last block that was written whole. The rows before must be
-      the same as then, and so must the arguments and the dtype that scores depend on; later rows may have been
-      mended, and batch size, device and workers may be others. (That a model's files are the same is not checked.)
-    - a target without a journal is finished: nothing is scored, and a warning says so;
+    - it is gone on with after the last block that was written whole, if there is one: a finished run stays as it is,
+      unless rows have been added to its source. The rows before must be the same as then, and so must the arguments
+      and the dtype that scores depend on; later rows may have been mended, and workers, batch size and device may be
+      others (the last two where nothing is quantised). That a model's files are the same is not checked;
+    - without a journal it is an error: nothing says what made it;
     - without a target, the run begins, so that the same command can be given again until it succeeds.
 
     What stops it, an error, Ctrl-C, a full disk or a kill, leaves whole blocks; an error has a note that says how
@@ -129,8 +133,8 @@ def rerank_file(
 
     Raises:
         ValueError: an argument or a line is not what is allowed, or the target was begun with another source or
-            re-ranker.
-        FileExistsError: the target is there, and ``resume`` is False.
+            re-ranker, or is no file.
+        FileExistsError: the target is there, and ``resume`` is False, or nothing says how it was made.
         ScoringError: as :meth:`LLMReranker.transform`.
         ImportError: Ray is asked for, and not installed.
         OSError: a file cannot be read or written.
@@ -138,29 +142,33 @@ def rerank_file(
     >>> from pyterrier_llmrerank import RankLLaMAReranker
     >>> report = rerank_file(RankLLaMAReranker(), Path("rerank.jsonl"), Path("run.tsv"), resume=True)  # doctest: +SKIP
     """
+    from .scoring import CHUNK
+
     source, target = Path(source), Path(target)
     positive("workers", workers)
     run_line("q", "d", 1, 0.0, form, tag)  # raises on what none could be written with
-    if resume and target.exists() and not journal_of(target).exists():
-        logger.warning("%s has no journal beside it, so it is finished: nothing was scored.", target)
-        return Report(target, 0, 0, 0.0)
+    if target.exists() and not target.is_file():
+        raise ValueError(f"target={str(target)!r} is no file; wanted one that can be gone on with.")
     begun, writing = time.perf_counter(), Stopwatch()
     pairs = queries = stood = 0
     usage = Usage()
-    if workers == 1 and address is None:
-        reranker._weights()  # keeps them for its next call
     quiet = copy.copy(reranker)  # the whole run has one progress bar, and one log line
     quiet.verbose = False
     quiet._usage_level = logging.DEBUG
-    if workers == 1 and address is None:
-        scored = partial(_scored, quiet)
-    else:
-        from .workers import scored_by
-
-        scored = partial(scored_by, quiet, workers=workers, address=address)
+    quiet._usage = Usage()
     compress = partial(gzip.compress, mtime=0) if target.suffix == ".gz" else bytes
     total = _count(source) if reranker.verbose and source.is_file() else None  # a pipe is read once
-    with JournaledFile(target, _settings(reranker, form, tag), resume=resume) as run:
+    with ExitStack() as stack:
+        if workers == 1 and address is None:
+            quiet.dtype = str(reranker._weights().dtype).removeprefix("torch.")  # it keeps them for its next call
+            scored = partial(_scored, quiet)
+        else:
+            from .workers import agreed_dtype, connected, scored_by
+
+            stack.enter_context(connected(workers, address))
+            quiet.dtype = agreed_dtype(quiet, workers)
+            scored = partial(scored_by, quiet, workers=workers)
+        run = stack.enter_context(JournaledFile(target, _settings(quiet, form, tag), resume=resume))
         chunks = _chunks(source, [block.rows for block in run.blocks])
         for block in run.blocks:
             _check(next(chunks, None), block, source, target)
@@ -179,10 +187,13 @@ def rerank_file(
                     usage += used
                     bar.update(len(chunk.frame))
         except BaseException as error:
+            usage += quiet.usage  # of the call that it came out of
             if stood + pairs:
                 error.add_note(
                     f"{target} holds {stood + pairs:,} pairs, of whole queries; go on with resume (--resume)."
                 )
+            else:
+                error.add_note(f"nothing had been written: that is done in blocks of {CHUNK:,} pairs or more.")
             raise
         finally:
             usage += Usage(writing_seconds=writing.seconds)
@@ -253,8 +264,9 @@ def _scored(reranker: LLMReranker, chunks: Iterator[Chunk]) -> Generator[tuple[C
 
 def measured(reranker: LLMReranker, frame: pd.DataFrame) -> tuple[pd.DataFrame, Usage]:
     """A frame's scores and ranks without its texts, and what they took; the re-ranker's usage begins anew."""
-    reranker._usage = Usage()
-    return reranker.transform(frame)[["qid", "docno", "rank", "score"]], reranker.usage
+    result = reranker.transform(frame)[["qid", "docno", "rank", "score"]]
+    used, reranker._usage = reranker.usage, Usage()
+    return result, used
 
 
 # -- writing
@@ -270,10 +282,7 @@ def _written(result: pd.DataFrame, form: str, tag: str) -> bytes:
 
 
 def _settings(reranker: LLMReranker, form: str, tag: str) -> dict[str, Any]:
-    """What a run is the same by: the arguments that its scores depend on, with the dtype that ``"auto"`` is here."""
-    from .weights import resolve_devices, resolve_dtype
-
-    arguments = {name: value for name, value in reranker._arguments().items() if name not in FREE}
-    if reranker.dtype == "auto":
-        arguments["dtype"] = str(resolve_dtype("auto", *resolve_devices(reranker.device))).removeprefix("torch.")
+    """What a run is the same by: the arguments that its scores depend on."""
+    free = FREE if reranker.quantization else FREE + FREE_EXACTLY
+    arguments = {name: value for name, value in reranker._arguments().items() if name not in free}
     return {"reranker": type(reranker).__name__, **arguments, "form": form, "tag": tag}

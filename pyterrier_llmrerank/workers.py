@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +26,9 @@ AHEAD = 3
 #: So many workers lost over one frame, or over opening the model, are too many.
 LOSSES = 3
 
+#: Seconds without any news of a worker after which a warning says what the cluster has.
+PATIENCE = 120
+
 #: A frame with its scores, and what these took.
 Scored = tuple[pd.DataFrame, Usage]
 
@@ -37,34 +40,27 @@ def scored_by(
 
     Each opens the model once, and gets a chunk whenever it is free. Where the cluster has GPUs each has one of its own,
     or as many as ``device`` lists; else an equal share of the CPUs, and as many threads. One that joins late, or
-    never, holds nothing up; where one is lost, another is started, and its chunk is scored again. Results come in the
-    order of the chunks, and no more than :data:`AHEAD` chunks a worker are held. Scores are those of one process: to
-    the last bit where that has as many threads, on the same hardware.
+    never, holds nothing up, but for a warning while none has; where one is lost, another is started, and its chunk is
+    scored again. Results come in the order of the chunks, and no more than :data:`AHEAD` chunks a worker are held.
+    Scores are those of one process: to the last bit where that has as many threads, on the same hardware.
 
     Args:
         reranker: what scores; its model has to be there under its name, and this package installed, on each machine.
             Name a ``dtype`` where not all of them compute in bf16: ``"auto"`` is what each finds.
         chunks: what is to be scored.
         workers: how many.
-        address: a cluster's. None for the one that this process is connected to, or that ``RAY_ADDRESS`` names, or
-            else one on this machine that ends with the work.
+        address: as :func:`connected`.
 
     Yields:
         Each chunk with its result.
 
     Raises:
-        ImportError: Ray is not installed.
-        ConnectionError: there is no cluster at the address.
-        ValueError: there are GPUs, and fewer than workers.
+        ImportError, ConnectionError: as :func:`connected`.
+        ValueError: there are GPUs, and fewer than the workers want, or ``device`` names others than a worker's own.
         ConnectionError: :data:`LOSSES` workers were lost over one chunk, or over opening the model.
         Exception: whatever reading or scoring a chunk raised, when all chunks before it have been yielded.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise ImportError(f"workers={workers} needs Ray: pip install 'pyterrier-llmrerank[ray]'") from error
-
-    with _connected(ray, address), Workers(ray, reranker, workers) as pool:
+    with connected(workers, address) as ray, Workers(ray, reranker, workers) as pool:
         coming = _errors_last(chunks)
         last: Exception | None = None
         held: dict[int, Chunk] = {}
@@ -145,10 +141,11 @@ class Workers:
     def __init__(self, ray: Any, reranker: LLMReranker, count: int) -> None:
         self._ray = ray
         self._reranker = reranker
-        self._actor = ray.remote(Worker).options(**_share(ray.cluster_resources(), reranker.device, count))
+        self._actor = ray.remote(Worker).options(**_share(ray.nodes(), reranker.device, count))
         self._busy: dict[Any, tuple[Any, Task]] = {}  # worker and task by what is waited for
         self._idle: list[Any] = []
         self._again: deque[Task] = deque()
+        self._opened = False  # whether any of them has
         for _ in range(count):
             self._start(Task(-1, None))
 
@@ -179,7 +176,10 @@ class Workers:
             ConnectionError: as :func:`scored_by`.
             Exception: whatever opening the model raised.
         """
-        ready = self._ray.wait(list(self._busy))[0][0]
+        if self._opened:
+            ready = self._ray.wait(list(self._busy))[0][0]
+        else:
+            ready = _first(self._ray, list(self._busy), "has opened the model")
         worker, task = self._busy.pop(ready)
         result: Scored | Exception
         try:
@@ -193,6 +193,7 @@ class Workers:
         except self._ray.exceptions.RayError as error:
             self._replace(worker, task, error)
             return {}
+        self._opened = True
         if self._again:
             self._score(worker, self._again.popleft())
         else:
@@ -223,30 +224,101 @@ class Workers:
 
 
 @contextmanager
-def _connected(ray: Any, address: str | None) -> Iterator[None]:
-    """Within, there is a cluster; it is left as it was found."""
+def connected(workers: int, address: str | None = None) -> Iterator[Any]:
+    """Within, there is a cluster; it is left as it was found.
+
+    Args:
+        workers: for how many; named in errors.
+        address: the cluster's. None for the one that this process is connected to, or that ``RAY_ADDRESS`` names, or
+            else one on this machine that ends with the work.
+
+    Yields:
+        Ray's module.
+
+    Raises:
+        ImportError: Ray is not installed.
+        ConnectionError: there is no cluster at the address.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError(f"workers={workers} needs Ray: pip install 'pyterrier-llmrerank[ray]'") from error
     if ray.is_initialized():
-        yield
+        yield ray
         return
     address = address or os.environ.get("RAY_ADDRESS", "local")
     ray.init(address=address, log_to_driver=False, configure_logging=False)
     try:
-        yield
+        yield ray
     finally:
         ray.shutdown()
 
 
-def _share(resources: Mapping[str, float], device: str | tuple[str, ...] | None, workers: int) -> dict[str, int]:
-    """What each worker has to itself."""
-    gpus = 0 if device == "cpu" else int(resources.get("GPU", 0))
-    if not gpus:
+def agreed_dtype(reranker: LLMReranker, workers: int) -> str:
+    """The dtype that all workers shall compute in: of ``"auto"`` what it is on the first of them, not in this process.
+
+    Args:
+        reranker: whose ``dtype`` and ``device`` are looked at.
+        workers: how many there will be.
+
+    Raises:
+        ValueError: as :func:`scored_by`.
+    """
+    import ray
+
+    if reranker.dtype != "auto":
+        return reranker.dtype
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    found = ray.remote(_dtype_here).options(**_share(nodes, reranker.device, workers)).remote(reranker.device)
+    _first(ray, [found], "says which dtype it computes in")
+    try:
+        return str(ray.get(found))
+    except ray.exceptions.RayTaskError as error:
+        failed: Exception = error.cause
+        raise failed from error
+
+
+def _dtype_here(device: str | tuple[str, ...] | None) -> str:
+    from .weights import resolve_devices, resolve_dtype
+
+    return str(resolve_dtype("auto", *resolve_devices(device))).removeprefix("torch.")
+
+
+def _first(ray: Any, waited_for: list[Any], what: str) -> Any:
+    """The first that is there; a warning, while none is, that resources may be missing."""
+    ready, _ = ray.wait(waited_for, timeout=PATIENCE)
+    if not ready:
+        logger.warning(
+            "no worker %s after %d s; the cluster has %s free. It is waited for.",
+            what, PATIENCE, {name: amount for name, amount in ray.available_resources().items() if ":" not in name},
+        )  # fmt: skip
+        ready, _ = ray.wait(waited_for)
+    return ready[0]
+
+
+def _share(nodes: Sequence[Mapping[str, Any]], device: str | tuple[str, ...] | None, workers: int) -> dict[str, int]:
+    """What each worker has to itself, such that all find room on the machines."""
+    machines = [node["Resources"] for node in nodes if node["Alive"]]
+
+    def places(resource: str, each: int) -> int:
+        return sum(int(machine.get(resource, 0)) // each for machine in machines)
+
+    names = device if isinstance(device, tuple) else (device,)
+    each = sum(name is None or name.startswith("cuda") for name in names)
+    if not each or not places("GPU", 1):
         # Where there are more workers than CPUs, none: they would wait for one for ever.
-        return {"num_cpus": int(resources.get("CPU", 0)) // workers}
-    each = len(device) if isinstance(device, tuple) else 1
-    if workers * each > gpus:
+        most = int(max((machine.get("CPU", 0) for machine in machines), default=0))
+        return {"num_cpus": next((cpus for cpus in range(most, 0, -1) if places("CPU", cpus) >= workers), 0)}
+    own = {None, "cpu", "cuda", *(f"cuda:{number}" for number in range(each))}
+    if others := [name for name in names if name not in own]:
         raise ValueError(
-            f"workers={workers} with device={device!r}: {each} of the cluster's {gpus} GPUs each; "
-            f"allowed: at most {gpus // each}, or device='cpu'."
+            f"workers={workers} with device={device!r}: each has GPUs of its own, which it counts from 0, so that it "
+            f"has no {others[0]!r}; allowed: None, 'cuda', 'cpu', or 'cuda:0' and those after it."
+        )
+    if workers > (room := places("GPU", each)):
+        raise ValueError(
+            f"workers={workers} with device={device!r}: {each} of the cluster's {places('GPU', 1)} GPUs each; "
+            f"allowed: at most {room}, or device='cpu'."
         )
     return {"num_cpus": 1, "num_gpus": each}
 

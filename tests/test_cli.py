@@ -52,6 +52,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "texts.jsonl").write_text(
         "".join(json.dumps({"docno": r.docno, "title": "T", "text": r.text}) + "\n" for r in texts.itertuples())
     )
+    (tmp_path / "others.txt").write_text("7 0 d3 1\n")
     (tmp_path / "qrels.txt").write_text("q0 0 d3 1\nq1 0 d0 1\nq2 0 d1 1\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -230,8 +231,18 @@ def test_what_verbose_says(folder: Path, caplog: pytest.LogCaptureFixture) -> No
         ("evaluate qrels.txt --qrels run.gz", "run.gz, line 1: 6 columns"),
         ("convert run.gz --output none/o", "there is no folder"),
         ("convert run.gz --output o --tag 'a b'", "tag is 'a b'; wanted no white space"),
-        ("rerank rankllama topics.tsv --output o --model ./none", "model='./none'"),
-        ("rerank matroyshka none --output o --compress-ratio 3", "compress_ratio=3; allowed: 1, 2, 4, 8"),
+        ("rerank rankllama topics.tsv --output o --model ./none", "--model='./none'"),
+        (
+            "rerank rankllama topics.tsv --output o --model smollm2-135M",
+            "--model='smollm2-135M': no such model; did you",
+        ),
+        (
+            "rerank rankllama topics.tsv --output o --device gpu",
+            "--device=.*'gpu' is none; allowed: 'cpu', 'cuda'",
+        ),
+        ("rerank rankllama topics.tsv --output /dev/null --model smollm2-135m", "target='/dev/null' is no file"),
+        ("evaluate run.gz --qrels others.txt", "the run has none of the queries with judgements, like '7'"),
+        ("rerank matroyshka none --output o --compress-ratio 3", "--compress-ratio=3; allowed: 1, 2, 4, 8"),
         (f"rerank rankllama topics.tsv --output o {shlex.join(RANKLLAMA)}", "topics.tsv, line 1: not JSON"),
     ],
 )

@@ -25,8 +25,13 @@ def test_every_judged_query_counts() -> None:
     queries, total = compare([parse_measure("RR@10"), parse_measure("P@1")], QRELS, [*run(0, 1, 1, None), *run(0)[:0]])
     assert list(total.itertuples(index=False, name=None)) == [("RR@10", 0.5), ("P@1", 0.25)]
     assert queries.columns.tolist() == ["qid", "measure", "value"]
-    values = queries[queries["measure"] == "RR@10"].set_index("qid")["value"].to_dict()
-    assert values == {"q0": 1, "q1": 0.5, "q2": 0.5, "q3": 0}
+    assert queries["measure"].tolist() == ["RR@10"] * 4 + ["P@1"] * 4
+    assert list(zip(queries["qid"], queries["value"], strict=True))[:4] == [
+        ("q0", 1),
+        ("q1", 0.5),
+        ("q2", 0.5),
+        ("q3", 0),
+    ]
 
 
 def test_a_run_and_its_baseline() -> None:
@@ -38,6 +43,25 @@ def test_a_run_and_its_baseline() -> None:
         total[["value", "baseline", "difference", "p"]].iloc[0].astype(float),
         [values.mean(), others.mean(), (values - others).mean(), stats.ttest_rel(values, others).pvalue],
     )
+
+
+def test_what_a_run_lacks_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    compare([parse_measure("RR")], QRELS, run(0, 1, 1, 2), run(None, 1, None, 2))
+    assert caplog.messages == [
+        "the baseline lacks 2 of the 4 queries with judgements, which count as if nothing had been found."
+    ]
+    others = [row._replace(qid=f"other-{row.qid}") for row in run(0)]
+    with pytest.raises(
+        ValueError, match="the baseline has none of the queries with judgements, like 'q0': it has 'other-"
+    ):
+        compare([parse_measure("RR")], QRELS, run(0), others)
+    with pytest.raises(ValueError, match="the run is empty"):
+        compare([parse_measure("RR")], QRELS, [])
+
+
+def test_a_measure_that_wants_numbers_as_qids() -> None:
+    with pytest.raises(ValueError, match=r"measure=RR, ERR@10: .* want qids that are numbers"):
+        compare([parse_measure("RR"), parse_measure("ERR@10")], QRELS, run(0, 1, 1, 2))
 
 
 @pytest.mark.filterwarnings("error")

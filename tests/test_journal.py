@@ -8,12 +8,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyterrier_llmrerank.journal import Block, JournaledFile, journal_of
+from pyterrier_llmrerank.journal import FINISHED, Block, JournaledFile, journal_of
 
 SETTINGS = {"cutoff": [4, 8], "form": "three"}
 #: Without NULs, which holes consist of.
@@ -52,7 +53,7 @@ def disk_of(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
 
-def test_blocks_follow_each_other_and_the_journal_goes(tmp_path: Path, synced: list[int]) -> None:
+def test_blocks_follow_each_other_and_the_journal_says_so(tmp_path: Path, synced: list[int]) -> None:
     path = tmp_path / "run.tsv"
     with JournaledFile(path, SETTINGS) as file:
         synced.clear()
@@ -64,7 +65,7 @@ def test_blocks_follow_each_other_and_the_journal_goes(tmp_path: Path, synced: l
         assert block[:3] == [2, 11, 4]
         file.append(b"two\n", rows=1, source=12)
     assert path.read_bytes() == b"one\ntwo\n"
-    assert list(tmp_path.iterdir()) == [path]
+    assert [json.loads(line) for line in journal_of(path).read_text().splitlines()][2:] == [[1, 12, 4, ANY], FINISHED]
 
 
 @settings(max_examples=50, deadline=None)
@@ -88,7 +89,38 @@ def test_what_is_torn_is_cut_off_and_the_rest_written_once(blocks: list[bytes], 
         assert len(stood) == min(max(whole), max(known))  # nothing that stands whole is done again
         assert [block.source for block in stood] == list(range(len(stood)))
         assert path.read_bytes() == b"".join(blocks)
-        assert not journal.exists()
+        assert journal.read_bytes() == b"".join([*lines[: len(blocks) + 1], b'"finished"\n'])
+
+
+def test_a_finished_file_goes_on_with_what_is_new(tmp_path: Path) -> None:
+    path = tmp_path / "run.tsv"
+    for blocks in ([b"one\n"], [b"one\n"], [b"one\n", b"two\n"]):
+        write(path, blocks, resume=True)
+        assert path.read_bytes() == b"".join(blocks)
+        assert journal_of(path).read_text().endswith(']\n"finished"\n')
+    with pytest.raises(ValueError, match=r"was begun with form='three', not 'trec'"):
+        JournaledFile(path, {**SETTINGS, "form": "trec"}, resume=True)
+
+
+@pytest.mark.parametrize("changed", [b"one\n", b"two\none\n", b"one\ntwo\nmine\n"])
+def test_what_was_done_to_a_finished_file_is_not_undone(changed: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "run.tsv"
+    write(path, [b"one\n", b"two\n"])
+    path.write_bytes(changed)
+    with pytest.raises(ValueError, match=r"run\.tsv was changed after it had been finished"):
+        JournaledFile(path, SETTINGS, resume=True)
+    assert path.read_bytes() == changed
+
+
+def test_a_file_that_nothing_is_known_of_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "run.tsv"
+    path.write_text("mine\n")
+    with pytest.raises(FileExistsError, match=r"no journal \(run\.tsv\.journal\) that says how it was made"):
+        JournaledFile(path, SETTINGS, resume=True)
+    assert list(tmp_path.iterdir()) == [path]
+    path.write_text("")  # a kill before anything was written
+    assert write(path, [b"one\n"], resume=True) == []
+    assert path.read_bytes() == b"one\n"
 
 
 def test_bytes_that_were_changed_do_not_count(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -128,7 +160,7 @@ def test_a_file_that_is_there_is_not_written_over(tmp_path: Path) -> None:
 
 
 def test_without_a_file_it_begins(tmp_path: Path) -> None:
-    """Also where a kill left a journal alone."""
+    """Also where there is a journal of another."""
     path = tmp_path / "run.tsv"
     journal_of(path).write_bytes(b'{"other')
     assert write(path, [b"one\n"], resume=True) == []

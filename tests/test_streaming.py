@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyterrier as pt
 import pytest
 from conftest import MODELS, words
 from hypothesis import given, settings
@@ -128,7 +129,6 @@ def test_a_run_holds_what_the_frame_gives(
     for _, query in got.groupby("qid"):
         assert query["score"].is_monotonic_decreasing
         assert form == "three" or list(query["rank"]) == list(range(1, len(query) + 1))
-    assert list(tmp_path.glob("*.journal")) == []
 
 
 def test_equal_scores_stand_in_the_order_of_the_source(tmp_path: Path) -> None:
@@ -161,7 +161,6 @@ def test_whole_queries_are_scored_together_and_few_are_held(source: Path, tmp_pa
 def test_an_empty_file_gives_an_empty_run(tmp_path: Path) -> None:
     report = rerank_file(MATROYSHKA, write_rows(tmp_path / "rerank.jsonl", []), tmp_path / "run.tsv")
     assert (report.pairs, (tmp_path / "run.tsv").read_bytes()) == (0, b"")
-    assert list(tmp_path.glob("*.journal")) == []
 
 
 def test_the_report_is_one_line_and_logged(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -222,7 +221,6 @@ def test_cut_anywhere_it_goes_on_to_the_same_bytes(name: str, source: Path, whol
         assert tuple(calls) == CHUNKS[kept:]  # nothing twice
         assert (gzip.decompress(target.read_bytes()) if name.endswith(".gz") else target.read_bytes()) == whole
         assert target.read_bytes().startswith(stood)
-        assert not journal_of(target).exists()
 
 
 def _cumulated(journal: Path) -> list[list[int]]:
@@ -259,7 +257,7 @@ def test_killed_in_the_middle_of_any_write_it_ends_with_the_same_bytes(name: str
         status = os.waitpid(child, 0)[1]
         assert os.WIFSIGNALED(status) if fatal else os.WEXITSTATUS(status) == 0
     assert target.read_bytes() == (tmp_path / name).read_bytes()
-    assert not journal_of(target).exists()
+    assert journal_of(target).read_bytes() == journal_of(tmp_path / name).read_bytes()
 
 
 def test_ctrl_c_leaves_whole_queries_and_says_how_to_go_on(source: Path, whole: bytes, tmp_path: Path) -> None:
@@ -387,15 +385,48 @@ def test_a_target_that_is_there_is_not_written_over(source: Path, whole: bytes, 
     assert target.read_bytes() == before
 
 
-def test_what_is_finished_is_left_alone(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    target = tmp_path / "run.tsv"
-    rerank_file(MATROYSHKA, source, target, resume=True)  # nothing to go on with: it begins
-    before = target.read_bytes()
+def test_what_is_finished_is_left_alone_unless_there_is_more(source: Path, whole: bytes, tmp_path: Path) -> None:
+    target, grown = tmp_path / "run.tsv", tmp_path / "rerank.jsonl"
+    write_rows(grown, rows()[:13])
+    rerank_file(MATROYSHKA, grown, target, resume=True)  # nothing to go on with: it begins
     with transforming(lambda *_: None) as calls:
-        assert rerank_file(MATROYSHKA, source, target, resume=True).pairs == 0
-    assert calls == []
-    assert "run.tsv has no journal beside it, so it is finished: nothing was scored" in caplog.text
-    assert target.read_bytes() == before
+        report = rerank_file(MATROYSHKA, grown, target, resume=True)
+        assert (report.pairs, report.resumed_from) == (0, 13)
+        assert calls == []
+        other = MatroyshkaReranker(**{**MATROYSHKA._arguments(), "cutoff": 3})
+        with pytest.raises(ValueError, match="was begun with cutoff=2, not 3"):
+            rerank_file(other, grown, target, resume=True)
+        rerank_file(MATROYSHKA, source, target, resume=True)
+        assert tuple(calls) == CHUNKS[2:]
+    assert target.read_bytes() == whole
+
+
+def test_what_is_quantised_depends_on_more(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchao")
+    target, arguments = tmp_path / "run.tsv", {**MATROYSHKA._arguments(), "quantization": "int8"}
+    rerank_file(MatroyshkaReranker(**arguments), source, target)
+    with pytest.raises(ValueError, match="was begun with batch_size=None, not 2"):
+        rerank_file(MatroyshkaReranker(**{**arguments, "batch_size": 2}), source, target, resume=True)
+
+
+def test_a_target_that_is_no_file_is_refused(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="target='/dev/null' is no file"):
+        rerank_file(MATROYSHKA, source, Path("/dev/null"))
+
+
+def test_the_usage_of_a_call_that_failed_counts(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reranker, real, calls = copy.copy(MATROYSHKA), scoring.walk, itertools.count(1)
+    before = reranker.usage
+
+    def walk(*args: object, **options: object) -> object:
+        states, row = real(*args, **options)
+        return (states * float("nan") if next(calls) == 2 else states), row
+
+    monkeypatch.setattr(scoring, "walk", walk)
+    with pytest.raises(ScoringError):
+        rerank_file(reranker, source, tmp_path / "run.tsv")
+    assert reranker.usage.tokens > before.tokens
+    assert reranker.usage.pairs == before.pairs + CHUNKS[0]
 
 
 @pytest.mark.parametrize(
@@ -413,11 +444,13 @@ def test_bad_arguments_are_named(options: dict[str, object], message: str, sourc
 
 
 def test_what_fails_before_anything_is_written_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    """And says that it does."""
     with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl"):
         rerank_file(MATROYSHKA, tmp_path / "nowhere.jsonl", tmp_path / "run.tsv")
-    too_deep = MatroyshkaReranker(MODELS / "costwise_full", dtype="float32", text_field="body")
-    with pytest.raises(Exception, match="body"):
-        rerank_file(too_deep, source, tmp_path / "run.tsv")
+    of_bodies = MatroyshkaReranker(MODELS / "costwise_full", dtype="float32", text_field="body")
+    with pytest.raises(pt.validate.InputValidationError, match="body") as error:
+        rerank_file(of_bodies, source, tmp_path / "run.tsv")
+    assert error.value.__notes__ == ["nothing had been written: that is done in blocks of 5 pairs or more."]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_streaming import CHUNKS, MATROYSHKA, QUERIES, rows, write_rows
 
-from pyterrier_llmrerank import MatroyshkaReranker, ScoringError, scoring, workers
+from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker, ScoringError, scoring, weights, workers
 from pyterrier_llmrerank.formats import read_run
 from pyterrier_llmrerank.streaming import Chunk, rerank_file
 from pyterrier_llmrerank.usage import Usage
-from pyterrier_llmrerank.workers import AHEAD, LOSSES, Workers, scored_by
+from pyterrier_llmrerank.workers import AHEAD, LOSSES, Workers, agreed_dtype, scored_by
 
 
 @pytest.fixture(autouse=True)
@@ -107,15 +107,20 @@ class Stand:
 
     exceptions = SimpleNamespace(RayError=LostError, RayTaskError=RaisedError)
 
-    def __init__(self, choose: Any, lost: Any, resources: dict[str, float] | None = None) -> None:
-        self.choose, self.lost, self.resources = choose, lost, resources or {"CPU": 4.0}
+    def __init__(self, choose: Any, lost: Any, *machines: dict[str, float]) -> None:
+        self.choose, self.lost, self.machines = choose, lost, machines or ({"CPU": 4.0},)
+        self.slow = False
         self.alive: set[Any] = set()
         self.options: dict[str, Any] = {}
         self.most = 0
         self.broken: Exception | None = None
 
-    def cluster_resources(self) -> dict[str, float]:
-        return self.resources
+    def nodes(self) -> list[dict[str, Any]]:
+        gone = {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}
+        return [gone, *({"Alive": True, "Resources": machine} for machine in self.machines)]
+
+    def available_resources(self) -> dict[str, float]:
+        return {"CPU": 1.0, "node:10.0.0.1": 1.0}
 
     def is_initialized(self) -> bool:
         return True
@@ -132,8 +137,10 @@ class Stand:
 
         return SimpleNamespace(options=options)
 
-    def wait(self, busy: list[Promise]) -> tuple[list[Promise], list[Promise]]:
+    def wait(self, busy: list[Promise], timeout: float | None = None) -> tuple[list[Promise], list[Promise]]:
         assert busy
+        if self.slow and timeout is not None:
+            return [], busy
         return [self.choose(busy)], []
 
     def get(self, ready: Promise) -> Any:
@@ -265,28 +272,66 @@ def test_a_bad_line_waits_for_what_was_read_before_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("resources", "device", "count", "wanted"),
+    ("machines", "device", "count", "wanted"),
     [
-        ({"CPU": 8.0}, None, 3, {"num_cpus": 2}),
-        ({"CPU": 2.0}, None, 3, {"num_cpus": 0}),
-        ({"CPU": 8.0, "GPU": 2.0}, None, 2, {"num_cpus": 1, "num_gpus": 1}),
-        ({"CPU": 8.0, "GPU": 4.0}, ("cuda:0", "cuda:1"), 2, {"num_cpus": 1, "num_gpus": 2}),
-        ({"CPU": 8.0, "GPU": 2.0}, "cpu", 4, {"num_cpus": 2}),
+        ([{"CPU": 8.0}], None, 3, {"num_cpus": 2}),
+        ([{"CPU": 2.0}], None, 3, {"num_cpus": 0}),
+        ([{"CPU": 6.0}, {"CPU": 6.0}, {"CPU": 3.0}], None, 4, {"num_cpus": 3}),  # 15 / 4, which is on none
+        ([{"CPU": 4.0}, {"CPU": 4.0}, {"CPU": 4.0}], None, 2, {"num_cpus": 4}),  # no more than one has
+        ([{"CPU": 8.0, "GPU": 2.0}], None, 2, {"num_cpus": 1, "num_gpus": 1}),
+        ([{"CPU": 8.0, "GPU": 2.0}], "cuda", 2, {"num_cpus": 1, "num_gpus": 1}),
+        ([{"CPU": 8.0, "GPU": 4.0}], ("cuda:0", "cuda:1"), 2, {"num_cpus": 1, "num_gpus": 2}),
+        ([{"CPU": 8.0, "GPU": 2.0}], "cpu", 4, {"num_cpus": 2}),
+        ([{"CPU": 8.0, "GPU": 2.0}], ("cuda", "cpu"), 2, {"num_cpus": 1, "num_gpus": 1}),
     ],
 )
-def test_each_has_its_share(resources: dict[str, float], device: object, count: int, wanted: dict[str, int]) -> None:
-    stand = Stand(None, None, resources)
+def test_each_has_its_share(
+    machines: list[dict[str, float]], device: object, count: int, wanted: dict[str, int]
+) -> None:
+    stand = Stand(None, None, *machines)
     with Workers(stand, SimpleNamespace(device=device), count):
         assert stand.options == wanted
         assert len(stand.alive) == count
     assert stand.alive == set()
 
 
-def test_more_workers_than_gpus_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match="workers=3 with device=None: 1 of the cluster's 2 GPUs each; allowed: at most 2"
-    ):
-        Workers(Stand(None, None, {"CPU": 8.0, "GPU": 2.0}), MATROYSHKA, 3)
+@pytest.mark.parametrize(
+    ("machines", "device", "count", "message"),
+    [
+        ([{"GPU": 2.0}], None, 3, "device=None: 1 of the cluster's 2 GPUs each; allowed: at most 2"),
+        ([{"GPU": 3.0}, {"GPU": 3.0}], ("cuda:0", "cuda:1"), 3, "2 of the cluster's 6 GPUs each; allowed: at most 2"),
+        ([{"GPU": 2.0}], "cuda:1", 1, "device='cuda:1': each has GPUs of its own, .* so that it has no 'cuda:1'"),
+        (
+            [{"GPU": 4.0}],
+            ("cuda:2", "cuda:3"),
+            2,
+            "so that it has no 'cuda:2'; allowed: None, 'cuda', 'cpu', or 'cuda:",
+        ),
+    ],
+)
+def test_gpus_that_a_worker_cannot_have_are_refused(
+    machines: list[dict[str, float]], device: object, count: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Workers(Stand(None, None, *machines), SimpleNamespace(device=device), count)
+
+
+def test_while_none_opens_it_says_what_is_free(caplog: pytest.LogCaptureFixture) -> None:
+    stand = Stand(lambda busy: busy[0], lambda *_: False)
+    stand.slow = True
+    assert run(stand, chunks(["q0", "q1"]), 2) == (["q0", "q1"], None)
+    assert caplog.messages == [
+        "no worker has opened the model after 120 s; the cluster has {'CPU': 1.0} free. It is waited for."
+    ]
+
+
+def test_the_dtype_is_what_a_worker_finds(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process may have no such device."""
+    monkeypatch.setattr(weights, "resolve_dtype", None)  # here, not there
+    assert agreed_dtype(RankLLaMAReranker(), 2) in ("float32", "bfloat16")
+    assert agreed_dtype(RankLLaMAReranker(dtype="float16"), 2) == "float16"
+    with pytest.raises(ValueError, match="device='xpu' cannot be used here"):
+        agreed_dtype(RankLLaMAReranker(device="xpu"), 2)
 
 
 def test_without_ray_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,9 +355,10 @@ def test_the_cluster_is_the_one_that_is_named(
         init=lambda address, **_: calls.append(address),
         shutdown=lambda: calls.append("shutdown"),
     )
+    monkeypatch.setitem(sys.modules, "ray", ray)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     if environment:
         monkeypatch.setenv("RAY_ADDRESS", environment)
-    with workers._connected(ray, address):
+    with workers.connected(2, address):
         assert calls == [wanted]
     assert calls == [wanted, "shutdown"]
