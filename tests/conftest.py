@@ -43,6 +43,20 @@ def agree(system: str, got: Any, wanted: Any) -> None:
     np.testing.assert_allclose(got, wanted, atol=2e-4, rtol=0)
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Where several processes test, each tells the first what was found."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["worst"] = _WORST
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """And the first takes it up."""
+    for system, (scores, worst) in getattr(node, "workeroutput", {}).get("worst", {}).items():
+        before, largest = _WORST.get(system, (0, 0.0))
+        _WORST[system] = (before + scores, max(largest, worst))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for system, (scores, worst) in sorted(_WORST.items()):
         terminalreporter.write_line(f"{system}: {scores} scores, {worst:.1e} from the original program's at most")
