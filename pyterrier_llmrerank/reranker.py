@@ -392,7 +392,7 @@ class LLMReranker(pt.Estimator):
         if topics_or_res_va is not None and qrels_va is not None:
             validation = Frames(topics_or_res_va, qrels_va, self._bodies, self.text_field)
         if "_shared_weights" in self.__dict__:  # not needed while another copy is trained
-            for weights in self._shared_weights:
+            for weights in stacked(self._shared_weights):
                 weights.leave(self)
             del self._shared_weights, self._shared_key
         self._take_up(str(self._train(Frames(topics_or_res_tr, qrels_tr, self._bodies, self.text_field), validation)))
@@ -423,10 +423,12 @@ class LLMReranker(pt.Estimator):
                         weights = share((*named, *of_place), partial(Weights, opener, *of_place, below=weights))
                     assert weights is not None
                     replicas.append(weights)
-                for left in set(self.__dict__.get("_shared_weights", ())).difference(replicas):
-                    left.leave(self)
-                for joined in replicas:
+                kept = stacked(replicas)
+                for joined in kept:  # first, so that what is still needed is not dropped
                     joined.join(self)
+                for left in stacked(self.__dict__.get("_shared_weights", ())):
+                    if left not in kept:
+                        left.leave(self)
                 self._shared_key, self._shared_weights = key, tuple(replicas)
             return self._shared_weights
 
@@ -473,6 +475,11 @@ class LLMReranker(pt.Estimator):
 
 
 # -- values
+
+
+def stacked(replicas: Iterable[Weights]) -> list[Weights]:
+    """Weights of several devices, with all that they are laid over."""
+    return [weights for replica in replicas for weights in replica.stack]
 
 
 def ranked(scored: pd.DataFrame) -> pd.DataFrame:

@@ -106,7 +106,8 @@ class Weights:
         self.dtype = dtype
         self._quantize = None if quantization is None else quantization_of(quantization, device, dtype)
         self._compile = torch_compile
-        self._lock = threading.RLock()
+        # One for all that are laid over each other: whoever holds it may collect a reranker that shared any of them.
+        self._lock: threading.RLock = threading.RLock() if below is None else below._lock
         self._sharers: dict[int, weakref.finalize[..., Sharer]] = {}
         self._checkpoint: Checkpoint | None = None
         self._model: Decoder | PlainDecoder | None = None
@@ -118,16 +119,17 @@ class Weights:
             if id(sharer) not in self._sharers:
                 self._sharers[id(sharer)] = weakref.finalize(sharer, self._forget, id(sharer))
                 self._sharers[id(sharer)].atexit = False
-        if self._below is not None:
-            self._below.join(sharer)
 
     def leave(self, sharer: Sharer) -> None:
         """Count a reranker no more."""
         with self._lock:
             self._sharers[id(sharer)].detach()
             self._forget(id(sharer))
-        if self._below is not None:
-            self._below.leave(sharer)
+
+    @property
+    def stack(self) -> tuple[Weights, ...]:
+        """These, and what they are laid over: a reranker joins all of it."""
+        return (self, *(() if self._below is None else self._below.stack))
 
     def _forget(self, identity: int) -> None:
         """Drop the layers that only this sharer needed."""

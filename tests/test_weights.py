@@ -149,6 +149,49 @@ def test_what_is_laid_over_goes_and_comes_with_what_is_below(tmp_path: Path) -> 
     assert below._weights().loaded_layers == 2
 
 
+def test_another_shape_of_a_reranker_reads_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Path(shutil.copytree(MODELS / "mistral_base", tmp_path / "own"))
+    reranker = compensated(own)
+    reranker.compute_score(PAIR)
+    filled: list[str] = []
+    monkeypatch.setattr(module, "fill", lambda part, checkpoint, prefix, *_: filled.append(prefix))
+    for ratio in (2, 1, 4):
+        reranker.set_parameter("compress_ratio", ratio)
+        reranker.compute_score(PAIR)
+    assert filled == []
+    below = reranker._weights().stack[-1]
+    del reranker
+    gc.collect()
+    assert below.loaded_layers == 0
+
+
+def test_what_is_collected_while_a_layer_is_read_stops_nobody(tmp_path: Path) -> None:
+    """A thread reads a layer and collects what shared an overlay, while another, of the overlay, wants the layer."""
+    own = Path(shutil.copytree(MODELS / "mistral_base", tmp_path / "own"))
+    reranker = compensated(own, compress_ratio=2)
+    over, below = reranker._weights().stack
+    reads, wants = threading.Event(), threading.Event()
+
+    def collect() -> None:
+        with below._lock:
+            reads.set()
+            wants.wait(0.5)
+            over._forget(0)
+
+    def want() -> None:
+        reads.wait()
+        with over._lock:
+            wants.set()
+            below.at_depth(1)
+
+    threads = [threading.Thread(target=work, daemon=True) for work in (collect, want)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
