@@ -23,7 +23,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, TextIO, TypeVar, cast
 
-from .reranker import problem_of
+from .values import problem_of
 
 #: The longest line that is read, in bytes: a hostile file cannot fill the memory.
 MAX_LINE = 16 * 2**20

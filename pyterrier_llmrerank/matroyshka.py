@@ -28,7 +28,8 @@ from .files import (
     smollm2,
 )
 from .inputs import PROMPT, Ids, MatroyshkaInputs
-from .reranker import LLMReranker, Scores, integer, path_like, positive
+from .reranker import LLMReranker, Scores
+from .values import integer, path_like, positive
 
 if TYPE_CHECKING:
     from .checkpoints import Checkpoint, MatroyshkaCheckpoint

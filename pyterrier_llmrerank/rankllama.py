@@ -11,7 +11,8 @@ import pandas as pd
 
 from .files import bare, folder_of, is_shipped, require, shipped, smollm2
 from .inputs import Ids, RankLLaMAInputs, document
-from .reranker import LLMReranker, column, path_like, positive, problem_of
+from .reranker import LLMReranker
+from .values import column, path_like, positive, problem_of
 
 if TYPE_CHECKING:
     from .checkpoints import Checkpoint, RankLLaMACheckpoint

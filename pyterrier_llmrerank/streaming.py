@@ -22,8 +22,9 @@ import pyterrier as pt
 
 from .formats import RerankRow, by_query, read_rerank, run_line
 from .journal import Block, JournaledFile
-from .reranker import LLMReranker, positive
+from .reranker import LLMReranker
 from .usage import Stopwatch, Usage
+from .values import positive
 
 logger = logging.getLogger(__name__)
 

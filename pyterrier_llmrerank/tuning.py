@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from .cascade import Cascade
 from .evaluation import Evaluation, Floats
 from .matroyshka import MatroyshkaReranker
-from .reranker import integer, positive
+from .values import integer, positive
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

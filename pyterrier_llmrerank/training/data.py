@@ -17,7 +17,7 @@ from ..files import HUB_ID
 from ..formats import malformed, objects
 from ..inputs import Ids
 from ..packing import PackedPairs
-from ..reranker import problem_of
+from ..values import problem_of
 
 if TYPE_CHECKING:
     from datasets.arrow_dataset import Dataset

@@ -11,7 +11,7 @@ import pandas as pd
 import pyterrier as pt
 
 from ..errors import short
-from ..reranker import problem_of
+from ..values import problem_of
 from .validation import Validation, apart
 
 logger = logging.getLogger(__name__)
