@@ -83,8 +83,9 @@ class _Spelt(Exception):  # noqa: N818
     """An error of which the message calls arguments by their options' names."""
 
     def __init__(self, error: Exception, arguments: Iterable[str]) -> None:
-        words = "|".join(arguments)
-        super().__init__(re.sub(rf"\b({words})=", lambda name: f"--{name[1].replace('_', '-')}=", _in_a_line(error)))
+        options = {name: name.replace("_", "-") for name in arguments} | {"target": "output"}
+        named = rf"(?<![\w/'\"-])({'|'.join(options)})="
+        super().__init__(re.sub(named, lambda name: f"--{options[name[1]]}=", _in_a_line(error)))
 
 
 def _in_a_line(error: BaseException) -> str:
@@ -279,7 +280,9 @@ def _rerank_command(name: str, kind: type[LLMReranker], *examples: str) -> None:
         output: Output,
         form: OutputForm = "three",
         tag: Tag = name,
-        resume: Annotated[bool, typer.Option("--resume", help="Go on with an output that was interrupted.")] = False,
+        resume: Annotated[
+            bool, typer.Option("--resume", help="Go on with an output that was interrupted, or whose source has grown.")
+        ] = False,
         workers: Annotated[
             int, typer.Option(min=1, help="Processes that score, on Ray; a GPU each where there are some.")
         ] = 1,
@@ -299,7 +302,7 @@ def _rerank_command(name: str, kind: type[LLMReranker], *examples: str) -> None:
             typer.echo(f"interrupted. {' '.join(getattr(error, '__notes__', ()))}", err=True)
             raise
         except ERRORS as error:
-            raise _Spelt(error, [*arguments, "workers"]) from error
+            raise _Spelt(error, [*arguments, "form", "workers"]) from error
 
     signature = inspect.signature(command, eval_str=True)
     own = [parameter for parameter in signature.parameters.values() if parameter.kind != parameter.VAR_KEYWORD]

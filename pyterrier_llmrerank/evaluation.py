@@ -155,7 +155,10 @@ def _measured(
             "are numbers."
         ) from error
     values = {(str(metric.measure), metric.query_id): metric.value for metric in found.per_query}
-    queries = [(query, str(measure), values[str(measure), query]) for measure in measures for query in wanted]
+    places = [(str(measure), query) for measure in measures for query in wanted]
+    queries = [
+        (query, name, values[name, query]) for name, query in places if (name, query) in values
+    ]  # some lack some
     total = [(str(measure), found.aggregated[measure]) for measure in measures]
     return pd.DataFrame(queries, columns=["qid", "measure", "value"]), pd.DataFrame(total, columns=["measure", "value"])
 

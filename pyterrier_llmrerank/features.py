@@ -39,8 +39,10 @@ class MatroyshkaFeatures(pt.Transformer):
                 reranker._weights()  # keeps them, and as many layers as this one needs, for the next frame
             layers = [first._last_layer() if r.cutoff is None else cast(int, r.cutoff) for r in self.rerankers]
             together = first.at(cutoff=layers)
-            scored = together.transform(inp)
-            first._add_up(together.usage)
+            try:
+                scored = together.transform(inp)
+            finally:
+                first._add_up(together.usage)
             scores = [scored.get(f"score_{layer}", scored["score"]).to_numpy() for layer in layers]
             ranks = ranked(inp.assign(score=scores[0]))["rank"]
             features = list(np.stack(scores, axis=1))

@@ -124,7 +124,12 @@ def identity(reference: Any) -> Any:
 
 def require(reference: str, argument: str) -> None:
     """Raise FileNotFoundError on what is neither here nor can be on the hub, or is all but the shipped one's name."""
-    if is_hub_id(reference) and reference != SHIPPED and get_close_matches(reference.lower(), [SHIPPED], cutoff=0.8):
+    if (
+        "/" not in reference
+        and reference != SHIPPED
+        and is_hub_id(reference)
+        and get_close_matches(reference.lower(), [SHIPPED], cutoff=0.8)
+    ):
         raise FileNotFoundError(f"{argument}={reference!r}: no such model; did you mean {SHIPPED!r}?")
     if not is_hub_id(reference) and not Path(reference).expanduser().exists():
         raise FileNotFoundError(

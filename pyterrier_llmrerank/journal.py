@@ -63,21 +63,18 @@ class JournaledFile:
         #: Those that stood there when the file was opened.
         self.blocks: list[Block] = []
         self._end = 0
-        there = resume and path.exists()
-        try:
-            self._file = FileIO(path, "r+" if there else "x")
-        except FileExistsError:
-            can = "; go on with resume (--resume)" if self.journal.exists() else ""
-            raise FileExistsError(f"{path} is there already, and is not written over{can}.") from None
+        self._file, self._created = self._opened(resume)
+        #: Where the journal goes on, while a file that was finished has not been added to.
+        self._finished_at: int | None = None
         with ExitStack() as undo:
             undo.callback(self._file.close)
-            self._lock()
-            if not there:
+            if self._created:
                 undo.callback(path.unlink)
-            begun = path.stat().st_size > 0  # a kill may have left an empty file
-            self._log = self._opened_journal("r+" if begun else "w")
+            # A kill may have left an empty file.
+            self._begun = os.fstat(self._file.fileno()).st_size > 0 or _is_finished(self.journal)
+            self._log = self._opened_journal("r+" if self._begun else "w")
             undo.callback(self._log.close)
-            if begun:
+            if self._begun:
                 self._go_on(settings)
             else:
                 undo.callback(self.journal.unlink)
@@ -96,6 +93,9 @@ class JournaledFile:
         Raises:
             OSError: it could not be written, for example on a full disk; nothing before it is lost.
         """
+        if self._finished_at is not None:
+            self._log.truncate(self._log.seek(self._finished_at))
+            self._finished_at = None
         self._write(self._log, self.journal, _line(Block(rows, source, len(data), zlib.crc32(data))))
         self._write(self._file, self.path, data)
         self._end += len(data)
@@ -105,20 +105,44 @@ class JournaledFile:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:
-            if kind is None:
+            if self._finished_at is not None:
+                pass  # as it was
+            elif kind is None:
                 self._write(self._log, self.journal, _line(FINISHED))
-            elif self._end:
+            else:
                 self._file.truncate(self._end)
-            else:  # nothing to go on with: not to stand in the way of another try
-                self.path.unlink()
-                self.journal.unlink()
+                if not self._begun and not self._end:  # nothing to go on with: not to stand in the way of another try
+                    self.journal.unlink()
+                    if self._created:
+                        self.path.unlink()
         finally:
             self._log.close()
             self._file.close()  # last: it gives up the lock
 
-    def _lock(self) -> None:
+    def _opened(self, resume: bool) -> tuple[FileIO, bool]:
+        """The file, locked, and whether it is new."""
+        while True:
+            there = resume and self.path.exists()
+            if not resume:
+                refuse(self.path)
+            try:
+                file = FileIO(self.path, "r+" if there else "x")
+            except (FileNotFoundError, FileExistsError):
+                if there or self.path.exists():
+                    continue  # another process has just taken it away, or made it
+                raise
+            try:
+                self._lock(file)
+                if self.path.exists() and os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
+                    return file, not there
+            except BaseException:
+                file.close()
+                raise
+            file.close()  # another process has put a file in its place
+
+    def _lock(self, file: FileIO) -> None:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise BlockingIOError(error.errno, "another process is writing it", str(self.path)) from None
         except OSError as error:  # some network file systems
@@ -158,6 +182,9 @@ class JournaledFile:
             raise ValueError(f"{self.path} was changed after it had been finished; it is not gone on with.")
         if size > self._end:
             logger.warning("%s: %d bytes after the last whole block are cut off.", self.path, size - self._end)
+        if finished:
+            self._finished_at = kept
+            return
         for file, end in ((self._file, self._end), (self._log, kept)):
             file.truncate(end)
             file.seek(end)
@@ -179,6 +206,18 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def refuse(path: Path) -> None:
+    """Raise FileExistsError where there is something that a new file would be written over."""
+    if path.exists():
+        can = "; go on with resume (--resume)" if journal_of(path).exists() or not path.stat().st_size else ""
+        raise FileExistsError(f"{path} is there already, and is not written over{can}.")
+
+
+def _is_finished(journal: Path) -> bool:
+    """Whether it says that its file is whole."""
+    return journal.exists() and journal.read_bytes().endswith(b"\n" + _line(FINISHED))
 
 
 def journal_of(path: Path) -> Path:

@@ -21,7 +21,7 @@ import pandas as pd
 import pyterrier as pt
 
 from .formats import RerankRow, by_query, read_rerank, run_line
-from .journal import Block, JournaledFile
+from .journal import Block, JournaledFile, refuse
 from .reranker import LLMReranker
 from .usage import Stopwatch, Usage
 from .values import positive
@@ -29,11 +29,8 @@ from .values import positive
 logger = logging.getLogger(__name__)
 
 #: Constructor arguments with which a run may go on although it was begun with others: they leave scores as they are,
-#: to the last digits.
-FREE = ("training", "verbose")
-
-#: Likewise, where nothing is quantised.
-FREE_EXACTLY = ("batch_size", "device")
+#: to the last digits, unless something is quantised.
+FREE = ("batch_size", "device", "training", "verbose")
 
 
 @dataclass(frozen=True)
@@ -127,6 +124,7 @@ def rerank_file(
         resume: go on with a target that is there.
         workers: processes that score, on Ray (``pip install 'pyterrier-llmrerank[ray]'``), as
             :func:`~pyterrier_llmrerank.workers.scored_by`; 1 scores in this process, unless ``address`` is given.
+            What a call took that failed in a worker is not in ``usage``.
         address: a Ray cluster's; None for one on this machine.
 
     Returns:
@@ -150,6 +148,8 @@ def rerank_file(
     run_line("q", "d", 1, 0.0, form, tag)  # raises on what none could be written with
     if target.exists() and not target.is_file():
         raise ValueError(f"target={str(target)!r} is no file; wanted one that can be gone on with.")
+    if not resume:
+        refuse(target)  # before anything is started
     begun, writing = time.perf_counter(), Stopwatch()
     pairs = queries = stood = 0
     usage = Usage()
@@ -161,15 +161,16 @@ def rerank_file(
     total = _count(source) if reranker.verbose and source.is_file() else None  # a pipe is read once
     with ExitStack() as stack:
         if workers == 1 and address is None:
-            quiet.dtype = str(reranker._weights().dtype).removeprefix("torch.")  # it keeps them for its next call
+            weights = reranker._weights()  # it keeps them for its next call
+            quiet.dtype, kind = str(weights.dtype).removeprefix("torch."), weights.device.type
             scored = partial(_scored, quiet)
         else:
-            from .workers import agreed_dtype, connected, scored_by
+            from .workers import agreed, connected, scored_by
 
             stack.enter_context(connected(workers, address))
-            quiet.dtype = agreed_dtype(quiet, workers)
+            quiet.dtype, kind = agreed(quiet, workers)
             scored = partial(scored_by, quiet, workers=workers)
-        run = stack.enter_context(JournaledFile(target, _settings(quiet, form, tag), resume=resume))
+        run = stack.enter_context(JournaledFile(target, _settings(quiet, kind, form, tag), resume=resume))
         chunks = _chunks(source, [block.rows for block in run.blocks])
         for block in run.blocks:
             _check(next(chunks, None), block, source, target)
@@ -180,12 +181,12 @@ def rerank_file(
         try:
             with bar, closing(scored(chunks)) as results:
                 for chunk, (result, used) in results:
+                    usage += used
                     with writing:
                         data = compress(_written(result, form, tag))
                         run.append(data, len(chunk.frame), chunk.checksum)
                     pairs += len(chunk.frame)
                     queries += chunk.queries
-                    usage += used
                     bar.update(len(chunk.frame))
         except BaseException as error:
             usage += quiet.usage  # of the call that it came out of
@@ -282,8 +283,10 @@ def _written(result: pd.DataFrame, form: str, tag: str) -> bytes:
     ).encode()
 
 
-def _settings(reranker: LLMReranker, form: str, tag: str) -> dict[str, Any]:
-    """What a run is the same by: the arguments that its scores depend on."""
-    free = FREE if reranker.quantization else FREE + FREE_EXACTLY
-    arguments = {name: value for name, value in reranker._arguments().items() if name not in free}
+def _settings(reranker: LLMReranker, kind: str, form: str, tag: str) -> dict[str, Any]:
+    """What a run is the same by: the arguments that its scores depend on; where it is quantised, the kind of device."""
+    arguments = {name: value for name, value in reranker._arguments().items() if name not in FREE}
+    for name, value in (("batch_size", reranker.batch_size), ("device", kind)):
+        if reranker.quantization:
+            arguments[name] = value
     return {"reranker": type(reranker).__name__, **arguments, "form": form, "tag": tag}

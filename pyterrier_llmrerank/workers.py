@@ -7,6 +7,7 @@ import os
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -60,8 +61,14 @@ def scored_by(
         ConnectionError: :data:`LOSSES` workers were lost over one chunk, or over opening the model.
         Exception: whatever reading or scoring a chunk raised, when all chunks before it have been yielded.
     """
+    coming = _errors_last(chunks)
+    begin = next(coming, None)
+    if isinstance(begin, Exception):
+        raise begin
+    if begin is None:
+        return
+    coming = chain([begin], coming)
     with connected(workers, address) as ray, Workers(ray, reranker, workers) as pool:
-        coming = _errors_last(chunks)
         last: Exception | None = None
         held: dict[int, Chunk] = {}
         done: dict[int, Scored | Exception] = {}
@@ -254,34 +261,42 @@ def connected(workers: int, address: str | None = None) -> Iterator[Any]:
         ray.shutdown()
 
 
-def agreed_dtype(reranker: LLMReranker, workers: int) -> str:
-    """The dtype that all workers shall compute in: of ``"auto"`` what it is on the first of them, not in this process.
+def agreed(reranker: LLMReranker, workers: int) -> tuple[str, str]:
+    """The dtype that all workers shall compute in, and on what kind of device: as the first of them finds it.
+
+    Where another dtype than ``"auto"`` is named and nothing is quantised, none is asked, and the kind is ``""``.
 
     Args:
         reranker: whose ``dtype`` and ``device`` are looked at.
         workers: how many there will be.
 
     Raises:
+        ConnectionError: the first was lost.
         ValueError: as :func:`scored_by`.
     """
     import ray
 
-    if reranker.dtype != "auto":
-        return reranker.dtype
+    if reranker.dtype != "auto" and not reranker.quantization:
+        return reranker.dtype, ""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    found = ray.remote(_dtype_here).options(**_share(nodes, reranker.device, workers)).remote(reranker.device)
+    look = ray.remote(max_calls=1)(_found)  # its process would keep some of a GPU's memory
+    found = look.options(**_share(nodes, reranker.device, workers)).remote(reranker.dtype, reranker.device)
     _first(ray, [found], "says which dtype it computes in")
     try:
-        return str(ray.get(found))
+        dtype, kind = ray.get(found)
     except ray.exceptions.RayTaskError as error:
         failed: Exception = error.cause
         raise failed from error
+    except ray.exceptions.RayError as error:
+        raise ConnectionError(f"a worker was lost over its dtype: {error}") from error
+    return dtype, kind
 
 
-def _dtype_here(device: str | tuple[str, ...] | None) -> str:
+def _found(dtype: str, device: str | tuple[str, ...] | None) -> tuple[str, str]:
     from .weights import resolve_devices, resolve_dtype
 
-    return str(resolve_dtype("auto", *resolve_devices(device))).removeprefix("torch.")
+    places = resolve_devices(device)
+    return str(resolve_dtype(dtype, *places)).removeprefix("torch."), places[0].type
 
 
 def _first(ray: Any, waited_for: list[Any], what: str) -> Any:
@@ -300,27 +315,27 @@ def _share(nodes: Sequence[Mapping[str, Any]], device: str | tuple[str, ...] | N
     """What each worker has to itself, such that all find room on the machines."""
     machines = [node["Resources"] for node in nodes if node["Alive"]]
 
-    def places(resource: str, each: int) -> int:
-        return sum(int(machine.get(resource, 0)) // each for machine in machines)
+    def places(**each: int) -> int:
+        return sum(min(int(machine.get(name, 0)) // number for name, number in each.items()) for machine in machines)
 
     names = device if isinstance(device, tuple) else (device,)
     each = sum(name is None or name.startswith("cuda") for name in names)
-    if not each or not places("GPU", 1):
+    if not each or not places(GPU=1):
         # Where there are more workers than CPUs, none: they would wait for one for ever.
         most = int(max((machine.get("CPU", 0) for machine in machines), default=0))
-        return {"num_cpus": next((cpus for cpus in range(most, 0, -1) if places("CPU", cpus) >= workers), 0)}
-    own = {None, "cpu", "cuda", *(f"cuda:{number}" for number in range(each))}
-    if others := [name for name in names if name not in own]:
+        return {"num_cpus": next((cpus for cpus in range(most, 0, -1) if places(CPU=cpus) >= workers), 0)}
+    own = {"cuda", *(f"cuda:{number}" for number in range(each))}
+    if others := [name for name in names if name is not None and name.startswith("cuda") and name not in own]:
         raise ValueError(
             f"workers={workers} with device={device!r}: each has GPUs of its own, which it counts from 0, so that it "
             f"has no {others[0]!r}; allowed: None, 'cuda', 'cpu', or 'cuda:0' and those after it."
         )
-    if workers > (room := places("GPU", each)):
+    if workers > (room := places(GPU=each)):
         raise ValueError(
-            f"workers={workers} with device={device!r}: {each} of the cluster's {places('GPU', 1)} GPUs each; "
+            f"workers={workers} with device={device!r}: {each} of the cluster's {places(GPU=1)} GPUs each; "
             f"allowed: at most {room}, or device='cpu'."
         )
-    return {"num_cpus": 1, "num_gpus": each}
+    return {"num_cpus": int(places(GPU=each, CPU=1) >= workers), "num_gpus": each}
 
 
 def _errors_last(chunks: Iterator[Chunk]) -> Iterator[Chunk | Exception]:

@@ -59,6 +59,13 @@ def test_what_a_run_lacks_is_said(caplog: pytest.LogCaptureFixture) -> None:
         compare([parse_measure("RR")], QRELS, [])
 
 
+def test_a_measure_that_some_queries_have_no_value_of() -> None:
+    judged = [*QRELS[:2], Judgement("q0", "x0", 0)]  # something below it is needed
+    queries, total = compare([parse_measure("Accuracy"), parse_measure("RR")], judged, run(0, None))
+    assert queries[["measure", "qid"]].to_numpy().tolist() == [["Accuracy", "q0"], ["RR", "q0"], ["RR", "q1"]]
+    assert total["measure"].tolist() == ["Accuracy", "RR"]
+
+
 def test_a_measure_that_wants_numbers_as_qids() -> None:
     with pytest.raises(ValueError, match=r"measure=RR, ERR@10: .* want qids that are numbers"):
         compare([parse_measure("RR"), parse_measure("ERR@10")], QRELS, run(0, 1, 1, 2))

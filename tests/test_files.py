@@ -574,3 +574,11 @@ def test_what_is_shipped_is_small_and_described() -> None:
     for folder in ("rankllama-smollm2-135m", "matroyshka-smollm2-135m"):
         card = (models / folder / "README.md").read_text(encoding="utf-8")
         assert all(word in card for word in ("Data", "Licence", "Command", "nDCG@10"))
+
+
+def test_all_but_the_name_of_the_shipped_model() -> None:
+    for name in ("smollm2-135M", "SmolLM2-135m", "smollm-135m"):
+        with pytest.raises(FileNotFoundError, match=f"model='{name}': no such model; did you mean 'smollm2-135m'"):
+            files.require(name, "model")
+    for name in ("me/smollm2-135m", "org/SmolLM2-135M", "gpt2", "smollm2-135m"):  # may be on the hub
+        files.require(name, "model")

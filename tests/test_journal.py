@@ -7,6 +7,7 @@ import resource
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from unittest.mock import ANY
 
@@ -102,14 +103,56 @@ def test_a_finished_file_goes_on_with_what_is_new(tmp_path: Path) -> None:
         JournaledFile(path, {**SETTINGS, "form": "trec"}, resume=True)
 
 
-@pytest.mark.parametrize("changed", [b"one\n", b"two\none\n", b"one\ntwo\nmine\n"])
+@pytest.mark.parametrize("changed", [b"", b"one\n", b"two\none\n", b"one\ntwo\nmine\n"])
 def test_what_was_done_to_a_finished_file_is_not_undone(changed: bytes, tmp_path: Path) -> None:
+    """Nor forgotten by a try that comes to nothing."""
     path = tmp_path / "run.tsv"
     write(path, [b"one\n", b"two\n"])
+    with pytest.raises(KeyboardInterrupt):
+        write(path, [b"one\n", b"two\n", b"three\n"], resume=True, stop=2)
     path.write_bytes(changed)
-    with pytest.raises(ValueError, match=r"run\.tsv was changed after it had been finished"):
-        JournaledFile(path, SETTINGS, resume=True)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"run\.tsv was changed after it had been finished"):
+            JournaledFile(path, SETTINGS, resume=True)
     assert path.read_bytes() == changed
+
+
+def test_a_finished_file_that_is_empty_is_finished(tmp_path: Path) -> None:
+    path = tmp_path / "run.tsv"
+    write(path, [])
+    with pytest.raises(ValueError, match=r"was begun with cutoff=\[4, 8\], not None"):
+        JournaledFile(path, {"form": "three"}, resume=True)
+    write(path, [b"one\n"], resume=True)
+    assert path.read_bytes() == b"one\n"
+
+
+def test_an_empty_file_of_anothers_is_not_taken_away(tmp_path: Path) -> None:
+    path = tmp_path / "run.tsv"
+    path.touch()
+    with pytest.raises(FileExistsError, match=r"go on with resume"):
+        JournaledFile(path, SETTINGS)
+    with pytest.raises(KeyboardInterrupt):
+        write(path, [b"one\n"], resume=True, stop=0)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_is_replaced_before_it_is_locked_is_opened_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.tsv"
+    path.write_bytes(b"old")
+    real, replaced = JournaledFile._lock, []
+
+    def lock(self: JournaledFile, file: FileIO) -> None:
+        if not replaced:
+            replaced.append(path)
+            path.unlink()
+            write(path, [b"one\n"])
+        real(self, file)
+
+    monkeypatch.setattr(JournaledFile, "_lock", lock)
+    assert len(write(path, [b"one\n", b"two\n"], resume=True)) == 1
+    assert path.read_bytes() == b"one\ntwo\n"
 
 
 def test_a_file_that_nothing_is_known_of_is_left_alone(tmp_path: Path) -> None:

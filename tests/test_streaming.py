@@ -401,12 +401,18 @@ def test_what_is_finished_is_left_alone_unless_there_is_more(source: Path, whole
     assert target.read_bytes() == whole
 
 
-def test_what_is_quantised_depends_on_more(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_quantised_depends_on_more(source: Path, tmp_path: Path) -> None:
     pytest.importorskip("torchao")
     target, arguments = tmp_path / "run.tsv", {**MATROYSHKA._arguments(), "quantization": "int8"}
     rerank_file(MatroyshkaReranker(**arguments), source, target)
+    rerank_file(MatroyshkaReranker(**{**arguments, "device": "cpu"}), source, target, resume=True)  # which None is here
     with pytest.raises(ValueError, match="was begun with batch_size=None, not 2"):
         rerank_file(MatroyshkaReranker(**{**arguments, "batch_size": 2}), source, target, resume=True)
+    settings, *lines = journal_of(target).read_text().splitlines()
+    assert json.loads(settings)["device"] == "cpu"
+    journal_of(target).write_text("\n".join([settings.replace('"cpu"', '"cuda"'), *lines, ""]))
+    with pytest.raises(ValueError, match="was begun with device='cuda', not 'cpu'"):
+        rerank_file(MatroyshkaReranker(**arguments), source, target, resume=True)
 
 
 def test_a_target_that_is_no_file_is_refused(source: Path, tmp_path: Path) -> None:
@@ -415,17 +421,24 @@ def test_a_target_that_is_no_file_is_refused(source: Path, tmp_path: Path) -> No
 
 
 def test_the_usage_of_a_call_that_failed_counts(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reranker, real, calls = copy.copy(MATROYSHKA), scoring.walk, itertools.count(1)
-    before = reranker.usage
+    reranker, real = copy.copy(MATROYSHKA), scoring.walk
 
     def walk(*args: object, **options: object) -> object:
         states, row = real(*args, **options)
-        return (states * float("nan") if next(calls) == 2 else states), row
+        return states * float("nan"), row
 
-    monkeypatch.setattr(scoring, "walk", walk)
-    with pytest.raises(ScoringError):
+    before = reranker.usage
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "walk", walk)
+        with pytest.raises(ScoringError):
+            rerank_file(reranker, source, tmp_path / "run.tsv")
+    failed = reranker.usage
+    assert failed.tokens > before.tokens
+    assert failed.pairs == before.pairs
+    full = OSError("full")
+    monkeypatch.setattr(JournaledFile, "append", lambda *_: (_ for _ in ()).throw(full))
+    with pytest.raises(OSError, match="full"):
         rerank_file(reranker, source, tmp_path / "run.tsv")
-    assert reranker.usage.tokens > before.tokens
     assert reranker.usage.pairs == before.pairs + CHUNKS[0]
 
 

@@ -119,6 +119,14 @@ def test_several_devices_add_up() -> None:
     assert several.usage.padding < one.usage.padding  # fewer queries beside each other
 
 
+def test_a_union_in_one_pass_counts_with_its_first() -> None:
+    deep, rows = matroyshka(), frame(2, 3)
+    first, second = deep.at(cutoff=4), deep.at(cutoff=8)
+    (first**second).compile().transform(rows)
+    assert (first.usage.pairs, second.usage.pairs) == (6, 0)
+    assert first.usage.tokens > 0
+
+
 def test_calls_add_up_and_a_pair_that_stands_twice_counts_once() -> None:
     reranker, rows = matroyshka(), frame(2, 3)
     assert reranker.usage == Usage()

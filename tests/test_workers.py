@@ -19,7 +19,7 @@ from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker, ScoringEr
 from pyterrier_llmrerank.formats import read_run
 from pyterrier_llmrerank.streaming import Chunk, rerank_file
 from pyterrier_llmrerank.usage import Usage
-from pyterrier_llmrerank.workers import AHEAD, LOSSES, Workers, agreed_dtype, scored_by
+from pyterrier_llmrerank.workers import AHEAD, LOSSES, Workers, agreed, scored_by
 
 
 @pytest.fixture(autouse=True)
@@ -261,6 +261,20 @@ def test_a_model_that_cannot_be_opened_is_named() -> None:
     assert run(stand, chunks(["q0"]), 2) == ([], stand.broken)
 
 
+def test_where_there_is_nothing_to_score_no_worker_is_started() -> None:
+    stand = Stand(lambda busy: busy[0], lambda *_: False)
+    assert run(stand, iter([]), 2) == ([], None)
+    assert stand.most == 0
+
+
+def test_what_needs_no_cluster_starts_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "connected", None)
+    source, target = write_rows(tmp_path / "rerank.jsonl", rows()), tmp_path / "run.tsv"
+    target.write_text("mine")
+    with pytest.raises(FileExistsError):
+        rerank_file(MATROYSHKA, source, target, workers=2)
+
+
 def test_a_bad_line_waits_for_what_was_read_before_it() -> None:
     bad = ValueError("rerank.jsonl, line 3: not JSON")
 
@@ -282,6 +296,9 @@ def test_a_bad_line_waits_for_what_was_read_before_it() -> None:
         ([{"CPU": 8.0, "GPU": 2.0}], "cuda", 2, {"num_cpus": 1, "num_gpus": 1}),
         ([{"CPU": 8.0, "GPU": 4.0}], ("cuda:0", "cuda:1"), 2, {"num_cpus": 1, "num_gpus": 2}),
         ([{"CPU": 8.0, "GPU": 2.0}], "cpu", 4, {"num_cpus": 2}),
+        ([{"CPU": 1.0, "GPU": 2.0}], None, 2, {"num_cpus": 0, "num_gpus": 1}),
+        ([{"CPU": 8.0}, {"GPU": 4.0}], None, 2, {"num_cpus": 0, "num_gpus": 1}),
+        ([{"CPU": 8.0, "GPU": 2.0}], ("cuda", "cpu:0"), 2, {"num_cpus": 1, "num_gpus": 1}),
         ([{"CPU": 8.0, "GPU": 2.0}], ("cuda", "cpu"), 2, {"num_cpus": 1, "num_gpus": 1}),
     ],
 )
@@ -328,10 +345,11 @@ def test_while_none_opens_it_says_what_is_free(caplog: pytest.LogCaptureFixture)
 def test_the_dtype_is_what_a_worker_finds(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """This process may have no such device."""
     monkeypatch.setattr(weights, "resolve_dtype", None)  # here, not there
-    assert agreed_dtype(RankLLaMAReranker(), 2) in ("float32", "bfloat16")
-    assert agreed_dtype(RankLLaMAReranker(dtype="float16"), 2) == "float16"
+    assert agreed(RankLLaMAReranker(), 2) in (("float32", "cpu"), ("bfloat16", "cpu"))
+    assert agreed(RankLLaMAReranker(dtype="float16"), 2) == ("float16", "")
+    assert agreed(RankLLaMAReranker(dtype="float16", quantization="int8"), 2) == ("float16", "cpu")
     with pytest.raises(ValueError, match="device='xpu' cannot be used here"):
-        agreed_dtype(RankLLaMAReranker(device="xpu"), 2)
+        agreed(RankLLaMAReranker(device="xpu"), 2)
 
 
 def test_without_ray_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
