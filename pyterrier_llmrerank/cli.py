@@ -99,7 +99,8 @@ def _in_a_line(error: BaseException) -> str:
 def _say_so_much(verbose: bool) -> bool:
     """Our warnings, or what is done and others' warnings, too."""
     logging.getLogger(__package__).setLevel(logging.INFO if verbose else logging.WARNING)
-    logging.getLogger().setLevel(logging.WARNING if verbose else logging.ERROR)
+    for name in ("", "torchao", "torch.utils._pytree"):  # the last two say when they are imported what they have not
+        logging.getLogger(name).setLevel(logging.WARNING if verbose else logging.ERROR)
     return verbose
 
 
@@ -164,6 +165,8 @@ def convert(run: Run, output: Output, form: OutputForm = "trec", tag: Tag = "llm
 
     Ranks count from 1, by score; equal ones by the rank that they had, or as they came.
     """
+    if output.exists() and output.samefile(run):
+        raise ValueError(f"--output={str(output)!r} is the run itself; wanted another name.")
     with writing(output) as lines:
         for _, rows in by_query(read_run(run)):
             for rank, row in enumerate(best_first(rows), 1):
@@ -187,7 +190,8 @@ def evaluate(
         ),
     ],
     measures: Annotated[
-        list[str] | None, typer.Argument(metavar="[MEASURE]...", help="Of ir_measures; nDCG@10 if none is named.")
+        list[str] | None,
+        typer.Argument(metavar="[MEASURE]...", help="Of ir_measures or trec_eval; nDCG@10 if none is named."),
     ] = None,
     baseline: Annotated[
         Path | None, typer.Option(help="A second run; p is a paired two-sided t-test's over the judged queries.")

@@ -60,14 +60,14 @@ class Evaluation:
 
 
 def parse_measure(name: str) -> ir_measures.Measure:
-    """A measure by its name in ir_measures: ``nDCG@10``, ``RR(rel=2)@10``.
+    """A measure by its name in ir_measures, ``nDCG@10``, ``RR(rel=2)@10``, or in trec_eval: ``ndcg_cut_10``.
 
     Raises:
         ValueError: there is none of this name, its parameters are not what is allowed, or nothing installed
             computes it.
     """
     try:
-        measure = ir_measures.parse_measure(name)
+        measure = next(iter(_of_trec_eval(name)), None) or ir_measures.parse_measure(name)
     except (ValueError, NameError) as error:
         known = ", ".join(sorted({kind.NAME for kind in ir_measures.measures.registry.values()}))
         raise ValueError(f"measure={name!r}; allowed: nDCG@10, RR(rel=2)@10 and the like, out of {known}.") from error
@@ -83,6 +83,15 @@ def parse_measure(name: str) -> ir_measures.Measure:
     if not ir_measures.DefaultPipeline.supports(measure):  # type: ignore[no-untyped-call]
         raise ValueError(f"measure={name!r}: nothing installed computes it.")
     return measure
+
+
+def _of_trec_eval(name: str) -> Sequence[ir_measures.Measure]:
+    """The one that trec_eval calls so, or none; some of its names stand for several."""
+    try:
+        found: Sequence[ir_measures.Measure] = ir_measures.parse_trec_measure(name)
+    except ValueError:
+        return []
+    return found if len(found) == 1 else []
 
 
 def compare(

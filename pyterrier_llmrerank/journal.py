@@ -211,8 +211,9 @@ def _sync_folder(folder: Path) -> None:
 def refuse(path: Path) -> None:
     """Raise FileExistsError where there is something that a new file would be written over."""
     if path.exists():
-        can = "; go on with resume (--resume)" if journal_of(path).exists() or not path.stat().st_size else ""
-        raise FileExistsError(f"{path} is there already, and is not written over{can}.")
+        can = "; if it is of the same run, go on with resume (--resume)"
+        known = journal_of(path).exists() or not path.stat().st_size
+        raise FileExistsError(f"{path} is there already, and is not written over{can if known else ''}.")
 
 
 def _is_finished(journal: Path) -> bool:

@@ -144,6 +144,12 @@ class MatroyshkaReranker(LLMReranker):
         self.prune = _prune(prune, self.deepest())
         if self.compress_ratio > 1 and not self.compress_layers:  # no error: grids set one after the other
             logger.warning("compress_ratio=%d has no effect without compress_layers", self.compress_ratio)
+        deepest = self.deepest()
+        if self.compress_ratio > 1 and deepest is not None and min(self.compress_layers, default=0) >= deepest:
+            logger.warning(
+                "compress_layers=%s: none lies below the cutoff, %d, so that nothing is pooled; the adapter for "
+                "compression is used all the same.", list(self.compress_layers), deepest,
+            )  # fmt: skip
         if not isinstance(prompt, str):
             raise ValueError(f"prompt={prompt!r}; allowed: a string.")
         self.prompt = prompt
@@ -234,10 +240,11 @@ class MatroyshkaReranker(LLMReranker):
         return type(self)(**{**self._arguments(), **changed})
 
     def depths(self) -> dict[int, pt.Transformer]:
-        """Each of several cutoffs as a pipeline of its own, all of which begin with the same pass.
+        """Each of several cutoffs as a pipeline of its own, all of which begin with the same pass; of one, itself.
 
         An experiment that shares what pipelines begin with makes that pass once:
         ``pt.Experiment([bm25 >> depth for depth in m.at(cutoff=[8, 16, 24]).depths().values()], ..., plan="tree")``.
+        The time that it says each takes (``mrt``) is then that pass's.
 
         Raises:
             ValueError: there is a cascade, in which not every candidate comes to every depth.
@@ -249,8 +256,10 @@ class MatroyshkaReranker(LLMReranker):
         from .features import AtDepth
 
         if self.prune:
-            raise ValueError(f"prune={dict(self.prune)}: not every candidate comes to every depth; allowed: {{}}.")
-        return {layer: self >> AtDepth(layer) for layer in (self.cutoff if isinstance(self.cutoff, tuple) else ())}
+            raise ValueError(f"prune={dict(self.prune)}: not every candidate comes to every depth; allowed: none.")
+        if not isinstance(self.cutoff, tuple):
+            return {self.cutoff or self._last_layer(): self}
+        return {layer: self >> AtDepth(layer) for layer in self.cutoff}
 
     def fuse_feature_union(self, other: pt.Transformer, is_left: bool) -> pt.Transformer | None:
         """Make ``self ** other`` one pass where they differ in ``cutoff`` alone; PyTerrier calls it to compile."""

@@ -194,13 +194,15 @@ def rerank_file(
                 error.add_note(
                     f"{target} holds {stood + pairs:,} pairs, of whole queries; go on with resume (--resume)."
                 )
-            else:
-                error.add_note(f"nothing had been written: that is done in blocks of {CHUNK:,} pairs or more.")
+            elif isinstance(error, KeyboardInterrupt):
+                error.add_note(f"Nothing had been written: that is done in blocks of {CHUNK:,} pairs or more.")
             raise
         finally:
             usage += Usage(writing_seconds=writing.seconds)
             reranker._add_up(usage)
     report = Report(target, pairs, queries, time.perf_counter() - begun, stood, usage)
+    if stood and not pairs:
+        logger.warning("%s was finished already: nothing was scored.", target)
     logger.info("%s", report)
     return report
 

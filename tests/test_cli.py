@@ -230,6 +230,7 @@ def test_what_verbose_says(folder: Path, caplog: pytest.LogCaptureFixture) -> No
         ("evaluate run.gz foo --qrels qrels.txt", "measure='foo'; allowed"),
         ("evaluate qrels.txt --qrels run.gz", "run.gz, line 1: 6 columns"),
         ("convert run.gz --output none/o", "there is no folder"),
+        ("convert run.gz --output ./run.gz", "--output='run.gz' is the run itself"),
         ("convert run.gz --output o --tag 'a b'", "tag is 'a b'; wanted no white space"),
         ("rerank rankllama topics.tsv --output o --model ./none", "--model='./none'"),
         (

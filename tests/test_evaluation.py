@@ -90,6 +90,13 @@ def test_equal_scores_stand_by_rank_or_as_they_came() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "same"), [("ndcg_cut_10", "nDCG@10"), ("map", "AP"), ("recip_rank", "RR"), ("P_5", "P@5"), ("AP", "AP")]
+)
+def test_measures_by_trec_evals_names(name: str, same: str) -> None:
+    assert parse_measure(name) == parse_measure(same)
+
+
+@pytest.mark.parametrize(
     ("name", "problem"),
     [
         ("foo", "measure='foo'; allowed: nDCG@10, .* out of AP, .*nDCG"),

@@ -98,7 +98,8 @@ def test_an_experiment_over_depths_makes_one_pass(monkeypatch: pytest.MonkeyPatc
 def test_depths_are_values_and_not_of_a_cascade() -> None:
     assert AtDepth(4) == AtDepth(4) != AtDepth(8)
     assert hash(AtDepth(4)) == hash(AtDepth(4))
-    assert full().depths() == {}
+    assert full().depths() == {8: full()}
+    assert full().at(cutoff=4).depths() == {4: full().at(cutoff=4)}
     with pytest.raises(ValueError, match=r"prune=\{3: 2\}: not every candidate comes to every depth"):
         full().at(cutoff=[4, 8], prune={3: 2}).depths()
     with pytest.raises(pt.validate.InputValidationError, match="score_4"):

@@ -385,13 +385,16 @@ def test_a_target_that_is_there_is_not_written_over(source: Path, whole: bytes, 
     assert target.read_bytes() == before
 
 
-def test_what_is_finished_is_left_alone_unless_there_is_more(source: Path, whole: bytes, tmp_path: Path) -> None:
+def test_what_is_finished_is_left_alone_unless_there_is_more(
+    source: Path, whole: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     target, grown = tmp_path / "run.tsv", tmp_path / "rerank.jsonl"
     write_rows(grown, rows()[:13])
     rerank_file(MATROYSHKA, grown, target, resume=True)  # nothing to go on with: it begins
     with transforming(lambda *_: None) as calls:
         report = rerank_file(MATROYSHKA, grown, target, resume=True)
         assert (report.pairs, report.resumed_from) == (0, 13)
+        assert "run.tsv was finished already: nothing was scored." in caplog.text
         assert calls == []
         other = MatroyshkaReranker(**{**MATROYSHKA._arguments(), "cutoff": 3})
         with pytest.raises(ValueError, match="was begun with cutoff=2, not 3"):
@@ -457,13 +460,15 @@ def test_bad_arguments_are_named(options: dict[str, object], message: str, sourc
 
 
 def test_what_fails_before_anything_is_written_leaves_nothing(source: Path, tmp_path: Path) -> None:
-    """And says that it does."""
+    """And says so where it may be expected to have left something."""
     with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl"):
         rerank_file(MATROYSHKA, tmp_path / "nowhere.jsonl", tmp_path / "run.tsv")
     of_bodies = MatroyshkaReranker(MODELS / "costwise_full", dtype="float32", text_field="body")
-    with pytest.raises(pt.validate.InputValidationError, match="body") as error:
+    with pytest.raises(pt.validate.InputValidationError, match="body"):
         rerank_file(of_bodies, source, tmp_path / "run.tsv")
-    assert error.value.__notes__ == ["nothing had been written: that is done in blocks of 5 pairs or more."]
+    stop = KeyboardInterrupt()
+    interrupted(source, tmp_path / "run.tsv", stop, 0)
+    assert stop.__notes__ == ["Nothing had been written: that is done in blocks of 5 pairs or more."]
     assert list(tmp_path.iterdir()) == []
 
 
