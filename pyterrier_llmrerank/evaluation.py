@@ -67,7 +67,7 @@ def parse_measure(name: str) -> ir_measures.Measure:
             computes it.
     """
     try:
-        measure = next(iter(_of_trec_eval(name)), None) or ir_measures.parse_measure(name)
+        measure = _of_trec_eval(name) or ir_measures.parse_measure(name)
     except (ValueError, NameError) as error:
         known = ", ".join(sorted({kind.NAME for kind in ir_measures.measures.registry.values()}))
         raise ValueError(f"measure={name!r}; allowed: nDCG@10, RR(rel=2)@10 and the like, out of {known}.") from error
@@ -85,13 +85,13 @@ def parse_measure(name: str) -> ir_measures.Measure:
     return measure
 
 
-def _of_trec_eval(name: str) -> Sequence[ir_measures.Measure]:
-    """The one that trec_eval calls so, or none; some of its names stand for several."""
+def _of_trec_eval(name: str) -> ir_measures.Measure | None:
+    """The one that trec_eval calls so, or None; some of its names stand for several."""
     try:
-        found: Sequence[ir_measures.Measure] = ir_measures.parse_trec_measure(name)
+        found = ir_measures.parse_trec_measure(name)
     except ValueError:
-        return []
-    return found if len(found) == 1 else []
+        return None
+    return found[0] if len(found) == 1 else None
 
 
 def compare(
@@ -147,12 +147,10 @@ def _measured(
     wanted, there = dict.fromkeys(judgement.query_id for judgement in judged), {row.query_id for row in scored}
     if not there:
         raise ValueError(f"the {name} is empty; wanted results to measure.")
-    if not (lacking := [query for query in wanted if query not in there]):
-        pass
-    elif len(lacking) == len(wanted):
+    if not there & wanted.keys():
         some, others = next(iter(wanted)), scored[0].query_id
         raise ValueError(f"the {name} has none of the queries with judgements, like {some!r}: it has {others!r}.")
-    else:
+    if lacking := wanted.keys() - there:
         logger.warning("the %s lacks %d of the %d queries with judgements, which count as if nothing had been found.",
                        name, len(lacking), len(wanted))  # fmt: skip
     try:
@@ -165,9 +163,7 @@ def _measured(
         ) from error
     values = {(str(metric.measure), metric.query_id): metric.value for metric in found.per_query}
     places = [(str(measure), query) for measure in measures for query in wanted]
-    queries = [
-        (query, name, values[name, query]) for name, query in places if (name, query) in values
-    ]  # some lack some
+    queries = [(query, of, values[of, query]) for of, query in places if (of, query) in values]  # Accuracy lacks some
     total = [(str(measure), found.aggregated[measure]) for measure in measures]
     return pd.DataFrame(queries, columns=["qid", "measure", "value"]), pd.DataFrame(total, columns=["measure", "value"])
 

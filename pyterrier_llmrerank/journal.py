@@ -105,16 +105,16 @@ class JournaledFile:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:
-            if self._finished_at is not None:
-                pass  # as it was
-            elif kind is None:
+            if self._finished_at is not None:  # nothing was added
+                return
+            if kind is None:
                 self._write(self._log, self.journal, _line(FINISHED))
-            else:
-                self._file.truncate(self._end)
-                if not self._begun and not self._end:  # nothing to go on with: not to stand in the way of another try
-                    self.journal.unlink()
-                    if self._created:
-                        self.path.unlink()
+                return
+            self._file.truncate(self._end)
+            if not self._begun and not self._end:  # nothing to go on with: not to stand in the way of another try
+                self.journal.unlink()
+                if self._created:
+                    self.path.unlink()
         finally:
             self._log.close()
             self._file.close()  # last: it gives up the lock

@@ -171,7 +171,7 @@ def rerank_file(
             quiet.dtype, kind = agreed(quiet, workers)
             scored = partial(scored_by, quiet, workers=workers)
         run = stack.enter_context(JournaledFile(target, _settings(quiet, kind, form, tag), resume=resume))
-        chunks = _chunks(source, [block.rows for block in run.blocks])
+        chunks = _chunks(source, chain((block.rows for block in run.blocks), repeat(CHUNK)))
         for block in run.blocks:
             _check(next(chunks, None), block, source, target)
             stood += block.rows
@@ -211,11 +211,9 @@ def rerank_file(
 
 
 def _chunks(source: Path, sizes: Iterable[int]) -> Iterator[Chunk]:
-    """Whole queries until there are so many rows; after these sizes, until there are those of a chunk."""
-    from .scoring import CHUNK
-
+    """Whole queries until there are so many rows, for each of these sizes."""
     queries = by_query(read_rerank(source))
-    for size in chain(sizes, repeat(CHUNK)):
+    for size in sizes:
         rows: list[RerankRow] = []
         count = 0
         while len(rows) < size and (query := next(queries, None)) is not None:
@@ -288,7 +286,6 @@ def _written(result: pd.DataFrame, form: str, tag: str) -> bytes:
 def _settings(reranker: LLMReranker, kind: str, form: str, tag: str) -> dict[str, Any]:
     """What a run is the same by: the arguments that its scores depend on; where it is quantised, the kind of device."""
     arguments = {name: value for name, value in reranker._arguments().items() if name not in FREE}
-    for name, value in (("batch_size", reranker.batch_size), ("device", kind)):
-        if reranker.quantization:
-            arguments[name] = value
+    if reranker.quantization:
+        arguments |= {"batch_size": reranker.batch_size, "device": kind}
     return {"reranker": type(reranker).__name__, **arguments, "form": form, "tag": tag}
