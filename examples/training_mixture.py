@@ -5,6 +5,10 @@
 Each FOLDER holds docs.jsonl.gz (docid, title, text) and train.ids.jsonl.gz (query_id, source, query, positive
 and negative: lists of docid). Of a query's negatives those stay that share most with it, by BM25 over the passages
 here. The last --held_out queries go to a second file, to validate on.
+
+With --teacher, a file of another model's scores (query_id, pos_scores, neg_scores, dense: more candidates,
+dense_scores), two thirds of a query's negatives are those that the teacher scores highest without scoring them above
+the positive; the others are drawn from the rest. The scores are written too, to distil from.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--take", nargs="+", required=True, metavar="SOURCE=QUERIES")
     parser.add_argument("--negatives", type=int, default=8, help="how many stay of each query's")
+    parser.add_argument("--teacher", type=Path, help="scores of another model, in JSON lines")
     parser.add_argument("--held_out", type=int, default=0)
     parser.add_argument("--seed", type=int, default=17)
     arguments = parser.parse_args()
@@ -42,6 +47,11 @@ def main() -> None:
         with gzip.open(folder / "train.ids.jsonl.gz", "rt", encoding="utf-8") as lines:
             for record in map(json.loads, lines):
                 by_source.setdefault(record["source"], []).append(record)
+
+    taught: dict[str, dict[str, list[float]]] = {}
+    if arguments.teacher:
+        with gzip.open(arguments.teacher, "rt", encoding="utf-8") as lines:
+            taught = {record["query_id"]: record for record in map(json.loads, lines)}
 
     counts = {docid: Counter(terms(f"{doc['title']} {doc['text']}")) for docid, doc in documents.items()}
     lengths = {docid: count.total() for docid, count in counts.items()}
@@ -59,6 +69,25 @@ def main() -> None:
             if term in count
         )
 
+    def hardest(record: dict[str, object]) -> tuple[list[str], dict[str, list[float]]]:
+        """A query's negatives, and the teacher's scores of its passages."""
+        if not taught:
+            query = terms(record["query"])
+            by_bm25 = sorted(record["negative"], key=lambda docid: (-bm25(query, docid), docid))
+            return by_bm25[: arguments.negatives], {}
+        scores = taught[record["query_id"]]
+        pool = dict(zip(record["negative"], scores["neg_scores"], strict=True))
+        pool |= dict(zip(scores["dense"], scores["dense_scores"], strict=True))
+        highest = max(scores["pos_scores"])
+        below = sorted((d for d in pool if pool[d] <= highest), key=lambda docid: (-pool[docid], docid))
+        hard = below[: arguments.negatives * 2 // 3]
+        rest = sorted(set(pool) - set(hard))
+        negatives = hard + generator.sample(rest, min(arguments.negatives - len(hard), len(rest)))
+        return negatives, {
+            "pos_scores": scores["pos_scores"],
+            "neg_scores": [pool[docid] for docid in negatives],
+        }
+
     generator = random.Random(arguments.seed)
     drawn = []
     for choice in sorted(arguments.take):
@@ -74,13 +103,13 @@ def main() -> None:
             continue
         with path.open("w", encoding="utf-8") as output:
             for record in part:
-                query = terms(record["query"])
-                hardest = sorted(record["negative"], key=lambda docid: (-bm25(query, docid), docid))
+                negatives, scores = hardest(record)
                 line = {
                     "query_id": record["query_id"],
                     "query": record["query"],
                     "positive_passages": [documents[docid] for docid in record["positive"]],
-                    "negative_passages": [documents[docid] for docid in hardest[: arguments.negatives]],
+                    "negative_passages": [documents[docid] for docid in negatives],
+                    **scores,
                 }
                 output.write(json.dumps(line, ensure_ascii=False) + "\n")
         print(f"{path}: {len(part)} queries")

@@ -85,8 +85,8 @@ def candidates(record: Any, body: Body) -> Candidates:
     Args:
         body: makes of text and title, or None, what the model reads.
         record: ``query``, ``positive_passages`` and ``negative_passages`` of ``text`` and perhaps ``title``
-            (Tevatron's form); or ``query``, ``pos``, ``neg`` and perhaps ``pos_scores``, ``neg_scores`` and
-            ``prompt`` (Matroyshka's).
+            (Tevatron's form); or ``query``, ``pos``, ``neg`` and perhaps ``prompt`` (Matroyshka's). Both may have
+            ``pos_scores`` and ``neg_scores``, a teacher's.
 
     Raises:
         ValueError: it is of neither form; the message says what is wrong with which key.
@@ -100,7 +100,7 @@ def candidates(record: Any, body: Body) -> Candidates:
     _check_unicode("query_id", [str(record.get("query_id"))])
     if record.get("positive_passages") is not None:
         positives, negatives = (_documents(record, key, body) for key in ("positive_passages", "negative_passages"))
-        return Candidates(query, positives, negatives)
+        return Candidates(query, positives, negatives, _teacher(record, len(positives), len(negatives)))
     if record.get("pos") is None:
         raise ValueError(
             "neither positive_passages nor pos; wanted positive_passages and negative_passages, lists of passages "
@@ -111,10 +111,13 @@ def candidates(record: Any, body: Body) -> Candidates:
     if not isinstance(prompt, str | None):
         raise ValueError(f"prompt is {short(prompt)}; wanted a string")
     _check_unicode("prompt", [prompt or ""])
+    return Candidates(query, positives, negatives, _teacher(record, len(positives), len(negatives)), prompt)
+
+
+def _teacher(record: dict[str, Any], positives: int, negatives: int) -> tuple[list[float], list[float]] | None:
     if record.get("pos_scores") is None and record.get("neg_scores") is None:
-        return Candidates(query, positives, negatives, None, prompt)
-    teacher = _scores(record, "pos_scores", len(positives)), _scores(record, "neg_scores", len(negatives))
-    return Candidates(query, positives, negatives, teacher, prompt)
+        return None
+    return _scores(record, "pos_scores", positives), _scores(record, "neg_scores", negatives)
 
 
 def _check_unicode(key: str, texts: Sequence[str]) -> None:
@@ -183,7 +186,7 @@ def read_lines(path: Path, teacher: bool = False) -> Iterator[dict[str, Any]]:
 
 def _check(record: Any, teacher: bool) -> None:
     if candidates(record, lambda text, title: text).teacher is None and teacher:
-        raise ValueError("no pos_scores and neg_scores, which a train_method with a teacher needs")
+        raise ValueError("no pos_scores and neg_scores, which training with a teacher needs")
 
 
 #: The columns of the table that files become: both forms' together, None where a line lacks one.

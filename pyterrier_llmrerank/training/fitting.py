@@ -80,10 +80,13 @@ def fit(
         recipe.text,
         training.text_field,
     )
-    if isinstance(recipe, MatroyshkaTraining) and recipe.loss.needs_teacher and "pos_scores" not in records[0]:
+    has_teacher = "pos_scores" in records[0]
+    if isinstance(recipe, MatroyshkaTraining) and recipe.loss.needs_teacher and not has_teacher:
         method = recipe.train_method.removesuffix("_teacher")
         logger.warning("train_method is %s, not %s: the results have no column teacher", method, recipe.train_method)
         recipe = dataclasses.replace(recipe, train_method=method)
+    elif recipe.loss.needs_teacher and not has_teacher:
+        raise ValueError(f"training={recipe!r}: the results have no column teacher, whose scores it learns from.")
     measured = None
     if validation is not None:
         measured = validation_of(validation.results, judged(validation.qrels, "qrels_va"), validation.bodies)

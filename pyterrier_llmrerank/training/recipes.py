@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import pyterrier as pt
 
 from ..inputs import PROMPT, MatroyshkaInputs, RankLLaMAInputs, document
-from .objectives import METHODS, CascadeLoss
+from .objectives import METHODS, CascadeLoss, DistilledLoss, Loss
 from .widths import Widths
 
 if TYPE_CHECKING:
@@ -72,6 +72,9 @@ class Recipe(ABC):
         lora_alpha: the updates' scale is this over the rank.
         lora_dropout: dropout on the updates' input.
         target_modules: modules that LoRA updates.
+        teacher_temperature: the teacher's scores are divided by it; above 1 they differ less.
+        absolute_margin: leave negatives out of the cross-entropy against the positive whose teacher score is above the
+            positive's less this margin: probably they are relevant too. None keeps all.
         patience: stop after so many measurements of nDCG@10 without a better one; None to go on to the end.
         min_label: the lowest label that is relevant, for ``fit``.
         text: a transformer that adds texts to a frame with ``docno``, for ``fit``: a query of which nothing
@@ -101,6 +104,11 @@ class Recipe(ABC):
     lora_alpha: float = option(64.0, "the updates' scale is this over the rank")
     lora_dropout: float = option(0.0, "dropout on the updates' input")
     target_modules: tuple[str, ...] = option(PROJECTIONS, "modules that LoRA updates")
+    teacher_temperature: float = option(1.0, "the teacher's scores are divided by it; above 1 they differ less")
+    absolute_margin: float | None = option(
+        None,
+        "leave negatives out of the cross-entropy whose teacher score is above the positive's less this margin",
+    )
     learning_rate: float = 2e-5
     num_train_epochs: float = 1.0
     max_steps: int = -1
@@ -122,7 +130,7 @@ class Recipe(ABC):
     def __post_init__(self) -> None:
         for name, least in self._least().items():
             value = getattr(self, name)
-            if value is None and name == "patience":
+            if value is None and name in ("patience", "absolute_margin"):
                 continue
             whole = isinstance(least, int)
             kinds = int if whole else (int, float)
@@ -131,6 +139,8 @@ class Recipe(ABC):
                 raise ValueError(f"{name}={value!r}; allowed: {kind} of at least {least:g}.")
         if not self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout!r}; allowed: a number from 0 to less than 1.")
+        if not self.teacher_temperature > 0:
+            raise ValueError(f"teacher_temperature={self.teacher_temperature!r}; allowed: a number above 0.")
         self._as_tuple("target_modules", str)
         if self.arguments:
             self._check_arguments()
@@ -154,6 +164,7 @@ class Recipe(ABC):
             "group_size": 2, "query_max_length": 1, "passage_max_length": 8, "lora_rank": 1, "lora_alpha": 0.0,
             "lora_dropout": 0.0, "learning_rate": 0.0, "num_train_epochs": 0.0, "max_steps": -1, "warmup_steps": 0.0,
             "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "patience": 1, "seed": 0,
+            "teacher_temperature": 0.0, "absolute_margin": 0.0,
         }  # fmt: skip
 
     def _as_tuple(self, name: str, kind: type) -> None:
@@ -171,9 +182,9 @@ class Recipe(ABC):
         return Widths(seed=seed)
 
     @property
-    def loss(self) -> CascadeLoss:
-        """The loss over all heads: cross-entropy over the group by default."""
-        return CascadeLoss("normal")
+    @abstractmethod
+    def loss(self) -> Loss:
+        """The loss over all heads."""
 
     @abstractmethod
     def open(self, model: str, adapters: Sequence[str]) -> Checkpoint:
@@ -210,7 +221,14 @@ class Recipe(ABC):
 class RankLLaMATraining(Recipe):
     """Fine-tuning RankLLaMA (Ma et al., 2023): LoRA and a score head, cross-entropy over groups.
 
-    Arguments are those of :class:`~pyterrier_llmrerank.training.recipes.Recipe`.
+    Args:
+        teacher_weight: weight of the KL divergence from the softmax of a teacher's scores; 0, the original, learns from
+            the labels alone.
+
+    All else is as for :class:`~pyterrier_llmrerank.training.recipes.Recipe`.
+
+    Raises:
+        ValueError: a value is not what is allowed.
 
     >>> from pyterrier_llmrerank.training import RankLLaMATraining
     >>> RankLLaMATraining(group_size=8).learning_rate
@@ -224,8 +242,18 @@ class RankLLaMATraining(Recipe):
     target_modules: tuple[str, ...] = option(
         tuple(name for name in PROJECTIONS if name != "k_proj"), "modules that LoRA updates"
     )
+    teacher_weight: float = option(0.0, "weight of the KL divergence from a teacher's scores; 0 for none")
     learning_rate: float = 1e-4
     gradient_accumulation_steps: int = 8
+
+    @staticmethod
+    def _least() -> dict[str, int | float]:
+        return {**Recipe._least(), "teacher_weight": 0.0}
+
+    @property
+    def loss(self) -> DistilledLoss:
+        """Cross-entropy over the group, and a teacher's scores where they have a weight."""
+        return DistilledLoss(self.teacher_weight, self.teacher_temperature, self.absolute_margin)
 
     def open(self, model: str, adapters: Sequence[str] = (), base_model: str | None = None) -> Checkpoint:
         """A causal language model, or a RankLLaMA adapter to train on."""
@@ -302,7 +330,7 @@ class MatroyshkaTraining(Recipe):
             raise ValueError(f"compress_ratios={list(self.compress_ratios)}; allowed: powers of two from 1 to 64.")
         if any(layer < 0 for layer in self.compress_layers):
             raise ValueError(f"compress_layers={list(self.compress_layers)}; allowed: layer indices, from 0.")
-        CascadeLoss(self.train_method)
+        self.loss  # noqa: B018 # raises where the method does not go with the rest
 
     def widths(self, seed: int) -> Widths:
         """The widths that the recipe names."""
@@ -311,7 +339,7 @@ class MatroyshkaTraining(Recipe):
     @property
     def loss(self) -> CascadeLoss:
         """By ``train_method``."""
-        return CascadeLoss(self.train_method)
+        return CascadeLoss(self.train_method, self.teacher_temperature, self.absolute_margin)
 
     def open(self, model: str, adapters: Sequence[str] = ()) -> Checkpoint:
         """A causal language model or layer-wise checkpoint with adapters merged in, or one more to train on."""

@@ -33,7 +33,7 @@ from ..packing import PackedPairs
 from .data import Batch, Collator, Group, Groups
 from .lora import LowRankLinear
 from .model import RankingModel
-from .objectives import CascadeLoss
+from .objectives import Loss
 from .recipes import Recipe
 from .validation import MEASURE, Validation
 from .widths import Widths
@@ -211,7 +211,7 @@ class GroupTrainer(Trainer):
         args: the Trainer's.
         groups: what to train on.
         collate: groups to a batch.
-        loss: over all layers; with one layer, its ``normal`` is RankLLaMA's.
+        loss: the recipe's.
         widths: drawn at each step.
         task_type: the PEFT task that adapters are saved under: ``CAUSAL_LM`` or ``SEQ_CLS``.
         validation: measured where the Trainer evaluates, with the scores of the deepest head.
@@ -228,7 +228,7 @@ class GroupTrainer(Trainer):
         args: TrainingArguments,
         groups: Groups,
         collate: Collator,
-        loss: CascadeLoss,
+        loss: Loss,
         widths: Widths,
         task_type: str,
         validation: Validation | None = None,
