@@ -4,7 +4,7 @@
 
 Each FOLDER holds docs.jsonl.gz (docid, title, text) and train.ids.jsonl.gz (query_id, source, query, positive
 and negative: lists of docid). Of a query's negatives those stay that share most with it, by BM25 over the passages
-here. The last --held_out queries go to a second file, to validate on.
+here. Queries whose ids --held_out lists go to a second file, to validate on, and never to the first.
 
 With --teacher, a file of another model's scores (query_id, pos_scores, neg_scores, dense: more candidates,
 dense_scores), two thirds of a query's negatives are those that the teacher scores highest without scoring them above
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--take", nargs="+", required=True, metavar="SOURCE=QUERIES")
     parser.add_argument("--negatives", type=int, default=8, help="how many stay of each query's")
     parser.add_argument("--teacher", type=Path, help="scores of another model, in JSON lines")
-    parser.add_argument("--held_out", type=int, default=0)
+    parser.add_argument("--held_out", type=Path, help="ids of queries to validate on, one a line")
     parser.add_argument("--seed", type=int, default=17)
     arguments = parser.parse_args()
 
@@ -88,17 +88,16 @@ def main() -> None:
             "neg_scores": [pool[docid] for docid in negatives],
         }
 
+    held_out = set(arguments.held_out.read_text(encoding="utf-8").split()) if arguments.held_out else set()
     generator = random.Random(arguments.seed)
     drawn = []
     for choice in sorted(arguments.take):
         source, _, queries = choice.partition("=")
-        drawn += generator.sample(by_source[source], int(queries))
+        free = [record for record in by_source[source] if record["query_id"] not in held_out]
+        drawn += generator.sample(free, min(int(queries), len(free)))
     generator.shuffle(drawn)
-    kept = len(drawn) - arguments.held_out
-    for path, part in (
-        (arguments.output, drawn[:kept]),
-        (arguments.output.with_suffix(".held_out.jsonl"), drawn[kept:]),
-    ):
+    kept_out = [r for source in sorted(by_source) for r in by_source[source] if r["query_id"] in held_out]
+    for path, part in ((arguments.output, drawn), (arguments.output.with_suffix(".held_out.jsonl"), kept_out)):
         if not part:
             continue
         with path.open("w", encoding="utf-8") as output:

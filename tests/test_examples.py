@@ -7,6 +7,7 @@ import runpy
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ir_measures
 import pandas as pd
@@ -152,16 +153,40 @@ def test_training_mixture(monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
     for name, records in sources.items():
         lines = "".join(json.dumps(record) + "\n" for record in records)
         (tmp_path / f"{name}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    output = tmp_path / "train.jsonl"
-    choice = ["--take", "a=2", "b=1", "--negatives", "1", "--held_out", "1"]
-    monkeypatch.setattr(sys, "argv", ["training_mixture.py", str(output), str(tmp_path), *choice])
-    runpy.run_path(str(EXAMPLES / "training_mixture.py"), run_name="__main__")
-    assert "train.jsonl: 2 queries" in capfd.readouterr().out
-    held_out = output.with_suffix(".held_out.jsonl")
-    drawn = [json.loads(line) for path in (output, held_out) for line in path.read_text().splitlines()]
-    assert sorted(int(record["query_id"]) // 3 for record in drawn) == [0, 0, 1]  # two of a, and the one of b
-    assert [record["negative_passages"][0]["docid"] for record in drawn] == ["hard"] * 3
-    assert len(open_data("data", [str(output)])) == 2  # what the train commands read
+    output, ids = tmp_path / "train.jsonl", tmp_path / "held_out.txt"
+    ids.write_text("1\n")
+    choice = ["--take", "a=3", "b=1", "--held_out", str(ids)]
+
+    def drawn(*more: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        monkeypatch.setattr(sys, "argv", ["training_mixture.py", str(output), str(tmp_path), *choice, *more])
+        runpy.run_path(str(EXAMPLES / "training_mixture.py"), run_name="__main__")
+        files = output, output.with_suffix(".held_out.jsonl")
+        train, held_out = ([json.loads(line) for line in path.read_text().splitlines()] for path in files)
+        return train, held_out
+
+    train, held_out = drawn("--negatives", "1")
+    assert "train.jsonl: 3 queries" in capfd.readouterr().out
+    assert sorted(record["query_id"] for record in train) == ["0", "2", "3"]
+    assert [record["query_id"] for record in held_out] == ["1"]
+    assert [record["negative_passages"][0]["docid"] for record in train] == ["hard"] * 3
+    assert len(open_data("data", [str(output)])) == 3  # what the train commands read
+
+    # A teacher that ranks "easy" highest of what is below the positive, and another passage above it.
+    teacher = tmp_path / "teacher.jsonl.gz"
+    taught = {"pos_scores": [2.0], "neg_scores": [1.0, 0.5], "dense": ["above"], "dense_scores": [3.0]}
+    lines = "".join(json.dumps({"query_id": str(number), **taught}) + "\n" for number in range(4))
+    teacher.write_bytes(gzip.compress(lines.encode()))
+    sources["docs"].append({"docid": "above", "title": "", "text": "pandas eat bamboo all day"})
+    docs = "".join(json.dumps(record) + "\n" for record in sources["docs"])
+    (tmp_path / "docs.jsonl.gz").write_bytes(gzip.compress(docs.encode()))
+    train, _ = drawn("--negatives", "3", "--teacher", str(teacher))
+    scores = {"easy": 1.0, "hard": 0.5, "above": 3.0}
+    for record in train:
+        negatives = [passage["docid"] for passage in record["negative_passages"]]
+        assert negatives[:2] == ["easy", "hard"]
+        assert record["pos_scores"] == [2.0]
+        assert record["neg_scores"] == [scores[docid] for docid in negatives] == [1.0, 0.5, 3.0]
+    assert len(open_data("data", [str(output)], teacher=True)) == 3
 
 
 def test_the_little_collection_is_sound() -> None:

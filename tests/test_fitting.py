@@ -76,6 +76,18 @@ def test_a_pipeline_learns(kind: str, tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(pickle.loads(pickle.dumps(reranker)).transform(results), wanted)
 
 
+def test_rankllama_learns_from_a_teacher(tmp_path: Path) -> None:
+    """A teacher that ranks the relevant text last is followed where the labels count for little."""
+    topics, results, qrels = candidates()
+    reranker = untrained("rankllama", tmp_path / "run", teacher_weight=50.0, teacher_temperature=0.5)
+    with pytest.raises(ValueError, match=r"training=RankLLaMATraining\(.*the results have no column teacher"):
+        reranker.fit(results, qrels)
+    relevant = results["docno"].isin(qrels["docno"])
+    reranker.fit(results.assign(teacher=np.where(relevant, -2.0, 2.0)), qrels)
+    ranked = ndcg(pt.Transformer.from_df(results) >> reranker, topics, qrels)
+    assert ranked <= ndcg(pt.Transformer.from_df(results), topics, qrels) + 1e-9  # which has them last
+
+
 @pytest.mark.parametrize("kind", ["rankllama", "matroyshka"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_merged_model_scores_the_same(kind: str, dtype: str, tmp_path: Path) -> None:

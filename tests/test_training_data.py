@@ -36,6 +36,10 @@ def test_both_forms() -> None:
     assert candidates(MATROYSHKA, plain) == Candidates("q", ["p0", "p1"], ["n0", "n1", "n2"])
     assert candidates(SCORED, plain).teacher == ([1.0, 2], [0.1, 0.2, 0.3])
     assert candidates(SCORED, plain).prompt == "Relevant?"
+    scored = candidates({**TEVATRON, "pos_scores": [1.0], "neg_scores": [0.5, 2]}, plain)
+    assert scored == Candidates("q", ["p"], ["n", "m"], ([1.0], [0.5, 2.0]))
+    with pytest.raises(ValueError, match=r"neg_scores is \[0.5\]; wanted 2 finite numbers"):
+        candidates({**TEVATRON, "pos_scores": [1.0], "neg_scores": [0.5]}, plain)
 
 
 def test_passages_are_read_as_each_model_reads_them() -> None:
@@ -50,7 +54,7 @@ def test_a_missing_teacher_is_named_where_it_is_needed(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text(json.dumps(SCORED) + "\n" + json.dumps(MATROYSHKA) + "\n")
     assert len(list(read_lines(path))) == 2
-    with pytest.raises(ValueError, match=r"train\.jsonl, line 2: no pos_scores and neg_scores, which a train_method"):
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 2: no pos_scores and neg_scores, which training with"):
         list(read_lines(path, teacher=True))
 
 
