@@ -61,8 +61,9 @@ def check_flash(name: str, device: torch.device, dtype: torch.dtype) -> None:
 def eager(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
     """Whole matrices, in plain torch."""
     position = torch.arange(key.shape[2], device=key.device)
-    grouped: Tensor = query.unflatten(1, (key.shape[1], -1))  # type: ignore[no-untyped-call]
-    logits = grouped @ key[:, :, None].mT * scaling
+    scaled = query * scaling  # before the product, which may be too large for fp16
+    grouped: Tensor = scaled.unflatten(1, (key.shape[1], -1))  # type: ignore[no-untyped-call]
+    logits = grouped @ key[:, :, None].mT
     hidden = ~visible(position[None], key.shape[2], None, window)[:, :, None]
     weights = logits.masked_fill(hidden, -torch.inf).softmax(-1, dtype=torch.float32)
     output: Tensor = weights.to(value.dtype) @ value[:, :, None]

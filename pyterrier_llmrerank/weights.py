@@ -69,7 +69,8 @@ def resolve_dtype(dtype: str, *devices: torch.device) -> torch.dtype:
 def _has_bf16(device: torch.device) -> bool:
     """Whether it computes in bf16 natively."""
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        with torch.cuda.device(device):  # torch says it of the current one
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
         capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older releases
         return any(bool(capabilities.get(flag, False)) for flag in ("avx512_bf16", "amx_bf16", "bf16"))

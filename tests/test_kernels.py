@@ -123,3 +123,16 @@ def test_the_real_flash_functions_take_what_is_given() -> None:
     states = torch.zeros(1, 2, 3, 8, dtype=torch.bfloat16)
     with pytest.raises(ImportError, match="flash_attn|kernels|flash_attention_2"):
         kernels.Flash(FLASH)(states, states, states, 1.0, None)
+
+
+def test_eager_attention_does_not_overflow_in_fp16() -> None:
+    """The products are too large for fp16 before they are scaled, not after."""
+    generator = torch.Generator().manual_seed(1)
+    query, key, value = (torch.randn(2, 4, 9, 64, generator=generator) for _ in range(3))
+    query, key = (40 * states.sign() + states for states in (query, key[:, :2]))
+    key[:, :, 3] = query[:, ::2, 5]  # 64 * 40 * 40 is over 65504
+    half = [states.half() for states in (query, key, value[:, :2])]
+    got = kernels.eager(*half, 1 / 8, None)
+    wanted = kernels.eager(*(states.float() for states in half), 1 / 8, None)
+    assert got.dtype == torch.float16
+    torch.testing.assert_close(got.float(), wanted, atol=2e-2, rtol=2e-2)

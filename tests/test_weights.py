@@ -7,6 +7,8 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -327,10 +329,26 @@ def test_auto_is_bf16_only_where_it_is_native(monkeypatch: pytest.MonkeyPatch) -
     assert resolve_dtype("float16", cpu) == torch.float16
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert resolve_dtype("auto", cpu) == torch.float32
-    for native in (True, False):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
-        assert resolve_dtype("auto", torch.device("cuda")) == (torch.bfloat16 if native else torch.float32)
     assert resolve_dtype("auto", torch.device("mps")) == torch.float32
+
+
+def test_auto_asks_the_device_that_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch answers for the current one: of these, the second alone has bf16."""
+    current = [0]
+
+    @contextmanager
+    def at(device: torch.device) -> Iterator[None]:
+        current.append(device.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", at)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: current[-1] == 1)
+    first, second = torch.device("cuda:0"), torch.device("cuda:1")
+    assert resolve_dtype("auto", first) == torch.float32
+    assert resolve_dtype("auto", second) == torch.bfloat16
+    assert resolve_dtype("auto", second, first) == torch.float32
+    assert current == [0]
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
