@@ -56,6 +56,7 @@ class Cascade:
         going = set(self._pair_of_row[by_score[~leaving]].tolist())
         return [pair for pair in pairs if pair in going]
 
+    @np.errstate(invalid="ignore")  # of what has no score
     def ordered(self, scores: Mapping[int, NDArray[np.float64]]) -> NDArray[np.float64]:
         """One score a row, by which what left stands below all of its query that went further.
 

@@ -9,7 +9,9 @@ import pandas as pd
 
 
 class ScoringError(RuntimeError):
-    """Scoring had to stop at a pair.
+    """Scoring had to stop: at a pair, or because of something else that went wrong on the way.
+
+    Where it is Ctrl-C that stops it, the KeyboardInterrupt has the same attribute.
 
     Args:
         message: at which pair, and why.

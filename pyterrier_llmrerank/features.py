@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
@@ -10,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
-from .matroyshka import MatroyshkaReranker
-from .reranker import ranked
+from .matroyshka import MatroyshkaReranker, sigmoid
+from .reranker import ranked, warn_of_ties
 
 
 class MatroyshkaFeatures(pt.Transformer):
@@ -38,14 +37,14 @@ class MatroyshkaFeatures(pt.Transformer):
             for reranker in self.rerankers:
                 reranker._weights()  # keeps them, and as many layers as this one needs, for the next frame
             layers = [first._last_layer() if r.cutoff is None else cast(int, r.cutoff) for r in self.rerankers]
-            together = first.at(cutoff=layers)
+            together = first.at(cutoff=layers, normalize=False)
             try:
                 scored = together.transform(inp)
             finally:
                 first._add_up(together.usage)
             scores = [scored.get(f"score_{layer}", scored["score"]).to_numpy() for layer in layers]
             ranks = ranked(inp.assign(score=scores[0]))["rank"]
-            features = list(np.stack(scores, axis=1))
+            features = list(first._finish(np.stack(scores, axis=1)))
         return inp.assign(**({} if "rank" in inp else {"rank": ranks}), features=features)
 
     def fuse_feature_union(self, other: pt.Transformer, is_left: bool) -> pt.Transformer | None:
@@ -71,32 +70,43 @@ class AtDepth(pt.Transformer):
 
     Args:
         layer: which of its cutoffs.
+        cutoffs: all of them: their columns are dropped.
+        normalize: give the sigmoid of what was read there, after ranking by it.
     """
 
     schematic: ClassVar = {"label": "at depth"}
 
-    def __init__(self, layer: int) -> None:
+    def __init__(self, layer: int, cutoffs: Sequence[int], normalize: bool = False) -> None:
         self.layer = layer
+        self.cutoffs = tuple(cutoffs)
+        self.normalize = normalize
+        self._has_warned = False
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
-        """Score by ``score_<layer>``, rank, and drop the columns of all layers.
+        """Score by ``score_<layer>``, rank, and drop the columns of the cutoffs.
 
         Raises:
             pyterrier.validate.InputValidationError: that column is missing.
         """
         name = f"score_{self.layer}"
         pt.validate.result_frame(inp, extra_columns=[name], context=self)
-        layers = [column for column in inp.columns if re.fullmatch(r"score_\d+", str(column))]
-        return ranked(inp.assign(score=inp[name]).drop(columns=layers))
+        logits = inp[name].to_numpy(dtype=float)
+        scores = sigmoid(logits) if self.normalize else logits
+        self._has_warned = self._has_warned or warn_of_ties(self, inp["qid"], scores, logits)
+        own = inp.columns.intersection([f"score_{cutoff}" for cutoff in self.cutoffs])
+        return ranked(inp.assign(score=scores).drop(columns=own), logits)
 
     def __repr__(self) -> str:
-        return f"AtDepth({self.layer})"
+        return f"AtDepth({self.layer}, {self.cutoffs}{', normalize=True' if self.normalize else ''})"
+
+    def _arguments(self) -> tuple[int, tuple[int, ...], bool]:
+        return self.layer, self.cutoffs, self.normalize
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, AtDepth) and self.layer == other.layer
+        return isinstance(other, AtDepth) and self._arguments() == other._arguments()
 
     def __hash__(self) -> int:
-        return hash((AtDepth, self.layer))
+        return hash((AtDepth, self._arguments()))
 
 
 def fused(left: pt.Transformer, right: pt.Transformer) -> MatroyshkaFeatures | None:

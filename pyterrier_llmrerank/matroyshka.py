@@ -72,7 +72,8 @@ class MatroyshkaReranker(LLMReranker):
         prompt: the question that ends every input.
         query_max_length: tokens kept of ``A: {query}``; None for three quarters of ``max_length``.
         max_length: tokens kept of ``B: {passage}``; prefix and passage together are held to about that.
-        normalize: give scores as their sigmoid, between 0 and 1.
+        normalize: give scores as their sigmoid, between 0 and 1. Ranks are by the logits all the same. Where large
+            logits become the same number in single precision, in which evaluators compare them, a warning says so.
         released: reproduce the released inference code as it runs on one pair at a time: the i-th cutoff
             is read by the i-th head rather than by the head trained for it, and the first pooling is
             weighted by a padding token. For comparing with published runs only.
@@ -244,14 +245,16 @@ class MatroyshkaReranker(LLMReranker):
 
         An experiment that shares what pipelines begin with makes that pass once:
         ``pt.Experiment([bm25 >> depth for depth in m.at(cutoff=[8, 16, 24]).depths().values()], ..., plan="tree")``.
-        The time that it says each takes (``mrt``) is then that pass's.
+        The time that it says each takes (``mrt``) is then that pass's. The pass is the first stage of each pipeline,
+        which may be cached (``pyterrier_caching.KeyValueCache``); with ``normalize`` it gives logits, and the second
+        stage their sigmoid.
 
         Raises:
             ValueError: there is a cascade, in which not every candidate comes to every depth.
 
         >>> from pyterrier_llmrerank import MatroyshkaReranker
         >>> MatroyshkaReranker(cutoff=[8, 16]).depths()[16][1]
-        AtDepth(16)
+        AtDepth(16, (8, 16))
         """
         from .features import AtDepth
 
@@ -259,7 +262,8 @@ class MatroyshkaReranker(LLMReranker):
             raise ValueError(f"prune={dict(self.prune)}: not every candidate comes to every depth; allowed: none.")
         if not isinstance(self.cutoff, tuple):
             return {self.cutoff or self._last_layer(): self}
-        return {layer: self >> AtDepth(layer) for layer in self.cutoff}
+        logits = self.at(normalize=False) if self.normalize else self  # by which each depth is ranked
+        return {layer: logits >> AtDepth(layer, self.cutoff, self.normalize) for layer in self.cutoff}
 
     def fuse_feature_union(self, other: pt.Transformer, is_left: bool) -> pt.Transformer | None:
         """Make ``self ** other`` one pass where they differ in ``cutoff`` alone; PyTerrier calls it to compile."""
@@ -462,10 +466,13 @@ class MatroyshkaReranker(LLMReranker):
         return np.stack([*(scores.by_layer[layer] for layer in shallower), scores.final])
 
     def _finish(self, scores: np.ndarray) -> np.ndarray:
-        if not self.normalize:
-            return scores
-        tail = np.exp(-np.abs(scores))  # of the smaller side, so that nothing overflows
-        return cast(np.ndarray, np.where(scores < 0, tail, 1.0) / (1.0 + tail))
+        return sigmoid(scores) if self.normalize else scores
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """Logits as numbers between 0 and 1."""
+    tail = np.exp(-np.abs(logits))  # of the smaller side, so that nothing overflows
+    return cast(np.ndarray, np.where(logits < 0, tail, 1.0) / (1.0 + tail))
 
 
 def _cutoff(value: object) -> int | tuple[int, ...] | None:

@@ -22,6 +22,9 @@ from .packing import PackedPairs, on_device
 #: What transformers' decoders call the norm after their last layer.
 NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 
+#: What they call their table of positions, where they have one.
+POSITIONS = ("wpe", "embed_positions", "position_embeddings", "positions_embed", "pos_encoding")
+
 
 class PlainDecoder(nn.Module):
     """A transformers model of any causal architecture, adapters merged in.
@@ -69,6 +72,10 @@ class PlainDecoder(nn.Module):
         self.model: PreTrainedModel = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
         self.argument = checkpoint.argument
         self.layers = checkpoint.layers
+        #: How many tokens the model knows.
+        self.vocabulary = len(cast(nn.Embedding, self.model.get_input_embeddings()).weight)
+        #: The longest sequence that it has positions for; None for any length.
+        self.positions = _positions(self.model)
         if not self._is_causal():
             raise ValueError(
                 f"{self.argument}: model_type {checkpoint.config.model_type!r} lets a token see those after it; "
@@ -101,15 +108,12 @@ class PlainDecoder(nn.Module):
 
         Returns:
             States after the final norm, ``[cutoffs, pairs, width]``.
-
-        Raises:
-            ValueError: a cutoff above the last layer, where it is not known what the model calls its final norm.
         """
         device = self.model.device
         places = on_device(packed.places, device)
         length = on_device(packed.real, device)
         mask = torch.arange(places.shape[1], device=device) < length[:, None]
-        ids = packed.ids_below(len(cast(nn.Embedding, self.model.get_input_embeddings()).weight))
+        ids = packed.ids_below(self.vocabulary)
         states = self._states(on_device(ids, device)[places], mask.long())
         pair = torch.arange(len(packed), device=device)
         read = []
@@ -117,6 +121,12 @@ class PlainDecoder(nn.Module):
             state = states[cutoff][pair, length - 1]
             read.append(state if cutoff == self.layers else self._norm(cutoff)(state))
         return torch.stack(read)
+
+    def check_cutoffs(self, cutoffs: Sequence[int]) -> None:
+        """Raise ValueError on a cutoff above the last layer, where it is not known what the model calls its norm."""
+        for cutoff in cutoffs:
+            if cutoff != self.layers:
+                self._norm(cutoff)
 
     def _norm(self, cutoff: int) -> nn.Module:
         for name in NORMS:
@@ -126,3 +136,14 @@ class PlainDecoder(nn.Module):
             f"cutoff={cutoff}: {self.argument} is not a model of which the final norm is known; "
             f"allowed: {self.layers}, its last layer."
         )
+
+
+def _positions(model: PreTrainedModel) -> int | None:
+    """The longest sequence for which a model has positions; None where it computes them, so that any will do."""
+    lengths = []
+    for name, table in [*model.named_parameters(), *model.named_buffers()]:
+        owner = name.removesuffix(".weight")
+        if owner.rpartition(".")[2] in POSITIONS:
+            skipped = getattr(model.get_submodule(owner), "offset", 0) if owner != name else 0  # rows before the first
+            lengths.append(len(table) - skipped)
+    return min(lengths, default=None)

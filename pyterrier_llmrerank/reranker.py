@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -47,16 +47,25 @@ class Scores(NamedTuple):
         final: the score of each, ``[rows]``; NaN where scoring stopped before.
         by_layer: those at each layer that was read; NaN where a row did not come so far.
         exit_layer: the layer after which each left a cascade; None without one.
+        logits: by which they are ranked, ``[rows]``: the final scores before they were normalised.
     """
 
     final: np.ndarray
     by_layer: Mapping[int, np.ndarray]
     exit_layer: np.ndarray | None
+    logits: np.ndarray
 
     @classmethod
-    def none(cls) -> Scores:
-        """Those of no rows."""
-        return cls(np.empty(0), defaultdict(lambda: np.empty(0)), np.empty(0, dtype=int))
+    def none(cls, rows: int = 0) -> Scores:
+        """Those of rows of which none has been scored."""
+        missing = np.full(rows, np.nan)
+        return cls(missing, defaultdict(lambda: missing), np.zeros(rows, dtype=int), missing)
+
+    @classmethod
+    def of(cls, error: BaseException, rows: int) -> Scores:
+        """Those that stand on what stopped scoring, if it had come to that."""
+        scores = getattr(error, "scores", None)
+        return scores if isinstance(scores, cls) else cls.none(rows)
 
 
 class LLMReranker(pt.Estimator):
@@ -81,6 +90,7 @@ class LLMReranker(pt.Estimator):
     training: Recipe | None
     _usage: Usage = Usage()
     _usage_level: int = logging.INFO  # at which each call's is logged
+    _has_warned: bool = False  # of ties, which it does once
     _shared_key: Hashable
     _shared_weights: tuple[Weights, ...]
     __signature__: ClassVar[inspect.Signature]
@@ -180,7 +190,8 @@ class LLMReranker(pt.Estimator):
         Raises:
             pyterrier.validate.InputValidationError: a column is missing.
             ValueError: a qid, docno, query or text is missing, or the model does not allow what was asked.
-            ScoringError: scoring had to stop; carries the rows already scored.
+            ScoringError: scoring had to stop; its ``scores`` are the rows already scored.
+            KeyboardInterrupt: Ctrl-C; likewise.
         """
         pt.validate.result_frame(inp, extra_columns=["query", self.text_field], context=self)
         self._check_rows(inp)
@@ -190,11 +201,15 @@ class LLMReranker(pt.Estimator):
         pairs = list(zip(inp["query"], self._bodies(inp), strict=True))
         try:
             scores = self._score(pairs, inp["qid"], lambda row: self._label(inp, row))
-        except ScoringError as error:
-            so_far = inp.assign(**self._columns(cast(Scores, error.scores)))
-            error.scores = ranked(so_far[so_far["score"].notna()])
+        except (ScoringError, KeyboardInterrupt) as error:
+            so_far = Scores.of(error, len(inp))
+            there = ~np.isnan(so_far.logits)
+            scored = inp.assign(**self._columns(so_far))[there]
+            error.scores = ranked(scored, so_far.logits[there])  # type: ignore[union-attr]
             raise
-        return ranked(inp.assign(**self._columns(scores)))
+        result = ranked(inp.assign(**self._columns(scores)), scores.logits)
+        self._has_warned = self._has_warned or warn_of_ties(self, inp["qid"], scores.final, scores.logits)
+        return result
 
     def compute_score(self, pairs: Iterable[Any]) -> float | np.ndarray:
         """Score pairs without a frame.
@@ -208,7 +223,8 @@ class LLMReranker(pt.Estimator):
 
         Raises:
             ValueError: something is not a pair of strings.
-            ScoringError: as :meth:`transform`.
+            ScoringError: as :meth:`transform`; its ``scores`` are an array ``[cutoffs, n]``, NaN where there is none.
+            KeyboardInterrupt: likewise.
         """
         given = [pairs] if isinstance(pairs, str) else list(pairs)  # a string is no iterable of pairs
         single = len(given) == 2 and all(isinstance(text, str) for text in given)
@@ -222,8 +238,8 @@ class LLMReranker(pt.Estimator):
             checked.append((pair[0], self._body(pair[1])))
         try:
             scores = self._at_cutoffs(self._score(checked, [None] * len(checked), "pairs[{}]".format))
-        except ScoringError as error:
-            error.scores = self._at_cutoffs(cast(Scores, error.scores))
+        except (ScoringError, KeyboardInterrupt) as error:
+            error.scores = self._at_cutoffs(Scores.of(error, len(checked)))  # type: ignore[union-attr]
             raise
         if len(scores) == 1:
             return float(scores[0, 0]) if single else scores[0]
@@ -285,7 +301,7 @@ class LLMReranker(pt.Estimator):
                 for layer, here in by_layer.items():  # a row may have left where another with its text went on
                     here[cascade.exit_layer < layer] = np.nan
             finished = {layer: self._finish(here) for layer, here in by_layer.items()}
-            return Scores(self._finish(final), finished, None if cascade is None else cascade.exit_layer)
+            return Scores(self._finish(final), finished, None if cascade is None else cascade.exit_layer, final)
 
         used: list[Usage] = []
         with pt.tqdm(total=len(distinct), desc=type(self).__name__, unit="pair", disable=not self.verbose) as bar:
@@ -301,8 +317,9 @@ class LLMReranker(pt.Estimator):
                     used=used.append,
                     cascade=cascade,
                 )
-            except ScoringError as error:
-                error.scores = of_rows(cast(np.ndarray, error.scores))
+            except (ScoringError, KeyboardInterrupt) as error:
+                if hasattr(error, "scores"):
+                    error.scores = of_rows(error.scores)
                 raise
             finally:
                 if used:  # it came as far as that
@@ -479,8 +496,46 @@ def stacked(replicas: Iterable[Weights]) -> list[Weights]:
     return [weights for replica in replicas for weights in replica.stack]
 
 
-def ranked(scored: pd.DataFrame) -> pd.DataFrame:
-    """A copy of a frame with PyTerrier's ranks added, whatever its index is called and holds."""
-    numbered = pt.model.add_ranks(scored.reset_index(drop=True))  # an index named qid would hide the column
-    numbered.index = scored.index.take(numbered.index.to_numpy())
+def ranked(scored: pd.DataFrame, logits: np.ndarray | None = None) -> pd.DataFrame:
+    """A copy of a frame with PyTerrier's ranks added, whatever its index is called and holds.
+
+    Args:
+        scored: the frame, with ``score``.
+        logits: by which it is ranked, ``[rows]``; None for the score.
+    """
+    numbered = scored.reset_index(drop=True)  # an index named qid would hide the column
+    if logits is not None:
+        numbered["score"] = logits
+    numbered = pt.model.add_ranks(numbered)
+    order = numbered.index.to_numpy()
+    numbered["score"] = scored["score"].to_numpy()[order]
+    numbered.index = scored.index.take(order)
     return numbered
+
+
+def warn_of_ties(scored_by: object, qids: pd.Series[Any], scores: np.ndarray, logits: np.ndarray) -> bool:
+    """Warn where an evaluator cannot tell apart what differs before it is normalised.
+
+    Args:
+        scored_by: named in the warning.
+        qids: of each row, ``[rows]``.
+        scores: finished, ``[rows]``.
+        logits: what was finished, ``[rows]``.
+
+    Returns:
+        Whether there was something to warn of.
+    """
+    if scores is logits:
+        return False
+    query = pd.factorize(qids)[0]
+    order = np.lexsort((logits, query))
+    single = scores[order].astype(np.float32)
+    same_score, same_logit, same_query = (column[1:] == column[:-1] for column in (single, logits[order], query[order]))
+    count = int((same_query & same_score & ~same_logit).sum())
+    if count:
+        logger.warning(
+            "%r: normalize=True makes %d scores the same as another one of their query in single precision, in which "
+            "trec_eval compares them, though their logits differ. Ranks follow the logits; for measures by score use "
+            "normalize=False.", scored_by, count,
+        )  # fmt: skip
+    return bool(count)

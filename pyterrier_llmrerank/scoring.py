@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from .batching import Budget, chunks, run_in_batches
 from .cascade import Cascade
-from .decoder import KnownPrefix, embedded, walk
-from .errors import ScoringError
+from .decoder import Decoder, KnownPrefix, embedded, walk
+from .errors import ScoringError, reason
 from .inputs import Ids
 from .kernels import kernel_of
 from .packing import PackedPairs, Packing, Row, regrouped
@@ -106,13 +106,17 @@ def score(
         fp32 logits as float64, ``[cutoffs, pairs]``; NaN where a pair did not come so far.
 
     Raises:
-        ValueError, ImportError: attention cannot be computed as the shape says.
-        ScoringError: a score is not finite, memory runs out, with one pair alone or between batches, or a device
-            fails. The other devices stop after their batch; carries all scores so far.
+        ValueError, ImportError: attention cannot be computed, or a cutoff read, as the shape says.
+        ScoringError: a pair has no tokens, tokens that the model does not know, or more than it has positions, which
+            shows before its chunk is scored; a score is not finite; memory runs out, with one pair alone or between
+            batches; or whatever else goes wrong. The other devices stop after their batch; carries all scores so far.
+        KeyboardInterrupt: Ctrl-C; likewise, as ``scores``.
     """
     for weights in replicas:  # one after the other: transformers builds models under settings of the whole process
         kernel_of(shape.attn_implementation, weights.device, weights.dtype)
-        weights.at_depth(shape.cutoffs[-1])
+        model, _, _ = weights.at_depth(shape.cutoffs[-1])
+        if isinstance(model, PlainDecoder):
+            model.check_cutoffs(shape.cutoffs)
     scores = np.full((len(shape.cutoffs), len(pairs)), np.nan)
     size = CHUNK if len(shape.stages) == 1 else CASCADE_CHUNK
     if len(replicas) > 1:
@@ -149,6 +153,9 @@ def score(
                     other.result()
             finally:
                 stopped.set()
+    except KeyboardInterrupt as error:
+        error.scores = scores  # type: ignore[attr-defined]
+        raise
     finally:
         used(Usage(pairs=int(np.isfinite(scores[0]).sum())))
     return scores
@@ -178,7 +185,9 @@ def _score_on(
     model, heads, tokenizer = weights.at_depth(shape.cutoffs[-1])
     heads = heads[list(shape.heads)]
     stages = shape.stages
+    known = _known(model)
     in_work: list[tuple[list[int], slice, Callable[[], np.ndarray]]] = []
+    running: list[int] = []  # the pairs of the batch that was begun last
     prefix: KnownPrefix | None = None  # that with which the last batch ended: the next may begin with it
 
     def collect(leave: int = 0) -> None:
@@ -203,10 +212,11 @@ def _score_on(
     @torch.inference_mode()
     def run(stage: int, going: list[int], batch: list[int]) -> None:
         """Take pairs through a stage: ``batch`` says which of those of the chunk that are ``going``."""
-        nonlocal prefix
+        nonlocal prefix, running
         if is_stopped():
             raise Stopped
         members = [going[index] for index in batch]
+        running = [chunk[member] for member in members]
         pairs_ids = [ids[member] for member in members]
         cutoffs = stages[stage]
         packing: Packing
@@ -236,7 +246,7 @@ def _score_on(
         first = shape.cutoffs.index(cutoffs[0])
         read = slice(first, first + len(cutoffs))
         computed = torch.einsum("cbw,cw->cb", states.float(), heads[read])
-        in_work.append(([chunk[member] for member in members], read, _brought_back(computed)))
+        in_work.append((running, read, _brought_back(computed)))
         collect(leave=1)
 
     def leave(stage: int, going: list[int]) -> list[int]:
@@ -258,7 +268,11 @@ def _score_on(
 
     def encoded(part: list[int]) -> tuple[list[int], list[Ids]]:
         with tokenising:
-            return part, encode(tokenizer, [pairs[i] for i in part])
+            made = _encoded(partial(encode, tokenizer), [pairs[i] for i in part], lambda i: label(part[i]), scores)
+            for index, pair in zip(part, made, strict=True):
+                if problem := problem_of_ids(pair, *known):
+                    raise ScoringError(f"{label(index)} {problem}", scores)
+            return part, made
 
     try:
         for chunk, ids in _one_ahead(encoded, parts, waiting):
@@ -278,18 +292,70 @@ def _score_on(
                     )
                 going = leave(stage, going)
         collect()
-    except Stopped:
-        with suppress(ScoringError):  # there is one already
+    except BaseException as error:
+        with suppress(Exception):  # there is one already
             collect()
-    except MemoryError as error:
-        raise ScoringError("out of memory between two batches; rerank fewer queries at a time.", scores) from error
-    except ScoringError:
-        raise
-    except RuntimeError as error:  # so torch says what goes wrong on a device
-        raise ScoringError(f"scoring failed on {weights.device}: {error}", scores) from error
+        if isinstance(error, Stopped):
+            return
+        if isinstance(error, ScoringError) or not isinstance(error, Exception):
+            raise
+        if isinstance(error, MemoryError):
+            said = "out of memory between two batches; rerank fewer queries at a time."
+        else:
+            others = f" or one of {len(running) - 1} more pairs in its batch" if len(running) > 1 else ""
+            at = f" at {label(running[0])}{others}" if running else ""
+            said = f"scoring failed on {weights.device}{at}: {type(error).__name__}: {reason(error)}"
+        raise ScoringError(said, scores) from error
     finally:
         model_seconds = time.perf_counter() - begun - waiting.seconds
         used(Usage(tokenising_seconds=tokenising.seconds, model_seconds=model_seconds))
+
+
+def _encoded(
+    encode: Callable[[list[tuple[str, str]]], list[Ids]],
+    pairs: list[tuple[str, str]],
+    label: Callable[[int], str],
+    scores: np.ndarray,
+) -> list[Ids]:
+    """The ids of pairs; ScoringError where there are none, with the name of the pair that is the cause."""
+    try:
+        return encode(pairs)
+    except (MemoryError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # a tokenizer that panics raises no Exception
+        failed = error
+    at = f"{label(0)} and {len(pairs) - 1} more pairs together"  # unless one of them fails alone
+    for number, pair in enumerate(pairs):
+        try:
+            encode([pair])
+        except (MemoryError, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            at, failed = label(number), error
+            break
+    raise ScoringError(f"cannot tokenise {at}: {type(failed).__name__}: {reason(failed)}", scores) from failed
+
+
+def _known(model: Decoder | PlainDecoder) -> tuple[int, int | None]:
+    """How many tokens a model knows, and how many positions; None for any number."""
+    if isinstance(model, PlainDecoder):
+        return model.vocabulary, model.positions
+    return len(cast(Tensor, model.embed_tokens.weight)), None
+
+
+def problem_of_ids(ids: Ids, vocabulary: int, positions: int | None) -> str | None:
+    """What is wrong with a pair's ids, or None.
+
+    >>> problem_of_ids(Ids([1, 5], [7], []), vocabulary=8, positions=2)
+    'has 3 tokens, but the model has 2 positions; allow fewer tokens a passage.'
+    """
+    if not ids.length:
+        return "has no tokens, so that there is nothing to score."
+    if (largest := max(map(max, filter(None, ids)))) >= vocabulary:
+        return f"holds token {largest} of the tokenizer, but the model knows {vocabulary} tokens."
+    if positions is not None and ids.length > positions:
+        return f"has {ids.length} tokens, but the model has {positions} positions; allow fewer tokens a passage."
+    return None
 
 
 def _brought_back(computed: Tensor) -> Callable[[], np.ndarray]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -243,7 +243,7 @@ def tune(
     full = candidates.operations(whole, 0)(_depths(widths[0])[-1:]).mean()
     measured: list[Measured] = []
     while widths:  # each may have weights of its own: held no longer than its pass
-        measured += one_pass(widths.pop(0), grid.pop(0), candidates, evaluation, reranker._finish)
+        measured += one_pass(widths.pop(0), grid.pop(0), candidates, evaluation)
     values = np.stack([each.values for each in measured], axis=1)
     operations = np.stack([each.operations for each in measured], axis=1)
     low, high = interval(values)
@@ -366,7 +366,6 @@ def one_pass(
     grid: Sequence[Choice],
     candidates: Candidates,
     evaluation: Evaluation,
-    finish: Callable[[Floats], Floats],
 ) -> Iterator[Measured]:
     """All depths and cascades of one width.
 
@@ -375,7 +374,6 @@ def one_pass(
         grid: shapes of this width; none, and nothing is run.
         candidates: to rank.
         evaluation: of their rows.
-        finish: what becomes of the logits last.
 
     Yields:
         Each of the grid.
@@ -397,7 +395,7 @@ def one_pass(
         left = np.zeros(len(candidates.pairs), dtype=int)
         np.maximum.at(left, candidates.pair_of_row, cascade.exit_layer)  # a pair goes as far as one of its rows
         counted = operations([*dict(choice.prune), choice.cutoff], layers, ratio, left)
-        values = evaluation(finish(cascade.ordered(logits)))
+        values = evaluation(cascade.ordered(logits))
         yield Measured(choice, values, counted, 1000 * rate * counted.mean())
 
 

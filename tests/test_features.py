@@ -1,15 +1,22 @@
 """A union of depths is one pass with the same features, and only of depths."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pyterrier as pt
 import pytest
 from conftest import frame
 from pyterrier.measures import nDCG
+from pyterrier_caching import KeyValueCache
+from safetensors.torch import load_file, save_file
+from scipy.special import expit
 from test_matroyshka import FULL, full
 
-from pyterrier_llmrerank import MatroyshkaReranker, scoring
+from pyterrier_llmrerank import MatroyshkaReranker, scoring, tune
 from pyterrier_llmrerank.features import AtDepth, MatroyshkaFeatures
+from pyterrier_llmrerank.streaming import rerank_file
 
 
 def test_a_union_of_depths_is_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,23 +103,120 @@ def test_an_experiment_over_depths_makes_one_pass(monkeypatch: pytest.MonkeyPatc
 
 
 def test_depths_are_values_and_not_of_a_cascade() -> None:
-    assert AtDepth(4) == AtDepth(4) != AtDepth(8)
-    assert hash(AtDepth(4)) == hash(AtDepth(4))
+    assert AtDepth(4, (4, 8)) == AtDepth(4, [4, 8]) != AtDepth(8, (4, 8))
+    assert AtDepth(4, (4, 8)) != AtDepth(4, (2, 4)) != AtDepth(4, (2, 4), normalize=True)
+    assert hash(AtDepth(4, (4, 8))) == hash(AtDepth(4, [4, 8]))
+    assert eval(repr(AtDepth(4, (4, 8), normalize=True))) == AtDepth(4, (4, 8), normalize=True)
     assert full().depths() == {8: full()}
     assert full().at(cutoff=4).depths() == {4: full().at(cutoff=4)}
     with pytest.raises(ValueError, match=r"prune=\{3: 2\}: not every candidate comes to every depth"):
         full().at(cutoff=[4, 8], prune={3: 2}).depths()
     with pytest.raises(pt.validate.InputValidationError, match="score_4"):
-        AtDepth(4).transform(frame(1, 1))
+        AtDepth(4, (4, 8)).transform(frame(1, 1))
 
 
 def test_columns_and_indexes_of_any_name() -> None:
     rows = full().at(cutoff=[2, 4]).transform(frame(2, 3)).assign(score_=1)
     rows[3] = "a number for a name"
     rows = rows.set_index("qid", drop=False)
-    got = AtDepth(2).transform(rows)
+    got = AtDepth(2, (2, 4)).transform(rows)
     assert set(got.columns) == set(rows.columns) - {"score_2", "score_4"}
     assert got["score"].tolist() == rows["score_2"].tolist()
     assert MatroyshkaFeatures([full().at(cutoff=2)]).transform(rows)["features"].str[0].tolist() == pytest.approx(
         rows["score_2"].tolist()
     )
+
+
+def test_depths_leave_the_users_own_columns() -> None:
+    rows = frame(2, 3).assign(score_1=1.5, score_2023="a year", score_3=0)
+    got = full().at(cutoff=[2, 4]).depths()[2].transform(rows)
+    assert set(got.columns) == set(rows.columns)
+    own = ["score_1", "score_2023", "score_3"]
+    pd.testing.assert_frame_equal(got[own], rows[own])
+
+
+@pytest.fixture(scope="module")
+def loud(tmp_path_factory: pytest.TempPathFactory) -> MatroyshkaReranker:
+    """Normalised scores of logits so large that many become 1 or, in single precision, 0."""
+    folder = tmp_path_factory.mktemp("loud") / "model"
+    shutil.copytree(FULL, folder)
+    tensors = load_file(folder / "model.safetensors")
+    heads = {name: 200 * tensor for name, tensor in tensors.items() if "head" in name}
+    assert heads
+    save_file(tensors | heads, folder / "model.safetensors", metadata={"format": "pt"})
+    return MatroyshkaReranker(folder, cutoff=[2, 4, 8], dtype="float32", normalize=True)
+
+
+def test_ranks_follow_the_logits_where_scores_are_normalised(loud: MatroyshkaReranker) -> None:
+    rows = frame(3, 9).sort_values("docno", kind="stable").reset_index(drop=True)
+    logits = loud.at(normalize=False).transform(rows)
+    normalised = loud.transform(rows)
+    assert normalised["score"].eq(1).sum() > 5  # that tie
+    assert normalised["rank"].equals(logits["rank"])
+    np.testing.assert_allclose(normalised["score"], expit(logits["score"]))
+    for layer, depth in loud.depths().items():
+        wanted = loud.at(cutoff=layer, normalize=False).transform(rows)
+        got = depth.transform(rows)
+        assert got["rank"].equals(wanted["rank"])
+        assert set(got.columns) == set(wanted.columns)
+        np.testing.assert_allclose(got["score"], expit(wanted["score"]), atol=1e-3)
+    features = MatroyshkaFeatures([loud.at(cutoff=4), loud.at(cutoff=8)]).transform(rows.drop(columns=["rank"]))
+    assert features["rank"].equals(loud.at(cutoff=4, normalize=False).transform(rows)["rank"])
+    np.testing.assert_allclose(features["features"].str[1], normalised["score"], atol=1e-6)
+    pruned = {"cutoff": 8, "prune": {2: 4, 4: 2}}
+    assert loud.at(**pruned).transform(rows)["rank"].equals(loud.at(**pruned, normalize=False).transform(rows)["rank"])
+
+
+def test_scores_that_evaluators_cannot_tell_apart_are_warned_of_once(
+    loud: MatroyshkaReranker, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = frame(3, 9)
+    fresh = loud.at(cutoff=8)
+    fresh.transform(rows)
+    fresh.transform(rows)
+    scores = fresh.transform(rows)["score"].astype(np.float32).groupby(rows["qid"])
+    tied = sum(len(of_query) - of_query.nunique() for _, of_query in scores)
+    (said,) = caplog.messages
+    assert f"normalize=True makes {tied} scores the same as another one of their query in single" in said
+    caplog.clear()
+    loud.depths()[4].transform(rows)
+    (said,) = caplog.messages
+    assert said.startswith("AtDepth(4, (2, 4, 8), normalize=True): normalize=True makes")
+    caplog.clear()
+    loud.at(normalize=False).transform(rows)
+    MatroyshkaReranker(FULL, dtype="float32", normalize=True).transform(rows)  # of moderate logits
+    loud.at().transform(rows.assign(text="the same text"))
+    assert caplog.messages == []
+
+
+def test_a_run_that_is_written_normalised_stands_by_logits(loud: MatroyshkaReranker, tmp_path: Path) -> None:
+    rows = frame(2, 9).rename(columns={"qid": "query_id", "docno": "docid"})
+    rows[["query_id", "query", "docid", "text"]].to_json(tmp_path / "in.jsonl", orient="records", lines=True)
+    docnos = {}
+    for normalize in (False, True):
+        target = tmp_path / f"{normalize}.tsv"
+        rerank_file(loud.at(cutoff=8, normalize=normalize), tmp_path / "in.jsonl", target)
+        docnos[normalize] = [line.split("\t")[:2] for line in target.read_text().splitlines()]
+    assert docnos[True] == docnos[False]
+
+
+def test_tune_measures_by_logits(loud: MatroyshkaReranker) -> None:
+    rows = frame(3, 9)
+    qrels = rows[["qid", "docno"]].assign(label=[k % 3 for k in range(len(rows))])
+    options = {"cutoffs": [4, 8], "keep": [4], "timed": 0, "compress_ratios": 1}
+    normalised, logits = (tune(loud.at(normalize=on), rows, qrels, **options).shapes for on in (True, False))
+    assert normalised["nDCG@10"].tolist() == logits["nDCG@10"].tolist()
+
+
+def test_several_depths_are_cached_by_key_and_value(loud: MatroyshkaReranker, tmp_path: Path) -> None:
+    """As the documentation has it: one pass, of which each depth is a system."""
+    rows = frame(3, 9)
+    several = MatroyshkaReranker(FULL, dtype="float32", cutoff=[2, 4, 8])
+    values = ["score_2", "score_4", "score_8"]
+    with KeyValueCache(tmp_path / "cache", several, key=["query", "docno"], value=values) as cache:
+        cache.transform(rows[rows["docno"] != "d3"])
+        some = several.usage.pairs
+        for layer, depth in several.depths().items():
+            got = (cache >> depth[1]).transform(rows)
+            pd.testing.assert_frame_equal(got, full().at(cutoff=layer).transform(rows), check_like=True, atol=1e-4)
+        assert several.usage.pairs == some + 3  # the rest of them, once

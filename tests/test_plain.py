@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import MODELS, words
@@ -12,8 +13,11 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
+    BioGptConfig,
     Gemma2Config,
     GPT2Config,
+    GPTJConfig,
+    GPTNeoConfig,
     GPTNeoXConfig,
     MixtralConfig,
     OPTConfig,
@@ -21,7 +25,8 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker, checkpoints
+from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker, ScoringError, checkpoints
+from pyterrier_llmrerank.inputs import Ids
 from pyterrier_llmrerank.training.model import RankingModel
 from pyterrier_llmrerank.training.recipes import RankLLaMATraining
 
@@ -151,3 +156,42 @@ def test_what_the_plain_path_does_not_do_is_said(tmp_path: Path) -> None:
     saved(tmp_path / "bert", bert)
     with pytest.raises(ValueError, match="model_type 'bert' lets a token see those after it"):
         RankLLaMAReranker(tmp_path / "bert").compute_score(PAIRS[0])
+
+
+TABLES = {
+    "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=700, n_positions=40, pad_token_id=0),
+    "gpt_neo": GPTNeoConfig(
+        hidden_size=32, num_layers=2, num_heads=4, vocab_size=700, attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=40,
+    ),
+    "gptj": GPTJConfig(n_embd=32, n_layer=2, n_head=4, rotary_dim=4, vocab_size=700, n_positions=40),
+    "opt": OPTConfig(
+        hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=700, word_embed_proj_dim=32,
+        max_position_embeddings=40,
+    ),
+    "biogpt": BioGptConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=700,
+        max_position_embeddings=40,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_pair_that_is_longer_than_a_models_positions_is_named(tmp_path: Path, name: str) -> None:
+    """The longest that fits is scored, one token more is refused before its chunk is scored."""
+    saved(tmp_path, TABLES[name], AutoModelForCausalLM)
+    reranker = MatroyshkaReranker(tmp_path, dtype="float32")
+    reranker._encode = lambda _, pairs: [Ids([1, 2], list(range(3, int(text))), [7, 8, 9]) for _, text in pairs]
+    assert np.isfinite(reranker.compute_score([("a", "38"), ("a", "9")])).all()  # 40 tokens
+    rows = pd.DataFrame({"qid": "q", "query": "panda", "docno": ["a", "b"], "text": ["9", "39"]})
+    with pytest.raises(
+        ScoringError, match="^qid 'q', docno 'b' has 41 tokens, but the model has 40 positions; allow fewer"
+    ) as info:
+        reranker.transform(rows)
+    assert info.value.scores.empty
+
+
+def test_computed_positions_have_no_end(tmp_path: Path) -> None:
+    config = Phi3Config(**LLAMA_LIKE, pad_token_id=0, max_position_embeddings=8, original_max_position_embeddings=8)
+    saved(tmp_path, config)
+    assert np.isfinite(RankLLaMAReranker(tmp_path, dtype="float32").compute_score(PAIRS)).all()

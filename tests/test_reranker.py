@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -207,6 +208,49 @@ def test_what_was_scored_before_a_failure_is_not_lost(monkeypatch: pytest.Monkey
     again = pickle.loads(pickle.dumps(info.value))  # out of a worker process
     assert str(again) == str(info.value)
     pd.testing.assert_frame_equal(again.scores, kept)
+
+
+@EITHER
+def test_ctrl_c_leaves_the_ranked_rows_on_the_exception(monkeypatch: pytest.MonkeyPatch, reranker: LLMReranker) -> None:
+    """Of a cascade the queries of which each row has a score."""
+    is_cascade = reranker == RERANKERS["cascade"]
+    reranker = type(reranker)(**{**reranker._arguments(), "batch_size": 1})
+    monkeypatch.setattr(scoring, "CHUNK", 3)
+    monkeypatch.setattr(scoring, "CASCADE_CHUNK", 3)
+    rows, calls, real = frame(2, 3).assign(extra=range(6)), [], scoring._brought_back
+
+    def interrupted_in_the_second_query(computed: torch.Tensor) -> object:
+        calls.append(1)
+        if len(calls) == (13 if is_cascade else 5):
+            signal.raise_signal(signal.SIGINT)
+        return real(computed)
+
+    monkeypatch.setattr(scoring, "_brought_back", interrupted_in_the_second_query)
+    with pytest.raises(KeyboardInterrupt) as info:
+        reranker.transform(rows)
+    monkeypatch.undo()
+    kept, whole = info.value.scores, reranker.transform(rows)
+    assert len(kept) == (3 if is_cascade else 4)
+    assert list(kept.columns) == list(whole.columns)
+    pd.testing.assert_frame_equal(kept.drop(columns="rank"), whole.loc[kept.index].drop(columns="rank"), atol=1e-4)
+    for _, of_query in kept.groupby("qid"):
+        assert of_query.sort_values("rank")["score"].is_monotonic_decreasing
+        assert sorted(of_query["rank"]) == list(range(len(of_query)))
+
+
+def test_ctrl_c_before_anything_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MatroyshkaReranker, "_replicas", interrupted)
+    with pytest.raises(KeyboardInterrupt) as info:
+        MATROYSHKA.transform(frame())
+    assert info.value.scores.empty
+    assert list(info.value.scores.columns) == [*frame().columns]
+    with pytest.raises(KeyboardInterrupt) as info:
+        RERANKERS["several cutoffs"].compute_score([("a", "b")] * 3)
+    assert np.isnan(info.value.scores).all()
+    assert info.value.scores.shape == (2, 3)
 
 
 @pytest.mark.parametrize("model", ["./nowhere", "/no/where", "/no/where.gguf"])

@@ -1,6 +1,7 @@
 """A score depends on its pair alone, and what cannot be scored is named without losing what was."""
 
 import gc
+import signal
 import threading
 import tracemalloc
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker, ScoringError, batching, scoring
+from pyterrier_llmrerank.inputs import Ids
 from pyterrier_llmrerank.packing import Row
 
 FULL = str(MODELS / "costwise_full")
@@ -384,17 +386,19 @@ def test_a_device_that_fails_stops_the_others_and_no_score_is_lost(
     pairs = [(f"{i} panda", words(i, 9)) for i in range(30)]
     wanted = RERANKERS["plain"].compute_score(pairs)
     devices = Devices(monkeypatch, on_batch, batch_size=1)
-    message = {"not finite": r"score of pairs\[\d+\] is not finite", "lost": "failed on cpu: CUDA error: unspec"}
+    message = {
+        "not finite": r"score of pairs\[\d+\] is not finite",
+        "lost": r"failed on cpu at pairs\[\d+\]: RuntimeError: CUDA error: unspec",
+    }
     with pytest.raises(KeyboardInterrupt if how == "interrupted" else ScoringError, match=message.get(how)) as info:
         devices.reranker.compute_score(pairs)
     assert devices.batches[failing] == (2 if how == "not finite" else 1)  # which shows when the next is in work
     assert devices.batches[1 - failing] == 3
     assert devices.reranker.usage.pairs == 3
-    if how != "interrupted":
-        scores = info.value.scores[0]
-        there = np.isfinite(scores)
-        assert there.sum() == 3  # the last of them was in work when the other failed
-        np.testing.assert_allclose(scores[there], wanted[there], atol=1e-4)
+    scores = info.value.scores[0]
+    there = np.isfinite(scores)
+    assert there.sum() == 3  # the last of them was in work when the other failed
+    np.testing.assert_allclose(scores[there], wanted[there], atol=1e-4)
 
 
 @pytest.mark.usefixtures("devices")
@@ -414,6 +418,102 @@ def test_a_device_that_fails_alone_loses_no_score_either(monkeypatch: pytest.Mon
         return real(*args, **options)
 
     monkeypatch.setattr(scoring, "walk", lost)
-    with pytest.raises(ScoringError, match="scoring failed on cpu: CUDA error") as info:
+    with pytest.raises(ScoringError, match=r"failed on cpu at pairs\[\d\]: RuntimeError: CUDA") as info:
         MatroyshkaReranker(FULL, dtype="float32", batch_size=1).compute_score([("a", words(i, 9)) for i in range(9)])
     assert np.isfinite(info.value.scores).sum() >= 1
+
+
+# -- what stops it
+
+
+def scored_before(reranker: MatroyshkaReranker, pairs: list[tuple[str, str]], error: BaseException) -> list[bool]:
+    """Which pairs an error carries the score of; those that it carries are right."""
+    scores = error.scores[0]
+    there = np.isfinite(scores)
+    np.testing.assert_allclose(scores[there], reranker.compute_score(pairs)[there], atol=1e-4)
+    return there.tolist()
+
+
+@pytest.mark.parametrize(
+    "error", [IndexError("out of range"), KeyError("x"), ZeroDivisionError(), RuntimeError("lost")]
+)
+def test_any_exception_names_its_pairs_and_keeps_the_scores(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    pairs = [("a", words(i, 40 - 5 * i)) for i in range(6)]  # the longest go first
+    real, calls = scoring.walk, []
+
+    def fails_at_the_second(*args: object, **options: object) -> tuple[torch.Tensor, Row]:
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+        return real(*args, **options)
+
+    monkeypatch.setattr(scoring, "walk", fails_at_the_second)
+    said = rf"^scoring failed on cpu at pairs\[2\] or one of 1 more pairs in its batch: {type(error).__name__}: "
+    with pytest.raises(ScoringError, match=said) as info:
+        MatroyshkaReranker(FULL, dtype="float32", batch_size=2).compute_score(pairs)
+    assert info.value.__cause__ is error
+    assert scored_before(RERANKERS["plain"], pairs, info.value) == [True, True, False, False, False, False]
+
+
+class Panic(BaseException):
+    """As a tokenizer in Rust raises it."""
+
+
+@pytest.mark.parametrize("error", [ValueError("odd"), Panic("odd")])
+@pytest.mark.parametrize("alone", [True, False])
+def test_what_cannot_be_tokenised_is_named(monkeypatch: pytest.MonkeyPatch, error: BaseException, alone: bool) -> None:
+    """In the second chunk; the first has been scored."""
+    pairs = [(f"{i // 2} panda", words(i, 9)) for i in range(6)]
+    reranker = MatroyshkaReranker(FULL, dtype="float32")
+    real = reranker._encode
+
+    def encode(tokenizer: object, given: list[tuple[str, str]]) -> object:
+        if pairs[3] in given and (alone or len(given) > 1):
+            raise error
+        return real(tokenizer, given)
+
+    monkeypatch.setattr(scoring, "CHUNK", 2)
+    reranker._encode = encode
+    at = r"pairs\[3\]" if alone else r"pairs\[2\] and 1 more pairs together"
+    with pytest.raises(ScoringError, match=rf"^cannot tokenise {at}: {type(error).__name__}: odd$") as info:
+        reranker.compute_score(pairs)
+    assert scored_before(RERANKERS["plain"], pairs, info.value) == [True, True, False, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [
+        (Ids([], [], []), "has no tokens, so that there is nothing to score"),
+        (Ids([1], [700], [2]), "holds token 700 of the tokenizer, but the model knows 700 tokens"),
+    ],
+)
+def test_ids_are_checked_before_their_chunk_is_scored(monkeypatch: pytest.MonkeyPatch, ids: Ids, said: str) -> None:
+    pairs = [(f"{i // 2} panda", words(i, 9)) for i in range(6)]
+    reranker = MatroyshkaReranker(FULL, dtype="float32")
+    real = reranker._encode
+
+    def encode(tokenizer: object, given: list[tuple[str, str]]) -> list[Ids]:
+        return [ids if pair == pairs[3] else made for pair, made in zip(given, real(tokenizer, given), strict=True)]
+
+    monkeypatch.setattr(scoring, "CHUNK", 2)
+    reranker._encode = encode
+    with pytest.raises(ScoringError, match=rf"^pairs\[3\] {said}\.$") as info:
+        reranker.compute_score(pairs)
+    assert scored_before(RERANKERS["plain"], pairs, info.value) == [True, True, False, False, False, False]
+
+
+def test_ctrl_c_keeps_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also that of the batch before, which had not come back yet."""
+    pairs = [("a", words(i, 40 - 5 * i)) for i in range(6)]
+    real, calls = scoring.walk, []
+
+    def interrupted_at_the_third(*args: object, **options: object) -> tuple[torch.Tensor, Row]:
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return real(*args, **options)
+
+    monkeypatch.setattr(scoring, "walk", interrupted_at_the_third)
+    with pytest.raises(KeyboardInterrupt) as info:
+        MatroyshkaReranker(FULL, dtype="float32", batch_size=1).compute_score(pairs)
+    assert scored_before(RERANKERS["plain"], pairs, info.value) == [True, True, False, False, False, False]
