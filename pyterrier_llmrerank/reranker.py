@@ -7,7 +7,7 @@ import logging
 import threading
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, ItemsView, Iterable, Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
-from .errors import ScoringError
+from .errors import ScoringError, short
 from .usage import Usage
-from .values import column, devices, one_of, path_like, positive, problem_of, problem_of_id
+from .values import as_list, column, devices, one_of, path_like, positive, problem_of, problem_of_id
 
 # Torch and transformers take seconds to import: that waits until weights are asked for.
 if TYPE_CHECKING:
@@ -215,7 +215,8 @@ class LLMReranker(pt.Estimator):
         """Score pairs without a frame.
 
         Args:
-            pairs: one ``(query, passage)`` pair, or an iterable of them. Two strings in a list are one pair too.
+            pairs: one ``(query, passage)`` pair, or an iterable of them: tuples, lists, or the rows of an array
+                ``[n, 2]``. Two strings in a list are one pair too.
 
         Returns:
             A float for one pair, an array ``[n]`` for a list. With several cutoffs, one per cutoff, shallowest
@@ -226,12 +227,19 @@ class LLMReranker(pt.Estimator):
             ScoringError: as :meth:`transform`; its ``scores`` are an array ``[cutoffs, n]``, NaN where there is none.
             KeyboardInterrupt: likewise.
         """
+        pairs = as_list(pairs)
+        is_unordered = isinstance(pairs, Set) and not isinstance(pairs, ItemsView)
+        if is_unordered or isinstance(pairs, Mapping | pd.DataFrame) or not isinstance(pairs, Iterable):
+            raise ValueError(
+                f"pairs={short(pairs)} ({type(pairs).__name__}); allowed: a pair of strings, (query, passage), a list "
+                "of pairs, or an array with a row for each."
+            )
         given = [pairs] if isinstance(pairs, str) else list(pairs)  # a string is no iterable of pairs
         single = len(given) == 2 and all(isinstance(text, str) for text in given)
         checked = []
-        for number, pair in enumerate([given] if single else given):
+        for number, pair in enumerate([given] if single else map(as_list, given)):
             if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-                raise ValueError(f"pairs[{number}] is {pair!r}; wanted two strings, (query, passage).")
+                raise ValueError(f"pairs[{number}] is {short(pair)}; wanted two strings, (query, passage).")
             for name, text in zip(("query", "passage"), pair, strict=True):
                 if problem := problem_of(text):
                     raise ValueError(f"the {name} of pairs[{number}] is {problem}.")

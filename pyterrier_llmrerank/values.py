@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -27,6 +27,11 @@ def problem_of_id(value: object) -> str | None:
     if isinstance(value, str):
         return problem_of(value)
     return None if pd.api.types.is_hashable(value) else f"{value!r}, neither a string nor a number"
+
+
+def as_list(value: object) -> Any:
+    """An array as a list, rows of it as lists too; anything else as it is."""
+    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 def integer(name: str, value: object, allowed: str) -> int:

@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import MODELS, agree, frame, golden, words
 from hypothesis import given, settings
@@ -133,6 +134,55 @@ def test_what_is_no_text_is_named(text: Any, problem: str) -> None:
     for number, pairs in ((0, [("a", text)]), (1, [("a", "b"), ("c", text)])):
         with pytest.raises(ValueError, match=rf"the passage of pairs\[{number}\] is .*{problem}"):
             full().compute_score(pairs)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "kind"),
+    [
+        ({"query": "a", "passage": "b"}, "dict"),
+        ({"a", "b"}, "set"),
+        (frozenset([("a", "b")]), "frozenset"),
+        (pd.DataFrame({"query": ["x"], "text": ["y"]}), "DataFrame"),
+        ({"a": 1, "b": 2}.keys(), "dict_keys"),
+        (None, "NoneType"),
+        (7, "int"),
+    ],
+)
+def test_what_has_no_order_or_no_items_is_refused_by_name(pairs: Any, kind: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"(?s)^pairs=.* \({kind}\); allowed: a pair of strings, \(query, passage\), a l"
+    ):
+        full().compute_score(pairs)
+
+
+@pytest.mark.parametrize("pair", [{"query": "a", "passage": "b"}, {"a", "b"}, pd.DataFrame({"a": ["b"], "c": ["d"]})])
+def test_a_pair_without_order_is_refused_by_its_number(pair: Any) -> None:
+    with pytest.raises(ValueError, match=r"(?s)^pairs\[1\] is .*; wanted two strings"):
+        full().compute_score([("a", "b"), pair])
+
+
+@pytest.mark.parametrize("dtype", [object, str])
+def test_arrays_of_pairs(dtype: type) -> None:
+    array = np.array(PAIRS[:3], dtype=dtype)
+    wanted = full().compute_score(PAIRS[:3])
+    for pairs in (array, list(array), tuple(array.tolist()), pd.DataFrame(array).to_numpy(), iter(array)):
+        np.testing.assert_array_equal(full().compute_score(pairs), wanted)
+    assert full().compute_score(array[0]) == full().compute_score(PAIRS[0])
+    assert full().compute_score(array[:1]).shape == (1,)
+    assert full().compute_score(array[:0]).shape == (0,)
+    items = {"a": "b", "c": "d"}.items()
+    np.testing.assert_array_equal(full().compute_score(items), full().compute_score(list(items)))
+    for wrong in (np.array([["a", "b", "c"]]), np.array(5), np.array([1, 2]), np.array([[["a", "b"], ["c", "d"]]])):
+        with pytest.raises(ValueError, match="pairs"):
+            full().compute_score(wrong)
+
+
+def test_two_lists_of_two_are_two_pairs() -> None:
+    for pairs in ([["a", "b"], ["c", "d"]], (("a", "b"), ("c", "d")), np.array([["a", "b"], ["c", "d"]])):
+        scores = full().compute_score(pairs)
+        np.testing.assert_allclose(
+            scores, [full().compute_score(("a", "b")), full().compute_score(("c", "d"))], atol=1e-4
+        )
 
 
 def test_any_iterable_of_pairs_will_do() -> None:
