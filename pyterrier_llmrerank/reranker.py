@@ -8,6 +8,7 @@ import threading
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Hashable, ItemsView, Iterable, Mapping, Sequence, Set
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -74,6 +75,11 @@ class LLMReranker(pt.Estimator):
     Subclasses say how a pair becomes ids, where the heads sit and how much of the model is run. Every
     constructor argument is kept as the attribute of its name. Weights are opened on first use, and
     rerankers over the same ones share a single copy in memory.
+
+    Rerankers that were made with equal arguments are equal, so that experiments share their work. One that is changed
+    afterwards (:meth:`set_parameter`, :meth:`fit`, an attribute) equals itself alone from then on, and keeps its hash:
+    a dict still finds it, and the keys of a grid stay as many as they were, whatever it sets them to. (Two that are
+    equal from the start are one key, as in any dict: give one of them another ``batch_size``, for example.)
     """
 
     schematic: ClassVar[Mapping[str, str]]
@@ -91,6 +97,7 @@ class LLMReranker(pt.Estimator):
     _usage: Usage = Usage()
     _usage_level: int = logging.INFO  # at which each call's is logged
     _has_warned: bool = False  # of ties, which it does once
+    _made_with: dict[str, Any] | None = None  # the arguments of one that was changed, as they were before
     _shared_key: Hashable
     _shared_weights: tuple[Weights, ...]
     __signature__: ClassVar[inspect.Signature]
@@ -388,7 +395,7 @@ class LLMReranker(pt.Estimator):
         scores with what it learnt, which lies, with its checkpoints, in the recipe's ``output_dir`` (by default a
         new folder in PyTerrier's home); :meth:`save` writes it elsewhere. Fitting again goes on from there: a
         RankLLaMA's adapter learns on, a Matroyshka gets one more. Texts are cut to the lengths that the recipe
-        says. A re-ranker that was fit equals another one than before.
+        says. A re-ranker that was fit equals none but itself.
 
         Args:
             topics_or_res_tr: results with texts: the columns that :meth:`transform` takes, and perhaps
@@ -483,14 +490,25 @@ class LLMReranker(pt.Estimator):
         if name not in arguments:
             raise ValueError(f"no argument {name!r}; allowed: {', '.join(arguments)}.")
         changed = type(self)(**{**arguments, name: value})
-        for argument in arguments:
-            setattr(self, argument, getattr(changed, argument))
+        for argument, before in arguments.items():
+            if (after := getattr(changed, argument)) != before:
+                setattr(self, argument, after)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._made_with is None and name in self.__dict__ and not name.startswith("_"):
+            with suppress(AttributeError):  # a constructor that sets something twice has not made it yet
+                self._made_with = self._arguments()
+        super().__setattr__(name, value)
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self._arguments() == other._arguments()
+        if self is other:
+            return True
+        if not isinstance(other, LLMReranker) or type(self) is not type(other):
+            return False
+        return self._made_with is other._made_with is None and self._arguments() == other._arguments()
 
     def __hash__(self) -> int:
-        return hash((type(self), tuple(self._arguments().values())))
+        return hash((type(self), *(self._made_with or self._arguments()).values()))
 
     def __repr__(self) -> str:
         parameters = list(inspect.signature(type(self).__init__).parameters.values())[1:]

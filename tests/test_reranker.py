@@ -317,9 +317,82 @@ def test_set_parameter_checks_as_the_constructor_does() -> None:
         reranker.set_parameter("cutoff", 1)
     with pytest.raises(FileNotFoundError):
         reranker.set_parameter("model", "./nowhere")
-    assert reranker == MatroyshkaReranker(FULL, cutoff=[2, 4])  # as it was
+    assert reranker._arguments() == MatroyshkaReranker(FULL, cutoff=[2, 4])._arguments()  # as it was
     with pytest.raises(ValueError, match="no argument 'depth'; allowed: model, adapters"):
         reranker.set_parameter("depth", 1)
+
+
+def change(how: str, reranker: MatroyshkaReranker) -> None:
+    if how == "set_parameter":
+        reranker.set_parameter("cutoff", 4)
+    elif how == "attribute":
+        reranker.cutoff = 4
+    else:  # as fit does with what it learnt
+        reranker._take_up(str(MODELS / "adapter_sd"))
+
+
+@pytest.mark.parametrize("how", ["set_parameter", "attribute", "fit"])
+def test_what_is_changed_keeps_its_hash_and_equals_itself_alone(how: str) -> None:
+    first, second = MatroyshkaReranker(FULL, cutoff=8), MatroyshkaReranker(FULL, cutoff=8)
+    other = MatroyshkaReranker(FULL, cutoff=4)
+    known, before = {first: "first", other: "other"}, hash(first)
+    assert known[second] == "first"
+    first.set_parameter("cutoff", 8)  # is no change
+    assert first == second
+    change(how, first)
+    assert hash(first) == before
+    assert known == {first: "first", other: "other"}
+    assert first == first
+    assert first not in (second, other)  # of which the second has what this was made with, the other what it has now
+    assert second not in known
+    first.set_parameter("cutoff", 8)
+    assert first != second  # nor does it become another key once it is set back
+    made_anew = pickle.loads(pickle.dumps(first))
+    assert made_anew == type(first)(**first._arguments())
+    assert hash(made_anew) == hash(type(first)(**first._arguments()))
+
+
+def test_the_keys_of_a_grid_stay_apart() -> None:
+    """Two rerankers of one pipeline, each of which is at times set to what the other is."""
+    rows = frame(2, 6)
+    one, other = (MatroyshkaReranker(FULL, dtype="float32", cutoff=cutoff) for cutoff in (3, 5))
+    pipeline = first_stage(rows) >> one % 3 >> other
+    qrels = rows.assign(label=lambda r: (r["rank"] % 2).astype(int))[["qid", "docno", "label"]]
+    grid = {one: {"cutoff": [2, 8]}, other: {"cutoff": [2, 8]}}
+    found = pt.GridScan(pipeline, grid, TOPICS, qrels, ["ndcg_cut_10"])
+    assert found[["tran_0_cutoff", "tran_1_cutoff"]].to_numpy().tolist() == [[2, 2], [2, 8], [8, 2], [8, 8]]
+    for _, row in found.iterrows():
+        first, second = (MatroyshkaReranker(FULL, dtype="float32", cutoff=row[f"tran_{k}_cutoff"]) for k in (0, 1))
+        wanted = pt.Evaluate((first_stage(rows) >> first % 3 >> second)(TOPICS), qrels, ["ndcg_cut_10"])
+        assert row["ndcg_cut_10"] == pytest.approx(wanted["ndcg_cut_10"])
+    assert found["ndcg_cut_10"].nunique() == 4
+
+
+def test_a_subclass_may_set_an_argument_again() -> None:
+    class Small(MatroyshkaReranker):
+        def __init__(self, depth: int = 4) -> None:
+            super().__init__(FULL, cutoff=8)
+            self.cutoff = self.depth = depth
+
+    assert Small() == Small()
+    assert hash(Small()) == hash(Small())
+    assert Small() != Small(2)
+
+
+def test_equal_rerankers_share_their_work_in_an_experiment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the tree plan's systems has a reranker of its own; that which was changed is run by itself."""
+    rows = frame(2, 5)
+    first = first_stage(rows)
+    qrels = rows.assign(label=lambda r: (r["rank"] == 3).astype(int))[["qid", "docno", "label"]]
+    one, two, changed = (MatroyshkaReranker(FULL, dtype="float32", cutoff=8) for _ in range(3))
+    changed.set_parameter("cutoff", 4)
+    passes, real = [], scoring.walk
+    monkeypatch.setattr(scoring, "walk", lambda *args, **options: passes.append(1) or real(*args, **options))
+    systems = [first >> one % 2, first >> two % 4, first >> changed]
+    got = pt.Experiment(systems, TOPICS, qrels, ["ndcg_cut_10"], plan="tree")["ndcg_cut_10"]
+    assert len(passes) == 2
+    alone = [pt.Experiment([system], TOPICS, qrels, ["ndcg_cut_10"])["ndcg_cut_10"][0] for system in systems]
+    assert got.tolist() == pytest.approx(alone)
 
 
 @pytest.mark.parametrize(
