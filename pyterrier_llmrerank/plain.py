@@ -33,8 +33,8 @@ class PlainDecoder(nn.Module):
         quantize: quantises a module's linear layers; None to leave them.
 
     Raises:
-        ValueError: an adapter does not fit it, its files do not fill it, a token sees those after it, or there is
-            nothing in it to quantise.
+        ValueError: an adapter does not fit it, its files do not fill it or hold more than it has, a token sees those
+            after it, or there is nothing in it to quantise.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class PlainDecoder(nn.Module):
                 f"{self.argument}: model_type {checkpoint.config.model_type!r} lets a token see those after it; "
                 "wanted a causal decoder."
             )
+        checkpoint.check_unused(loading["unexpected_keys"])
         if quantize is not None and not linear:
             raise ValueError(
                 f"{self.argument}: model_type {checkpoint.config.model_type!r} has no linear layers to quantise; "
