@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from conftest import MODELS, words
 from hypothesis import HealthCheck, given, settings
