@@ -91,7 +91,8 @@ class PlainDecoder(nn.Module):
     def _states(self, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
         """Embeddings and each layer's output, the last one after the final norm: ``[pairs, longest, width]`` each."""
         out = self.model(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
-        return cast(tuple[Tensor, ...], out.hidden_states)
+        # What Gemma 3n's last layer leaves is not yet through the norm.
+        return (*out.hidden_states[:-1], out.last_hidden_state)
 
     def forward(self, packed: PackedPairs, cutoffs: Sequence[int]) -> Tensor:
         """The last real token's state at each cutoff.
@@ -104,7 +105,8 @@ class PlainDecoder(nn.Module):
             States after the final norm, ``[cutoffs, pairs, width]``.
 
         Raises:
-            ValueError: a cutoff above the last layer, where it is not known what the model calls its final norm.
+            ValueError: a cutoff above the last layer, where it is not known what the model calls its final norm, or its
+                layers leave more than one state a token.
         """
         device = self.model.device
         places = on_device(packed.places, device)
@@ -115,13 +117,18 @@ class PlainDecoder(nn.Module):
         pair = torch.arange(len(packed), device=device)
         read = []
         for cutoff in cutoffs:
-            state = states[cutoff][pair, length - 1]
-            read.append(state if cutoff == self.layers else self._norm(cutoff)(state))
+            if cutoff == self.layers:
+                read.append(states[-1][pair, length - 1])
+            else:
+                norm = self._norm(cutoff, states)
+                read.append(norm(states[cutoff][pair, length - 1]))
         return torch.stack(read)
 
-    def _norm(self, cutoff: int) -> nn.Module:
+    def _norm(self, cutoff: int, states: tuple[Tensor, ...]) -> nn.Module:
+        """The norm that a state before the last layer goes through."""
+        one_a_layer = len(states) == self.layers + 1 and states[cutoff].shape == states[-1].shape
         for name in NORMS:
-            if isinstance(norm := getattr(self.model, name, None), nn.Module):
+            if one_a_layer and isinstance(norm := getattr(self.model, name, None), nn.Module):
                 return norm
         raise ValueError(
             f"cutoff={cutoff}: {self.argument} is not a model of which the final norm is known; "

@@ -15,6 +15,7 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     Gemma2Config,
+    Gemma3nTextConfig,
     GPT2Config,
     GPTNeoXConfig,
     MixtralConfig,
@@ -25,7 +26,6 @@ from transformers import (
 )
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker, checkpoints
-from pyterrier_llmrerank.checkpoints import RankLLaMACheckpoint
 from pyterrier_llmrerank.training.model import RankingModel
 from pyterrier_llmrerank.training.recipes import RankLLaMATraining
 
@@ -111,19 +111,28 @@ def test_both_paths_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
             assert not plain._weights().checkpoint.walked
 
 
-@pytest.mark.parametrize("sizes", [[48, 64, 32], [0, 64, 32], [48, 64, 2.5]])
-def test_a_size_for_each_layer(tmp_path: Path, sizes: list[float]) -> None:
-    """Which of the families that have one runs here is another matter: these are checked before it is built."""
-    saved(tmp_path, CONFIGS["phi3"])
+def test_a_size_for_each_layer(tmp_path: Path) -> None:
+    """Gemma 3n has layers of several widths, and its layers leave several states a token."""
+    config = Gemma3nTextConfig(
+        **LLAMA_LIKE | {"intermediate_size": [48, 64, 32]}, head_dim=8, hidden_size_per_layer_input=8, laurel_rank=4,
+        vocab_size_per_layer_input=700, num_kv_shared_layers=0, activation_sparsity_pattern=[0.0] * 3, pad_token_id=0,
+        layer_types=["sliding_attention", "full_attention", "full_attention"],
+    )  # fmt: skip
+    model = saved(tmp_path, config, AutoModelForCausalLM)
+    reranker = MatroyshkaReranker(tmp_path, start_layer=1, cutoff=3, dtype="float32")
+    scores, tokenizer = reranker.compute_score(PAIRS), reranker.tokenizer
+    head = model.get_output_embeddings().weight[tokenizer("Yes", add_special_tokens=False)["input_ids"][-1]]
+    for score, pair in zip(scores, reranker._encode(tokenizer, PAIRS), strict=True):
+        with torch.inference_mode():
+            state = model.base_model(input_ids=torch.tensor([pair.flat()])).last_hidden_state[0, -1]
+            assert score == pytest.approx((state @ head).item(), abs=1e-5)
+    with pytest.raises(ValueError, match="cutoff=2: .* is not a model of which the final norm is known; allowed: 3"):
+        reranker.at(cutoff=2).compute_score(PAIRS)
     path = tmp_path / "config.json"
-    path.write_text(
-        json.dumps(json.loads(path.read_text()) | {"model_type": "gemma3n_text", "intermediate_size": sizes})
-    )
-    if sizes == [48, 64, 32]:
-        assert RankLLaMACheckpoint(str(tmp_path), None).config.intermediate_size == sizes
-    else:
+    for sizes in ([0, 64, 32], [48, 64, 2.5], "48"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": sizes}))
         with pytest.raises(ValueError, match="intermediate_size is .*; allowed: integers from 1 to"):
-            RankLLaMACheckpoint(str(tmp_path), None)
+            MatroyshkaReranker(tmp_path)
 
 
 @pytest.mark.parametrize(
