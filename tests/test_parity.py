@@ -1,6 +1,6 @@
 """Random small models with random adapters score as transformers and PEFT have it.
 
-``LLMRERANK_FUZZ`` says how many random models each test makes, 25 by default.
+``LLMRERANK_FUZZ`` says how many random models each test makes of a family, 10 by default.
 """
 
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from conftest import MODELS, words
 from hypothesis import HealthCheck, given, settings
@@ -30,10 +31,10 @@ from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
 
 TOKENIZER = AutoTokenizer.from_pretrained(MODELS / "mistral_base")
 PAIRS = [("panda", words(3, 9)), ("what is bread", words(4, 30)), ("coffee", "tide")]
-MODELS_MADE = int(os.environ.get("LLMRERANK_FUZZ", "25"))
+MODELS_MADE = int(os.environ.get("LLMRERANK_FUZZ", "10"))
 FUZZED = settings(
     max_examples=MODELS_MADE,
-    derandomize=MODELS_MADE == 25,
+    derandomize=MODELS_MADE == 10,
     deadline=None,
     database=None,
     suppress_health_check=list(HealthCheck),
@@ -52,9 +53,8 @@ ROTARY = [
 
 
 @st.composite
-def configs(draw: st.DrawFn) -> PreTrainedConfig:
-    """A configuration of one of the families whose layers are walked."""
-    family = draw(st.sampled_from(sorted(FAMILIES)))
+def configs(draw: st.DrawFn, family: str) -> PreTrainedConfig:
+    """A configuration of a family whose layers are walked."""
     kv_heads, sharing, head_dim = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.sampled_from([4, 8, 12]))
     heads = kv_heads * sharing
     layers = draw(st.integers(1, 4))
@@ -141,11 +141,13 @@ SHARDS = st.sampled_from(["5GB", "20KB"])
 SEEDS = st.integers(0, 2**31)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @FUZZED
-@given(configs(), adapters(), SEEDS, DTYPES, SHARDS)
+@given(st.data(), adapters(), SEEDS, DTYPES, SHARDS)
 def test_rankllama_scores_as_peft_does(
-    config: PreTrainedConfig, said: dict[str, Any], seed: int, dtype: torch.dtype, shard: str
+    family: str, data: st.DataObject, said: dict[str, Any], seed: int, dtype: torch.dtype, shard: str
 ) -> None:
+    config = data.draw(configs(family))
     config.num_labels = 1
     with tempfile.TemporaryDirectory() as temporary:
         folder, adapter = Path(temporary) / "base", Path(temporary) / "adapter"
@@ -159,11 +161,13 @@ def test_rankllama_scores_as_peft_does(
     np.testing.assert_allclose(scores, wanted, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @FUZZED
-@given(configs(), st.lists(adapters(), max_size=2), SEEDS, DTYPES, SHARDS)
+@given(st.data(), st.lists(adapters(), max_size=2), SEEDS, DTYPES, SHARDS)
 def test_matroyshka_scores_as_peft_does_at_every_layer(
-    config: PreTrainedConfig, said: list[dict[str, Any]], seed: int, dtype: torch.dtype, shard: str
+    family: str, data: st.DataObject, said: list[dict[str, Any]], seed: int, dtype: torch.dtype, shard: str
 ) -> None:
+    config = data.draw(configs(family))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "base"
         model = base(folder, AutoModelForCausalLM, config, seed, dtype, shard)
