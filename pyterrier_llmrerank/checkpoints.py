@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,9 @@ from .files import TensorFiles, adapter_folder, check_sizes, folder_of, portable
 
 #: A Matroyshka model_type is this and the family of its decoder.
 LAYER_WISE = "cost_wise_"
+
+#: Buffers in the files of older releases of transformers, which computes them today: rotary angles and causal masks.
+COMPUTED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias|causal_mask))")
 
 #: What a checkpoint's configuration may say and is not listened to: what is of no account for a headless decoder in a
 #: dtype of our choice, and what could have code fetched.
@@ -99,16 +103,25 @@ class Checkpoint(ABC):
     def _decoder_config(self) -> PreTrainedConfig:
         model_type = str(self.settings.get("model_type"))
         family = model_type.removeprefix(LAYER_WISE)
+        if self.layer_wise and family not in FAMILIES:  # other types have been given to weights of another family
+            called = "; published models of this type hold Gemma 2 weights" if family == "gemma" else ""
+            raise ValueError(
+                f"{self.argument}: model_type {short(model_type)} is not supported{called}; "
+                f"layer-wise models that open: {', '.join(LAYER_WISE + known for known in FAMILIES)}."
+            )
         if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise ValueError(
                 f"{self.argument}: model_type {short(model_type)} is not supported; allowed: {', '.join(FAMILIES)} "
-                f"and what else transformers has as a causal language model, and {LAYER_WISE} + one of these."
+                "and what else transformers has as a causal language model."
             )
         if self.settings.get("quantization_config"):
             raise ValueError(f"{self.argument}: its weights are quantised; open the model they were made from.")
         check_sizes(self.settings, CONFIG_MAPPING[family].attribute_map, self.argument)
+        settings = listened_to(self.settings)
+        if settings.get("sliding_window") == 0:  # as some of transformers' configurations say that there is none
+            settings["sliding_window"] = None
         with self.described():
-            config = CONFIG_MAPPING[family].from_dict(listened_to(self.settings))
+            config = CONFIG_MAPPING[family].from_dict(settings)
         if config.is_encoder_decoder:
             raise ValueError(
                 f"{self.argument}: model_type {model_type!r} is an encoder and a decoder; wanted a decoder alone."
@@ -132,6 +145,11 @@ class Checkpoint(ABC):
             raise ValueError(
                 f"{self.argument}: config.json does not describe a model_type {family}: {reason(error)}"
             ) from error
+
+    @property
+    def layer_wise(self) -> bool:
+        """Whether it says that it has layer-wise heads."""
+        return str(self.settings.get("model_type")).startswith(LAYER_WISE)
 
     @property
     def walked(self) -> bool:
@@ -160,6 +178,10 @@ class Checkpoint(ABC):
         Raises:
             ValueError: one is missing or of another shape.
         """
+
+    @abstractmethod
+    def is_head(self, name: str) -> bool:
+        """Whether a tensor in the files is a head: one that scores, or one that is known not to be needed."""
 
     def head_module(self, index: int) -> str | None:
         """The name under which an adapter may update a head."""
@@ -191,7 +213,26 @@ class Checkpoint(ABC):
     @cached_property
     def _names(self) -> dict[str, str]:
         """The files' names of the tensors by those in the headless decoder."""
-        return {canonical(name): name for name in self.files}
+        names: dict[str, str] = {}
+        for name in self.files:
+            if (same := names.setdefault(canonical(name), name)) != name:
+                raise ValueError(f"{self.argument}: the checkpoint has both {same!r} and {name!r}; one is wanted.")
+        return names
+
+    @cached_property
+    def _lm_head(self) -> set[str]:
+        """The files' names of the language model's head."""
+        if self.walked:
+            return {"lm_head.weight"}
+        with self.described(), torch.device("meta"):
+            causal = AutoModelForCausalLM.from_config(self.config)  # type: ignore[no-untyped-call]
+        head = causal.get_output_embeddings()
+        heads = [(name, module) for name, module in causal.named_modules() if module is head]
+        names = {f"{name}.{own}" for name, module in heads for own, _ in module.named_parameters()}
+        return names | {"embed_out.weight"}  # as GPT-NeoX's files have it
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
 
     def __contains__(self, name: str) -> bool:
         return name in self._names
@@ -223,6 +264,16 @@ class Checkpoint(ABC):
                 raise ValueError(
                     f"{self.argument}: tensor {name!r} is {list(shape)}, its config.json asks for {list(wanted)}."
                 )
+
+    def check_unused(self, names: Iterable[str]) -> None:
+        """Raise ValueError unless these tensors, in the files but not in the decoder, are of no account to it."""
+        unknown = sorted(name for name in names if not COMPUTED.fullmatch(name) and not self.is_head(name))
+        if unknown:
+            raise ValueError(
+                f"{self.argument}: the checkpoint has a tensor {short(unknown[0])}, which a model_type "
+                f"{self.config.model_type!r} with this config.json does not have ({len(unknown)} such tensors); scores "
+                "would ignore it."
+            )
 
     def tensor(self, name: str) -> Tensor:
         """A weight by its name in the headless decoder: fp32 where an adapter touches it, else as stored.
@@ -300,6 +351,10 @@ class RankLLaMACheckpoint(Checkpoint):
         name = "score.weight"
         return (self.adapter is not None and name in self.adapter.whole) or name in self
 
+    def is_head(self, name: str) -> bool:
+        """The ``score`` head, and whatever a language model or Matroyshka has in its place."""
+        return name == "score.weight" or name.startswith("lm_head.") or name in self._lm_head
+
     def heads(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
         """The ``score`` head, out of the adapter where it has one."""
         name = "score.weight"
@@ -347,7 +402,6 @@ class MatroyshkaCheckpoint(Checkpoint):
     ) -> None:
         super().__init__(folder_of(model, "model"), f"model={model!r}")
         self.base = portable(model)
-        self.layer_wise = str(self.settings.get("model_type")).startswith(LAYER_WISE)
         self.start_layer, self.layer_sep = self._heads_at(start_layer, layer_sep)
         names = [("adapters", name) for name in adapters] + [("token_adapters", name) for name in overlay]
         self.adapters = [Adapter(adapter_folder(name, model), f"{role}: {name!r}", name) for role, name in names]
@@ -398,6 +452,11 @@ class MatroyshkaCheckpoint(Checkpoint):
         """Every ``layer_sep``-th layer from ``start_layer`` to the deepest."""
         return range(self.start_layer, self.layers + 1, self.layer_sep)
 
+    def is_head(self, name: str) -> bool:
+        """A layer's head, or the language model's."""
+        heads = {f"{self.head_module(index)}.weight" for index in range(len(self.head_layers))}
+        return name in self._lm_head or (self.layer_wise and name in heads)
+
     def head_module(self, index: int) -> str:
         """As the original training names it."""
         return f"lm_head.{index}.linear_head"
@@ -416,8 +475,14 @@ class MatroyshkaCheckpoint(Checkpoint):
 
     def _lm_head_row(self, token: int) -> Tensor:
         if not self.walked:  # other families have other names for their tables
-            with errors_only():
-                causal: Any = AutoModelForCausalLM.from_pretrained(self.folder, config=self.config, dtype="auto")
+            with self.described(), errors_only():
+                opened: Any = AutoModelForCausalLM.from_pretrained(
+                    self.folder, config=self.config, dtype="auto", output_loading_info=True
+                )
+            causal, loading = opened
+            if missing := loading["missing_keys"]:
+                raise ValueError(f"{self.argument}: the checkpoint has no tensor {min(missing)!r}.")
+            self.check_unused(loading["unexpected_keys"])
             return self._row(causal.get_output_embeddings().weight.data, token)
         tied = self.config.tie_word_embeddings and "lm_head.weight" not in self
         table = "embed_tokens.weight" if tied else "lm_head.weight"

@@ -262,7 +262,13 @@ def _read_gguf(file: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     import torch
     from gguf import GGUFReader
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+    from transformers.modeling_gguf_pytorch_utils import (
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+        load_gguf_checkpoint,
+    )
+
+    from .decoder import FAMILIES
 
     described: dict[str, Any] = load_gguf_checkpoint(file)  # type: ignore[no-untyped-call]
     check_sizes(described["config"], {}, str(file))
@@ -270,8 +276,13 @@ def _read_gguf(file: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     wanted = sum(weight.numel() for weight in model.parameters())
-    if wanted > (held := sum(int(tensor.n_elements) for tensor in GGUFReader(file).tensors)):
+    tensors = GGUFReader(file).tensors
+    if wanted > (held := sum(int(tensor.n_elements) for tensor in tensors)):
         raise ValueError(f"it describes a model of {wanted} weights and holds {held}")
+    if config.model_type in FAMILIES:  # other families' tensors may be split and joined on the way
+        known = get_gguf_hf_weights_map(model, TensorProcessor())  # type: ignore[no-untyped-call]
+        if unknown := sorted(tensor.name for tensor in tensors if tensor.name not in known):
+            raise ValueError(f"it has a tensor {short(unknown[0])}, which no model_type {config.model_type!r} has")
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     opened: Any = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
@@ -336,7 +347,10 @@ def check_sizes(settings: Mapping[str, Any], names: Mapping[str, str], argument:
     for usual, largest in LARGEST.items():
         for name in {usual, names.get(usual, usual)}:
             value = settings.get(name)
-            if value is not None and (type(value) is not int or not 1 <= value <= largest):
+            if value is None or (name == "sliding_window" and value == 0):  # both mean that there is none
+                continue
+            sizes = value if isinstance(value, list) else [value]  # some families have one for each layer
+            if not all(type(size) is int and 1 <= size <= largest for size in sizes):
                 raise ValueError(f"{argument}: {name} is {short(value)}; allowed: integers from 1 to {largest}.")
 
 

@@ -36,8 +36,8 @@ class PlainDecoder(nn.Module):
         quantize: quantises a module's linear layers; None to leave them.
 
     Raises:
-        ValueError: an adapter does not fit it, its files do not fill it, a token sees those after it, or there is
-            nothing in it to quantise.
+        ValueError: an adapter does not fit it, its files do not fill it or hold more than it has, a token sees those
+            after it, or there is nothing in it to quantise.
     """
 
     def __init__(
@@ -81,6 +81,7 @@ class PlainDecoder(nn.Module):
                 f"{self.argument}: model_type {checkpoint.config.model_type!r} lets a token see those after it; "
                 "wanted a causal decoder."
             )
+        checkpoint.check_unused(loading["unexpected_keys"])
         if quantize is not None and not linear:
             raise ValueError(
                 f"{self.argument}: model_type {checkpoint.config.model_type!r} has no linear layers to quantise; "
@@ -91,13 +92,16 @@ class PlainDecoder(nn.Module):
 
     @torch.no_grad()
     def _is_causal(self) -> bool:
-        first, other = (self._states(torch.tensor([[1, last]], device=self.model.device))[-1][0, 0] for last in (2, 3))
-        return torch.allclose(first.float(), other.float(), rtol=1e-2, atol=1e-2)
+        states = self._states(torch.tensor([[1, 2], [1, 3]], device=self.model.device))
+        self._one_a_layer = len(states) == self.layers + 1 and all(s.shape == states[-1].shape for s in states)
+        first, other = states[-1][:, 0].float()
+        return torch.allclose(first, other, rtol=1e-2, atol=1e-2)
 
     def _states(self, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
         """Embeddings and each layer's output, the last one after the final norm: ``[pairs, longest, width]`` each."""
         out = self.model(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
-        return cast(tuple[Tensor, ...], out.hidden_states)
+        # What Gemma 3n's last layer leaves is not yet through the norm.
+        return (*out.hidden_states[:-1], out.last_hidden_state)
 
     def forward(self, packed: PackedPairs, cutoffs: Sequence[int]) -> Tensor:
         """The last real token's state at each cutoff.
@@ -118,19 +122,25 @@ class PlainDecoder(nn.Module):
         pair = torch.arange(len(packed), device=device)
         read = []
         for cutoff in cutoffs:
-            state = states[cutoff][pair, length - 1]
-            read.append(state if cutoff == self.layers else self._norm(cutoff)(state))
+            if cutoff == self.layers:
+                read.append(states[-1][pair, length - 1])
+            else:
+                read.append(self._norm(cutoff)(states[cutoff][pair, length - 1]))
         return torch.stack(read)
 
     def check_cutoffs(self, cutoffs: Sequence[int]) -> None:
-        """Raise ValueError on a cutoff above the last layer, where it is not known what the model calls its norm."""
+        """Raise ValueError on a cutoff above the last layer that cannot be read.
+
+        The name of the model's final norm may not be known, or its layers may leave more than one state a token.
+        """
         for cutoff in cutoffs:
             if cutoff != self.layers:
                 self._norm(cutoff)
 
     def _norm(self, cutoff: int) -> nn.Module:
+        """The norm that a state before the last layer goes through."""
         for name in NORMS:
-            if isinstance(norm := getattr(self.model, name, None), nn.Module):
+            if self._one_a_layer and isinstance(norm := getattr(self.model, name, None), nn.Module):
                 return norm
         raise ValueError(
             f"cutoff={cutoff}: {self.argument} is not a model of which the final norm is known; "

@@ -210,7 +210,9 @@ def build_decoder(checkpoint: Checkpoint) -> PreTrainedModel:
     checkpoint.check_depth()
     with checkpoint.described(), torch.device("meta"):
         decoder: PreTrainedModel = AutoModel.from_config(checkpoint.config, attn_implementation=ATTENTION)  # type: ignore[no-untyped-call]
-    checkpoint.check_weights({name: tuple(weight.shape) for name, weight in decoder.named_parameters()})
+    shapes = {name: tuple(weight.shape) for name, weight in decoder.named_parameters()}
+    checkpoint.check_weights(shapes)
+    checkpoint.check_unused(set(checkpoint) - set(shapes))
     with checkpoint.described():
         decoder.rotary_emb = type(decoder.rotary_emb)(checkpoint.config)  # computed, not stored
     checkpoint.check_adapters(

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MODELS
+from conftest import MODELS, words
 from safetensors.torch import load_file, save_file
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker, ScoringError
@@ -145,6 +145,85 @@ def test_a_missing_lm_head_is_not_replaced_by_the_embedding(changed: Callable[..
     untied = changed(RAW, {"tie_word_embeddings": False}, **{"lm_head.weight": None})
     with pytest.raises(ValueError, match=r"no tensor 'lm_head\.weight'"):
         heads(MatroyshkaCheckpoint(untied, (), None))
+
+
+#: Tensors that some model has and the fixtures' do not, by what they are put beside.
+UNUSED = [
+    (RAW, "model.layers.1.self_attn.q_proj.bias"),
+    (RAW, "model.layers.1.self_attn.q_norm.weight"),
+    (RAW, "model.layers.0.pre_feedforward_layernorm.weight"),
+    (RAW, "model.layers.11.input_layernorm.weight"),
+    (RAW, "model.layers.0.mlp.up_proj.weight_scale"),
+    (RAW, "lm_head.bias"),
+    (RAW, "lm_head.0.linear_head.weight"),
+    (RAW, "score.weight"),
+    (FULL, "model.norm.bias"),
+    (FULL, "lm_head.7.linear_head.weight"),
+    (FULL, "lm_head.0.linear_head.bias"),
+    (BASE, "model.layers.3.mlp.down_proj.bias"),
+    (BASE, "score.bias"),
+]
+
+
+@pytest.mark.parametrize(("model", "name"), UNUSED)
+def test_a_tensor_that_scores_would_ignore_is_named(changed: Callable[..., str], model: str, name: str) -> None:
+    folder = changed(model, **{name: torch.ones(1, 64)})
+    reranker = RankLLaMAReranker(ADAPTER, base_model=folder) if model == BASE else MatroyshkaReranker(folder)
+    with pytest.raises(
+        ValueError, match=rf"model='{folder}': .* a tensor '{name.removeprefix('model.')}', which a mode"
+    ):
+        reranker.compute_score(("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        (RAW, "model.rotary_emb.inv_freq"),
+        (FULL, "model.layers.7.self_attn.rotary_emb.inv_freq"),
+        (FULL, "lm_head.weight"),
+        (BASE, "score.weight"),  # the adapter has its own
+        (BASE, "lm_head.0.linear_head.weight"),
+    ],
+)
+def test_a_tensor_of_no_account_changes_nothing(changed: Callable[..., str], model: str, name: str) -> None:
+    folder, score = changed(model, **{name: torch.full((1, 64), 9.0)}), []
+    for place in (folder, model):
+        reranker = RankLLaMAReranker(ADAPTER, base_model=place) if model == BASE else MatroyshkaReranker(place)
+        score.append(reranker.compute_score(("a", "b")))
+    assert score[0] == score[1]
+
+
+def test_a_tensor_by_two_names(changed: Callable[..., str]) -> None:
+    folder = changed(RAW, **{"norm.weight": torch.ones(64)})
+    with pytest.raises(ValueError, match=r"has both '(model\.)?norm\.weight' and '(model\.)?norm\.weight'; one is"):
+        MatroyshkaReranker(folder).compute_score(("a", "b"))
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "phi3", "gpt2", "minicpm"])
+def test_a_layer_wise_type_that_names_no_certain_family(changed: Callable[..., str], family: str) -> None:
+    why = "; published models of this type hold Gemma 2 weights" if family == "gemma" else ""
+    message = rf"model_type 'cost_wise_{family}' is not supported{why}; layer-wise models that open: cost_wise_llama, "
+    with pytest.raises(ValueError, match=message):
+        MatroyshkaReranker(changed(FULL, {"model_type": f"cost_wise_{family}"}))
+
+
+@pytest.mark.parametrize("config", [{}, {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 0}])
+def test_a_sliding_window_of_0_is_off(changed: Callable[..., str], config: dict[str, object]) -> None:
+    biases = {}
+    if config:
+        rows = {"q": 64, "k": 32, "v": 32}
+        biases = {
+            f"model.layers.{layer}.self_attn.{name}_proj.bias": torch.ones(rows[name])
+            for layer in range(8)
+            for name in "qkv"
+        }
+    pair, score = ("a query", words(1, 40)), []
+    folder = changed(RAW, config, **biases)
+    for window in (0, None, 8):
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"sliding_window": window}))
+        score.append(MatroyshkaReranker(folder, dtype="float32").compute_score(pair))
+    assert score[0] == score[1] != score[2]
 
 
 @pytest.mark.parametrize("start", [1, 3])

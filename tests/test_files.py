@@ -450,7 +450,8 @@ def test_a_broken_gguf_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: 
         ),
         (b"llama.block_count\x04\0\0\0\x02\0", b"llama.block_count\x04\0\0\0\xff\xff", "num_hidden_layers is 65535"),
         (b"embedding_length\x04\0\0\0\x40\0\0\0", b"embedding_length\x04\0\0\0\0\0\0\x7f", "hidden_size is"),
-        (b"blk.1.ffn_up.weight", b"blk.1.ffn_zz.weight", "no tensor for 'model.layers.1.mlp.up_proj.weight'"),
+        (b"blk.1.ffn_up.weight", b"blk.1.ffn_zz.weight", "it has a tensor 'blk.1.ffn_zz.weight', which no model_t"),
+        (b"blk.1.ffn_up.weight", b"rope_freqs_1.weight", "it has a tensor 'rope_freqs_1.weight', which no model_type"),
         (b"general.architecture", b"general.architectur_", "cannot be read"),
     ],
 )

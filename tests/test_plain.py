@@ -1,5 +1,6 @@
 """Decoders of other families are run by their own forward, and those of ours get the same scores from it."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from conftest import MODELS, words
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -15,6 +17,7 @@ from transformers import (
     BertConfig,
     BioGptConfig,
     Gemma2Config,
+    Gemma3nTextConfig,
     GPT2Config,
     GPTJConfig,
     GPTNeoConfig,
@@ -23,6 +26,7 @@ from transformers import (
     OPTConfig,
     Phi3Config,
     PreTrainedConfig,
+    Qwen2MoeConfig,
 )
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker, ScoringError, checkpoints
@@ -39,6 +43,9 @@ CONFIGS = {
     "gpt_neox": GPTNeoXConfig(**SIZES, intermediate_size=48, pad_token_id=0),
     "mixtral": MixtralConfig(**LLAMA_LIKE, num_local_experts=2, pad_token_id=0),
     "phi3": Phi3Config(**LLAMA_LIKE, pad_token_id=0),
+    "qwen2_moe": Qwen2MoeConfig(  # is saved with a sliding window of 0
+        **LLAMA_LIKE, num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16, pad_token_id=0
+    ),
 }
 PAIRS = [("panda", words(3, 9)), ("panda", words(4, 30)), ("bear tree", words(5, 2))]
 
@@ -52,6 +59,14 @@ def saved(folder: Path, config: PreTrainedConfig, kind: type = AutoModelForSeque
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(BASE).save_pretrained(folder)
     return model
+
+
+def add(folder: Path, name: str, tensor: torch.Tensor | None = torch.ones(3)) -> None:  # noqa: B008
+    """Put one more tensor into a model's file, or take one out."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors.pop(name, None)
+    save_file(tensors | ({} if tensor is None else {name: tensor}), file, metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -99,6 +114,78 @@ def test_both_paths_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
             del walked  # or it would share its weights
             np.testing.assert_allclose(plain.compute_score(PAIRS), wanted, atol=1e-4)
             assert not plain._weights().checkpoint.walked
+
+
+def test_a_size_for_each_layer(tmp_path: Path) -> None:
+    """Gemma 3n has layers of several widths, and its layers leave several states a token."""
+    config = Gemma3nTextConfig(
+        **LLAMA_LIKE | {"intermediate_size": [48, 64, 32]}, head_dim=8, hidden_size_per_layer_input=8, laurel_rank=4,
+        vocab_size_per_layer_input=700, num_kv_shared_layers=0, activation_sparsity_pattern=[0.0] * 3, pad_token_id=0,
+        layer_types=["sliding_attention", "full_attention", "full_attention"],
+    )  # fmt: skip
+    model = saved(tmp_path, config, AutoModelForCausalLM)
+    reranker = MatroyshkaReranker(tmp_path, start_layer=1, cutoff=3, dtype="float32")
+    scores, tokenizer = reranker.compute_score(PAIRS), reranker.tokenizer
+    head = model.get_output_embeddings().weight[tokenizer("Yes", add_special_tokens=False)["input_ids"][-1]]
+    for score, pair in zip(scores, reranker._encode(tokenizer, PAIRS), strict=True):
+        with torch.inference_mode():
+            state = model.base_model(input_ids=torch.tensor([pair.flat()])).last_hidden_state[0, -1]
+            assert score == pytest.approx((state @ head).item(), abs=1e-5)
+    with pytest.raises(ValueError, match="cutoff=2: .* is not a model of which the final norm is known; allowed: 3"):
+        reranker.at(cutoff=2).compute_score(PAIRS)
+    path = tmp_path / "config.json"
+    for sizes in ([0, 64, 32], [48, 64, 2.5], "48"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": sizes}))
+        with pytest.raises(ValueError, match="intermediate_size is .*; allowed: integers from 1 to"):
+            MatroyshkaReranker(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("gpt2", "transformer.h.0.attn.c_attn.scale"),
+        ("gpt2", "transformer.h.3.ln_1.weight"),
+        ("gpt2", "score.bias"),
+        ("gpt_neox", "gpt_neox.layers.1.attention.q_norm.weight"),
+        ("mixtral", "model.layers.0.self_attn.q_proj.bias"),
+        ("gemma2", "model.layers.0.self_attn.k_norm.weight"),
+    ],
+)
+def test_a_tensor_that_scores_would_ignore_is_named(tmp_path: Path, name: str, tensor: str) -> None:
+    for kind, cls in (
+        (AutoModelForSequenceClassification, RankLLaMAReranker),
+        (AutoModelForCausalLM, MatroyshkaReranker),
+    ):
+        saved(tmp_path, CONFIGS[name], kind)
+        add(tmp_path, tensor)
+        with pytest.raises(ValueError, match=rf"has a tensor '{tensor}', which a model_type '{name}' with this config"):
+            cls(tmp_path).compute_score(PAIRS[0])
+
+
+def test_gemma_2_under_the_name_of_gemma_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path, CONFIGS["gemma2"])
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "gemma"}))
+    with pytest.raises(
+        ValueError, match=r"has a tensor 'model\.layers\.0\.p\w+_feedforward_layernorm\.weight'.*'gemma'"
+    ):
+        RankLLaMAReranker(tmp_path).compute_score(PAIRS[0])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("buffer", ["attn.masked_bias", "attention.bias", "rotary_emb.inv_freq", "lm_head.weight"])
+def test_a_tensor_of_no_account_changes_nothing(tmp_path: Path, name: str, buffer: str) -> None:
+    saved(tmp_path, CONFIGS[name])
+    wanted = RankLLaMAReranker(tmp_path).compute_score(PAIRS)
+    add(tmp_path, buffer if buffer == "lm_head.weight" else f"model.layers.0.{buffer}")
+    np.testing.assert_array_equal(RankLLaMAReranker(tmp_path).compute_score(PAIRS), wanted)
+
+
+def test_a_language_models_head_that_is_missing_is_not_made_up(tmp_path: Path) -> None:
+    saved(tmp_path, CONFIGS["phi3"])
+    add(tmp_path, "score.weight", None)
+    with pytest.raises(ValueError, match=r"the checkpoint has no tensor 'lm_head\.weight'"):
+        MatroyshkaReranker(tmp_path).compute_score(PAIRS[0])
 
 
 def test_an_adapter_is_merged(tmp_path: Path) -> None:
