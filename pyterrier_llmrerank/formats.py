@@ -38,6 +38,9 @@ COLUMNS = {
     6: ("qid", "_", "docno", "rank", "score", "_"),
 }
 
+#: How a user says which columns a run has.
+_SAY = "name the columns by --columns (a baseline's by --baseline-columns)"
+
 _BOM = b"\xef\xbb\xbf"
 _WORD = re.compile(r"\S+", re.ASCII)
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
@@ -138,8 +141,8 @@ def read_run(path: Path, columns: str | None = None) -> Iterator[RunRow]:
         raise malformed(
             path,
             line,
-            "scores that count up, as ranks do, here and in every other query; wanted to know which they are: name the "
-            "columns, in three by --columns qid,docno,rank or --columns qid,docno,score",
+            f"scores that count up, as ranks do, here and in every other query; wanted to know which they are: {_SAY}, "
+            "like qid,docno,rank or qid,docno,score",
         )
 
 
@@ -174,8 +177,8 @@ def _check_agreement(path: Path, rows: list[RunRow]) -> None:
                 path,
                 below.line,
                 f"docno {below.docno!r} has rank {below.rank} and score {below.score:g}, but docno {above.docno!r} has "
-                f"rank {above.rank} and score {above.score:g} (query {above.qid!r}); wanted to know which counts: name "
-                "the columns, with _ for the one that does not, like --columns qid,_,docno,_,score,_",
+                f"rank {above.rank} and score {above.score:g} (query {above.qid!r}); wanted to know which counts: "
+                f"{_SAY}, with _ for the one that does not, like qid,_,docno,_,score,_",
             )
 
 
@@ -183,7 +186,7 @@ def _like_ranks(scores: list[float]) -> bool:
     """Whether the scores of a query, as they stand in a file, may be ranks, and do not begin with the best."""
     if not all(score.is_integer() and score >= 0 for score in scores):
         return False
-    if all(one < next for one, next in pairwise(scores)):
+    if all(above < below for above, below in pairwise(scores)):
         return True
     first, whole = min(scores), sorted(scores)
     counts = first <= 1 and whole == [first + place for place in range(len(scores))]

@@ -164,12 +164,10 @@ def _default_text(source: str, record: Any) -> str:
         if missing and not text.strip():
             raise ValueError(f"nothing in {', '.join(missing)}")
     except Exception as error:
-        of = (
-            f"{source}: no text of {fields[0]} {record[0]!r}"
-            if fields
-            else f"{source}: no text of {reprlib.repr(record)}"
-        )
-        raise ValueError(f"{of}, a {kind} ({error}); its fields: {', '.join(fields)}. Give a file of texts.") from error
+        which = f"{fields[0]} {record[0]!r}" if fields else reprlib.repr(record)
+        raise ValueError(
+            f"{source}: no text of {which}, a {kind} ({error}); its fields: {', '.join(fields)}. Give a file instead."
+        ) from error
     return text
 
 

@@ -279,6 +279,9 @@ def test_checkpoints_that_are_not_gone_on_with(tmp_path: Path) -> None:
     (tmp_path / "other" / "checkpoint-1").mkdir(parents=True)
     with pytest.raises(FileExistsError, match="another run is there"):  # it would go on elsewhere, over another
         run(tmp_path / "other", resume_from_checkpoint=str(last))
+    (tmp_path / "other" / "checkpoint-of-mine").mkdir()
+    run(tmp_path / "other", overwrite=True, max_steps=3, resume_from_checkpoint=str(last))
+    assert {path.name for path in (tmp_path / "other").glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-of-mine"}
     assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 2
 
 

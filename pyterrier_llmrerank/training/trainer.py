@@ -151,7 +151,7 @@ def train(
     if recipe.patience is not None:
         trainer.add_callback(EarlyStoppingCallback(recipe.patience))
     trainer.add_callback(begun)
-    if overwrite and resumed is None and arguments.should_save:
+    if overwrite and not _is_in(folder, resumed) and arguments.should_save:
         for path in _left_by_runs(folder):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
@@ -161,7 +161,7 @@ def train(
 
 
 #: What training leaves in a folder: what shows that it was there, and what lies beside that.
-RUN = ("checkpoint-*", "adapter_config.json", "adapter_model.*", "trainer_state.json", "training_args.bin")
+RUN = ("checkpoint-[0-9]*", "adapter_config.json", "adapter_model.*", "trainer_state.json", "training_args.bin")
 BESIDE = (
     "README.md", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja",
 )  # fmt: skip
@@ -171,6 +171,10 @@ def _left_by_runs(folder: Path) -> list[Path]:
     """What training left in a folder, or nothing where nothing shows that it was there."""
     found = [path for pattern in RUN for path in folder.glob(pattern)]
     return found and [*found, *(path for pattern in BESIDE for path in folder.glob(pattern))]
+
+
+def _is_in(folder: Path, checkpoint: Path | None) -> bool:
+    return checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
 
 
 def resumed_from(arguments: TrainingArguments, overwrite: bool = False) -> Path | None:
@@ -205,8 +209,7 @@ def resumed_from(arguments: TrainingArguments, overwrite: bool = False) -> Path 
         raise FileExistsError(
             f"output_dir={str(folder)!r}: a model is there ({models[0].name}); choose another folder."
         )
-    own = resumed is not None and resumed.resolve().parent == folder.resolve()
-    if not own and not overwrite and (left := _left_by_runs(folder)):
+    if not overwrite and not _is_in(folder, resumed) and (left := _left_by_runs(folder)):
         raise FileExistsError(
             f"output_dir={str(folder)!r}: another run is there ({left[0].name}); choose another folder, go on with "
             "it by resume_from_checkpoint=True, or begin anew over it by overwrite_output_dir."
