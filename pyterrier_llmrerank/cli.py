@@ -105,6 +105,12 @@ def _say_so_much(verbose: bool) -> bool:
 
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run of 3, 4 or 6 columns, also .gz.")]
+Columns = Annotated[
+    str | None,
+    typer.Option(
+        help="The run's columns, if ranks and scores could be mistaken: qid,docno,rank; _ is a column that is not read."
+    ),
+]
 Output = Annotated[Path, typer.Option(help="The file to write; compressed where its name ends in .gz.")]
 OutputForm = Annotated[Form, typer.Option(help="Tevatron's three columns (qid, docno, score), or TREC's six.")]
 Tag = Annotated[str, typer.Option(help="The run's name, in TREC's form.")]
@@ -126,19 +132,21 @@ def prepare(
     topics: Annotated[
         str,
         typer.Option(
-            help="Queries: an ir_datasets id, a PyTerrier dataset, or a file: qid, tab, query; or JSON lines (.jsonl) "
-            "with qid, query_id or _id, and query or text."
+            help="Queries: an ir_datasets id, a PyTerrier dataset, or a file: qid, tab, query; TREC's <top> elements, "
+            "of which the title is read; or JSON lines (.jsonl) with qid, query_id, _id or id, and query or text."
         ),
     ],
     texts: Annotated[
         str,
         typer.Option(
-            help="Documents: an ir_datasets id, a PyTerrier dataset, or a file: docno, tab, perhaps title and tab, "
-            "text; or JSON lines with docno, docid or _id, text, perhaps title and url."
+            help="Documents: an ir_datasets id, a PyTerrier dataset, or a file: columns parted by tabs: docno, text; "
+            "docno, title, text; or docno, url, title, text; or JSON lines with docno, docid, _id or id, text or "
+            "contents, perhaps title and url."
         ),
     ],
     output: Output,
     depth: Annotated[int, typer.Option(min=1, help="Documents of each query, from the best.")] = 200,
+    columns: Columns = None,
     verbose: Verbose = False,
 ) -> None:
     """Join a run with queries and texts.
@@ -148,7 +156,7 @@ def prepare(
     """
     count = 0
     with writing(output) as lines:
-        for row in rerank_rows(run, topics, texts, depth):
+        for row in rerank_rows(run, topics, texts, depth, columns):
             lines.write(rerank_line(row))
             count += 1
     logger.info("%s: %d pairs", output, count)
@@ -160,15 +168,19 @@ def prepare(
         "llmrerank convert bm25.res.gz --form three --output bm25.txt",
     )
 )
-def convert(run: Run, output: Output, form: OutputForm = "trec", tag: Tag = "llmrerank") -> None:
+def convert(
+    run: Run, output: Output, form: OutputForm = "trec", tag: Tag = "llmrerank", columns: Columns = None
+) -> None:
     """Write a run in another form, over an output that is there.
 
     Ranks count from 1, by score; equal ones by the rank that they had, or as they came.
+
+    Of a run that has ranks alone, the scores are minus its ranks.
     """
     if output.exists() and output.samefile(run):
         raise ValueError(f"--output={str(output)!r} is the run itself; wanted another name.")
     with writing(output) as lines:
-        for _, rows in by_query(read_run(run)):
+        for _, rows in by_query(read_run(run, columns)):
             for rank, row in enumerate(best_first(rows), 1):
                 lines.write(run_line(row.qid, row.docno, rank, row.score, form, tag))
 
@@ -196,6 +208,8 @@ def evaluate(
     baseline: Annotated[
         Path | None, typer.Option(help="A second run; p is a paired two-sided t-test's over the judged queries.")
     ] = None,
+    columns: Columns = None,
+    baseline_columns: Annotated[str | None, typer.Option(help="The baseline's columns.")] = None,
     per_query: Annotated[bool, typer.Option("--per-query", help="A line for each query, before those of all.")] = False,
 ) -> None:
     """Measure a run, or two.
@@ -207,8 +221,8 @@ def evaluate(
     Documents of equal score stand by rank, or as they do in the file; trec_eval orders them by docno.
     """
     parsed = [parse_measure(name) for name in measures or ["nDCG@10"]]
-    second = None if baseline is None else read_run(baseline)
-    queries, total = compare(parsed, judgements(qrels), read_run(run), second)
+    second = None if baseline is None else read_run(baseline, baseline_columns)
+    queries, total = compare(parsed, judgements(qrels), read_run(run, columns), second)
     if per_query:
         _show(queries)
         typer.echo()

@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from io import TextIOWrapper
-from itertools import groupby
+from itertools import chain, groupby, pairwise
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, TextIO, TypeVar, cast
@@ -30,6 +30,16 @@ MAX_LINE = 16 * 2**20
 
 #: The forms of a run that are written: ``qid docno score``, and TREC's ``qid Q0 docno rank score tag``.
 FORMS = ("three", "trec")
+
+#: The columns of a run by how many there are; ``_`` is one that is not read.
+COLUMNS = {
+    3: ("qid", "docno", "score"),
+    4: ("qid", "docno", "rank", "score"),
+    6: ("qid", "_", "docno", "rank", "score", "_"),
+}
+
+#: How a user says which columns a run has.
+_SAY = "name the columns by --columns (a baseline's by --baseline-columns)"
 
 _BOM = b"\xef\xbb\xbf"
 _WORD = re.compile(r"\S+", re.ASCII)
@@ -101,23 +111,86 @@ Ranked = TypeVar("Ranked", bound=_Ranked)
 # -- rankings
 
 
-def read_run(path: Path) -> Iterator[RunRow]:
-    """The lines of a run of 3 columns (qid docno score), 4 (qid docno rank score) or 6 (TREC's).
+def read_run(path: Path, columns: str | None = None) -> Iterator[RunRow]:
+    """Read a run of 3 columns (qid docno score), 4 (qid docno rank score) or 6 (TREC's), or of those that are named.
+
+    Args:
+        path: the run.
+        columns: its columns, ``"qid,docno,rank"``: qid, docno, and rank or score or both, with ``_`` for each
+            column that is not read. Without a score, the score is minus the rank. None goes by their number.
 
     Raises:
         ValueError: a line is malformed, has another number of columns than the first, names a document a second
-            time for its query, or returns to a query after lines of another.
+            time for its query, or returns to a query after lines of another; ranks and scores contradict each
+            other; without ``columns``, scores look like ranks in every query; or ``columns`` is not what is allowed.
         OSError: the file cannot be read.
     """
-    return _each_once(path, _run_rows(path))
+    names = None if columns is None else _names(columns)
+    hint = ", as sort -s -k1,1 puts them"
+    like_ranks: bool | None = None
+    line = 0
+    for _, rows in by_query(_each_once(path, _run_rows(path, names), hint)):
+        _check_agreement(path, rows)
+        scores = [row.score for row in rows]
+        if len(rows) == 1:
+            like_ranks = like_ranks if scores[0].is_integer() else False
+        elif like_ranks is not False:
+            line, like_ranks = line or rows[0].line, _like_ranks(scores)
+        yield from rows
+    if like_ranks and names is None:
+        raise malformed(
+            path,
+            line,
+            f"scores that count up, as ranks do, here and in every other query; wanted to know which they are: {_SAY}, "
+            "like qid,docno,rank or qid,docno,score",
+        )
 
 
-def _run_rows(path: Path) -> Iterator[RunRow]:
-    for line, words in _columns(path, {3: "qid docno score", 4: "qid docno rank score", 6: "TREC's"}):
-        if len(words) == 6:
-            del words[1]
-        rank = _whole(path, line, "rank", words[2]) if len(words) > 3 else None
-        yield RunRow(words[0], words[1], rank, _score(path, line, words[2 if rank is None else 3]), line)
+def _names(columns: str) -> tuple[str, ...]:
+    names = tuple(columns.replace(",", " ").split())
+    read = [name for name in names if name != "_"]
+    if sorted(read) not in (["docno", "qid", "rank"], ["docno", "qid", "score"], ["docno", "qid", "rank", "score"]):
+        raise ValueError(
+            f"columns={columns!r}; allowed: qid, docno, and rank or score or both, with _ for each column that is not "
+            "read, like qid,docno,rank or qid,_,docno,_,score,_."
+        )
+    return names
+
+
+def _run_rows(path: Path, names: tuple[str, ...] | None) -> Iterator[RunRow]:
+    allowed = {3: "qid docno score", 4: "qid docno rank score", 6: "TREC's"}
+    if names is not None:
+        allowed = {len(names): " ".join(names)}
+    for line, words in _columns(path, allowed):
+        row = dict(zip(names or COLUMNS[len(words)], words, strict=True))
+        rank = _whole(path, line, "rank", row["rank"]) if "rank" in row else None
+        score = float(-(rank or 0)) if "score" not in row else _score(path, line, row["score"])
+        yield RunRow(row["qid"], row["docno"], rank, score, line)
+
+
+def _check_agreement(path: Path, rows: list[RunRow]) -> None:
+    """Raise ValueError where a document of a query has the better rank and the lower score."""
+    ranked = sorted((row for row in rows if row.rank is not None), key=lambda row: (row.rank or 0, -row.score))
+    for above, below in pairwise(ranked):
+        if below.score > above.score:
+            raise malformed(
+                path,
+                below.line,
+                f"docno {below.docno!r} has rank {below.rank} and score {below.score:g}, but docno {above.docno!r} has "
+                f"rank {above.rank} and score {above.score:g} (query {above.qid!r}); wanted to know which counts: "
+                f"{_SAY}, with _ for the one that does not, like qid,_,docno,_,score,_",
+            )
+
+
+def _like_ranks(scores: list[float]) -> bool:
+    """Whether the scores of a query, as they stand in a file, may be ranks, and do not begin with the best."""
+    if not all(score.is_integer() and score >= 0 for score in scores):
+        return False
+    if all(above < below for above, below in pairwise(scores)):
+        return True
+    first, whole = min(scores), sorted(scores)
+    counts = first <= 1 and whole == [first + place for place in range(len(scores))]
+    return counts and scores != whole[::-1]
 
 
 def run_line(qid: str, docno: str, rank: int, score: float, form: str, tag: str) -> str:
@@ -178,7 +251,21 @@ def _rerank_rows(path: Path) -> Iterator[RerankRow]:
 
 
 def rerank_line(row: RerankRow) -> str:
-    """A line of a rerank file, with its line end; what is None is left out."""
+    """Write a line of a rerank file, with its line end; what is None is left out.
+
+    Raises:
+        ValueError: :func:`read_rerank` would not read it.
+    """
+    texts = {"query": row.query, "text": row.text}
+    texts |= {name: value for name, value in (("title", row.title), ("url", row.url)) if value is not None}
+    problems = {"query_id": _problem_of_id(row.qid), "docid": _problem_of_id(row.docno)}
+    problems |= {name: _problem_of_text(value) for name, value in texts.items()}
+    if row.score is not None and not _is_finite(row.score):
+        problems["score"] = f"{reprlib.repr(row.score)}; wanted a finite number"
+    of = f"docno {reprlib.repr(row.docno)} (query {reprlib.repr(row.qid)})"
+    for name, problem in problems.items():
+        if problem:
+            raise ValueError(f"{of}: {name} is {problem}.")
     record = {
         "query_id": row.qid,
         "query": row.query,
@@ -188,7 +275,10 @@ def rerank_line(row: RerankRow) -> str:
         "text": row.text,
         "score": row.score,
     }
-    return json.dumps({key: value for key, value in record.items() if value is not None}, ensure_ascii=False) + "\n"
+    line = json.dumps({key: value for key, value in record.items() if value is not None}, ensure_ascii=False) + "\n"
+    if (length := len(line.encode())) > MAX_LINE:
+        raise ValueError(f"{of}: a line of {length} bytes; allowed: up to {MAX_LINE}. Cut its text.")
+    return line
 
 
 def by_query(rows: Iterable[Ranked]) -> Iterator[tuple[str, list[Ranked]]]:
@@ -202,17 +292,16 @@ def best_first(rows: Iterable[RunRow]) -> list[RunRow]:
     return sorted(rows, key=lambda row: (-row.score, row.rank or 0))
 
 
-def _each_once(path: Path, rows: Iterable[Ranked]) -> Iterator[Ranked]:
-    """The rows, checked to name each document once, and to keep those of a query together."""
+def _each_once(path: Path, rows: Iterable[Ranked], hint: str = "") -> Iterator[Ranked]:
+    """The rows, checked to name each document once, and to keep those of a query together; the hint says how to."""
     done: set[str] = set()
     qid: str | None = None
     lines: dict[str, int] = {}
     for row in rows:
         if row.qid != qid:
             if row.qid in done:
-                raise malformed(
-                    path, row.line, f"query {row.qid!r} again, after others; wanted the lines of a query together"
-                )
+                problem = f"query {row.qid!r} again, after others; wanted the lines of a query together{hint}"
+                raise malformed(path, row.line, problem)
             qid, lines = row.qid, {}
             done.add(qid)
         first = lines.setdefault(row.docno, row.line)
@@ -227,9 +316,10 @@ def _each_once(path: Path, rows: Iterable[Ranked]) -> Iterator[Ranked]:
 
 
 def read_topics(path: Path) -> Iterator[Topic]:
-    """Queries: two columns parted by a tab (qid, query); or, if named so, JSON lines.
+    """Read queries: two columns parted by a tab (qid, query); TREC's ``<top>`` elements; or, if named so, JSON lines.
 
-    The JSON objects (``.jsonl``, ``.json``) have a ``qid``, ``query_id`` or ``_id`` and a ``query`` or ``text``.
+    The JSON objects (``.jsonl``, ``.json``) have a ``qid``, ``query_id``, ``_id`` or ``id`` and a ``query`` or
+    ``text``. Of TREC's elements ``<num>`` is the qid and ``<title>`` the query.
 
     Raises:
         ValueError, OSError: as :func:`read_run`; or a qid comes twice.
@@ -245,18 +335,58 @@ def read_topics(path: Path) -> Iterator[Topic]:
 def _topics(path: Path) -> Iterator[Topic]:
     if _is_json(path):
         for line, record in objects(path):
-            qid = _id(path, line, record, "qid", "query_id", "_id")
+            qid = _id(path, line, record, "qid", "query_id", "_id", "id")
             yield Topic(qid, _text(path, line, record, "query", "text"), line)
+        return
+    lines = _lines(path)
+    if (first := next(lines, None)) is None:
+        return
+    line, text = first
+    lines = chain([first], lines)
+    if text.lstrip()[:5].lower() == "<top>":
+        yield from _trec_topics(path, lines)
+    elif text.startswith(("<?xml", "<!DOCTYPE", "<topic")):
+        raise malformed(
+            path, line, "XML; wanted lines of qid, tab, query; TREC's <top> elements; or JSON lines (.jsonl)"
+        )
     else:
-        for line, (qid, query) in _fields(path, {2: "qid, query"}):
+        for line, (qid, query) in _fields(path, lines, {2: "qid, query"}):
             yield Topic(_checked_id(path, line, "qid", qid), query, line)
 
 
-def read_texts(path: Path) -> Iterator[Text]:
-    """Documents: two or three columns parted by tabs (docno, text or docno, title, text); or, if named so, JSON lines.
+def _trec_topics(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[Topic]:
+    begun: int | None = None
+    element = ""
+    for line, text in lines:
+        if (text.lstrip()[:5].lower() == "<top>") != (begun is None):
+            raise malformed(path, line, f"{reprlib.repr(text)}; wanted <top> ... </top>, one after the other")
+        begun = begun or line
+        element += text + "\n"
+        if "</top>" in text.lower():
+            yield _trec_topic(path, begun, element)
+            begun, element = None, ""
+    if begun is not None:
+        raise malformed(path, begun, "<top> without </top>; wanted both")
 
-    The JSON objects (``.jsonl``, ``.json``) have a ``docno``, ``docid`` or ``_id``, a ``text`` and perhaps ``title``
-    and ``url``. That a docno comes once is not checked: there may be more of them than memory holds.
+
+#: A field of TREC's topics: up to its end tag, or to the next line that begins with a tag.
+_FIELD = re.compile(r"(?:^|>)\s*<(num|title)>\s*(?:number:|topic:)?(.*?)(?=</\1>|</top>|^\s*<)", re.I | re.M | re.S)
+
+
+def _trec_topic(path: Path, line: int, element: str) -> Topic:
+    fields = [(name.lower(), " ".join(value.split())) for name, value in _FIELD.findall(element)]
+    for name in ("num", "title"):
+        if sum(one == name for one, _ in fields) != 1 or not dict(fields)[name]:
+            raise malformed(path, line, f"a <top> without a <{name}>, with an empty one or with several; wanted one")
+    return Topic(_checked_id(path, line, "num", dict(fields)["num"]), dict(fields)["title"], line)
+
+
+def read_texts(path: Path) -> Iterator[Text]:
+    """Read documents: 2 to 4 columns parted by tabs, or, if named so, JSON lines.
+
+    The columns are docno, text; docno, title, text; or docno, url, title, text, as in ``msmarco-docs.tsv``. The JSON
+    objects (``.jsonl``, ``.json``) have a ``docno``, ``docid``, ``_id`` or ``id``, a ``text`` or ``contents``, and
+    perhaps ``title`` and ``url``. That a docno comes once is not checked: there may be more of them than memory holds.
 
     Raises:
         ValueError, OSError: as :func:`read_run`.
@@ -264,15 +394,17 @@ def read_texts(path: Path) -> Iterator[Text]:
     if _is_json(path):
         for line, record in objects(path):
             yield Text(
-                _id(path, line, record, "docno", "docid", "_id"),
+                _id(path, line, record, "docno", "docid", "_id", "id"),
                 _optional(path, line, record, "title"),
                 _optional(path, line, record, "url"),
-                _text(path, line, record, "text"),
+                _text(path, line, record, "text", "contents"),
                 line,
             )
     else:
-        for line, (docno, *title, text) in _fields(path, {2: "docno, text", 3: "docno, title, text"}):
-            yield Text(_checked_id(path, line, "docno", docno), title[0] if title else None, None, text, line)
+        allowed = {2: "docno, text", 3: "docno, title, text", 4: "docno, url, title, text"}
+        for line, (docno, *more, text) in _fields(path, _lines(path), allowed):
+            url, title = [None, None, *more][-2:]
+            yield Text(_checked_id(path, line, "docno", docno), title, url, text, line)
 
 
 #: The first line of BEIR's judgements.
@@ -280,20 +412,24 @@ _BEIR = ["query-id", "corpus-id", "score"]
 
 
 def read_qrels(path: Path) -> Iterator[Judgement]:
-    """Judgements: TREC's 4 columns (qid, iteration, docno, label), or 3 (qid docno label), with BEIR's header or none.
+    """Read judgements: TREC's 4 columns (qid, iteration, docno, label), or 3 (qid docno label), BEIR's header or none.
+
+    A judgement that is repeated counts once.
 
     Raises:
-        ValueError, OSError: as :func:`read_run`, but that lines may come in any order.
+        ValueError, OSError: as :func:`read_run`, but that lines may come in any order; or a document has two labels.
     """
-    seen: dict[tuple[str, str], int] = {}
+    seen: dict[tuple[str, str], tuple[int, int]] = {}
     for line, words in _columns(path, {3: "qid docno label", 4: "TREC's"}):
         if line == 1 and words == _BEIR:
             continue
         qid, docno, label = words[0], words[-2], _whole(path, line, "label", words[-1])
-        first = seen.setdefault((qid, docno), line)
-        if first != line:
-            raise malformed(path, line, f"docno {docno!r} again for query {qid!r}, as in line {first}; wanted it once")
-        yield Judgement(qid, docno, label)
+        first, before = seen.setdefault((qid, docno), (line, label))
+        if label != before:
+            problem = f"docno {docno!r} again for query {qid!r}, with label {label}, but {before} in line {first}"
+            raise malformed(path, line, f"{problem}; wanted one label")
+        if first == line:
+            yield Judgement(qid, docno, label)
 
 
 # -- lines
@@ -352,8 +488,8 @@ def _columns(path: Path, allowed: dict[int, str]) -> Iterator[tuple[int, list[st
     return _split(path, words, allowed, "parted by white space")
 
 
-def _fields(path: Path, allowed: dict[int, str]) -> Iterator[tuple[int, list[str]]]:
-    return _split(path, ((line, text.split("\t")) for line, text in _lines(path)), allowed, "parted by tabs")
+def _fields(path: Path, lines: Iterable[tuple[int, str]], allowed: dict[int, str]) -> Iterator[tuple[int, list[str]]]:
+    return _split(path, ((line, text.split("\t")) for line, text in lines), allowed, "parted by tabs")
 
 
 def objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -410,6 +546,11 @@ def _problem_of_id(value: object) -> str | None:
     return problem_of(value)
 
 
+def _problem_of_text(value: object) -> str | None:
+    """What is wrong with a query, text, title or url, or None."""
+    return problem_of(value) if isinstance(value, str) else f"{reprlib.repr(value)}; wanted a string"
+
+
 def _checked_id(path: Path, line: int, name: str, value: object) -> str:
     if problem := _problem_of_id(value):
         raise malformed(path, line, f"{name} is {problem}")
@@ -425,18 +566,18 @@ def _found(path: Path, line: int, record: dict[str, Any], names: tuple[str, ...]
 
 
 def _id(path: Path, line: int, record: dict[str, Any], *names: str) -> str:
+    """The first of the names that the record has; a whole number is the string of its digits."""
     name = _found(path, line, record, names)
-    return _checked_id(path, line, name, record[name])
+    value = record[name]
+    return _checked_id(path, line, name, str(value) if type(value) is int else value)
 
 
 def _text(path: Path, line: int, record: dict[str, Any], *names: str) -> str:
     name = _found(path, line, record, names)
     value = record[name]
-    if not isinstance(value, str):
-        raise malformed(path, line, f"{name} is {reprlib.repr(value)}; wanted a string")
-    if problem := problem_of(value):
+    if problem := _problem_of_text(value):
         raise malformed(path, line, f"{name} is {problem}")
-    return value
+    return cast(str, value)
 
 
 def _optional(path: Path, line: int, record: dict[str, Any], name: str) -> str | None:

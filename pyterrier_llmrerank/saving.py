@@ -19,7 +19,7 @@ from .files import read_json, save_tensors, save_tokenizer
 from .weights import build_decoder
 
 #: What a copy of an adapter gets last of all, and what it does not get.
-LAST_OR_NOT = ("adapter_config.json", "trainer_state.json")
+LAST_OR_NOT = ("adapter_config.json", "trainer_state.json", "begun_with.json")
 
 
 def empty_folder(folder: Path, argument: str = "folder") -> Path:

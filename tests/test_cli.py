@@ -132,9 +132,50 @@ def test_vaswani_by_name_and_from_files(collections: Path, tmp_path: Path) -> No
 
 
 def test_convert_orders_by_score(folder: Path) -> None:
-    Path("given.txt").write_text("q d1 1 0.25\nq d2 9 0.5\nq d3 2 0.5\n")
+    Path("given.txt").write_text("q d1 9 0.25\nq d2 2 0.5\nq d3 1 0.5\n")
     assert run("convert given.txt --output three.txt --form three") == 0
     assert Path("three.txt").read_text() == "q\td3\t0.5\nq\td2\t0.5\nq\td1\t0.25\n"
+
+
+#: As MS MARCO has runs; q0's judged document is its second, q1's the third, q2's the first.
+RANKS = "q0\td0\t1\nq0\td3\t2\nq1\td1\t1\nq1\td2\t2\nq1\td0\t3\nq2\td1\t1\n"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "prepare ranks.tsv --topics topics.tsv --texts texts.jsonl --output o",
+        "convert ranks.tsv --output o",
+        "evaluate ranks.tsv --qrels qrels.txt",
+        "evaluate run.gz --qrels qrels.txt --baseline ranks.tsv",
+    ],
+)
+def test_ranks_are_not_read_as_scores(folder: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("ranks.tsv").write_text(RANKS)
+    assert run(command) == 1
+    assert "ranks.tsv, line 1: scores that count up, as ranks do" in capsys.readouterr().err
+    assert not Path("o").exists()
+
+
+def test_ranks_are_read_as_ranks(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("ranks.tsv").write_text(RANKS)
+    columns = "--columns qid,docno,rank"
+    assert (
+        run(f"prepare ranks.tsv {columns} --topics topics.tsv --texts texts.jsonl --depth 1 --output best.jsonl") == 0
+    )
+    assert [(row.docno, row.score) for row in read_rerank(Path("best.jsonl"))] == [("d0", -1), ("d1", -1), ("d1", -1)]
+    assert run(f"convert ranks.tsv {columns} --output ranks.trec") == 0
+    lines = [line.split() for line in Path("ranks.trec").read_text().splitlines()]
+    assert [(qid, docno, rank) for qid, _, docno, rank, *_ in lines] == [
+        tuple(line.split("\t")) for line in RANKS.splitlines()
+    ]
+    mean = f"{(1 / 2 + 1 / 3 + 1) / 3:.4f}"
+    for words in (f"ranks.tsv {columns}", "ranks.trec"):
+        assert run(f"evaluate {words} RR@10 --qrels qrels.txt") == 0
+        assert capsys.readouterr().out.split() == ["measure", "value", "RR@10", mean]
+    both = "evaluate ranks.tsv RR@10 --qrels qrels.txt --baseline ranks.tsv --baseline-columns"
+    assert run(f"{both} qid,docno,score {columns}") == 0
+    assert capsys.readouterr().out.split()[5:8] == ["RR@10", mean, f"{1:.4f}"]
 
 
 def test_what_evaluate_measures_by_itself(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -230,6 +271,7 @@ def test_what_verbose_says(folder: Path, caplog: pytest.LogCaptureFixture) -> No
         ("evaluate run.gz foo --qrels qrels.txt", "measure='foo'; allowed"),
         ("evaluate qrels.txt --qrels run.gz", "run.gz, line 1: 6 columns"),
         ("convert run.gz --output none/o", "there is no folder"),
+        ("convert run.gz --output o --columns qid,docno", "columns='qid,docno'; allowed: qid, docno, and rank or"),
         ("convert run.gz --output ./run.gz", "--output='run.gz' is the run itself"),
         ("convert run.gz --output o --tag 'a b'", "tag is 'a b'; wanted no white space"),
         ("rerank rankllama topics.tsv --output o --model ./none", "--model='./none'"),
@@ -300,7 +342,7 @@ EXAMPLES = [
 def test_examples_of_the_help_are_commands(example: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = shlex.split(example.partition(" > ")[0])
     assert words[0] == "llmrerank"
-    monkeypatch.setattr(cli, "read_run", lambda path: iter([RunRow("q", "d", None, 1.0, 1)]))
+    monkeypatch.setattr(cli, "read_run", lambda *_: iter([RunRow("q", "d", None, 1.0, 1)]))
     monkeypatch.setattr(cli, "rerank_rows", lambda *_: iter([]))
     monkeypatch.setattr(cli, "judgements", lambda name: [Judgement("q", "d", 1)])
     monkeypatch.setattr(streaming, "rerank_file", lambda *_, **__: None)

@@ -179,6 +179,20 @@ def test_rankllama_with_validation(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "for 2 steps" in (tmp_path / "run" / "checkpoint-2" / "README.md").read_text()
 
 
+def test_another_runs_output_is_left_alone(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    (folder / "checkpoint-2").mkdir(parents=True)
+    (folder / "checkpoint-2" / "note").write_text("before")
+    command = ["train", *distill(data, folder, "--max_steps", "1")]
+    assert main(command) == 1
+    assert f"error: output_dir='{folder}': another run is there (checkpoint-2)" in capsys.readouterr().err
+    assert main([*command, "--resume_from_checkpoint", "True"]) == 1
+    assert "error: resume_from_checkpoint=True: no checkpoint in output_dir=" in capsys.readouterr().err
+    assert [path.name for path in folder.rglob("*")] == ["checkpoint-2", "note"]
+    assert main([*command, "--overwrite_output_dir"]) == 0
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

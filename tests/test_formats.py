@@ -73,7 +73,7 @@ def rerank(**changed: Any) -> str:
 def test_a_run_is_read_as_it_was_written(
     tmp_path: Path, name: str, rows: list[tuple[str, str, float]], form: str
 ) -> None:
-    rows.sort(key=lambda row: row[0])
+    rows.sort(key=lambda row: (row[0], -row[2]))  # as runs are written: the best first
     lines = [run_line(*row[:2], rank, row[2], form, "mine") for rank, row in enumerate(rows, 1)]
     path = written(tmp_path / name, *lines)
     ranks = [None if form == "three" else rank for rank in range(1, len(rows) + 1)]
@@ -112,6 +112,77 @@ def test_runs_have_three_four_or_six_columns(tmp_path: Path, lines: str, rank: i
     assert second == RunRow("q1", "d2", rank and rank + 1, -0.001, 2)
 
 
+#: The last of three columns, query by query: what counts up, or counts in any order but from the best, may be ranks.
+LIKE_RANKS = [[[1, 2, 3]], [[1, 2, 3], [1, 2]], [[1], [1, 2, 3], [1]], [[0, 1, 2]], [[1, 4, 9]], [[2, 1, 3]], [[3, 5]]]
+LIKE_SCORES = [
+    [[3, 2, 1]], [[1, 2, 3], [2, 1]], [[1, 2, 3], [0.5]], [[1], [1]], [[1, 2, 2.5]], [[-3, -2, -1]], [[9, 1, 4]],
+    [[1, 1, 2]], [[1, 2], [5, 5]],
+]  # fmt: skip
+
+
+def of_scores(queries: list[list[float]]) -> str:
+    return "".join(f"q{q} d{d} {score}\n" for q, scores in enumerate(queries) for d, score in enumerate(scores))
+
+
+@pytest.mark.parametrize("queries", LIKE_RANKS)
+def test_ranks_are_not_taken_for_scores(tmp_path: Path, queries: list[list[float]]) -> None:
+    path = written(tmp_path / "run.txt", of_scores(queries))
+    first = 1 if len(queries[0]) > 1 else 2
+    with pytest.raises(
+        ValueError, match=f"^{path}, line {first}: scores that count up, as ranks do, .* --columns .*qid"
+    ):
+        list(read_run(path))
+    values = [value for scores in queries for value in scores]
+    assert [row.score for row in read_run(path, "qid,docno,score")] == values
+    assert [(row.rank, row.score) for row in read_run(path, "qid,docno,rank")] == [(value, -value) for value in values]
+    ranked = [best_first(rows)[0].rank for _, rows in by_query(read_run(path, "qid,docno,rank"))]
+    assert ranked == [min(scores) for scores in queries]
+
+
+@pytest.mark.parametrize("queries", LIKE_SCORES)
+def test_scores_are_not_taken_for_ranks(tmp_path: Path, queries: list[list[float]]) -> None:
+    rows = read_run(written(tmp_path / "run.txt", of_scores(queries)))
+    assert [row.score for row in rows] == [score for scores in queries for score in scores]
+
+
+@pytest.mark.parametrize(
+    ("lines", "columns", "problem"),
+    [
+        (
+            "q d1 1 0.25\nq d2 9 0.5\nq d3 2 0.5\n",
+            "qid,docno,_,score",
+            "line 3: docno 'd3' has rank 2 and score 0.5, but",
+        ),
+        ("q 0 d1 2 8.5 t\nq 0 d2 1 7 t\n", "qid,_,docno,_,score,_", "line 1: docno 'd1' has rank 2 and score 8.5, but"),
+        ("q d1 20 1\nq d2 10 2\n", "qid,docno,score,rank", "line 1: scores that count up, as ranks do"),  # swapped
+    ],
+)
+def test_ranks_and_scores_that_contradict_each_other(tmp_path: Path, lines: str, columns: str, problem: str) -> None:
+    path = written(tmp_path / "run.txt", lines)
+    with pytest.raises(ValueError, match=f"^{path}, {problem}.*--columns"):
+        list(read_run(path))
+    at = columns.split(",").index("score")
+    assert [row.score for row in read_run(path, columns)] == [float(line.split()[at]) for line in lines.splitlines()]
+
+
+def test_equal_ranks_or_scores_contradict_nothing(tmp_path: Path) -> None:
+    for lines in (
+        "q d1 0 1\nq d2 0 3\nq d3 0 2.5\n",
+        "q d1 2 .5\nq d2 1 .5\nq d3 3 .5\n",
+        "q a 1 2\nq b 1 9\nq c 2 2\n",
+    ):
+        assert len(list(read_run(written(tmp_path / "run", lines)))) == 3
+
+
+@pytest.mark.parametrize("columns", ["", "qid,docno", "qid,score", "qid,docno,scores", "qid,docno,score,qid", "docno"])
+def test_columns_that_do_not_serve(tmp_path: Path, columns: str) -> None:
+    path = written(tmp_path / "run", "q d 1\n")
+    with pytest.raises(ValueError, match=f"^columns='{columns}'; allowed: qid, docno, and rank or score"):
+        list(read_run(path, columns))
+    with pytest.raises(ValueError, match="line 1: 3 columns parted by white space; wanted 2 \\(docno qid rank\\)|4"):
+        list(read_run(path, "docno,qid,_,rank"))
+
+
 def test_what_is_ranked(tmp_path: Path) -> None:
     topics = [Topic("1", "what is\xa0a panda", 1), Topic("q2", "", 2)]
     assert list(read_topics(written(tmp_path / "a.tsv", "1\twhat is\xa0a panda\nq2\t\n"))) == topics
@@ -121,6 +192,59 @@ def test_what_is_ranked(tmp_path: Path) -> None:
     assert list(read_texts(written(tmp_path / "c.tsv", "d1\tT\ta\n"))) == [Text("d1", "T", None, "a", 1)]
     line = '{"docid": "d1", "title": "T", "text": "a", "url": "u", "other": 1}\n'
     assert list(read_texts(written(tmp_path / "d.jsonl", line))) == [Text("d1", "T", "u", "a", 1)]
+
+
+def test_forms_of_others(tmp_path: Path) -> None:
+    docs = written(tmp_path / "msmarco-docs.tsv", "D1\thttp://x\tT\ta body\n")
+    assert list(read_texts(docs)) == [Text("D1", "T", "http://x", "a body", 1)]
+    pyserini = written(tmp_path / "pyserini.jsonl", '{"id": 7, "contents": "a"}\n{"id": "d-2", "contents": ""}\n')
+    assert list(read_texts(pyserini)) == [Text("7", None, None, "a", 1), Text("d-2", None, None, "", 2)]
+    assert list(read_topics(written(tmp_path / "q.jsonl", '{"id": -1, "query": "a"}'))) == [Topic("-1", "a", 1)]
+    (row,) = read_rerank(written(tmp_path / "rerank.jsonl", rerank(query_id=0, docid=8841823)))
+    assert (row.qid, row.docno) == ("0", "8841823")
+
+
+@pytest.mark.parametrize(
+    "element",
+    [
+        "<top>\n\n<num> Number: 51 \n<title> Topic: Airbus\n  Subsidies\n\n<desc> Its <title>.\n</top>\n",
+        "<top>\n<num> 51\n<dom> Domain: Law\n<title>\nAirbus Subsidies\n\n<narr> Narrative:\nx\n\n</top>\n",
+        "<TOP><NUM>51</NUM><TITLE>Airbus  Subsidies</TITLE><DESC>x</DESC></TOP>\n",
+        "  <top>\n  <num>Number: 51</num>\n  <title>Airbus Subsidies</title>\n  </top>",
+    ],
+)
+def test_topics_of_trec(tmp_path: Path, element: str) -> None:
+    second = "<top>\n<num> Number: 052\n<title> AT&T < 5\n</top>\n"
+    first, other = read_topics(written(tmp_path / "topics.txt", f"{element}\n{second}"))
+    assert first == Topic("51", "Airbus Subsidies", 1)
+    assert other[:2] == ("052", "AT&T < 5")
+
+
+def test_a_judgement_that_is_repeated_counts_once(tmp_path: Path) -> None:
+    path = written(tmp_path / "qrels", "q1 0 d1 2\nq2 0 d1 0\nq1 0 d1 2\n")
+    assert list(read_qrels(path)) == [Judgement("q1", "d1", 2), Judgement("q2", "d1", 0)]
+
+
+ROW = RerankRow("q1", "panda", "d1", "T", "u", "a panda", 1.5, 1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"qid": "a b"}, r"docno 'd1' \(query 'a b'\): query_id is 'a b'; wanted no white space"),
+        ({"docno": ""}, r"docno '' \(query 'q1'\): docid is ''"),
+        ({"text": b"<html>"}, r"docno 'd1' \(query 'q1'\): text is b'<html>'; wanted a string"),
+        ({"text": ["a", "b"]}, r"text is \['a', 'b'\]; wanted a string"),
+        ({"query": None}, "query is None; wanted a string"),
+        ({"title": 3}, "title is 3; wanted a string"),
+        ({"url": "\ud800"}, "url is not valid Unicode"),
+        ({"score": float("nan")}, "score is nan; wanted a finite number"),
+        ({"text": "ä" * (MAX_LINE // 2)}, f"a line of 1[0-9]* bytes; allowed: up to {MAX_LINE}"),
+    ],
+)
+def test_what_rerank_would_refuse_is_not_written(changed: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        rerank_line(ROW._replace(**changed))
 
 
 def test_judgements(tmp_path: Path) -> None:
@@ -179,12 +303,13 @@ def test_rows_of_a_query_come_together(tmp_path: Path) -> None:
         ("run", "q1 d1 \u0661\n", "line 1: score is '\u0661'"),
         ("run", "q1 d1 1.5 2\n", "line 1: rank is '1.5'; wanted a whole number"),
         ("run", "q1 d1 1\n\nq1 d1 2\n", "line 3: docno 'd1' again for query 'q1', as in line 1"),
-        ("run", "q1 d1 1\nq2 d1 2\nq1 d2 2\n", "line 3: query 'q1' again, after others; .* together"),
+        ("run", "q1 d1 1\nq2 d1 2\nq1 d2 2\n", "line 3: query 'q1' again, .* together, as sort -s -k1,1 puts them"),
         ("rerank", rerank(score="1"), "line 1: score is '1'; wanted a finite number"),
         ("rerank", rerank(score=True), "line 1: score is True"),
         ("rerank", rerank(score=float("nan")), "line 1: score is nan"),
         ("rerank", rerank(score=10**400), "line 1: score is 1000"),
-        ("rerank", rerank(query_id=7), "line 1: query_id is 7; wanted a string that is not empty"),
+        ("rerank", rerank(query_id=7.0), "line 1: query_id is 7.0; wanted a string that is not empty"),
+        ("rerank", rerank(docid=True), "line 1: docid is True; wanted a string that is not empty"),
         ("rerank", rerank(docid=""), "line 1: docid is ''; wanted a string that is not empty"),
         ("rerank", rerank(docid="a b"), "line 1: docid is 'a b'; wanted no white space"),
         ("rerank", rerank(docid="a\0"), "line 1: docid is .*no NUL"),
@@ -207,7 +332,24 @@ def test_rows_of_a_query_come_together(tmp_path: Path) -> None:
         ("texts in JSON lines", '{"docno": "d1", "text": 1}', "line 1: text is 1; wanted a string"),
         ("qrels", "q1 0 d1 1.0\n", "line 1: label is '1.0'; wanted a whole number"),
         ("qrels", "q1 d1 1\nquery-id corpus-id score\n", "line 2: label is 'score'"),
-        ("qrels", "q1 0 d1 1\nq2 0 d1 1\nq1 0 d1 0\n", "line 3: docno 'd1' again for query 'q1', as in line 1"),
+        (
+            "qrels",
+            "q1 0 d1 1\nq2 0 d1 1\nq1 0 d1 0\n",
+            "line 3: docno 'd1' again for query 'q1', with label 0, but 1 in line 1; wanted one label",
+        ),
+        ("topics", "<?xml version='1.0'?>\n<topics>\n", "line 1: XML; wanted lines of qid, tab, query"),
+        ("topics", "\n<top>\n<num> 1\n<title> a\n", "line 2: <top> without </top>"),
+        ("topics", "<top>\n<num> 1\n<top>\n", "line 3: '<top>'; wanted <top> ... </top>, one after the other"),
+        (
+            "topics",
+            "<top><num>1</num><title>a</title></top>\n<num> 2\n",
+            "line 2: '<num> 2'; wanted <top> ... </top>, one after",
+        ),
+        ("topics", "<top>\n<num> 1\n<desc> a\n</top>\n", "line 1: a <top> without a <title>, with an empty one"),
+        ("topics", "<top>\n<num> 1\n<title>\n<desc> a\n</top>\n", "line 1: a <top> without a <title>"),
+        ("topics", "<top>\n<num> 1\n<num> 2\n<title> a\n</top>\n", "line 1: a <top> without a <num>, .* several"),
+        ("topics", "<top>\n<num> 1 2\n<title> a\n</top>\n", "line 1: num is '1 2'; wanted no white space"),
+        ("topics", "<top>\n<num>1\n<title>a\n</top>\n" * 2, "line 5: qid '1' again, as in line 1"),
     ],
 )
 def test_malformed_lines_are_named(tmp_path: Path, kind: str, lines: str, problem: str) -> None:

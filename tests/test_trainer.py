@@ -20,7 +20,7 @@ from pyterrier_llmrerank.packing import PackedPairs
 from pyterrier_llmrerank.training import CompensateTraining, DistillTraining, RankLLaMATraining
 from pyterrier_llmrerank.training.data import Collator, Groups
 from pyterrier_llmrerank.training.recipes import Recipe
-from pyterrier_llmrerank.training.trainer import GroupTrainer, train, with_lora
+from pyterrier_llmrerank.training.trainer import GroupTrainer, resumed_from, train, with_lora
 from pyterrier_llmrerank.training.validation import Validation
 from pyterrier_llmrerank.training.widths import Widths
 
@@ -195,6 +195,117 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     for name, parameter in whole.model.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(dict(again.model.named_parameters())[name], parameter, atol=1e-6, rtol=1e-5)
+
+
+def run(folder: Path, recipe: Recipe = DISTILL, overwrite: bool = False, base: str = BASE, **options: Any) -> Path:
+    """Train for two steps, with a checkpoint after each."""
+    checkpoint = recipe.open(base, [])
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, **options}
+    groups = Groups(RECORDS, 4, 0, recipe.body)
+    return train(recipe, checkpoint, groups, arguments(folder, **settings), overwrite=overwrite)
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        "checkpoint-3/note",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "adapter_model.bin",
+        "trainer_state.json",
+    ],
+)
+def test_another_run_is_not_written_over(tmp_path: Path, left: str) -> None:
+    (tmp_path / left).parent.mkdir(exist_ok=True)
+    (tmp_path / left).write_text("before")
+    name = left.partition("/")[0]
+    with pytest.raises(
+        FileExistsError, match=rf"output_dir='{tmp_path}': another run is there \({name}\); .*overwrite_out"
+    ):
+        run(tmp_path)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [Path(left).name]
+    assert resumed_from(arguments(tmp_path), overwrite=True) is None
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "some.gguf"])
+def test_no_run_is_written_into_a_model(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(FileExistsError, match=rf"output_dir='{tmp_path}': a model is there \({name}\)"):
+        run(tmp_path, overwrite=True)
+
+
+def test_what_is_trained_on_is_not_removed(tmp_path: Path) -> None:
+    first = run(tmp_path / "first", RANKLLAMA, base=str(MODELS / "rankllama_base"), save_strategy="no")
+    before = (first / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(
+        FileExistsError, match=f"overwrite_output_dir: '{first}', which is trained on, is in output_dir"
+    ):
+        run(first, RANKLLAMA, overwrite=True, base=str(first))
+    assert (first / "adapter_model.safetensors").read_bytes() == before
+    second = run(tmp_path / "second", RANKLLAMA, overwrite=True, base=str(first))
+    assert (second / "adapter_model.safetensors").read_bytes() != before
+
+
+def test_a_run_over_another_begins_clean(tmp_path: Path) -> None:
+    run(tmp_path / "again", max_steps=3)
+    for name in ("tokenizer.model", "notes.txt"):
+        (tmp_path / "again" / name).write_text("before")
+    run(tmp_path / "again", overwrite=True, seed=4)
+    run(tmp_path / "new", seed=4)
+    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == sorted(
+        ["notes.txt", *(path.name for path in (tmp_path / "new").iterdir())]
+    )
+    files = [tmp_path / name / "adapter_model.safetensors" for name in ("again", "new")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_checkpoints_that_are_not_gone_on_with(tmp_path: Path) -> None:
+    run(tmp_path)
+    last = tmp_path / "checkpoint-2"
+    for change, difference in (
+        ({"learning_rate": 0.5}, "learning_rate=0.0002, not 0.5"),
+        ({"compress_ratios": (1, 4)}, r"compress_ratios=\[1, 2\], not \[1, 4\]"),
+        ({"lora_rank": 8}, "lora_rank=4, not 8"),
+    ):
+        other = dataclasses.replace(DISTILL, **change)
+        with pytest.raises(ValueError, match=f"resume_from_checkpoint='{last}': begun with .*{difference}"):
+            run(tmp_path, other, resume_from_checkpoint=str(last))
+    with pytest.raises(ValueError, match="begun with recipe='DistillTraining', not 'RankLLaMATraining'"):
+        run(tmp_path, RANKLLAMA, base=str(MODELS / "rankllama_base"), resume_from_checkpoint=str(last))
+    with pytest.raises(
+        ValueError, match="step 2 is beyond max_steps=1; go on with more, or from an earlier checkpoint"
+    ):
+        run(tmp_path, max_steps=1, resume_from_checkpoint=str(last))
+    (tmp_path / "other" / "checkpoint-1").mkdir(parents=True)
+    with pytest.raises(FileExistsError, match="another run is there"):  # it would go on elsewhere, over another
+        run(tmp_path / "other", resume_from_checkpoint=str(last))
+    (tmp_path / "other" / "checkpoint-of-mine").mkdir()
+    run(tmp_path / "other", overwrite=True, max_steps=3, resume_from_checkpoint=str(last))
+    assert {path.name for path in (tmp_path / "other").glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-of-mine"}
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 2
+
+
+def test_the_last_whole_checkpoint_is_gone_on_with(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    asked = arguments(tmp_path, resume_from_checkpoint="True")
+    with pytest.raises(ValueError, match=f"resume_from_checkpoint=True: no checkpoint in output_dir='{tmp_path}'"):
+        resumed_from(asked)
+    with pytest.raises(ValueError, match="resume_from_checkpoint='.*none': no checkpoint there"):
+        resumed_from(arguments(tmp_path, resume_from_checkpoint=str(tmp_path / "none")))
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11", "checkpoint-old"):
+        (tmp_path / name).mkdir()
+        if name != "checkpoint-11":  # whose writing ends with the state
+            (tmp_path / name / "trainer_state.json").write_text("{}")
+    assert resumed_from(asked) == tmp_path / "checkpoint-10"
+    assert caplog.messages == []
+
+
+def test_a_checkpoint_that_does_not_say_what_it_was_begun_with(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(tmp_path)
+    (tmp_path / "checkpoint-1" / "begun_with.json").unlink()
+    run(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert [message for message in caplog.messages if "does not say what it was begun with" in message]
 
 
 def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from .data import Groups, open_data
 from .recipes import CompensateTraining, DistillTraining, RankLLaMATraining, Recipe, option
-from .trainer import train
+from .trainer import resumed_from, train
 from .validation import MEASURE, Validation
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,6 @@ RECIPES: dict[str, type[Recipe]] = {
 WITHOUT_EFFECT = {
     "tokenizer_name": "the tokenizer is the model's own",
     "dataset_proc_num": "texts are tokenised as they are drawn",
-    "overwrite_output_dir": "a run starts anew unless resume_from_checkpoint is given",
     "use_flash_attn": "the fused kernel that fits the device is used",
     "loss_type": "the loss follows from train_method",
     "padding_side": "scores do not depend on padding",
@@ -93,11 +92,13 @@ class Sources:
     use_lora: bool = option(True, "true is the only value")
     warmup_ratio: float | None = option(None, "share of the steps in which the learning rate rises")
     token: str | None = option(None, "of the Hugging Face hub; HF_TOKEN does the same")
+    overwrite_output_dir: bool = option(
+        False, "remove an earlier run from output_dir and begin anew; nothing is removed where a run is resumed"
+    )
     cache_dir: str | None = option(None, "where hub files are kept; HF_HUB_CACHE does the same")
     # These change nothing, see above, and stay out of the help.
     tokenizer_name: str | None = option(None, argparse.SUPPRESS)
     dataset_proc_num: str | None = option(None, argparse.SUPPRESS)
-    overwrite_output_dir: bool = option(False, argparse.SUPPRESS)
     use_flash_attn: bool = option(False, argparse.SUPPRESS)
     loss_type: str | None = option(None, argparse.SUPPRESS)
     padding_side: str | None = option(None, argparse.SUPPRESS)
@@ -182,11 +183,13 @@ def main(command: str, argv: Sequence[str]) -> Path:
 
     Raises:
         ValueError, FileNotFoundError: an option, the model or the data is not what is allowed; before training.
+        FileExistsError: another run is in ``output_dir``.
         FloatingPointError: as :class:`~pyterrier_llmrerank.training.trainer.GroupTrainer`.
     """
     recipe, sources, arguments = parse(command, argv)
     if arguments.disable_tqdm:  # losses are logged then
         logging.getLogger(__name__.partition(".")[0]).setLevel(logging.INFO)
+    resumed_from(arguments, sources.overwrite_output_dir)  # which raises before what takes long
     checkpoint = recipe.open(sources.model_name_or_path, sources.raw_peft or [])
     with arguments.main_process_first(desc="reading the data"):
         records = open_data("train_data", sources.train_data, sources.dataset_split, recipe.loss.needs_teacher)
@@ -197,7 +200,7 @@ def main(command: str, argv: Sequence[str]) -> Path:
         )
     seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     groups = Groups(records, recipe.group_size, seed, recipe.body)
-    folder = train(recipe, checkpoint, groups, arguments, validation)
+    folder = train(recipe, checkpoint, groups, arguments, validation, sources.overwrite_output_dir)
     if arguments.should_save:  # one process of several
         print(f"\nThe adapter is in {folder}; in Python it opens with\n\n    {recipe.opened(checkpoint, str(folder))}")
     return folder

@@ -65,7 +65,7 @@ def fit(
 
     Raises:
         ValueError: a frame or setting is not what is allowed.
-        FileExistsError: there is something in the recipe's ``output_dir``, and no run is resumed.
+        FileExistsError: there is something in the recipe's ``output_dir``, and it is not the run that is resumed.
         FloatingPointError: as :class:`~pyterrier_llmrerank.training.trainer.GroupTrainer`.
     """
     if isinstance(device, tuple):

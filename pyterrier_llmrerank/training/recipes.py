@@ -6,6 +6,7 @@ import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import pyterrier as pt
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
 
 #: Projections that LoRA updates.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+#: Settings that may be others when a run is gone on with.
+FREE = (
+    "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16",
+    "gradient_checkpointing", "logging_steps", "eval_steps", "save_steps", "patience", "min_label", "text", "arguments",
+)  # fmt: skip
 
 #: What stands beside an adapter.
 CARD = """---
@@ -176,6 +183,14 @@ class Recipe(ABC):
     def __repr__(self) -> str:
         changed = [f for f in fields(self) if getattr(self, f.name) != _default(f)]
         return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in changed)})"
+
+    def begun_with(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """What a run on a checkpoint cannot change when it is gone on with, as JSON holds it."""
+        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in FREE}
+        lists = {name: list(value) for name, value in settings.items() if isinstance(value, tuple)}
+        names = [checkpoint.base, *(str(adapter.name) for adapter in checkpoint.adapters)]
+        bases = {"trained_on": [PurePath(name).name for name in names]}  # wherever they lie
+        return {"recipe": type(self).__name__, **bases, **settings, **lists}
 
     def widths(self, seed: int) -> Widths:
         """The widths trained at, drawn with this seed; full width alone by default."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import resource
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +31,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 
 from ..batching import Budget, run_in_batches
 from ..checkpoints import Checkpoint
+from ..files import read_json
 from ..packing import PackedPairs
 from .data import Batch, Collator, Group, Groups
 from .lora import LowRankLinear
@@ -100,6 +103,7 @@ def train(
     groups: Groups,
     arguments: TrainingArguments,
     validation: Validation | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Train by a recipe, and write the adapter with its tokenizer into the output folder.
 
@@ -109,13 +113,22 @@ def train(
         groups: what to train on.
         arguments: the Trainer's; ``resume_from_checkpoint`` goes on from a folder, or from the last checkpoint.
         validation: what nDCG@10 is measured on; with ``load_best_model_at_end`` the best adapter is kept.
+        overwrite: remove an earlier run from the output folder first, unless that is what is gone on with.
 
     Returns:
         The output folder.
 
     Raises:
+        ValueError: there is no such checkpoint to resume from, or it is of another recipe, or beyond the last step.
+        FileExistsError: as :func:`resumed_from`; or what is trained on lies in the output folder.
         FloatingPointError: as :class:`GroupTrainer`.
     """
+    folder, resumed = Path(cast(str, arguments.output_dir)), resumed_from(arguments, overwrite)
+    begun = _Begun(recipe.begun_with(checkpoint), resumed)
+    read = [checkpoint.folder, *(adapter.folder for adapter in checkpoint.adapters)]
+    read += [] if checkpoint.adapter is None else [checkpoint.adapter.folder]
+    if overwrite and (inside := [path for path in read if path.resolve().is_relative_to(folder.resolve())]):
+        raise FileExistsError(f"overwrite_output_dir: {str(inside[0])!r}, which is trained on, is in output_dir.")
     set_seed(arguments.seed)
     arguments.dataloader_pin_memory &= torch.accelerator.is_available()
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several are for torchrun: DataParallel cannot share our batches out
@@ -137,11 +150,112 @@ def train(
     )
     if recipe.patience is not None:
         trainer.add_callback(EarlyStoppingCallback(recipe.patience))
-    resume: str | bool | None = arguments.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=resume if resume not in ("True", "true") else True)
+    trainer.add_callback(begun)
+    if overwrite and not _is_in(folder, resumed) and arguments.should_save:
+        for path in _left_by_runs(folder):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     trainer.save_state()
     trainer.save_model()  # and push, where that is asked for
-    return Path(cast(str, arguments.output_dir))
+    return folder
+
+
+#: What training leaves in a folder: what shows that it was there, and what lies beside that.
+RUN = ("checkpoint-[0-9]*", "adapter_config.json", "adapter_model.*", "trainer_state.json", "training_args.bin")
+BESIDE = (
+    "README.md", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja",
+)  # fmt: skip
+
+
+def _left_by_runs(folder: Path) -> list[Path]:
+    """What training left in a folder, or nothing where nothing shows that it was there."""
+    found = [path for pattern in RUN for path in folder.glob(pattern)]
+    return found and [*found, *(path for pattern in BESIDE for path in folder.glob(pattern))]
+
+
+def _is_in(folder: Path, checkpoint: Path | None) -> bool:
+    return checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
+
+
+def resumed_from(arguments: TrainingArguments, overwrite: bool = False) -> Path | None:
+    """Find the checkpoint that a run goes on from, None where it begins, and check that it writes over no other run.
+
+    Args:
+        arguments: of them, ``output_dir`` and ``resume_from_checkpoint``: a checkpoint's folder, or True for the last
+            one in ``output_dir`` that was written whole.
+        overwrite: whether an earlier run may be written over.
+
+    Raises:
+        ValueError: there is no such checkpoint.
+        FileExistsError: there is a model in ``output_dir``; or what an earlier run left there, unless it may be
+            written over, or this goes on from one of its checkpoints.
+    """
+    folder, asked = Path(cast(str, arguments.output_dir)), arguments.resume_from_checkpoint
+    resumed = None
+    if str(asked).lower() == "true":
+        whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+        numbered = [path for path in whole if path.name.removeprefix("checkpoint-").isdecimal()]
+        if not numbered:
+            raise ValueError(f"resume_from_checkpoint={asked}: no checkpoint in output_dir={str(folder)!r}.")
+        resumed = max(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    elif asked and str(asked).lower() != "false":
+        resumed = Path(asked)
+        if not (resumed / "trainer_state.json").is_file():
+            raise ValueError(
+                f"resume_from_checkpoint={str(asked)!r}: no checkpoint there; allowed: a folder checkpoint-N that was "
+                "written whole, or True for the last one in output_dir."
+            )
+    if models := [path for name in ("config.json", "*.gguf", "model*.safetensors") for path in folder.glob(name)]:
+        raise FileExistsError(
+            f"output_dir={str(folder)!r}: a model is there ({models[0].name}); choose another folder."
+        )
+    if not overwrite and not _is_in(folder, resumed) and (left := _left_by_runs(folder)):
+        raise FileExistsError(
+            f"output_dir={str(folder)!r}: another run is there ({left[0].name}); choose another folder, go on with "
+            "it by resume_from_checkpoint=True, or begin anew over it by overwrite_output_dir."
+        )
+    return resumed
+
+
+class _Begun(TrainerCallback):
+    """Keeps beside each checkpoint what its run was begun with, and goes on with no other.
+
+    Args:
+        settings: that stay the same.
+        resumed: the checkpoint that is gone on with, or None.
+
+    Raises:
+        ValueError: it was begun with others; or, in training, it is beyond the last step.
+    """
+
+    FILE = "begun_with.json"
+
+    def __init__(self, settings: dict[str, Any], resumed: Path | None) -> None:
+        self.settings, self.resumed = settings, resumed
+        if resumed is None:
+            return
+        if not (resumed / self.FILE).is_file():
+            logger.warning("%s does not say what it was begun with: that it was the same is not checked.", resumed)
+            return
+        before = read_json(resumed / self.FILE)
+        for name in {**before, **settings}:
+            if before.get(name) != settings.get(name):
+                raise ValueError(
+                    f"resume_from_checkpoint={str(resumed)!r}: begun with {name}={before.get(name)!r}, not "
+                    f"{settings.get(name)!r}; go on with the same, or begin in another output_dir."
+                )
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step > state.max_steps:
+            raise ValueError(
+                f"resume_from_checkpoint={str(self.resumed)!r}: step {state.global_step} is beyond max_steps="
+                f"{state.max_steps}; go on with more, or from an earlier checkpoint."
+            )
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if args.should_save and folder.is_dir():
+            (folder / self.FILE).write_text(json.dumps(self.settings, indent=2), encoding="utf-8")
 
 
 @contextmanager
