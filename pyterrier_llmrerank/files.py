@@ -549,8 +549,8 @@ def _unpicklers_reason(error: Exception) -> str:
     """What torch says of a file, without its advice on how to open it all the same."""
     said = reason(error, 10_000)
     if "weights_only" in said:
-        said = said.partition("WeightsUnpickler error: ")[2].partition("\n")[0].partition(" Please ")[0]
-    return said[:300].strip() or "something else than tensors is in it"
+        said = said.partition("WeightsUnpickler error: ")[2].strip().partition("\n")[0].partition(" Please ")[0]
+    return said[:300] or "it cannot be unpickled"
 
 
 def _record_bytes(path: Path) -> int:

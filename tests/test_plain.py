@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import MODELS, words
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -99,6 +100,18 @@ def test_both_paths_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
             del walked  # or it would share its weights
             np.testing.assert_allclose(plain.compute_score(PAIRS), wanted, atol=1e-4)
             assert not plain._weights().checkpoint.walked
+
+
+@pytest.mark.parametrize("kind", [AutoModelForSequenceClassification, AutoModelForCausalLM])
+def test_weights_are_read_from_the_form_that_is_whole(tmp_path: Path, kind: type) -> None:
+    """An index that was left of another form is passed over."""
+    saved(tmp_path, CONFIGS["gpt2"], kind)
+    reranker = RankLLaMAReranker if kind is AutoModelForSequenceClassification else MatroyshkaReranker
+    wanted = reranker(tmp_path, dtype="float32").compute_score(PAIRS)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"wte.weight": "gone.safetensors"}}')
+    np.testing.assert_allclose(reranker(tmp_path, dtype="float32").compute_score(PAIRS), wanted, atol=1e-5)
 
 
 def test_an_adapter_is_merged(tmp_path: Path) -> None:
