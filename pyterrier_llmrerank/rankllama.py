@@ -127,8 +127,8 @@ class RankLLaMAReranker(LLMReranker):
             FileNotFoundError: as the constructor.
 
         >>> from pyterrier_llmrerank.training import RankLLaMATraining
-        >>> RankLLaMAReranker.untrained("meta-llama/Llama-2-7b-hf", training=RankLLaMATraining(group_size=8)).model
-        'meta-llama/Llama-2-7b-hf'
+        >>> RankLLaMAReranker.untrained("meta-llama/Llama-2-7b-hf", training=RankLLaMATraining(group_size=8))
+        RankLLaMAReranker('meta-llama/Llama-2-7b-hf', training=RankLLaMATraining(group_size=8))
         """
         if (Path(base).expanduser() / "adapter_config.json").is_file():
             raise ValueError(f"base={str(base)!r}: an adapter, which is trained already; give it to the constructor.")
