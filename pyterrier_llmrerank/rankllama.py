@@ -198,8 +198,9 @@ class RankLLaMAReranker(LLMReranker):
 
     def set_parameter(self, name: str, value: Any) -> None:
         """Change a constructor argument; all is as for :meth:`LLMReranker.set_parameter`."""
+        before = self.model
         super().set_parameter(name, value)
-        if name == "model":  # another one may name another base
+        if self.model != before:  # another one may name another base
             self.named_base = named_base(self.model)
 
     def _shown(self, name: str) -> Any:
