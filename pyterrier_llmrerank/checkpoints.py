@@ -20,13 +20,19 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from .adapters import Adapter, canonical
 from .decoder import FAMILIES
 from .errors import reason, short
-from .files import TensorFiles, adapter_folder, check_sizes, folder_of, portable, read_json
+from .files import TensorFiles, adapter_folder, check_sizes, folder_of, portable, read_json, refuse_pointer
 
 #: A Matroyshka model_type is this and the family of its decoder.
 LAYER_WISE = "cost_wise_"
 
 #: Buffers in the files of older releases of transformers, which computes them today: rotary angles and causal masks.
 COMPUTED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias|causal_mask))")
+
+#: RankLLaMA's head.
+SCORE = "score.weight"
+
+#: A decoder's input embeddings.
+EMBEDDINGS = "embed_tokens.weight"
 
 #: What a checkpoint's configuration may say and is not listened to: what is of no account for a headless decoder in a
 #: dtype of our choice, and what could have code fetched.
@@ -198,6 +204,8 @@ class Checkpoint(ABC):
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         folder = self._tokenizer_folder()
         try:
+            for file in folder.glob("tokenizer*"):
+                refuse_pointer(file)
             with errors_only():  # it would warn that it does not know the model type
                 opened = AutoTokenizer.from_pretrained(folder, config=self.config, trust_remote_code=False)
             opened("Yes")  # some settings are wrong only when they are used
@@ -237,12 +245,21 @@ class Checkpoint(ABC):
     def __contains__(self, name: str) -> bool:
         return name in self._names
 
-    def check_adapters(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Raise ValueError unless every adapter fits these decoder modules, given with their weights' shapes."""
+    def check_adapters(self, shapes: dict[str, tuple[int, ...]], weights: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise ValueError unless every adapter fits the decoder.
+
+        Args:
+            shapes: its modules that LoRA may update, with their weights' shapes.
+            weights: all its weights, which an adapter may bring whole.
+        """
         head_shape = (1, int(self.config.hidden_size))
         heads = {self.head_module(index): head_shape for index in range(len(self.head_layers))}
         for adapter in self.adapters:
             adapter.check(shapes | {name: shape for name, shape in heads.items() if name is not None})
+            for name in sorted(adapter.whole.keys() - {SCORE}):
+                if (shape := adapter.whole_shape(name)) != weights.get(name):
+                    wanted = f"in the model it is {list(weights[name])}" if name in weights else "the model has none"
+                    raise ValueError(f"{adapter.argument}: holds the whole tensor {name!r}, {list(shape)}; {wanted}.")
 
     def check_depth(self) -> None:
         """Raise ValueError unless the files hold as many layers as the configuration says there are."""
@@ -258,6 +275,8 @@ class Checkpoint(ABC):
     def check_weights(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise ValueError unless the files hold these weights, by their names in the headless decoder."""
         for name, wanted in shapes.items():
+            if self._brought(name) is not None:
+                continue
             if name not in self:
                 raise ValueError(f"{self.argument}: the checkpoint has no tensor {name!r}.")
             if (shape := self.files.shape(self._names[name])) != wanted:
@@ -281,9 +300,15 @@ class Checkpoint(ABC):
         Raises:
             ValueError: the checkpoint has no such tensor, or not one of numbers that a weight may be.
         """
+        if (adapter := self._brought(name)) is not None:
+            return adapter.read_whole(name)
         if name not in self:
             raise ValueError(f"{self.argument}: the checkpoint has no tensor {name!r}.")
         return self.merged(name.removesuffix(".weight"), self.files.read(self._names[name]))
+
+    def _brought(self, name: str) -> Adapter | None:
+        """The adapter that brings a weight whole, in place of the model's own."""
+        return next((adapter for adapter in self.adapters if name in adapter.whole), None)
 
     def merged(self, module: str, weight: Tensor) -> Tensor:
         """A module's weight with the adapters' updates added in their order."""
@@ -294,10 +319,12 @@ class Checkpoint(ABC):
             adapter.add_to(weight, module)
         return weight
 
-    def _head(self, weight: Tensor, name: str) -> Tensor:
+    def _head(self, weight: Tensor, name: str, argument: str | None = None) -> Tensor:
         width = int(self.config.hidden_size)
         if weight.numel() != width:
-            raise ValueError(f"{self.argument}: head {name!r} is {list(weight.shape)}; wanted [1, {width}].")
+            raise ValueError(
+                f"{argument or self.argument}: head {name!r} is {list(weight.shape)}; wanted [1, {width}]."
+            )
         return self.merged(name.removesuffix(".weight"), weight.reshape(1, width)).reshape(width).float()
 
     def _stored_head(self, name: str) -> Tensor:
@@ -324,13 +351,9 @@ class RankLLaMACheckpoint(Checkpoint):
         self._adapter_folder = folder
         if (folder / "adapter_config.json").is_file():
             adapter = Adapter(folder, argument)
-            if others := sorted(set(adapter.whole) - {"score.weight"}):
-                raise ValueError(
-                    f"{argument}: holds the whole tensor {others[0]!r}; wanted LoRA and score.weight alone."
-                )
             base = base_model or adapter.base
-            named = "base_model" if base_model else f"the base model that {argument} names"
-            folder, argument = folder_of(base, named), f"base_model={base!r}"
+            folder = folder_of(base_model, "base_model") if base_model else adapter.base_folder()
+            argument = f"base_model={base!r}"
         elif base_model is not None:
             raise ValueError(
                 f"base_model={base_model!r} is given, but {argument} is no adapter (no adapter_config.json)."
@@ -339,6 +362,10 @@ class RankLLaMACheckpoint(Checkpoint):
         self.base = portable(base)
         if adapter is not None:
             self.adapter, self.adapters = adapter, (adapter,)
+            if self.walked and EMBEDDINGS in adapter.whole:  # of perhaps more tokens than the base knows
+                tokens = next(iter(adapter.whole_shape(EMBEDDINGS)), 0)
+                check_sizes({"vocab_size": tokens}, {}, adapter.argument)
+                self.config.vocab_size = self.settings["vocab_size"] = tokens
 
     @property
     def head_layers(self) -> Sequence[int]:
@@ -348,8 +375,7 @@ class RankLLaMACheckpoint(Checkpoint):
     @property
     def has_heads(self) -> bool:
         """Whether adapter or model brings a ``score`` head."""
-        name = "score.weight"
-        return (self.adapter is not None and name in self.adapter.whole) or name in self
+        return (self.adapter is not None and SCORE in self.adapter.whole) or SCORE in self
 
     def is_head(self, name: str) -> bool:
         """The ``score`` head, and whatever a language model or Matroyshka has in its place."""
@@ -357,15 +383,14 @@ class RankLLaMACheckpoint(Checkpoint):
 
     def heads(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
         """The ``score`` head, out of the adapter where it has one."""
-        name = "score.weight"
-        if self.adapter is not None and name in self.adapter.whole:
-            return self._head(self.adapter.read_whole(name), name)[None]
-        if name not in self:
+        if self.adapter is not None and SCORE in self.adapter.whole:
+            return self._head(self.adapter.read_whole(SCORE), SCORE, self.adapter.argument)[None]
+        if SCORE not in self:
             raise ValueError(
-                f"{self.argument}: no score head ({name!r}), neither in an adapter nor in the model; "
+                f"{self.argument}: no score head ({SCORE!r}), neither in an adapter nor in the model; "
                 "wanted a RankLLaMA adapter or a *ForSequenceClassification model with one label, or fit() first."
             )
-        return self._stored_head(name)[None]
+        return self._stored_head(SCORE)[None]
 
     def _tokenizer_folder(self) -> Path:
         """Beside the adapter where there is one, else beside the base."""
@@ -477,7 +502,11 @@ class MatroyshkaCheckpoint(Checkpoint):
         if not self.walked:  # other families have other names for their tables
             with self.described(), errors_only():
                 opened: Any = AutoModelForCausalLM.from_pretrained(
-                    self.folder, config=self.config, dtype="auto", output_loading_info=True
+                    self.folder,
+                    config=self.config,
+                    dtype="auto",
+                    output_loading_info=True,
+                    use_safetensors=self.files.safetensors,
                 )
             causal, loading = opened
             if missing := loading["missing_keys"]:

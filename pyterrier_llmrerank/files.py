@@ -10,6 +10,7 @@ import errno
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import re
 import tempfile
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
 #: The most bytes of a JSON file of a checkpoint; indexes of the largest models have a few million.
 LARGEST_JSON = 2**26
 
@@ -46,7 +49,11 @@ LARGEST = {
 #: The dtypes that weights are stored in, as torch prints them.
 STORED = ("torch.float32", "torch.bfloat16", "torch.float16", "torch.float64")
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*")
+#: A hub id, perhaps of a folder in a repository, perhaps at a branch, tag or commit.
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*(@[A-Za-z0-9][\w-]*([./][\w-]+)*)?")
+
+#: How a file begins that stands for one in Git's large file storage.
+LFS_POINTER = b"version https://git-lfs"
 
 
 def smollm2() -> str:
@@ -107,7 +114,52 @@ def bare(base: str) -> str:
 
 def portable(base: str) -> str:
     """What an adapter calls its base: the small model by name, for its file lies elsewhere on other machines."""
-    return SHIPPED if base == smollm2() and Path(base).is_file() else base
+    return SHIPPED if base == smollm2() and Path(base).is_file() else located(base)
+
+
+def is_of_package(folder: Path) -> bool:
+    """Whether an adapter's folder is one of those that come with this package."""
+    return (Path(__file__).parent / "models").resolve() in folder.resolve().parents
+
+
+def located(reference: str, model: str | None = None) -> str:
+    """The reference that means the same from any folder: of what is here the absolute path.
+
+    Args:
+        reference: a folder, file or hub id.
+        model: for an adapter, what it belongs to; a folder below the model's own is left as it is.
+    """
+    path = Path(reference).expanduser()
+    if not os.path.exists(path) or (model is not None and (Path(model).expanduser() / reference).is_dir()):
+        return reference
+    return str(path.resolve() if ".." in path.parts else path.absolute())
+
+
+def named_base(adapter: str) -> str | None:
+    """The base that a local adapter names, where that is a folder or file here; None for one on the hub, or none."""
+    config = Path(adapter).expanduser() / "adapter_config.json"
+    named = read_json(config).get("base_model_name_or_path") if config.is_file() else None
+    return located(named) if isinstance(named, str) and named and os.path.exists(Path(named).expanduser()) else None
+
+
+def shown(reference: str, model: str | None = None) -> str:
+    """A shorter reference that means the same in the current folder; the arguments are as for :func:`located`."""
+    path = Path(reference)
+    if not path.is_absolute() or Path.cwd() not in path.parents:
+        return reference
+    relative = str(path.relative_to(Path.cwd()))
+    return relative if located(relative, model) == reference else reference
+
+
+def at_revision(reference: str, revision: object) -> str:
+    """A hub id at a revision, if there is one and the id has none yet; anything else as it is."""
+    return f"{reference}@{revision}" if revision and "@" not in reference and is_hub_id(reference) else reference
+
+
+def without_revision(reference: str) -> tuple[str, str | None]:
+    """A hub id and its revision; anything else, or None, where there is none."""
+    name, _, revision = reference.partition("@") if is_hub_id(reference) else (reference, "", "")
+    return name, revision or None
 
 
 def identity(reference: Any) -> Any:
@@ -147,7 +199,8 @@ def folder_of(reference: str, argument: str) -> Path:
 
     Args:
         reference: a folder, a GGUF file, or a hub id, which may name a folder inside the repository
-            (``owner/name/sub/folder``); ``smollm2-135m`` is the small model of :func:`smollm2`.
+            (``owner/name/sub/folder``) and a branch, tag or commit (``owner/name@revision``); ``smollm2-135m`` is
+            the small model of :func:`smollm2`.
         argument: the caller's argument, for messages.
 
     Raises:
@@ -173,29 +226,40 @@ def adapter_folder(reference: str, model: str) -> Path:
     below = Path(model).expanduser() / reference
     if below.is_dir():
         return below
-    if is_hub_id(model) and is_hub_id(reference):
+    if is_hub_id(model) and is_hub_id(reference) and "@" not in reference:
+        name, revision = without_revision(model)
         try:
-            return _hub_folder(f"{model}/{reference}", "adapters")
+            return _hub_folder(at_revision(f"{name}/{reference}", revision), "adapters")
         except FileNotFoundError:  # not in the model's repository: one of its own, then
             pass
     return folder_of(reference, "adapters")
 
 
 def _hub_folder(reference: str, argument: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
-    owner_name, sub = "/".join(reference.split("/")[:2]), "/".join(reference.split("/")[2:])
+    name, revision = without_revision(reference)
+    owner_name, sub = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
     where = f"{sub}/" if sub else ""
     kinds = ("*.json", "*.model", "*.txt", "*.safetensors")
     skip = [f"{where}*/*", "*consolidated*"]  # other adapters; the original authors' copy of the weights
     try:
-        got = Path(snapshot_download(owner_name, allow_patterns=[where + k for k in kinds], ignore_patterns=skip)) / sub
+        got = _snapshot(owner_name, revision, [where + kind for kind in kinds], skip) / sub
         if not any(got.glob("*.safetensors")):
-            snapshot_download(owner_name, allow_patterns=[f"{where}*.bin"], ignore_patterns=skip)
+            _snapshot(owner_name, revision, [f"{where}*.bin"], skip)
     except GatedRepoError as error:
         raise PermissionError(
             f"{argument}={reference!r}: accept its terms on the Hugging Face hub, then log in with 'hf auth login'."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(
+            f"{argument}={reference!r}: {owner_name!r} has no revision {revision!r} on the Hugging Face hub; "
+            "allowed: a branch, a tag or a whole commit hash."
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise FileNotFoundError(
@@ -219,6 +283,22 @@ def _hub_folder(reference: str, argument: str) -> Path:
     return got
 
 
+def _snapshot(name: str, revision: str | None, wanted: list[str], skip: list[str]) -> Path:
+    """The local copy of a repository; where the hub is out of reach, what there is of it."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=skip))
+    except LocalEntryNotFoundError as error:
+        # Newer clients miss any file of these patterns that other programs had no need of. What is needed is named
+        # where it is opened.
+        if (incomplete := getattr(error, "snapshot_path", None)) is None:
+            raise
+        logger.info("%s", reason(error))
+        return Path(incomplete)
+
+
 def dequantised(file: Path, argument: str = "model") -> Path:
     """A folder with a GGUF file's model as fp32 safetensors; written once, kept in PyTerrier's home.
 
@@ -229,6 +309,7 @@ def dequantised(file: Path, argument: str = "model") -> Path:
     if importlib.util.find_spec("gguf") is None:
         raise ImportError(f"{argument}={str(file)!r}: reading a GGUF file needs the gguf package: pip install gguf")
     file = file.resolve()
+    refuse_pointer(file)
     stat = file.stat()
     home = Path(pt.io.pyterrier_home()) / "llmrerank"
     state = f"{file} {stat.st_size} {stat.st_mtime_ns}"
@@ -319,6 +400,13 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         raise OSError(f"{folder}: the tokenizer cannot be written: {reason(error)}") from error
 
 
+def refuse_pointer(path: Path) -> None:
+    """Raise ValueError on what Git leaves in place of a large file that it has not fetched."""
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(f"{path}: a Git LFS pointer, not the file itself; run 'git lfs pull' in its folder.")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a checkpoint's file.
 
@@ -327,6 +415,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if (size := path.stat().st_size) > LARGEST_JSON:
         raise ValueError(f"{path}: {size} bytes; a checkpoint's JSON file of at most {LARGEST_JSON} is wanted.")
+    refuse_pointer(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # numbers of too many digits are plain ValueErrors
@@ -373,6 +462,7 @@ class TensorFiles:
         # A model's would stay mapped, and count as memory in use.
         self._open = cache(_open_safetensors) if stem == "adapter_model" else _open_safetensors
         bin_stem = "pytorch_model" if stem == "model" else stem
+        incomplete: FileNotFoundError | None = None
         for name in (f"{stem}.safetensors", f"{bin_stem}.bin"):
             index = folder / f"{name}.index.json"
             if (folder / name).is_file():
@@ -381,11 +471,16 @@ class TensorFiles:
                 files = sorted(set(_weight_map(index).values()))
             else:
                 continue
+            if missing := [file for file in files if not (folder / file).is_file()]:  # of another form there may be all
+                incomplete = incomplete or FileNotFoundError(
+                    f"{argument}: {index} names {missing[0]}, which is not there."
+                )
+                continue
+            #: Whether they are of this format, or of torch's.
+            self.safetensors = name.endswith(".safetensors")
             self._where: dict[str, Path | dict[str, Tensor]] = {}
             for file in files:
                 path = folder / file
-                if not path.is_file():
-                    raise FileNotFoundError(f"{argument}: {index} names {file}, which is not there.")
                 source = path if path.suffix == ".safetensors" else _load_bin(path)
                 names = source if isinstance(source, dict) else self._open(path).keys()
                 for name in names:
@@ -393,7 +488,7 @@ class TensorFiles:
                         raise ValueError(f"{argument}: tensor {short(name)} is in {path} and in another file too.")
                     self._where[name] = source
             return
-        raise FileNotFoundError(
+        raise incomplete or FileNotFoundError(
             f"{argument}: no weights in {folder}; wanted {stem}.safetensors, {bin_stem}.bin or their index. "
             "(The copy of a hub model may be incomplete if it was made offline.)"
         )
@@ -437,6 +532,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _open_safetensors(path: Path) -> Any:
     try:
+        refuse_pointer(path)
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a readable safetensors file: {reason(error)}") from error
@@ -445,6 +541,7 @@ def _open_safetensors(path: Path) -> Any:
 def _load_bin(path: Path) -> dict[str, Tensor]:
     import torch
 
+    refuse_pointer(path)
     try:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -453,13 +550,21 @@ def _load_bin(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
             records = None
     except Exception as error:  # the unpickler raises whatever a broken or hostile file makes it raise
-        raise ValueError(f"{path}: refused, it is not a plain file of tensors: {reason(error)}") from error
+        raise ValueError(f"{path}: refused, it is not a plain file of tensors: {_unpicklers_reason(error)}") from error
     if not isinstance(content, dict) or not all(isinstance(n, str) and _is_plain(t) for n, t in content.items()):
         raise ValueError(f"{path}: refused, it is not a plain file of tensors.")
     storages = {s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in content.values())}
     if records is not None and sum(storages.values()) > records:  # a mapped tensor may run on into the next record
         raise ValueError(f"{path}: refused, its records are shorter than the tensors that they are said to hold.")
     return content
+
+
+def _unpicklers_reason(error: Exception) -> str:
+    """What torch says of a file, without its advice on how to open it all the same."""
+    said = reason(error, 10_000)
+    if "weights_only" in said:
+        said = said.partition("WeightsUnpickler error: ")[2].strip().partition("\n")[0].partition(" Please ")[0]
+    return said[:300] or "it cannot be unpickled"
 
 
 def _record_bytes(path: Path) -> int:

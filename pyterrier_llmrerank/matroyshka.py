@@ -23,8 +23,10 @@ from .files import (
     bare,
     is_hub_id,
     is_shipped,
+    located,
     require,
     shipped,
+    shown,
     smollm2,
 )
 from .inputs import PROMPT, Ids, MatroyshkaInputs
@@ -48,11 +50,12 @@ class MatroyshkaReranker(LLMReranker):
 
     Args:
         model: a layer-wise checkpoint (``cost_wise_*``), or any causal language model of a supported
-            family, to which ``adapters`` and ``start_layer`` belong: a folder, ``.gguf`` file or hub id.
+            family, to which ``adapters`` and ``start_layer`` belong: a folder, ``.gguf`` file or hub id, which may
+            name a revision (``"owner/name@v1"``); paths are kept absolute.
             ``"smollm2-135m"`` is SmolLM2-135M-Instruct with the adapters that come with this package.
         adapters: LoRA folders to merge, in this order: paths, folders below the model's own
-            (``"compensate/layer/full"``), or hub ids. By default none; of ``"smollm2-135m"`` those of
-            distillation and layer compensation.
+            (``"compensate/layer/full"``), or hub ids, as for ``model``. By default none; of ``"smollm2-135m"`` those
+            of distillation and layer compensation.
         token_adapters: token compensations by ratio, ``{2: folder, 4: folder}``: where a shape has
             ``compress_layers``, the one for its ratio, else for the next lower, is laid over the same weights. By
             default none; of ``"smollm2-135m"`` those that come with it. Kept as a tuple of pairs; what is in use
@@ -135,8 +138,8 @@ class MatroyshkaReranker(LLMReranker):
             training,
         )  # fmt: skip
         folders = adapters if isinstance(adapters, list | tuple) else [adapters]
-        self.adapters = tuple(path_like("adapters", folder) for folder in folders)
-        self.token_adapters = _by_ratio(token_adapters)
+        self.adapters = tuple(located(path_like("adapters", folder), self.model) for folder in folders)
+        self.token_adapters = tuple((r, located(name, self.model)) for r, name in _by_ratio(token_adapters))
         self.cutoff = _cutoff(cutoff)
         self.compress_layers = _layers("compress_layers", compress_layers, at_least=0)
         self.compress_ratio = positive("compress_ratio", compress_ratio)
@@ -301,12 +304,21 @@ class MatroyshkaReranker(LLMReranker):
         return tuple(fitting[-1:])
 
     def __repr__(self) -> str:
-        shown = super().__repr__()
+        call = super().__repr__()
         if not self.token_adapters and (self.adapters or not is_shipped(self.model)):
-            return shown
+            return call
         _, adapters, _, _ = self._opened()
         names = [*adapters, *self._token_adapter()]
-        return f"{shown} over {', '.join(Path(n).name if is_shipped(self.model) else n for n in names) or 'no adapter'}"
+        named = [Path(name).name if is_shipped(self.model) else shown(name, self.model) for name in names]
+        return f"{call} over {', '.join(named) or 'no adapter'}"
+
+    def _shown(self, name: str) -> Any:
+        value = getattr(self, name)
+        if name == "adapters":
+            return tuple(shown(adapter, self.model) for adapter in value)
+        if name == "token_adapters":
+            return tuple((ratio, shown(adapter, self.model)) for ratio, adapter in value)
+        return value
 
     def _opened(self) -> tuple[str, tuple[str, ...], int | None, int | None]:
         """Model, adapters to merge, and where the heads are, that are opened."""

@@ -57,7 +57,11 @@ class PlainDecoder(nn.Module):
             )
         with checkpoint.described(), errors_only():  # it would warn of the language model's head, which is not needed
             model, loading = AutoModel.from_pretrained(
-                checkpoint.folder, config=checkpoint.config, dtype="auto", output_loading_info=True
+                checkpoint.folder,
+                config=checkpoint.config,
+                dtype="auto",
+                output_loading_info=True,
+                use_safetensors=checkpoint.files.safetensors,
             )
         if loading["missing_keys"]:
             raise ValueError(f"{checkpoint.argument}: the checkpoint has no tensor {min(loading['missing_keys'])!r}.")
@@ -66,9 +70,17 @@ class PlainDecoder(nn.Module):
             for name, module in model.named_modules()
             if isinstance(module, nn.Linear)
         }
-        checkpoint.check_adapters({name: tuple(module.weight.shape) for name, module in linear.items()})
+        weights = {canonical(f"{model.base_model_prefix}.{name}"): weight for name, weight in model.named_parameters()}
+        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+        whole = {name: adapter for adapter in checkpoint.adapters for name in adapter.whole if name in weights}
+        for name, adapter in whole.items():
+            if weights[name] is model.get_input_embeddings().weight:  # of perhaps more tokens than the base knows
+                shapes[name] = (*adapter.whole_shape(name)[:1], *shapes[name][1:])
+        checkpoint.check_adapters({name: tuple(module.weight.shape) for name, module in linear.items()}, shapes)
         for name, module in linear.items():
             module.weight.data = checkpoint.merged(name, module.weight.data)
+        for name, adapter in whole.items():
+            weights[name].data = adapter.read_whole(name)
         self.model: PreTrainedModel = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
         self.argument = checkpoint.argument
         self.layers = checkpoint.layers

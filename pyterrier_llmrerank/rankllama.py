@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import pandas as pd
 
-from .files import bare, folder_of, is_shipped, require, shipped, smollm2
+from .files import bare, folder_of, is_shipped, located, named_base, require, shipped, shown, smollm2
 from .inputs import Ids, RankLLaMAInputs, document
 from .reranker import LLMReranker
 from .values import column, path_like, positive, problem_of
@@ -29,7 +29,8 @@ class RankLLaMAReranker(LLMReranker):
 
     Args:
         model: a PEFT ``SEQ_CLS`` adapter with its score head, or a merged ``*ForSequenceClassification``
-            model: a folder or a hub id. ``"smollm2-135m"`` is the small adapter that comes with this package.
+            model: a folder or a hub id, which may name a revision (``"owner/name@v1"``); paths are kept absolute.
+            ``"smollm2-135m"`` is the small adapter that comes with this package.
         base_model: what the adapter is put on (folder, ``.gguf`` file or hub id), instead of the base
             that it names itself.
         query_max_length: tokens kept of ``query: {query}``, without ``<s>``.
@@ -97,7 +98,7 @@ class RankLLaMAReranker(LLMReranker):
             model, text_field, batch_size, device, dtype, quantization, torch_compile, attn_implementation, verbose,
             training,
         )  # fmt: skip
-        self.base_model = None if base_model is None else path_like("base_model", base_model)
+        self.base_model = None if base_model is None else located(path_like("base_model", base_model))
         self.query_max_length = positive("query_max_length", query_max_length)
         self.passage_max_length = positive("passage_max_length", passage_max_length)
         self.title_field = None if title_field is None else column("title_field", title_field)
@@ -105,6 +106,8 @@ class RankLLaMAReranker(LLMReranker):
         require(self.model, "model")
         if self.base_model is not None:
             require(self.base_model, "base_model")
+        #: The base that the adapter names, where that is a path: it means what it does when the reranker is made.
+        self.named_base = named_base(self.model)
         if training is not None:
             from .training.recipes import RankLLaMATraining
 
@@ -124,8 +127,8 @@ class RankLLaMAReranker(LLMReranker):
             FileNotFoundError: as the constructor.
 
         >>> from pyterrier_llmrerank.training import RankLLaMATraining
-        >>> RankLLaMAReranker.untrained("meta-llama/Llama-2-7b-hf", training=RankLLaMATraining(group_size=8)).model
-        'meta-llama/Llama-2-7b-hf'
+        >>> RankLLaMAReranker.untrained("meta-llama/Llama-2-7b-hf", training=RankLLaMATraining(group_size=8))
+        RankLLaMAReranker('meta-llama/Llama-2-7b-hf', training=RankLLaMATraining(group_size=8))
         """
         if (Path(base).expanduser() / "adapter_config.json").is_file():
             raise ValueError(f"base={str(base)!r}: an adapter, which is trained already; give it to the constructor.")
@@ -140,7 +143,7 @@ class RankLLaMAReranker(LLMReranker):
         """Model and base model that are opened."""
         if is_shipped(self.model):
             return shipped(f"rankllama-{self.model}"), self.base_model or smollm2()
-        return self.model, self.base_model
+        return self.model, self.base_model or self.named_base
 
     def _shape(self, checkpoint: Checkpoint) -> Shape:
         from .scoring import Shape
@@ -191,7 +194,18 @@ class RankLLaMAReranker(LLMReranker):
         return cast("RankLLaMACheckpoint", self._checkpoint()()).base
 
     def _take_up(self, adapter: str) -> None:
-        self.base_model, self.model = self._base(), adapter
+        self.base_model, self.model = located(self._base()), adapter
+
+    def set_parameter(self, name: str, value: Any) -> None:
+        """Change a constructor argument; all is as for :meth:`LLMReranker.set_parameter`."""
+        before = self.model
+        super().set_parameter(name, value)
+        if self.model != before:  # another one may name another base
+            self.named_base = named_base(self.model)
+
+    def _shown(self, name: str) -> Any:
+        value = getattr(self, name)
+        return shown(value) if name == "base_model" and value is not None else value
 
     def _is_adapter(self) -> bool:
         return (folder_of(self._opened()[0], "model") / "adapter_config.json").is_file()

@@ -18,6 +18,7 @@ import pandas as pd
 import pyterrier as pt
 
 from .errors import ScoringError, short
+from .files import located, shown
 from .usage import Usage
 from .values import as_list, column, devices, one_of, path_like, positive, problem_of, problem_of_id
 
@@ -121,7 +122,7 @@ class LLMReranker(pt.Estimator):
         training: Recipe | None,
     ) -> None:
         """Check and keep the arguments that every reranker has."""
-        self.model = path_like("model", model)
+        self.model = located(path_like("model", model))
         self.text_field = column("text_field", text_field)
         self.batch_size = None if batch_size is None else positive("batch_size", batch_size)
         self.device = devices(device)
@@ -427,7 +428,8 @@ class LLMReranker(pt.Estimator):
             for weights in stacked(self._shared_weights):
                 weights.leave(self)
             del self._shared_weights, self._shared_key
-        self._take_up(str(self._train(Frames(topics_or_res_tr, qrels_tr, self._bodies, self.text_field), validation)))
+        adapter = self._train(Frames(topics_or_res_tr, qrels_tr, self._bodies, self.text_field), validation)
+        self._take_up(located(str(adapter)))
 
     # -- one copy of the weights, or one a device
 
@@ -513,8 +515,12 @@ class LLMReranker(pt.Estimator):
     def __repr__(self) -> str:
         parameters = list(inspect.signature(type(self).__init__).parameters.values())[1:]
         changed = [p.name for p in parameters[1:] if getattr(self, p.name) != p.default]
-        given = [repr(self.model), *(f"{name}={getattr(self, name)!r}" for name in changed)]
+        given = [repr(shown(self.model)), *(f"{name}={self._shown(name)!r}" for name in changed)]
         return f"{type(self).__name__}({', '.join(given)})"
+
+    def _shown(self, name: str) -> Any:
+        """An argument's value as it is printed."""
+        return getattr(self, name)
 
 
 def stacked(replicas: Iterable[Weights]) -> list[Weights]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .checkpoints import Checkpoint
-from .files import read_json, save_tensors, save_tokenizer
+from .files import read_json, save_tensors, save_tokenizer, without_revision
 from .weights import build_decoder
 
 #: What a copy of an adapter gets last of all, and what it does not get.
@@ -80,7 +80,9 @@ def copy_adapter(
             shutil.copyfile(file, target / file.name)
     if tokenizer is not None:
         save_tokenizer(tokenizer, target)
-    config = read_json(source / "adapter_config.json") | ({} if base is None else {"base_model_name_or_path": base})
+    config = read_json(source / "adapter_config.json")
+    if base is not None:
+        config["base_model_name_or_path"], config["revision"] = without_revision(base)
     (target / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 

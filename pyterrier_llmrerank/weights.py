@@ -210,13 +210,13 @@ def build_decoder(checkpoint: Checkpoint) -> PreTrainedModel:
     checkpoint.check_depth()
     with checkpoint.described(), torch.device("meta"):
         decoder: PreTrainedModel = AutoModel.from_config(checkpoint.config, attn_implementation=ATTENTION)  # type: ignore[no-untyped-call]
-    shapes = {name: tuple(weight.shape) for name, weight in decoder.named_parameters()}
-    checkpoint.check_weights(shapes)
-    checkpoint.check_unused(set(checkpoint) - set(shapes))
+    weights = {name: tuple(weight.shape) for name, weight in decoder.named_parameters()}
+    checkpoint.check_weights(weights)
+    checkpoint.check_unused(set(checkpoint) - set(weights))
     with checkpoint.described():
         decoder.rotary_emb = type(decoder.rotary_emb)(checkpoint.config)  # computed, not stored
     checkpoint.check_adapters(
-        {name: tuple(m.weight.shape) for name, m in decoder.named_modules() if isinstance(m, nn.Linear)}
+        {name: tuple(m.weight.shape) for name, m in decoder.named_modules() if isinstance(m, nn.Linear)}, weights
     )
     decoder.eval()  # type: ignore[no-untyped-call]
     return decoder

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import pickle
+import re
 import shutil
 import struct
 import zipfile
@@ -19,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker, files
 from pyterrier_llmrerank.files import TensorFiles, adapter_folder, dequantised, folder_of, read_json, shipped
-from pyterrier_llmrerank.training import RankLLaMATraining
+from pyterrier_llmrerank.training import DistillTraining, RankLLaMATraining
 
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b.weight": torch.ones(4)}
 
@@ -77,9 +78,13 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path, old: bool) -> None:
         file.write_bytes(pickle.dumps(Bomb(bomb)))
     else:
         torch.save({"a": Bomb(bomb)}, file)
-    with pytest.raises(ValueError, match=r"adapter_model\.bin: refused"):
+    with pytest.raises(
+        ValueError, match=r"adapter_model\.bin: refused, it is not a plain file of tensors: \w+"
+    ) as info:
         TensorFiles(tmp_path, "adapter_model", "adapters")
     assert not bomb.exists()
+    assert "weights_only" not in str(info.value)  # torch's advice is to open it all the same
+    assert "trust" not in str(info.value)
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"a": "text"}])
@@ -262,21 +267,184 @@ def test_a_hub_that_cannot_be_reached_says_what_works_offline() -> None:
         folder_of("someone/no-such-model", "base_model")
 
 
+def lfs_pointer(content: bytes) -> bytes:
+    """What Git leaves in place of a file that it has not fetched."""
+    return b"version https://git-lfs.github.com/spec/v1\noid sha256:%064d\nsize %d\n" % (7, len(content))
+
+
+class Cache:
+    """A folder laid out as the hub's client lays out its cache."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def add(self, repository: str, model: Path, commit: str, *refs: str, listed: tuple[str, ...] = ()) -> Path:
+        """Put a model there at a commit that has these names; the listing of its files may have more."""
+        from huggingface_hub import _tree_cache as trees  # which newer clients keep beside the files
+
+        place = self.folder / f"models--{repository.replace('/', '--')}"
+        snapshot = place / "snapshots" / commit
+        shutil.copytree(model, snapshot)
+        for ref in refs:
+            (place / "refs" / ref).parent.mkdir(parents=True, exist_ok=True)
+            (place / "refs" / ref).write_text(commit)
+        names = [str(file.relative_to(snapshot)) for file in snapshot.rglob("*") if file.is_file()]
+        entry = trees.TreeCacheEntry(size=1, blob_id="0" * 40)
+        trees.write_tree_cache(str(place), commit, dict.fromkeys([*names, *listed], entry))
+        return snapshot
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
+    """An empty cache, and no hub."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    return Cache(tmp_path / "cache")
+
+
+NOW, BEFORE = "a" * 40, "b" * 40
+PAIR = ("a query", "a passage")
+
+
+def test_what_other_programs_left_in_the_cache_is_enough(cached: Cache) -> None:
+    """They fetch what they need, not all files of the kinds that may be needed."""
+    listed = ("LICENSE.txt", "added_tokens.json", "model-00001-of-00002.safetensors", "sub/adapter_model.safetensors")
+    cached.add("owner/model", MODELS / "costwise_full", NOW, "main", listed=listed)
+    cached.add("owner/adapter", MODELS / "adapter_sd", NOW, "main", listed=("vocab.txt",))
+    wanted = MatroyshkaReranker(MODELS / "costwise_full", adapters=[MODELS / "adapter_sd"], dtype="float32")
+    got = MatroyshkaReranker("owner/model", adapters=["owner/adapter"], dtype="float32")
+    assert got.compute_score(PAIR) == wanted.compute_score(PAIR)
+
+
+def test_a_weight_that_is_not_in_the_cache_is_named(cached: Cache, tmp_path: Path) -> None:
+    shutil.copytree(MODELS / "costwise_full", tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    cached.add("owner/none", tmp_path / "model", NOW, "main", listed=("model.safetensors",))
+    with pytest.raises(
+        FileNotFoundError, match=r"model='owner/none': no weights in .*copy of a hub model may be incom"
+    ):
+        MatroyshkaReranker("owner/none").compute_score(PAIR)
+    (tmp_path / "model" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "part-1.safetensors"}}')
+    cached.add("owner/part", tmp_path / "model", NOW, "main", listed=("part-1.safetensors",))
+    with pytest.raises(
+        FileNotFoundError, match=r"model='owner/part': .* names part-1\.safetensors, which is not there"
+    ):
+        MatroyshkaReranker("owner/part").compute_score(PAIR)
+
+
+def test_a_revision_is_a_branch_a_tag_or_a_commit(cached: Cache, tmp_path: Path) -> None:
+    shutil.copytree(MODELS / "costwise_full", tmp_path / "model")
+    shutil.copytree(MODELS / "adapter_sd", tmp_path / "model" / "compensate" / "layer")
+    now = cached.add("owner/model", tmp_path / "model", NOW, "main")
+    before = cached.add("owner/model", tmp_path / "model", BEFORE, "v1.0", "refs/pr/3")
+    assert folder_of("owner/model", "model") == now
+    for revision in ("v1.0", "refs/pr/3", BEFORE):
+        assert folder_of(f"owner/model@{revision}", "model") == before
+        assert folder_of(f"owner/model/compensate/layer@{revision}", "model") == before / "compensate" / "layer"
+        assert adapter_folder("compensate/layer", f"owner/model@{revision}") == before / "compensate" / "layer"
+    assert adapter_folder("owner/model/compensate/layer@main", f"owner/model@{BEFORE}").parent.parent == now
+    reranker = MatroyshkaReranker("owner/model@v1.0", adapters="compensate/layer", dtype="float32")
+    assert reranker._weights().checkpoint.folder == before
+    assert repr(reranker).startswith("MatroyshkaReranker('owner/model@v1.0', adapters=('compensate/layer',)")
+    with pytest.raises(ConnectionError, match="model='owner/model@v2': .*not in the local cache"):
+        folder_of("owner/model@v2", "model")
+
+
+@pytest.mark.parametrize("revision", ["", "..", "a/../b", "/v1", "v1/", "a b", "a@b"])
+def test_a_revision_that_can_be_none(revision: str) -> None:
+    with pytest.raises(FileNotFoundError, match="no such model folder"):
+        RankLLaMAReranker(f"owner/model@{revision}")
+
+
+def test_a_folder_with_an_at_sign_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(MODELS / "costwise_full", tmp_path / "model@v1")
+    monkeypatch.chdir(tmp_path)
+    assert folder_of("model@v1", "model") == Path("model@v1")
+    assert files.without_revision("model@v1") == ("model@v1", None)
+
+
+def test_the_base_is_opened_at_the_revision_that_the_adapter_names(cached: Cache, tmp_path: Path) -> None:
+    cached.add("owner/base", MODELS / "mistral_base", NOW, "main")
+    base = cached.add("owner/base", MODELS / "rankllama_base", BEFORE, "v1")
+    adapter = tmp_path / "adapter"
+    shutil.copytree(MODELS / "rankllama_adapter", adapter)
+    config = read_json(adapter / "adapter_config.json")
+    named = {"base_model_name_or_path": "owner/base", "revision": "v1"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config | named))
+    wanted = RankLLaMAReranker(adapter, base_model=MODELS / "rankllama_base", dtype="float32").compute_score(PAIR)
+    settings = RankLLaMATraining(group_size=2, max_steps=1, learning_rate=0.0, output_dir=str(tmp_path / "run"))
+    rows = frame(1, 3)
+    for reranker in (
+        RankLLaMAReranker(adapter, dtype="float32", training=settings),
+        RankLLaMAReranker(adapter, base_model="owner/base@v1", dtype="float32"),
+    ):
+        assert reranker._weights().checkpoint.folder == base
+        assert reranker.compute_score(PAIR) == wanted
+        reranker.save(tmp_path / f"saved-{reranker.base_model is None}")
+    reranker = RankLLaMAReranker(adapter, dtype="float32", training=settings)
+    reranker.fit(rows, rows.assign(label=[1, 0, 0])[["qid", "docno", "label"]])
+    assert reranker.base_model == "owner/base@v1"
+    for written in ("saved-True", "saved-False", "run"):  # as PEFT reads it
+        config = read_json(tmp_path / written / "adapter_config.json")
+        assert (config["base_model_name_or_path"], config["revision"]) == ("owner/base", "v1")
+
+
+@pytest.mark.parametrize("base", ["someone/base", "./nowhere"])
+def test_a_base_that_is_not_there_can_be_given(tmp_path: Path, base: str) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(MODELS / "rankllama_adapter", adapter)
+    config = read_json(adapter / "adapter_config.json")
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+    with pytest.raises((FileNotFoundError, ConnectionError), match=f"{base}.* give a RankLLaMA base_model") as info:
+        RankLLaMAReranker(adapter).compute_score(PAIR)
+    assert f"the base model that model={str(adapter)!r} names={base!r}" in str(info.value)
+    with pytest.raises((FileNotFoundError, ConnectionError), match=f"the base model that model=.* names={base!r}"):
+        DistillTraining().open(str(adapter))
+    with pytest.raises((FileNotFoundError, ConnectionError)) as info:
+        RankLLaMAReranker(adapter, base_model="someone/other").compute_score(PAIR)
+    assert "give a RankLLaMA base_model" not in str(info.value)
+
+
+@pytest.mark.parametrize("adapter", ["rankllama-smollm2-135m", "matroyshka-smollm2-135m/distilled"])
+def test_a_shipped_adapters_base_is_the_one_beside_it(adapter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyterrier_llmrerank.adapters import Adapter
+
+    folder = Path(shipped(adapter))
+    assert read_json(folder / "adapter_config.json")["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert Adapter(folder, "model").base == "smollm2-135m"
+    monkeypatch.chdir(folder.parent)
+    assert Adapter(Path(folder.name), "model").base == "smollm2-135m"
+
+
+def test_training_goes_on_from_a_shipped_adapters_folder(smollm2: str) -> None:
+    rankllama = RankLLaMATraining().open(shipped("rankllama-smollm2-135m"))
+    distilled = DistillTraining().open(shipped("matroyshka-smollm2-135m/distilled"))
+    for checkpoint in (rankllama, distilled):
+        assert checkpoint.folder == dequantised(Path(smollm2))
+        assert checkpoint.base == "smollm2-135m"
+        assert checkpoint.adapter is not None
+
+
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     """A hub with two repositories: a model with an adapter in a folder of its own, and an adapter; .bin only."""
     import httpx2
     import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     asked: dict[str, list[str]] = {"allow": [], "ids": []}
     response = httpx2.Response(404, request=httpx2.Request("GET", "https://hub"))
 
-    def snapshot_download(repo_id: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+    def snapshot_download(
+        repo_id: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]
+    ) -> str:
         asked["ids"].append(repo_id)
         asked["allow"] += allow_patterns
         if repo_id == "meta/gated":
             raise GatedRepoError("gated", response=response)
+        if revision is not None:
+            raise RevisionNotFoundError("no such revision", response=response)
         if repo_id not in ("owner/model", "owner/adapter"):
             raise RepositoryNotFoundError("no such", response=response)
         folder = tmp_path / repo_id.replace("/", "--")
@@ -308,6 +476,8 @@ def test_what_the_hub_refuses(hub: dict) -> None:
         folder_of("meta/gated", "base_model")
     with pytest.raises(FileNotFoundError, match="model='no/body': .* no such model .*private"):
         folder_of("no/body", "model")
+    with pytest.raises(FileNotFoundError, match="model='owner/model@v9': 'owner/model' has no revision 'v9' on the"):
+        folder_of("owner/model@v9", "model")
 
 
 @pytest.fixture(scope="session")
@@ -412,6 +582,49 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     (tmp_path / "shard-1.bin").unlink()
     with pytest.raises(FileNotFoundError, match=r"index\.json names shard-1\.bin, which is not there"):
         TensorFiles(tmp_path, "model", "model")
+
+
+@pytest.mark.parametrize("whole", ["sharded", "single"])
+def test_an_index_without_its_files_is_passed_over_where_another_form_is_whole(tmp_path: Path, whole: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a.weight": "gone.safetensors"}}')
+    if whole == "sharded":
+        sharded(tmp_path, ".bin")
+    else:
+        torch.save(TENSORS, tmp_path / "pytorch_model.bin")
+    opened = TensorFiles(tmp_path, "model", "model")
+    assert set(opened) == set(TENSORS)
+    assert not opened.safetensors
+    for file in tmp_path.glob("*.bin"):
+        file.unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"safetensors\.index\.json names gone\.safetensors, which is not there"
+    ):
+        TensorFiles(tmp_path, "model", "model")
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_git_lfs_pointer_is_named(tmp_path: Path, file: str) -> None:
+    shutil.copytree(MODELS / "costwise_full", tmp_path / "model")
+    path = tmp_path / "model" / file
+    path.write_bytes(lfs_pointer(path.read_bytes()))
+    with pytest.raises(
+        ValueError, match=rf"{re.escape(file)}: a Git LFS pointer, not the file itself; run 'git lfs pull'"
+    ):
+        MatroyshkaReranker(tmp_path / "model").compute_score(PAIR)
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "adapter_model.bin"])
+def test_a_git_lfs_pointer_of_a_bin_is_named(tmp_path: Path, file: str) -> None:
+    (tmp_path / file).write_bytes(lfs_pointer(b""))
+    with pytest.raises(ValueError, match=rf"{file}: a Git LFS pointer"):
+        TensorFiles(tmp_path, "model" if file.startswith("py") else "adapter_model", "model")
+
+
+def test_a_git_lfs_pointer_of_a_gguf_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    (tmp_path / "m.gguf").write_bytes(lfs_pointer(b""))
+    with pytest.raises(ValueError, match=r"m\.gguf: a Git LFS pointer"):
+        folder_of(str(tmp_path / "m.gguf"), "model")
 
 
 def test_a_full_disk_is_not_blamed_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:

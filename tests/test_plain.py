@@ -188,6 +188,18 @@ def test_a_language_models_head_that_is_missing_is_not_made_up(tmp_path: Path) -
         MatroyshkaReranker(tmp_path).compute_score(PAIRS[0])
 
 
+@pytest.mark.parametrize("kind", [AutoModelForSequenceClassification, AutoModelForCausalLM])
+def test_weights_are_read_from_the_form_that_is_whole(tmp_path: Path, kind: type) -> None:
+    """An index that was left of another form is passed over."""
+    saved(tmp_path, CONFIGS["gpt2"], kind)
+    reranker = RankLLaMAReranker if kind is AutoModelForSequenceClassification else MatroyshkaReranker
+    wanted = reranker(tmp_path, dtype="float32").compute_score(PAIRS)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"wte.weight": "gone.safetensors"}}')
+    np.testing.assert_allclose(reranker(tmp_path, dtype="float32").compute_score(PAIRS), wanted, atol=1e-5)
+
+
 def test_an_adapter_is_merged(tmp_path: Path) -> None:
     model = saved(tmp_path / "base", CONFIGS["gpt_neox"])
     lora = LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["query_key_value"], init_lora_weights=False)

@@ -1,6 +1,7 @@
 """RankLLaMA scores what the original scores, out of any layout, with the columns that a frame happens to have."""
 
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,9 @@ import pandas as pd
 import pytest
 import torch
 from conftest import MODELS, agree, frame, golden, words
-from peft import PeftModel
-from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, PhiConfig
 
 from pyterrier_llmrerank import RankLLaMAReranker
 
@@ -122,3 +123,108 @@ def test_arguments_are_checked(argument: str, value: object) -> None:
 def test_the_default_is_the_published_passage_model() -> None:
     assert repr(RankLLaMAReranker()) == "RankLLaMAReranker('castorini/rankllama-v1-7b-lora-passage')"
     assert RankLLaMAReranker().deepest() is None
+
+
+def peft_scores(
+    folder: Path, base: torch.nn.Module, pairs: list[tuple[str, str]], ours: RankLLaMAReranker
+) -> list[float]:
+    """What PEFT gives for what ours reads."""
+    opened = PeftModel.from_pretrained(base, folder).eval()
+    ids = ours._encode(ours.tokenizer, [(query, ours._body(passage)) for query, passage in pairs])
+    with torch.inference_mode():
+        return [opened(input_ids=torch.tensor([pair.flat()])).logits.item() for pair in ids]
+
+
+PAIRS = [("panda", words(3, 9)), ("tide", words(4, 30))]
+
+
+def classifier(folder: Path | str = BASE) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
+
+
+def test_an_adapter_that_kept_the_head_from_before_training_scores_as_pefts(tmp_path: Path) -> None:
+    tuned = get_peft_model(classifier(), LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], r=4))
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    tuned.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    stored["base_model.model.score.original_module.weight"] = torch.ones(1, 64)
+    save_file(stored, tmp_path / "adapter_model.safetensors")
+    ours = RankLLaMAReranker(tmp_path, base_model=BASE, dtype="float32")
+    np.testing.assert_allclose(ours.compute_score(PAIRS), peft_scores(tmp_path, classifier(), PAIRS, ours), atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["walked", "plain"])
+@pytest.mark.parametrize("more", ["tokens", "weights"])
+def test_an_adapter_with_embeddings_of_its_own_scores_as_pefts(tmp_path: Path, family: str, more: str) -> None:
+    """Four more tokens, which PEFT then saves with all others; or whole tensors by name."""
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 48}
+    kind = LlamaConfig if family == "walked" else PhiConfig
+    config = kind(**sizes, vocab_size=700, pad_token_id=0, num_labels=1)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer.save_pretrained(base)
+    model = classifier(base)
+    whole = ["score"] if more == "tokens" else ["score", "embed_tokens", *(["norm"] if family == "walked" else [])]
+    if more == "tokens":
+        tokenizer.add_tokens([f"<extra {n}>" for n in range(4)])
+        model.resize_token_embeddings(704)
+        torch.nn.init.normal_(model.get_input_embeddings().weight)
+    lora = LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], modules_to_save=whole, init_lora_weights=False)
+    tuned = get_peft_model(model, lora)
+    for name, parameter in tuned.named_parameters():
+        if "modules_to_save" in name:
+            torch.nn.init.normal_(parameter)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tuned.save_pretrained(folder, save_embedding_layers=more == "tokens")
+    tokenizer.save_pretrained(folder)
+    opened = classifier(base)
+    if more == "tokens":
+        opened.resize_token_embeddings(704)
+    ours = RankLLaMAReranker(folder, base_model=base, dtype="float32")
+    pairs = [*PAIRS, ("<extra 3>", "panda <extra 0>")] if more == "tokens" else PAIRS
+    wanted = peft_scores(folder, opened, pairs, ours)
+    np.testing.assert_allclose(ours.compute_score(pairs), wanted, atol=1e-4)
+    if family == "walked":
+        ours.save(tmp_path / "merged", merged=True)
+        merged = RankLLaMAReranker(tmp_path / "merged", dtype="float32")
+        np.testing.assert_allclose(merged.compute_score(pairs), wanted, atol=1e-4)
+        with pytest.raises(ValueError, match=r"holds the whole tensor 'embed_tokens.weight', which would not go on"):
+            ours.fit(frame(1), frame(1).assign(label=[1, 0, 0])[["qid", "docno", "label"]])
+
+
+@pytest.mark.parametrize(
+    ("key", "tensor", "message"),
+    [
+        (
+            "model.embed_tokens",
+            torch.ones(704, 63),
+            r"'embed_tokens.weight', \[704, 63\]; in the model it is \[704, 64\]",
+        ),
+        ("model.embed_tokens", torch.ones(704), r"'embed_tokens.weight', \[704\]; in the model it is \[704, 64\]"),
+        ("model.norm", torch.ones(63), r"'norm.weight', \[63\]; in the model it is \[64\]"),
+        ("classifier", torch.ones(1, 64), r"'classifier.weight', \[1, 64\]; the model has none"),
+    ],
+)
+def test_a_whole_tensor_that_does_not_fit_blames_the_adapter(
+    tmp_path: Path, key: str, tensor: torch.Tensor, message: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"^model='{tmp_path}': holds the whole tensor {message}"):
+        RankLLaMAReranker(with_tensor(tmp_path, key, tensor), base_model=BASE).compute_score(PAIRS)
+
+
+def test_an_adapter_with_two_labels_is_blamed_for_them(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"^model='{tmp_path}': head 'score.weight' is \[2, 64\]; wanted \[1, 64\]"):
+        RankLLaMAReranker(with_tensor(tmp_path, "score", torch.ones(2, 64)), base_model=BASE).compute_score(PAIRS)
+
+
+def with_tensor(folder: Path, name: str, tensor: torch.Tensor) -> Path:
+    """A copy of the adapter with a tensor put in."""
+    shutil.copy(ADAPTER / "adapter_config.json", folder)
+    stored = load_file(ADAPTER / "adapter_model.safetensors")
+    save_file(stored | {f"base_model.model.{name}.weight": tensor}, folder / "adapter_model.safetensors")
+    return folder

@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import json
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -306,6 +308,110 @@ def test_copies_and_pickles_hold_no_weights(reranker: LLMReranker) -> None:
     for other in (pickle.loads(pickled), copy.deepcopy(reranker)):
         assert other == reranker
         pd.testing.assert_frame_equal(other.transform(frame()), wanted)
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder has a model and adapters; the returned one has nothing."""
+    for name in ("rankllama_adapter", "rankllama_base", "mistral_base", "adapter_sd", "adapter_comp_token2"):
+        shutil.copytree(MODELS / name, tmp_path / "here" / name)
+    shutil.copytree(MODELS / "adapter_comp_layer", tmp_path / "here" / "mistral_base" / "layer")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "elsewhere"
+
+
+RELATIVE = {
+    "rankllama": (RankLLaMAReranker, "rankllama_adapter", {"base_model": "./rankllama_base"}),
+    "rankllama that names its base": (RankLLaMAReranker, "rankllama_adapter", {}),  # "rankllama_base"
+    "matroyshka": (
+        MatroyshkaReranker,
+        "../here/mistral_base/",
+        {
+            "adapters": ["adapter_sd", "layer"], "token_adapters": {2: "adapter_comp_token2"}, "start_layer": 2,
+            "compress_layers": [4], "compress_ratio": 2,
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RELATIVE)
+def test_a_path_means_what_it_does_where_the_reranker_is_made(
+    name: str, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, model, options = RELATIVE[name]
+    wanted = kind(model, dtype="float32", **options).compute_score(("a", "b"))
+    fresh = [kind(model, dtype="float32", max_length=99, **options)] if kind is MatroyshkaReranker else []
+    reranker, changed = kind(model, dtype="float32", **options), kind(model, dtype="float32", **options)
+    pickled, said = pickle.dumps(reranker), repr(reranker)
+    monkeypatch.chdir(elsewhere)
+    changed.set_parameter("batch_size", 3)
+    for other in (reranker, changed, pickle.loads(pickled), copy.deepcopy(reranker), *fresh):
+        assert other.compute_score(("a", "b")) == pytest.approx(wanted, abs=1e-5)
+    assert said != repr(reranker)  # which is the call that makes it here
+    assert eval(repr(reranker).partition(" over ")[0], {kind.__name__: kind}) == reranker
+
+
+def test_another_process_opens_what_a_relative_path_meant_here(elsewhere: Path) -> None:
+    reranker = RankLLaMAReranker("rankllama_adapter", dtype="float32")
+    (elsewhere / "pickled").write_bytes(pickle.dumps(reranker))
+    code = "import pickle; print(pickle.load(open('pickled', 'rb')).compute_score(('a', 'b')))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=elsewhere, capture_output=True, text=True, check=True)
+    assert float(run.stdout.splitlines()[-1]) == pytest.approx(reranker.compute_score(("a", "b")), abs=1e-5)
+
+
+def test_relative_and_absolute_names_share_weights_that_are_opened_anywhere(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = Path.cwd()
+    relative = MatroyshkaReranker("mistral_base", start_layer=2, dtype="float32", device="cpu")
+    assert relative._weights().loaded_layers == 0
+    monkeypatch.chdir(elsewhere)
+    absolute = MatroyshkaReranker(here / "mistral_base", start_layer=2, dtype="float32", device="cpu")
+    assert absolute == relative
+    assert absolute._weights() is relative._weights()
+    assert absolute.compute_score(("a", "b")) == relative.compute_score(("a", "b"))
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_paths_are_printed_as_short_as_they_may_be() -> None:
+    rankllama = RankLLaMAReranker(Path.cwd() / "rankllama_adapter", base_model="./rankllama_base")
+    assert repr(rankllama) == "RankLLaMAReranker('rankllama_adapter', base_model='rankllama_base')"
+    matroyshka = MatroyshkaReranker("mistral_base", start_layer=2, adapters=["layer", Path.cwd() / "adapter_sd"])
+    assert repr(matroyshka) == "MatroyshkaReranker('mistral_base', adapters=('layer', 'adapter_sd'), start_layer=2)"
+    shutil.copytree("adapter_sd", "layer")  # by that name one below the model would be meant
+    above = MatroyshkaReranker("mistral_base", start_layer=2, adapters=Path("layer").absolute())
+    assert f"adapters=({str(Path.cwd() / 'layer')!r},)" in repr(above)
+    assert eval(repr(above)) == above
+    assert above != MatroyshkaReranker("mistral_base", start_layer=2, adapters="layer")
+
+
+def test_another_adapter_brings_the_base_that_it_names(elsewhere: Path) -> None:
+    shutil.copytree("rankllama_adapter", "other")
+    config = json.loads(Path("other/adapter_config.json").read_text())
+    Path("other/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "someone/other"}))
+    reranker = RankLLaMAReranker("rankllama_adapter")
+    reranker.set_parameter("model", "other")
+    with pytest.raises(ConnectionError, match="someone/other"):
+        reranker.compute_score(("a", "b"))
+    reranker.set_parameter("model", "rankllama_adapter")
+    assert reranker._weights().checkpoint.folder == Path("rankllama_base").absolute()
+
+
+def test_what_is_trained_into_a_relative_folder_is_found_anywhere(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pyterrier_llmrerank.training import RankLLaMATraining
+
+    settings = RankLLaMATraining(group_size=2, max_steps=1, output_dir="run")
+    reranker = RankLLaMAReranker.untrained("rankllama_base", training=settings, dtype="float32")
+    rows = frame(1, 3)
+    reranker.fit(rows, rows.assign(label=[1, 0, 0])[["qid", "docno", "label"]])
+    run = Path("run").absolute()
+    monkeypatch.chdir(elsewhere)
+    assert reranker.model == str(run)
+    again = RankLLaMAReranker(run, dtype="float32")  # and names its base in full
+    assert again.compute_score(("a", "b")) == pytest.approx(reranker.compute_score(("a", "b")), abs=1e-5)
 
 
 def test_set_parameter_checks_as_the_constructor_does() -> None:

@@ -125,7 +125,7 @@ def test_what_an_adapters_configuration_says_changes_no_base(key: str, tmp_path:
     adapter, base = tmp_path / "adapter", str(MODELS / "rankllama_base")
     shutil.copytree(MODELS / "rankllama_adapter", adapter)
     config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {key: "olora"}))
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {key: "gaussian"}))
     checkpoint = RANKLLAMA.open(str(adapter), base_model=base)
     folder = train(
         RANKLLAMA, checkpoint, Groups(RECORDS, 4, 0, RANKLLAMA.body),

@@ -129,7 +129,7 @@ def test_a_token_adapter_is_laid_over_one_copy_of_the_weights() -> None:
     assert narrower._weights() is narrow._weights() is not plain._weights()
     below, over = (dict(reranker._weights().at_depth(8)[0].named_parameters()) for reranker in (plain, narrow))
     assert {name: p.data_ptr() for name, p in below.items()} == {name: p.data_ptr() for name, p in over.items()}
-    assert str(MODELS / "adapter_comp_token2") in repr(narrow)
+    assert repr(narrow).endswith("adapter_comp_token2")
     assert repr(plain).endswith("adapter_comp_layer")
     assert repr(compensated(adapters=(), start_layer=None)).endswith(" over no adapter")
 

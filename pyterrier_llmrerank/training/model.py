@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..checkpoints import Checkpoint
 from ..decoder import FAMILIES, Decoder, decode
+from ..files import without_revision
 from ..packing import PackedPairs
 from ..weights import build_decoder, fill
 
@@ -49,7 +50,8 @@ class RankingModel(nn.Module):
                 f"allowed: {', '.join(FAMILIES)}."
             )
         super().__init__()
-        self.__dict__["name_or_path"] = checkpoint.base  # where PEFT looks for what adapters trained on it call it
+        # Where PEFT looks for what adapters trained on it call it.
+        self.__dict__["name_or_path"], _ = without_revision(checkpoint.base)
         decoder = build_decoder(checkpoint)
         fill(decoder, checkpoint, "", torch.device("cpu"), dtype)
         self.config = checkpoint.config

@@ -365,6 +365,7 @@ class MatroyshkaTraining(Recipe):
         started, folder = None, folder_of(model, "model")
         if (folder / "adapter_config.json").is_file():
             started = Adapter(folder, f"model={model!r}")
+            started.base_folder()  # raises, where it is not there, in the adapter's name
             model, adapters = started.base, [*adapters, str(folder)]
         own = is_layer_wise(model)  # then the checkpoint says where its heads are
         at = (None, None) if own else (self.start_layer, self.layer_sep)

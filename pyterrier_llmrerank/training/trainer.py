@@ -30,8 +30,8 @@ from transformers import (
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from ..batching import Budget, run_in_batches
-from ..checkpoints import Checkpoint
-from ..files import read_json
+from ..checkpoints import SCORE, Checkpoint
+from ..files import read_json, without_revision
 from ..packing import PackedPairs
 from .data import Batch, Collator, Group, Groups
 from .lora import LowRankLinear
@@ -64,7 +64,7 @@ def with_lora(checkpoint: Checkpoint, heads: Tensor, recipe: Recipe, dtype: torc
         dtype: of the weights that do not learn; those that do are fp32.
 
     Raises:
-        ValueError: the model has no module of a name that the recipe targets.
+        ValueError: the model has no module of a name that the recipe targets, or the adapter holds more than learns.
     """
     started = checkpoint.adapter
     own_heads = checkpoint.head_module(0) is None
@@ -76,9 +76,15 @@ def with_lora(checkpoint: Checkpoint, heads: Tensor, recipe: Recipe, dtype: torc
             target_modules=list(recipe.target_modules),
         )
     else:
+        if others := sorted(started.whole.keys() - {SCORE}):
+            raise ValueError(
+                f"{started.argument}: holds the whole tensor {others[0]!r}, which would not go on learning; "
+                "allowed: LoRA and a score head. save(folder, merged=True) gives a model to train on."
+            )
         checkpoint.adapters = [adapter for adapter in checkpoint.adapters if adapter is not started]
         config = LoraConfig(**{key: started.config[key] for key in CONTINUED if started.config.get(key) is not None})
         logger.info("going on with %s: its rank, scale and modules, not the recipe's", started.folder)
+    _, config.revision = without_revision(checkpoint.base)
     config.modules_to_save = ["score"] if own_heads else None
     # No task type: PEFT would wrap the model for inputs that it does not have.
     config._register_custom_module({nn.Linear: LowRankLinear})
