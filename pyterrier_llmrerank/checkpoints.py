@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers import logging as transformers_logging
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -21,6 +22,7 @@ from .adapters import Adapter, canonical
 from .decoder import FAMILIES
 from .errors import reason, short
 from .files import TensorFiles, adapter_folder, check_sizes, folder_of, portable, read_json, refuse_pointer
+from .tokenizer import open_tokenizer, vocabulary_of
 
 #: A Matroyshka model_type is this and the family of its decoder.
 LAYER_WISE = "cost_wise_"
@@ -194,8 +196,13 @@ class Checkpoint(ABC):
         return None
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that comes with the model; opened once."""
+        """The tokenizer that comes with the model, by which ids are made; opened once."""
         return self._tokenizer
+
+    @cached_property
+    def public_tokenizer(self) -> PreTrainedTokenizerBase:
+        """A copy for others: padding, truncation and added tokens are its state, on which scores must not depend."""
+        return copy.deepcopy(self._tokenizer)
 
     def _tokenizer_folder(self) -> Path:
         return self.folder
@@ -207,9 +214,11 @@ class Checkpoint(ABC):
             for file in folder.glob("tokenizer*"):
                 refuse_pointer(file)
             with errors_only():  # it would warn that it does not know the model type
-                opened = AutoTokenizer.from_pretrained(folder, config=self.config, trust_remote_code=False)
+                opened = open_tokenizer(folder, self.config)
             opened("Yes")  # some settings are wrong only when they are used
             return opened
+        except ImportError as error:
+            raise ImportError(f"{self.argument}: {error}") from error
         except Exception as error:  # the tokenizers library has no kind of error of its own
             raise ValueError(f"{self.argument}: no usable tokenizer in {folder}: {reason(error)}") from error
 
@@ -393,9 +402,8 @@ class RankLLaMACheckpoint(Checkpoint):
         return self._stored_head(SCORE)[None]
 
     def _tokenizer_folder(self) -> Path:
-        """Beside the adapter where there is one, else beside the base."""
-        has_own = (self._adapter_folder / "tokenizer_config.json").is_file()
-        return self._adapter_folder if has_own else self.folder
+        """Beside the adapter where a vocabulary is there too, else beside the base."""
+        return self.folder if vocabulary_of(self._adapter_folder) is None else self._adapter_folder
 
 
 class MatroyshkaCheckpoint(Checkpoint):

@@ -356,14 +356,16 @@ class LLMReranker(pt.Estimator):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer; no weight is read for it. For ``pt.text.sliding(..., tokenizer=...)``.
+        """A copy of the model's tokenizer; no weight is read for it. For ``pt.text.sliding(..., tokenizer=...)``.
+
+        Padding, truncation and tokens that are set on it change no scores.
 
         Raises:
             ValueError: the model is not what is allowed.
             FileNotFoundError: it is not there.
             ConnectionError: it is to come from the hub, which cannot be reached.
         """
-        return self._weights().checkpoint.tokenizer()
+        return self._weights().checkpoint.public_tokenizer
 
     # -- training
 
