@@ -7,22 +7,37 @@ model is served with exactly what it was trained on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from .boundaries import cut_after
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+#: How much of a long text is tokenised at first; seldom is more needed.
+CHARACTERS_AN_ID = 8
+
+#: How much text is tokenised at once, a longer one apart.
+CHARACTERS_A_CALL = 2**20
 
 PROMPT = "Predict whether passage B contains an answer to query A."
 
 
 class Ids(NamedTuple):
-    """The token ids of one (query, passage) pair, in the three parts that the model treats apart."""
+    """The token ids of one (query, passage) pair, in the three parts that the model treats apart.
+
+    Args:
+        prefix, body, suffix: the three parts.
+        query_truncated, passage_truncated: whether the end of the text is not among them.
+    """
 
     prefix: list[int]
     body: list[int]
     suffix: list[int]
+    query_truncated: bool = False
+    passage_truncated: bool = False
 
     @property
     def length(self) -> int:
@@ -48,13 +63,42 @@ def document(text: str, title: str | None = None, url: str | None = None) -> str
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
-    """The first ``limit`` ids of each text (all by default), without special tokens; a text is tokenised once."""
-    distinct = list(dict.fromkeys(texts))
-    if not distinct:
-        return []
-    encoded = tokenizer(distinct, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    ids = {text: text_ids[:limit] for text, text_ids in zip(distinct, encoded, strict=True)}
+    """The first ``limit`` ids of each text (all by default), without special tokens; a text is tokenised once.
+
+    Of a long text only so much is tokenised as its first ids need, and few long texts together: each id takes a few
+    hundred bytes on the way.
+    """
+    ids: dict[str, list[int]] = {}
+    length = None if limit is None else CHARACTERS_AN_ID * limit
+    waiting = list(dict.fromkeys(texts))
+    while waiting:
+        ends = [len(text) if length is None else cut_after(tokenizer, text, length) for text in waiting]
+        for part in _calls(ends):
+            begun = [waiting[number][: ends[number]] for number in part]
+            encoded = tokenizer(begun, add_special_tokens=False, return_attention_mask=False, verbose=False)
+            for number, found in zip(part, encoded["input_ids"], strict=True):
+                ids[waiting[number]] = found[:limit]
+        waiting = [
+            text
+            for text, end in zip(waiting, ends, strict=True)
+            if limit is not None and end < len(text) and len(ids[text]) < limit
+        ]
+        length = None if length is None else 4 * length
     return [ids[text] for text in texts]
+
+
+def _calls(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Numbers of texts that are tokenised together: of so many characters, or one."""
+    part: list[int] = []
+    characters = 0
+    for number, length in enumerate(lengths):
+        if part and characters + length > CHARACTERS_A_CALL:
+            yield part
+            part, characters = [], 0
+        part.append(number)
+        characters += length
+    if part:
+        yield part
 
 
 @dataclass(frozen=True)
@@ -77,13 +121,16 @@ class RankLLaMAInputs:
         """Encode ``(query, document)`` pairs, where the document comes from :func:`document`."""
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         cap = self.query_max_length + self.passage_max_length - 2
-        queries = token_ids(tokenizer, ["query: " + query for query, _ in pairs], self.query_max_length)
-        bodies = token_ids(tokenizer, [body for _, body in pairs], self.passage_max_length - self.margin)
+        limit = self.passage_max_length - self.margin
+        # One more each than is kept: it tells what is truncated.
+        queries = token_ids(tokenizer, ["query: " + query for query, _ in pairs], self.query_max_length + 1)
+        bodies = token_ids(tokenizer, [body for _, body in pairs], limit + 1)
         encoded = []
         for query_ids, body_ids in zip(queries, bodies, strict=True):
-            body = bos + body_ids
-            prefix = bos + query_ids
-            encoded.append(Ids(prefix[: max(len(bos), cap - len(body))], body, []))
+            body = bos + body_ids[:limit]
+            whole = bos + query_ids
+            prefix = whole[: min(len(bos) + self.query_max_length, max(len(bos), cap - len(body)))]
+            encoded.append(Ids(prefix, body, [], len(prefix) < len(whole), len(body_ids) > limit))
         return encoded
 
 
@@ -117,16 +164,18 @@ class MatroyshkaInputs:
         passage_limit = self.max_length if self.total is None else self.total
         cap = self.max_length + len(suffix) if self.total is None else self.total - len(suffix)
         query_limit = self.max_length * 3 // 4 if self.query_max_length is None else self.query_max_length
-        queries = token_ids(tokenizer, [self.query_instruction + query for query, _ in pairs], query_limit)
-        bodies = token_ids(tokenizer, [self.passage_instruction + passage for _, passage in pairs], passage_limit)
+        # One more each than is kept: it tells what is truncated.
+        queries = token_ids(tokenizer, [self.query_instruction + query for query, _ in pairs], query_limit + 1)
+        bodies = token_ids(tokenizer, [self.passage_instruction + passage for _, passage in pairs], passage_limit + 1)
         encoded = []
-        for query, body in zip(queries, bodies, strict=True):
-            prefix = bos + query + separator
+        for query, whole in zip(queries, bodies, strict=True):
+            prefix = bos + query[:query_limit] + separator
+            body = whole[:passage_limit]
             excess = len(prefix) + len(body) - cap
             # The released code cuts separator and passage as one sequence, and leaves both whole
             # when even without them the query is over the cap.
             if 0 < excess < len(separator) + len(body):
                 prefix = prefix[: len(prefix) - max(0, excess - len(body))]
                 body = body[: max(0, len(body) - excess)]
-            encoded.append(Ids(prefix, body, suffix))
+            encoded.append(Ids(prefix, body, suffix, len(query) > query_limit, len(body) < len(whole)))
         return encoded

@@ -63,7 +63,9 @@ class Operations:
     def __init__(
         self, decoder: Decoder | PlainDecoder, pairs: Sequence[Ids], query_of_pair: Indices, queries: int
     ) -> None:
-        self._prefix, self._body, self._suffix = (np.array([len(pair[part]) for pair in pairs]) for part in range(3))
+        self._prefix, self._body, self._suffix = (
+            np.array([len(pair[:3][part]) for pair in pairs]) for part in range(3)
+        )
         self._owner = owners(pairs)
         self._query = query_of_pair
         self._queries = queries

@@ -119,7 +119,7 @@ class PackedPairs(Packing):
     """
 
     def __init__(self, pairs: Sequence[Ids], pad_id: int | None = None, known: Sequence[int] | None = None) -> None:
-        prefix, body, suffix = (np.array([len(pair[part]) for pair in pairs]) for part in range(3))
+        prefix, body, suffix = (np.array([len(pair[:3][part]) for pair in pairs]) for part in range(3))
         padding = np.zeros_like(prefix) if pad_id is None else -(prefix + body + suffix) % 8
         super().__init__(prefix, body, suffix, owners(pairs, known), padding)
         if not self.real.all():

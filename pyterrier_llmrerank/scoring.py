@@ -272,7 +272,9 @@ def _score_on(
             for index, pair in zip(part, made, strict=True):
                 if problem := problem_of_ids(pair, *known):
                     raise ScoringError(f"{label(index)} {problem}", scores)
-            return part, made
+        truncated = {pairs[i][0] for i, ids in zip(part, made, strict=True) if ids.query_truncated}
+        used(Usage(truncated_queries=len(truncated), truncated_passages=sum(ids.passage_truncated for ids in made)))
+        return part, made
 
     try:
         for chunk, ids in _one_ahead(encoded, parts, waiting):
@@ -351,7 +353,7 @@ def problem_of_ids(ids: Ids, vocabulary: int, positions: int | None) -> str | No
     """
     if not ids.length:
         return "has no tokens, so that there is nothing to score."
-    if (largest := max(map(max, filter(None, ids)))) >= vocabulary:
+    if (largest := max(ids.flat())) >= vocabulary:
         return f"holds token {largest} of the tokenizer, but the model knows {vocabulary} tokens."
     if positions is not None and ids.length > positions:
         return f"has {ids.length} tokens, but the model has {positions} positions; allow fewer tokens a passage."

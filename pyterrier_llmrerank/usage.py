@@ -25,6 +25,8 @@ class Usage:
         tokenising_seconds: in which ids were made.
         model_seconds: in which the model was run.
         writing_seconds: in which results were written; whoever writes adds them.
+        truncated_queries: distinct queries whose end was not read, with one of their passages at least.
+        truncated_passages: pairs whose passage was not read to its end.
 
     >>> used = Usage(pairs=2, tokens=90, positions=128, filled=96, tokenising_seconds=0.5, model_seconds=2.0)
     >>> print(used + Usage(writing_seconds=0.25))
@@ -38,6 +40,8 @@ class Usage:
     tokenising_seconds: float = 0.0
     model_seconds: float = 0.0
     writing_seconds: float = 0.0
+    truncated_queries: int = 0
+    truncated_passages: int = 0
 
     @property
     def padding(self) -> float:
@@ -52,10 +56,12 @@ class Usage:
         return Usage(*(getattr(self, name) + getattr(other, name) for name in names))
 
     def __str__(self) -> str:
+        counts = {"queries": self.truncated_queries, "passages": self.truncated_passages}
+        truncated = " and ".join(f"{count:,} {texts}" for texts, count in counts.items() if count)
         return (
             f"{self.pairs:,} pairs, {self.tokens:,} tokens, padding {self.padding:.1%}, seconds: "
             f"tokenising {self.tokenising_seconds:.2f}, model {self.model_seconds:.2f}, "
-            f"writing {self.writing_seconds:.2f}"
+            f"writing {self.writing_seconds:.2f}" + (f"; truncated: {truncated}" if truncated else "")
         )
 
 

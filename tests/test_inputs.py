@@ -63,7 +63,7 @@ def test_rankllama_never_exceeds_its_cap_at_the_passages_expense(query: str, tex
 @given(st.text(max_size=60), st.text(max_size=300), st.integers(1, 60), st.integers(1, 60))
 def test_matroyshka_keeps_its_suffix_whole(query: str, text: str, q: int, m: int) -> None:
     inputs = MatroyshkaInputs(query_max_length=q, max_length=m)
-    ((prefix, body, suffix),) = inputs(TOKENIZER, [(query, text)])
+    ((prefix, body, suffix, *_),) = inputs(TOKENIZER, [(query, text)])
     assert suffix == sum(token_ids(TOKENIZER, ["\n", PROMPT], 100), [])
     assert len(body) <= m
     assert prefix[0] == TOKENIZER.bos_token_id

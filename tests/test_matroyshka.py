@@ -195,9 +195,9 @@ def test_any_iterable_of_pairs_will_do() -> None:
 def test_lengths_and_prompt_are_honoured() -> None:
     _, _, tokenizer = full()._weights().at_depth(1)
     pair = (words(1, 20), words(2, 60))
-    ((prefix, body, suffix),) = MatroyshkaReranker(FULL, query_max_length=5, max_length=12, prompt="好" * 9)._encode(
-        tokenizer, [pair]
-    )
+    ((prefix, body, suffix, *_),) = MatroyshkaReranker(
+        FULL, query_max_length=5, max_length=12, prompt="好" * 9
+    )._encode(tokenizer, [pair])
     assert (len(prefix), len(body)) == (1 + 5 + 2, 12)
     assert tokenizer.decode(suffix).endswith("好" * 9)
 

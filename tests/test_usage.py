@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,7 +24,7 @@ from pyterrier_llmrerank.usage import Stopwatch, Usage
 
 FULL = str(MODELS / "costwise_full")
 COUNTS = st.integers(0, 10**6)
-USAGES = st.builds(Usage, *[COUNTS] * 7)
+USAGES = st.builds(Usage, *[COUNTS] * 9)
 
 
 def matroyshka(**options: object) -> MatroyshkaReranker:
@@ -49,6 +50,8 @@ def test_it_reads_as_one_line() -> None:
         "12,345 pairs, 678,901 tokens, padding 12.5%, seconds: tokenising 1.25, model 34.50, writing 0.12"
     )
     assert str(Usage()).startswith("0 pairs, 0 tokens, padding 0.0%")
+    assert str(Usage(truncated_passages=1_234)).endswith("writing 0.00; truncated: 1,234 passages")
+    assert str(Usage(truncated_queries=2, truncated_passages=3)).endswith("; truncated: 2 queries and 3 passages")
 
 
 @pytest.mark.parametrize("batch_size", [None, 2])
@@ -76,6 +79,30 @@ def test_tokens_and_padding_are_those_of_the_batches(
     assert used.tokenising_seconds > 0
     assert used.model_seconds > 0
     assert used.writing_seconds == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "queries", "passages"),
+    [
+        (lambda: matroyshka(query_max_length=5, max_length=12), 1, 3),
+        (lambda: matroyshka(query_max_length=5, max_length=4000), 1, 0),
+        (lambda: matroyshka(query_max_length=100, max_length=15), 0, 3),
+        (lambda: rankllama(query_max_length=5, passage_max_length=12), 2, 3),  # by what both together may take
+        (lambda: rankllama(query_max_length=5, passage_max_length=4000), 1, 0),
+        (lambda: rankllama(query_max_length=100, passage_max_length=1), 0, 5),
+        (lambda: rankllama(query_max_length=15, passage_max_length=15), 1, 3),  # likewise
+    ],
+)
+def test_texts_that_are_not_read_to_their_end_are_counted(
+    make: Callable[[], LLMReranker], queries: int, passages: int
+) -> None:
+    """A query once for all its passages, and a pair once however often it is asked for."""
+    long = " ".join([words(1, 9)] * (400 if passages else 1))
+    texts = {"a panda": [long, "tide", long + " tide"], words(2, 9): [long, "tide"]}
+    reranker = make()
+    pairs = [(query, text) for query, of_query in texts.items() for text in of_query]
+    reranker.compute_score(pairs * 2)
+    assert (reranker.usage.truncated_queries, reranker.usage.truncated_passages) == (queries, passages)
 
 
 def test_the_released_codes_padding_is_padding() -> None:
