@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -55,11 +56,10 @@ def may_cut(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _sentencepiece_may_cut(processor: Any) -> bool:
-    from sentencepiece import sentencepiece_model_pb2
-
-    model: Any = sentencepiece_model_pb2.ModelProto.FromString(processor.serialized_model_proto())  # type: ignore[attr-defined]
+    described = import_module("sentencepiece.sentencepiece_model_pb2")  # which has no types
+    model = described.ModelProto.FromString(processor.serialized_model_proto())
     bpe_or_unigram = model.trainer_spec.model_type in (model.trainer_spec.BPE, model.trainer_spec.UNIGRAM)
-    return (
+    return bool(
         bpe_or_unigram
         and not model.normalizer_spec.precompiled_charsmap
         and model.normalizer_spec.escape_whitespaces

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .checkpoints import Checkpoint
 from .files import read_json, save_tensors, save_tokenizer, without_revision
+from .tokenizer import VOCABULARIES
 from .weights import build_decoder
 
 #: What a copy of an adapter gets last of all, and what it does not get.
@@ -62,6 +64,10 @@ def written_whole(folder: Path, argument: str = "folder") -> Iterator[Path]:
         raise
 
 
+#: What describes a tokenizer; beside another one's files they would change it.
+TOKENIZER_FILES = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", *chain(*VOCABULARIES)}
+
+
 def copy_adapter(
     source: Path, target: Path, base: str | None = None, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> None:
@@ -76,6 +82,7 @@ def copy_adapter(
     for file in source.iterdir():
         weights = file.name.startswith("adapter_model.")
         wanted = weights or (file.suffix in (".json", ".model", ".jinja", ".txt") and file.name not in LAST_OR_NOT)
+        wanted = wanted and (tokenizer is None or file.name not in TOKENIZER_FILES)
         if file.is_file() and wanted:
             shutil.copyfile(file, target / file.name)
     if tokenizer is not None:

@@ -238,6 +238,8 @@ def test_no_vocabulary_is_no_tokenizer(tmp_path: Path, model: Path, missing: str
 def test_what_cannot_be_vouched_for_is_refused(
     tmp_path: Path, files: dict[str, bytes | None], settings: dict, message: str
 ) -> None:
+    if "tokenizer__model" in files:
+        pytest.importorskip("sentencepiece")
     contents = {name: sentencepiece() if content is None else content for name, content in files.items()}
     folder = folder_of(tmp_path / "m", FULL, NAMED | settings, **contents)
     with pytest.raises(ValueError, match=f"model='.*m': no usable tokenizer in .*{message}") as info:
@@ -267,6 +269,18 @@ def test_an_adapters_tokenizer_counts_only_with_its_vocabulary(tmp_path: Path) -
     (tmp_path / "adapter" / "tokenizer.model").write_bytes(sentencepiece())
     (tmp_path / "adapter" / "tokenizer_config.json").write_text(json.dumps(NAMED))
     assert len(RankLLaMACheckpoint(str(tmp_path / "adapter"), str(BASE)).tokenizer()) == 400
+
+
+def test_a_saved_adapter_has_the_tokenizer_that_scored_and_nothing_of_another(tmp_path: Path) -> None:
+    shutil.copytree(ADAPTER, tmp_path / "adapter")
+    for name, said in (("special_tokens_map", {"bos_token": "</s>"}), ("added_tokens", {"panda": 5})):
+        (tmp_path / "adapter" / f"{name}.json").write_text(json.dumps(said))
+    before = RankLLaMAReranker(tmp_path / "adapter", base_model=BASE, dtype="float32")
+    before.save(tmp_path / "saved")
+    after = RankLLaMAReranker(tmp_path / "saved", base_model=BASE, dtype="float32")
+    assert after.tokenizer.bos_token == "<s>"
+    pair = (words(1, 4), "a panda")
+    assert after.compute_score(pair) == before.compute_score(pair)
 
 
 @pytest.fixture
