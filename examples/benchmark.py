@@ -39,9 +39,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, MistralConfig
 
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker
-from pyterrier_llmrerank.batching import TOKENS
-from pyterrier_llmrerank.files import SHIPPED, folder_of, smollm2
-from pyterrier_llmrerank.inputs import Ids, MatroyshkaInputs, document
+from pyterrier_llmrerank.checkpoints.files import SHIPPED, folder_of, smollm2
+from pyterrier_llmrerank.engine.batching import TOKENS
+from pyterrier_llmrerank.engine.inputs import Ids, MatroyshkaInputs, document
 
 Scorer = Callable[[], np.ndarray]
 LONGEST = 1024  # tokens of a text: more than any has, so that nobody but (b) cuts

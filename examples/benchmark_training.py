@@ -22,7 +22,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
-from pyterrier_llmrerank.files import folder_of, smollm2
+from pyterrier_llmrerank.checkpoints.files import folder_of, smollm2
 from pyterrier_llmrerank.training import RankLLaMATraining
 from pyterrier_llmrerank.training.data import Batch, Collator, Groups, open_data
 from pyterrier_llmrerank.training.trainer import GroupTrainer, with_lora

@@ -16,7 +16,7 @@ from pyterrier.measures import RR, nDCG
 from rerank_run import load, with_title
 
 from pyterrier_llmrerank import MatroyshkaReranker
-from pyterrier_llmrerank.files import SHIPPED
+from pyterrier_llmrerank.checkpoints.files import SHIPPED
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import pandas as pd
 from rerank_run import load, with_title
 
 from pyterrier_llmrerank import MatroyshkaReranker, Tuning, tune
-from pyterrier_llmrerank.files import SHIPPED
+from pyterrier_llmrerank.checkpoints.files import SHIPPED
 
 
 def table(shapes: pd.DataFrame, measure: str) -> str:

@@ -21,7 +21,7 @@ from pyterrier.measures import RR, nDCG
 from pyterrier_pisa import PisaIndex
 
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker
-from pyterrier_llmrerank.files import SHIPPED
+from pyterrier_llmrerank.checkpoints.files import SHIPPED
 
 COLLECTION = Path(__file__).parent / "collection"
 Collection = tuple[Iterable[dict[str, str]], pt.Transformer, pd.DataFrame, pd.DataFrame]

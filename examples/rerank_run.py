@@ -18,7 +18,7 @@ import pyterrier as pt
 from pyterrier.measures import RR, nDCG
 
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker
-from pyterrier_llmrerank.files import SHIPPED, SHIPPED_DISTILLED, shipped
+from pyterrier_llmrerank.checkpoints.files import SHIPPED, SHIPPED_DISTILLED, shipped
 
 STRINGS = {"qid": str, "query": str, "docno": str, "title": str, "text": str}
 DISTILLED = [shipped(f"matroyshka-{SHIPPED}/{name}") for name in SHIPPED_DISTILLED]

@@ -16,12 +16,12 @@ from typing import Annotated, Any, Literal
 import typer
 
 from .errors import ScoringError
-from .evaluation import compare, parse_measure
-from .formats import best_first, by_query, read_run, rerank_line, run_line, writing
 from .matroyshka import MatroyshkaReranker
 from .rankllama import RankLLaMAReranker
 from .reranker import LLMReranker
-from .sources import judgements, rerank_rows
+from .runs.evaluation import compare, parse_measure
+from .runs.formats import best_first, by_query, read_run, rerank_line, run_line, writing
+from .runs.sources import judgements, rerank_rows
 
 logger = logging.getLogger(__name__)
 
@@ -308,7 +308,7 @@ def _rerank_command(name: str, kind: type[LLMReranker], *examples: str) -> None:
         verbose: Verbose = False,
         **arguments: Any,
     ) -> None:
-        from .streaming import rerank_file
+        from .runs.streaming import rerank_file
 
         given = {key: value for key, value in arguments.items() if value not in (None, [], ())}
         try:

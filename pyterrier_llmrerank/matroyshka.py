@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import numpy as np
 import pyterrier as pt
 
-from .files import (
+from .checkpoints.files import (
     SHIPPED_DISTILLED,
     SHIPPED_LAYERS,
     SHIPPED_RATIOS,
@@ -29,13 +29,13 @@ from .files import (
     shown,
     smollm2,
 )
-from .inputs import PROMPT, Ids, MatroyshkaInputs
+from .engine.inputs import PROMPT, Ids, MatroyshkaInputs
 from .reranker import LLMReranker, Scores
 from .values import integer, path_like, positive
 
 if TYPE_CHECKING:
-    from .checkpoints import Checkpoint, MatroyshkaCheckpoint
-    from .scoring import Shape
+    from .checkpoints.checkpoint import Checkpoint, MatroyshkaCheckpoint
+    from .engine.scoring import Shape
     from .training.fitting import Frames
     from .training.recipes import MatroyshkaTraining
 
@@ -283,12 +283,12 @@ class MatroyshkaReranker(LLMReranker):
         return self.cutoff[-1] if isinstance(self.cutoff, tuple) else self.cutoff
 
     def _checkpoint(self) -> partial[Any]:
-        from .checkpoints import MatroyshkaCheckpoint
+        from .checkpoints.checkpoint import MatroyshkaCheckpoint
 
         return partial(MatroyshkaCheckpoint, *self._opened())
 
     def _overlaid(self) -> partial[Any] | None:
-        from .checkpoints import MatroyshkaCheckpoint
+        from .checkpoints.checkpoint import MatroyshkaCheckpoint
 
         overlay = self._token_adapter()
         return partial(MatroyshkaCheckpoint, *self._opened(), overlay) if overlay else None
@@ -335,7 +335,7 @@ class MatroyshkaReranker(LLMReranker):
         return model.is_dir() and all(not is_hub_id(name) or (model / name).is_dir() for name in names)
 
     def _shape(self, checkpoint: Checkpoint) -> Shape:
-        from .scoring import Shape
+        from .engine.scoring import Shape
 
         self._check_walked(checkpoint)
         with_head = checkpoint.head_layers
@@ -414,7 +414,7 @@ class MatroyshkaReranker(LLMReranker):
         )  # fmt: skip
 
     def _take_up(self, adapter: str) -> None:
-        from .checkpoints import is_layer_wise
+        from .checkpoints.checkpoint import is_layer_wise
 
         recipe, overlay = self._recipe(), self._token_adapter()
         self.model, adapters, _, _ = self._opened()
@@ -441,7 +441,7 @@ class MatroyshkaReranker(LLMReranker):
             FileExistsError: there is something in the folder.
             ValueError: there is no adapter to write.
         """
-        from .saving import copy_adapter, write_merged, written_whole
+        from .checkpoints.saving import copy_adapter, write_merged, written_whole
 
         model, adapters, _, _ = self._opened()
         adapters = (*adapters, *self._token_adapter())

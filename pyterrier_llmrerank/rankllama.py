@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import pandas as pd
 
-from .files import bare, folder_of, is_shipped, located, named_base, require, shipped, shown, smollm2
-from .inputs import Ids, RankLLaMAInputs, document
+from .checkpoints.files import bare, folder_of, is_shipped, located, named_base, require, shipped, shown, smollm2
+from .engine.inputs import Ids, RankLLaMAInputs, document
 from .reranker import LLMReranker
 from .values import column, path_like, positive, problem_of
 
 if TYPE_CHECKING:
-    from .checkpoints import Checkpoint, RankLLaMACheckpoint
-    from .scoring import Shape
+    from .checkpoints.checkpoint import Checkpoint, RankLLaMACheckpoint
+    from .engine.scoring import Shape
     from .training.fitting import Frames
     from .training.recipes import RankLLaMATraining, Recipe
 
@@ -135,7 +135,7 @@ class RankLLaMAReranker(LLMReranker):
         return cls(bare(base), **options)
 
     def _checkpoint(self) -> partial[Any]:
-        from .checkpoints import RankLLaMACheckpoint
+        from .checkpoints.checkpoint import RankLLaMACheckpoint
 
         return partial(RankLLaMACheckpoint, *self._opened())
 
@@ -146,7 +146,7 @@ class RankLLaMAReranker(LLMReranker):
         return self.model, self.base_model or self.named_base
 
     def _shape(self, checkpoint: Checkpoint) -> Shape:
-        from .scoring import Shape
+        from .engine.scoring import Shape
 
         self._check_walked(checkpoint)
         return Shape(cutoffs=(checkpoint.layers,), heads=(0,), attn_implementation=self.attn_implementation)
@@ -222,7 +222,7 @@ class RankLLaMAReranker(LLMReranker):
             FileExistsError: there is something in the folder.
             ValueError: there is no adapter, or it is untrained.
         """
-        from .saving import copy_adapter, write_merged, written_whole
+        from .checkpoints.saving import copy_adapter, write_merged, written_whole
 
         weights = self._weights()
         checkpoint = weights.checkpoint

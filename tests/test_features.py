@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from scipy.special import expit
 from test_matroyshka import FULL, full
 
-from pyterrier_llmrerank import MatroyshkaReranker, scoring, tune
+from pyterrier_llmrerank import MatroyshkaReranker, tune
+from pyterrier_llmrerank.engine import scoring
 from pyterrier_llmrerank.features import AtDepth, MatroyshkaFeatures
-from pyterrier_llmrerank.streaming import rerank_file
+from pyterrier_llmrerank.runs.streaming import rerank_file
 
 
 def test_a_union_of_depths_is_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:

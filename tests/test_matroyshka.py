@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyterrier_llmrerank import MatroyshkaReranker
-from pyterrier_llmrerank.inputs import PROMPT, MatroyshkaInputs
+from pyterrier_llmrerank.engine.inputs import PROMPT, MatroyshkaInputs
 
 GOLDEN = golden("matroyshka_inference.json")
 FULL = str(MODELS / "costwise_full")

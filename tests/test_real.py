@@ -11,7 +11,7 @@ from pyterrier.measures import nDCG
 from transformers import AutoModelForCausalLM
 
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker
-from pyterrier_llmrerank.files import shipped
+from pyterrier_llmrerank.checkpoints.files import shipped
 
 PASSAGES = {
     "what do pandas eat": "The giant panda feeds almost entirely on bamboo, and eats up to fifteen kilograms a day.",

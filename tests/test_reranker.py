@@ -22,8 +22,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyterrier.measures import nDCG
 
-from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker, ScoringError, scoring
-from pyterrier_llmrerank.packing import Row
+from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker, ScoringError
+from pyterrier_llmrerank.engine import scoring
+from pyterrier_llmrerank.engine.packing import Row
 from pyterrier_llmrerank.reranker import Scores
 
 FULL = str(MODELS / "costwise_full")

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from ir_measures import RR
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
-from pyterrier_llmrerank import MatroyshkaReranker, Tuning, scoring, tune, tuning
-from pyterrier_llmrerank.operations import Operations
+from pyterrier_llmrerank import MatroyshkaReranker, Tuning, tune, tuning
+from pyterrier_llmrerank.engine import scoring
+from pyterrier_llmrerank.engine.operations import Operations
 from pyterrier_llmrerank.tuning import cascades, interval, pareto
 
 FULL = MatroyshkaReranker(MODELS / "costwise_full", dtype="float32")

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..checkpoints.files import HUB_ID
+from ..engine.inputs import Ids
+from ..engine.packing import PackedPairs
 from ..errors import short
-from ..files import HUB_ID
-from ..formats import malformed, objects
-from ..inputs import Ids
-from ..packing import PackedPairs
+from ..runs.formats import malformed, objects
 from ..values import problem_of
 
 if TYPE_CHECKING:

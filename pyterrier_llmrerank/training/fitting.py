@@ -15,8 +15,8 @@ import pyterrier as pt
 import torch
 from transformers import TrainingArguments
 
-from ..saving import empty_folder
-from ..weights import resolve_device, resolve_dtype
+from ..checkpoints.saving import empty_folder
+from ..engine.weights import resolve_device, resolve_dtype
 from .data import Groups
 from .frames import judged, records_of, validation_of
 from .recipes import MatroyshkaTraining, Recipe

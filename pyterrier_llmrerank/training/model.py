@@ -8,11 +8,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints import Checkpoint
-from ..decoder import FAMILIES, Decoder, decode
-from ..files import without_revision
-from ..packing import PackedPairs
-from ..weights import build_decoder, fill
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.files import without_revision
+from ..engine.decoder import FAMILIES, Decoder, decode
+from ..engine.packing import PackedPairs
+from ..engine.weights import build_decoder, fill
 
 
 class Head(nn.Module):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import pyterrier as pt
 
-from ..inputs import PROMPT, MatroyshkaInputs, RankLLaMAInputs, document
+from ..engine.inputs import PROMPT, MatroyshkaInputs, RankLLaMAInputs, document
 from .objectives import METHODS, CascadeLoss, DistilledLoss, Loss
 from .widths import Widths
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from ..checkpoints import Checkpoint, MatroyshkaCheckpoint
+    from ..checkpoints.checkpoint import Checkpoint, MatroyshkaCheckpoint
     from .data import Inputs
 
 #: Projections that LoRA updates.
@@ -272,7 +272,7 @@ class RankLLaMATraining(Recipe):
 
     def open(self, model: str, adapters: Sequence[str] = (), base_model: str | None = None) -> Checkpoint:
         """A causal language model, or a RankLLaMA adapter to train on."""
-        from ..checkpoints import RankLLaMACheckpoint
+        from ..checkpoints.checkpoint import RankLLaMACheckpoint
 
         if adapters:
             raise ValueError(f"raw_peft={list(adapters)}: RankLLaMA trains on one model or adapter.")
@@ -358,9 +358,9 @@ class MatroyshkaTraining(Recipe):
 
     def open(self, model: str, adapters: Sequence[str] = ()) -> Checkpoint:
         """A causal language model or layer-wise checkpoint with adapters merged in, or one more to train on."""
-        from ..adapters import Adapter
-        from ..checkpoints import MatroyshkaCheckpoint, is_layer_wise
-        from ..files import folder_of
+        from ..checkpoints.adapters import Adapter
+        from ..checkpoints.checkpoint import MatroyshkaCheckpoint, is_layer_wise
+        from ..checkpoints.files import folder_of
 
         started, folder = None, folder_of(model, "model")
         if (folder / "adapter_config.json").is_file():

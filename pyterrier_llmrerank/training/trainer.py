@@ -29,10 +29,10 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from ..batching import Budget, run_in_batches
-from ..checkpoints import SCORE, Checkpoint
-from ..files import read_json, without_revision
-from ..packing import PackedPairs
+from ..checkpoints.checkpoint import SCORE, Checkpoint
+from ..checkpoints.files import read_json, without_revision
+from ..engine.batching import Budget, run_in_batches
+from ..engine.packing import PackedPairs
 from .data import Batch, Collator, Group, Groups
 from .lora import LowRankLinear
 from .model import RankingModel

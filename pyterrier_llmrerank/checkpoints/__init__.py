@@ -1,0 +1,1 @@
+"""Files to weights: folders, hub ids and GGUF files, adapters merged, nothing executed."""

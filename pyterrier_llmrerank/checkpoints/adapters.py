@@ -1,0 +1,238 @@
+"""LoRA adapters as PEFT saves them, read to be merged."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from ..errors import short
+from .files import SHIPPED, TensorFiles, at_revision, folder_of, is_of_package, read_json
+
+
+def canonical(name: str) -> str:
+    """A tensor's or module's name without the prefix of the model around the headless decoder."""
+    return name.removeprefix("model.")
+
+
+#: Fields of PEFT's LoraConfig that are read here.
+READ = {
+    "alpha_pattern", "base_model_name_or_path", "init_lora_weights", "lora_alpha", "peft_type", "revision",
+    "use_rslora",
+}  # fmt: skip
+
+#: Fields that matter for training alone, or where the tensors in the file say the same.
+WITHOUT_EFFECT = {
+    "auto_mapping", "bias", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
+    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config",
+    "megatron_core", "modules_to_save", "peft_version", "qalora_group_size", "r", "rank_pattern", "runtime_config",
+    "target_modules", "task_type",
+}  # fmt: skip
+
+#: Fields that make something else of LoRA, where they are not null, false or empty.
+VARIANTS = {
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "megatron_config",
+    "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora",
+    "velora_config",
+}  # fmt: skip
+
+#: The ways to initialise LoRA that leave the base's weights as they are; PEFT changes these in the others.
+INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva", "mica")
+
+#: What lora_alpha is to PEFT where the configuration does not say.
+LORA_ALPHA = 8
+
+#: What lets a regular expression match in more than one way.
+WILD = re.compile(r"[*+?|{]")
+
+#: Above any lora_alpha in size.
+MOST = 1e9
+
+
+class Adapter:
+    """A PEFT LoRA folder: low-rank updates by module, and tensors that were trained whole.
+
+    Args:
+        folder: where it is.
+        argument: the caller's argument and its value, for messages.
+        name: what its user calls it; None for its folder.
+
+    Raises:
+        FileNotFoundError: the folder is no adapter.
+        ValueError: the adapter is of another kind than plain LoRA.
+    """
+
+    _ORIGINAL = re.compile(r"base_model\.model\.(?P<module>.+)\.original_module\.weight")
+    _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
+    _WHOLE = re.compile(r"base_model\.model\.(?P<module>.+?)(\.modules_to_save)?(\.default)?\.weight")
+
+    def __init__(self, folder: Path, argument: str, name: str | None = None) -> None:
+        config = folder / "adapter_config.json"
+        if not config.is_file():
+            raise FileNotFoundError(f"{argument}: {folder} has no adapter_config.json; wanted a PEFT LoRA folder.")
+        self.folder = folder
+        self.argument = argument
+        self.name = str(folder) if name is None else name
+        self.config = read_json(config)
+        self._check_config()
+        self._files = TensorFiles(folder, "adapter_model", argument)
+        self._sides: dict[str, dict[str, str]] = {}
+        self._full_names: dict[str, str] = {}
+        #: Files' names of the tensors that stand in for the model's own, by their names in the headless decoder.
+        self.whole: dict[str, str] = {}
+        originals: dict[str, str] = {}
+        for key in self._files:
+            if match := self._ORIGINAL.fullmatch(key):  # from before it was trained
+                originals[canonical(match["module"]) + ".weight"] = key
+            elif match := self._KEY.fullmatch(key):
+                self._sides.setdefault(canonical(match["module"]), {})[match["side"]] = key
+                self._full_names[canonical(match["module"])] = match["module"]
+            elif (match := self._WHOLE.fullmatch(key)) and ".lora_" not in key:
+                self.whole[canonical(match["module"]) + ".weight"] = key
+            else:
+                raise ValueError(f"{argument}: tensor {short(key)} is no part of a plain LoRA adapter.")
+        if untrained := sorted(set(originals) - set(self.whole)):
+            raise ValueError(
+                f"{argument}: tensor {short(originals[untrained[0]])} is there without the trained one, "
+                f"{short(untrained[0])}."
+            )
+        for module, sides in self._sides.items():
+            if set(sides) != {"A", "B"}:
+                raise ValueError(
+                    f"{argument}: module {short(module)} has only lora_{'/'.join(sides)}; A and B are wanted."
+                )
+            if f"{module}.weight" in self.whole:
+                raise ValueError(f"{argument}: module {short(module)} has an update and a whole weight; wanted one.")
+
+    def _check_config(self) -> None:
+        """Raise ValueError on a configuration that makes anything but plain LoRA of the tensors."""
+        if self.config.get("peft_type") != "LORA":
+            kind = short(self.config.get("peft_type"))
+            raise ValueError(f"{self.argument}: peft_type is {kind}; only LoRA is allowed.")
+        for key, value in self.config.items():
+            if value and key not in READ | WITHOUT_EFFECT:
+                known = "a variant of LoRA" if key in VARIANTS else "not known here"
+                raise ValueError(
+                    f"{self.argument}: {short(key)} in adapter_config.json is {short(value)}, which is {known}; only "
+                    "plain LoRA is allowed. Where PEFT can merge the adapter, open the merged model instead."
+                )
+        initialisation = self.config.get("init_lora_weights", True)
+        if initialisation and initialisation not in INITIALISATIONS:
+            raise ValueError(
+                f"{self.argument}: init_lora_weights is {short(initialisation)}, which may change the base's weights; "
+                f"allowed: {', '.join(map(repr, INITIALISATIONS))}. PEFT's save_pretrained converts the others with "
+                "path_initial_model_for_weight_conversion, or merge the adapter with PEFT and open the merged model."
+            )
+
+    @property
+    def base(self) -> str:
+        """The model it says it belongs to, at the revision it says; the shipped one for an adapter of this package.
+
+        Raises:
+            ValueError: it names none.
+        """
+        if is_of_package(self.folder):
+            return SHIPPED
+        base = self.config.get("base_model_name_or_path")
+        if not isinstance(base, str) or not 0 < len(base) < 4096:
+            raise ValueError(
+                f"{self.argument}: the adapter names no base model (base_model_name_or_path is {short(base)}); write "
+                "one there, or give a RankLLaMA base_model."
+            )
+        return at_revision(base, self.config.get("revision"))
+
+    def base_folder(self) -> Path:
+        """The folder of that model.
+
+        Raises:
+            FileNotFoundError, PermissionError, ConnectionError: as
+                :func:`~pyterrier_llmrerank.checkpoints.files.folder_of`.
+            ValueError: it names none.
+        """
+        try:
+            return folder_of(self.base, f"the base model that {self.argument} names")
+        except (FileNotFoundError, PermissionError, ConnectionError) as error:
+            raise type(error)(
+                f"{error} If you have that base elsewhere, give a RankLLaMA base_model, or name it in {self.folder}'s "
+                "adapter_config.json."
+            ) from error
+
+    @property
+    def modules(self) -> set[str]:
+        """The modules it updates."""
+        return set(self._sides)
+
+    def ending(self, ending: str) -> set[str]:
+        """The modules it updates whose names end so."""
+        return {module for module in self._sides if module.endswith(ending)}
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise ValueError unless each module it updates is among these, with a weight of the shape given."""
+        if unknown := sorted(self.modules - set(shapes)):
+            raise ValueError(
+                f"{self.argument}: the model has no module {short(unknown[0])} ({len(unknown)} such modules)."
+            )
+        for module, sides in self._sides.items():
+            down, up = (self._files.shape(sides[side]) for side in "AB")
+            fits = len(down) == len(up) == 2 and (up[0], down[1]) == shapes[module] and up[1] == down[0] > 0
+            if not fits:
+                raise ValueError(
+                    f"{self.argument}: adapter of another shape: {module} is {list(shapes[module])} in the model, "
+                    f"the adapter has lora_A {list(down)} and lora_B {list(up)}."
+                )
+
+    def add_to(self, weight: Tensor, module: str) -> None:
+        """Add the update of a module to its weight, fp32, in place."""
+        down, up = self.factors(module)
+        weight.addmm_(up, down)
+
+    def factors(self, module: str) -> tuple[Tensor, Tensor]:
+        """The update of a module as fp32 ``[rank, inputs]`` and ``[outputs, rank]``; their product is added."""
+        down, up = (self._finite(self._sides[module][side]) for side in "AB")
+        rank = down.shape[0]
+        alpha = self._alpha(self._full_names[module])
+        scaling = alpha / rank**0.5 if self.config.get("use_rslora") else alpha / rank
+        return down, up * scaling
+
+    def read_whole(self, name: str) -> Tensor:
+        """A tensor that was trained whole, fp32.
+
+        Raises:
+            ValueError: not all of its numbers are finite.
+        """
+        return self._finite(self.whole[name])
+
+    def whole_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor that was trained whole."""
+        return self._files.shape(self.whole[name])
+
+    def _finite(self, key: str) -> Tensor:
+        tensor = self._files.read(key).float()
+        if not tensor.isfinite().all():
+            raise ValueError(f"{self.argument}: not all numbers of tensor {key!r} are finite.")
+        return tensor
+
+    def _alpha(self, module: str) -> float:
+        """What scales a module's update, over its rank: PEFT's patterns are regular expressions for module names."""
+        patterns = self.config.get("alpha_pattern") or {}
+        if not isinstance(patterns, dict):
+            raise ValueError(f"{self.argument}: alpha_pattern is {short(patterns)}; wanted an object.")
+        name, alpha = "lora_alpha", self.config.get("lora_alpha", LORA_ALPHA)
+        for pattern, value in patterns.items():
+            if self._fits(pattern, module):
+                name, alpha = f"alpha_pattern {short(pattern)}", value
+                break
+        number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+        if not number or not -MOST < alpha < MOST:
+            raise ValueError(f"{self.argument}: {name} is {short(alpha)}; wanted a number.")
+        return float(alpha)
+
+    def _fits(self, pattern: str, module: str) -> bool:
+        if len(pattern) > 1000 or len(WILD.findall(pattern)) > 2:  # a match could take forever
+            raise ValueError(f"{self.argument}: alpha_pattern {short(pattern)} is too intricate.")
+        try:
+            return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"{self.argument}: alpha_pattern {short(pattern)}: {error}.") from error

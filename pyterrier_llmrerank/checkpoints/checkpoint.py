@@ -1,0 +1,532 @@
+"""Checkpoints: a decoder's configuration and tokenizer, its weights with adapters merged in, its heads."""
+
+from __future__ import annotations
+
+import copy
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import logging as transformers_logging
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from ..engine.decoder import FAMILIES
+from ..errors import reason, short
+from .adapters import Adapter, canonical
+from .files import TensorFiles, adapter_folder, check_sizes, folder_of, portable, read_json, refuse_pointer
+from .tokenizer import open_tokenizer, vocabulary_of
+
+#: A Matroyshka model_type is this and the family of its decoder.
+LAYER_WISE = "cost_wise_"
+
+#: Buffers in the files of older releases of transformers, which computes them today: rotary angles and causal masks.
+COMPUTED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias|causal_mask))")
+
+#: RankLLaMA's head.
+SCORE = "score.weight"
+
+#: A decoder's input embeddings.
+EMBEDDINGS = "embed_tokens.weight"
+
+#: What a checkpoint's configuration may say and is not listened to: what is of no account for a headless decoder in a
+#: dtype of our choice, and what could have code fetched.
+IGNORED = {
+    "model_type", "auto_map", "architectures", "transformers_version", "dtype", "torch_dtype", "num_labels", "id2label",
+    "label2id", "problem_type", "attn_implementation", "experts_implementation",
+}  # fmt: skip
+
+
+def listened_to(settings: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without what is :data:`IGNORED` and what is private to transformers, at any depth."""
+    return {
+        key: listened_to(value) if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if key not in IGNORED and not key.startswith("_")
+    }
+
+
+def is_layer_wise(model: str) -> bool:
+    """Whether a model brings layer-wise heads of its own.
+
+    Raises:
+        FileNotFoundError, ConnectionError: as :func:`~pyterrier_llmrerank.checkpoints.files.folder_of`.
+    """
+    config = folder_of(model, "model") / "config.json"
+    return config.is_file() and str(read_json(config).get("model_type")).startswith(LAYER_WISE)
+
+
+@contextmanager
+def errors_only() -> Iterator[None]:
+    """Transformers without its warnings."""
+    said = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(40)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(said)
+
+
+class Checkpoint(ABC):
+    """A decoder and its scoring heads, read tensor by tensor with LoRA adapters merged in on the way.
+
+    Args:
+        folder: the decoder's files.
+        argument: the caller's argument and its value, for messages.
+
+    Raises:
+        FileNotFoundError: the folder holds no model.
+        ValueError: the model is of a family that is not supported.
+    """
+
+    def __init__(self, folder: Path, argument: str) -> None:
+        self.folder = folder
+        self.argument = argument
+        if not (folder / "config.json").is_file():
+            adapter = (folder / "adapter_config.json").is_file()
+            hint = (
+                "it is a LoRA adapter: give the model it belongs to, and this as one of adapters"
+                if adapter
+                else "it is no model"
+            )
+            raise FileNotFoundError(f"{argument}: {folder} has no config.json; {hint}.")
+        self.settings = read_json(folder / "config.json")
+        self.config = self._decoder_config()
+        #: What is merged into the decoder.
+        self.adapters: Sequence[Adapter] = ()
+        #: Those of them that are laid over the decoder's weights, rather than merged into them.
+        self.overlay: Sequence[Adapter] = ()
+        #: The adapter that was asked for by name, which would go on learning; else None.
+        self.adapter: Adapter | None = None
+        #: The model below the adapters, as its user or an adapter names it.
+        self.base = ""
+
+    def _decoder_config(self) -> PreTrainedConfig:
+        model_type = str(self.settings.get("model_type"))
+        family = model_type.removeprefix(LAYER_WISE)
+        if self.layer_wise and family not in FAMILIES:  # other types have been given to weights of another family
+            called = "; published models of this type hold Gemma 2 weights" if family == "gemma" else ""
+            raise ValueError(
+                f"{self.argument}: model_type {short(model_type)} is not supported{called}; "
+                f"layer-wise models that open: {', '.join(LAYER_WISE + known for known in FAMILIES)}."
+            )
+        if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            raise ValueError(
+                f"{self.argument}: model_type {short(model_type)} is not supported; allowed: {', '.join(FAMILIES)} "
+                "and what else transformers has as a causal language model."
+            )
+        if self.settings.get("quantization_config"):
+            raise ValueError(f"{self.argument}: its weights are quantised; open the model they were made from.")
+        check_sizes(self.settings, CONFIG_MAPPING[family].attribute_map, self.argument)
+        settings = listened_to(self.settings)
+        if settings.get("sliding_window") == 0:  # as some of transformers' configurations say that there is none
+            settings["sliding_window"] = None
+        with self.described():
+            config = CONFIG_MAPPING[family].from_dict(settings)
+        if config.is_encoder_decoder:
+            raise ValueError(
+                f"{self.argument}: model_type {model_type!r} is an encoder and a decoder; wanted a decoder alone."
+            )
+        rope = getattr(config, "rope_parameters", None)
+        rotary = rope.get("rope_type", "default") if isinstance(rope, dict) else "default"
+        if rotary in ("dynamic", "longrope"):
+            raise ValueError(
+                f"{self.argument}: rope_type {rotary!r} is not supported: it turns by the longest row of a batch, "
+                "so that a score would depend on its neighbours."
+            )
+        return config
+
+    @contextmanager
+    def described(self) -> Iterator[None]:
+        """Where transformers builds what the configuration says; ValueError on whatever goes wrong in that."""
+        try:
+            yield
+        except Exception as error:  # it checks little: nonsense fails anywhere, with any error
+            family = short(self.settings.get("model_type"))
+            raise ValueError(
+                f"{self.argument}: config.json does not describe a model_type {family}: {reason(error)}"
+            ) from error
+
+    @property
+    def layer_wise(self) -> bool:
+        """Whether it says that it has layer-wise heads."""
+        return str(self.settings.get("model_type")).startswith(LAYER_WISE)
+
+    @property
+    def walked(self) -> bool:
+        """Whether its layers can be walked one by one, or it is run by transformers' own forward."""
+        return self.config.model_type in FAMILIES
+
+    @property
+    def layers(self) -> int:
+        """How many decoder layers the model has."""
+        return int(self.config.num_hidden_layers)
+
+    @property
+    @abstractmethod
+    def head_layers(self) -> Sequence[int]:
+        """The layers that have a head, ascending; the k-th head belongs to the k-th of them."""
+
+    @property
+    def has_heads(self) -> bool:
+        """Whether it can score as it is, rather than wait for a head to be trained."""
+        return True
+
+    @abstractmethod
+    def heads(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+        """The heads, fp32 ``[heads, width]``.
+
+        Raises:
+            ValueError: one is missing or of another shape.
+        """
+
+    @abstractmethod
+    def is_head(self, name: str) -> bool:
+        """Whether a tensor in the files is a head: one that scores, or one that is known not to be needed."""
+
+    def head_module(self, index: int) -> str | None:
+        """The name under which an adapter may update a head."""
+        return None
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that comes with the model, by which ids are made; opened once."""
+        return self._tokenizer
+
+    @cached_property
+    def public_tokenizer(self) -> PreTrainedTokenizerBase:
+        """A copy for others: padding, truncation and added tokens are its state, on which scores must not depend."""
+        return copy.deepcopy(self._tokenizer)
+
+    def _tokenizer_folder(self) -> Path:
+        return self.folder
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        folder = self._tokenizer_folder()
+        try:
+            for file in folder.glob("tokenizer*"):
+                refuse_pointer(file)
+            with errors_only():  # it would warn that it does not know the model type
+                opened = open_tokenizer(folder, self.config)
+            opened("Yes")  # some settings are wrong only when they are used
+            return opened
+        except ImportError as error:
+            raise ImportError(f"{self.argument}: {error}") from error
+        except Exception as error:  # the tokenizers library has no kind of error of its own
+            raise ValueError(f"{self.argument}: no usable tokenizer in {folder}: {reason(error)}") from error
+
+    @cached_property
+    def files(self) -> TensorFiles:
+        """The weight files; no weight is read by opening them."""
+        return TensorFiles(self.folder, "model", self.argument)
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        """The files' names of the tensors by those in the headless decoder."""
+        names: dict[str, str] = {}
+        for name in self.files:
+            if (same := names.setdefault(canonical(name), name)) != name:
+                raise ValueError(f"{self.argument}: the checkpoint has both {same!r} and {name!r}; one is wanted.")
+        return names
+
+    @cached_property
+    def _lm_head(self) -> set[str]:
+        """The files' names of the language model's head."""
+        if self.walked:
+            return {"lm_head.weight"}
+        with self.described(), torch.device("meta"):
+            causal = AutoModelForCausalLM.from_config(self.config)  # type: ignore[no-untyped-call]
+        head = causal.get_output_embeddings()
+        heads = [(name, module) for name, module in causal.named_modules() if module is head]
+        names = {f"{name}.{own}" for name, module in heads for own, _ in module.named_parameters()}
+        return names | {"embed_out.weight"}  # as GPT-NeoX's files have it
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
+
+    def check_adapters(self, shapes: dict[str, tuple[int, ...]], weights: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise ValueError unless every adapter fits the decoder.
+
+        Args:
+            shapes: its modules that LoRA may update, with their weights' shapes.
+            weights: all its weights, which an adapter may bring whole.
+        """
+        head_shape = (1, int(self.config.hidden_size))
+        heads = {self.head_module(index): head_shape for index in range(len(self.head_layers))}
+        for adapter in self.adapters:
+            adapter.check(shapes | {name: shape for name, shape in heads.items() if name is not None})
+            for name in sorted(adapter.whole.keys() - {SCORE}):
+                if (shape := adapter.whole_shape(name)) != weights.get(name):
+                    wanted = f"in the model it is {list(weights[name])}" if name in weights else "the model has none"
+                    raise ValueError(f"{adapter.argument}: holds the whole tensor {name!r}, {list(shape)}; {wanted}.")
+
+    def check_depth(self) -> None:
+        """Raise ValueError unless the files hold as many layers as the configuration says there are."""
+        deepest, beyond = (f"layers.{layer}." for layer in (self.layers - 1, self.layers))
+        if not any(name.startswith(deepest) for name in self._names):
+            wrong = f"no {deepest}*"
+        elif any(name.startswith(beyond) for name in self._names):
+            wrong = f"{beyond}* too"
+        else:
+            return
+        raise ValueError(f"{self.argument}: num_hidden_layers is {self.layers}, but the checkpoint has {wrong}.")
+
+    def check_weights(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise ValueError unless the files hold these weights, by their names in the headless decoder."""
+        for name, wanted in shapes.items():
+            if self._brought(name) is not None:
+                continue
+            if name not in self:
+                raise ValueError(f"{self.argument}: the checkpoint has no tensor {name!r}.")
+            if (shape := self.files.shape(self._names[name])) != wanted:
+                raise ValueError(
+                    f"{self.argument}: tensor {name!r} is {list(shape)}, its config.json asks for {list(wanted)}."
+                )
+
+    def check_unused(self, names: Iterable[str]) -> None:
+        """Raise ValueError unless these tensors, in the files but not in the decoder, are of no account to it."""
+        unknown = sorted(name for name in names if not COMPUTED.fullmatch(name) and not self.is_head(name))
+        if unknown:
+            raise ValueError(
+                f"{self.argument}: the checkpoint has a tensor {short(unknown[0])}, which a model_type "
+                f"{self.config.model_type!r} with this config.json does not have ({len(unknown)} such tensors); scores "
+                "would ignore it."
+            )
+
+    def tensor(self, name: str) -> Tensor:
+        """A weight by its name in the headless decoder: fp32 where an adapter touches it, else as stored.
+
+        Raises:
+            ValueError: the checkpoint has no such tensor, or not one of numbers that a weight may be.
+        """
+        if (adapter := self._brought(name)) is not None:
+            return adapter.read_whole(name)
+        if name not in self:
+            raise ValueError(f"{self.argument}: the checkpoint has no tensor {name!r}.")
+        return self.merged(name.removesuffix(".weight"), self.files.read(self._names[name]))
+
+    def _brought(self, name: str) -> Adapter | None:
+        """The adapter that brings a weight whole, in place of the model's own."""
+        return next((adapter for adapter in self.adapters if name in adapter.whole), None)
+
+    def merged(self, module: str, weight: Tensor) -> Tensor:
+        """A module's weight with the adapters' updates added in their order."""
+        adapters = [adapter for adapter in self.adapters if module in adapter.modules]
+        if adapters:
+            weight = weight.to(torch.float32, copy=True)
+        for adapter in adapters:
+            adapter.add_to(weight, module)
+        return weight
+
+    def _head(self, weight: Tensor, name: str, argument: str | None = None) -> Tensor:
+        width = int(self.config.hidden_size)
+        if weight.numel() != width:
+            raise ValueError(
+                f"{argument or self.argument}: head {name!r} is {list(weight.shape)}; wanted [1, {width}]."
+            )
+        return self.merged(name.removesuffix(".weight"), weight.reshape(1, width)).reshape(width).float()
+
+    def _stored_head(self, name: str) -> Tensor:
+        """A head out of the model's own files, adapters merged in."""
+        return self._head(self.files.read(self._names[name]), name)
+
+
+class RankLLaMACheckpoint(Checkpoint):
+    """A PEFT SEQ_CLS adapter over its base, or a merged ``*ForSequenceClassification`` folder.
+
+    Args:
+        model: the adapter or the merged model: folder, ``.gguf`` file or hub id.
+        base_model: what the adapter is put on, instead of the base that it names.
+
+    Raises:
+        FileNotFoundError, ConnectionError: as :func:`~pyterrier_llmrerank.checkpoints.files.folder_of`.
+        ValueError: ``base_model`` is given but ``model`` is no adapter, or as :class:`Checkpoint`.
+    """
+
+    def __init__(self, model: str, base_model: str | None) -> None:
+        folder = folder_of(model, "model")
+        argument = f"model={model!r}"
+        adapter, base = None, model
+        self._adapter_folder = folder
+        if (folder / "adapter_config.json").is_file():
+            adapter = Adapter(folder, argument)
+            base = base_model or adapter.base
+            folder = folder_of(base_model, "base_model") if base_model else adapter.base_folder()
+            argument = f"base_model={base!r}"
+        elif base_model is not None:
+            raise ValueError(
+                f"base_model={base_model!r} is given, but {argument} is no adapter (no adapter_config.json)."
+            )
+        super().__init__(folder, argument)
+        self.base = portable(base)
+        if adapter is not None:
+            self.adapter, self.adapters = adapter, (adapter,)
+            if self.walked and EMBEDDINGS in adapter.whole:  # of perhaps more tokens than the base knows
+                tokens = next(iter(adapter.whole_shape(EMBEDDINGS)), 0)
+                check_sizes({"vocab_size": tokens}, {}, adapter.argument)
+                self.config.vocab_size = self.settings["vocab_size"] = tokens
+
+    @property
+    def head_layers(self) -> Sequence[int]:
+        """The deepest layer alone."""
+        return (self.layers,)
+
+    @property
+    def has_heads(self) -> bool:
+        """Whether adapter or model brings a ``score`` head."""
+        return (self.adapter is not None and SCORE in self.adapter.whole) or SCORE in self
+
+    def is_head(self, name: str) -> bool:
+        """The ``score`` head, and whatever a language model or Matroyshka has in its place."""
+        return name == "score.weight" or name.startswith("lm_head.") or name in self._lm_head
+
+    def heads(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+        """The ``score`` head, out of the adapter where it has one."""
+        if self.adapter is not None and SCORE in self.adapter.whole:
+            return self._head(self.adapter.read_whole(SCORE), SCORE, self.adapter.argument)[None]
+        if SCORE not in self:
+            raise ValueError(
+                f"{self.argument}: no score head ({SCORE!r}), neither in an adapter nor in the model; "
+                "wanted a RankLLaMA adapter or a *ForSequenceClassification model with one label, or fit() first."
+            )
+        return self._stored_head(SCORE)[None]
+
+    def _tokenizer_folder(self) -> Path:
+        """Beside the adapter where a vocabulary is there too, else beside the base."""
+        return self.folder if vocabulary_of(self._adapter_folder) is None else self._adapter_folder
+
+
+class MatroyshkaCheckpoint(Checkpoint):
+    """A layer-wise checkpoint (``cost_wise_*``) or a plain causal LM, with adapters merged in order.
+
+    A plain causal LM gets a head per layer from ``start_layer`` on, each a copy of the row of ``Yes`` in
+    its LM head; without ``start_layer`` it has that one head, at its deepest layer.
+
+    Args:
+        model: folder, ``.gguf`` file or hub id.
+        adapters: LoRA folders, each a local one, one below the model's own folder, or a hub id.
+        start_layer: the shallowest layer with a head.
+        layer_sep: layers from one head to the next; 1 by default.
+        overlay: more LoRA folders, which are to be laid over the weights with ``adapters`` merged in, so that these
+            can serve without them too.
+
+    Raises:
+        FileNotFoundError, ConnectionError: as :func:`~pyterrier_llmrerank.checkpoints.files.folder_of`.
+        ValueError: ``start_layer`` or ``layer_sep`` does not fit the model, or as :class:`Checkpoint`.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        adapters: Sequence[str],
+        start_layer: int | None,
+        layer_sep: int | None = None,
+        overlay: Sequence[str] = (),
+    ) -> None:
+        super().__init__(folder_of(model, "model"), f"model={model!r}")
+        self.base = portable(model)
+        self.start_layer, self.layer_sep = self._heads_at(start_layer, layer_sep)
+        names = [("adapters", name) for name in adapters] + [("token_adapters", name) for name in overlay]
+        self.adapters = [Adapter(adapter_folder(name, model), f"{role}: {name!r}", name) for role, name in names]
+        self.overlay = self.adapters[len(adapters) :]
+        for adapter in self.adapters:
+            if adapter.whole:
+                raise ValueError(f"{adapter.argument}: holds whole tensors {sorted(adapter.whole)}; wanted plain LoRA.")
+            updated = adapter.ending("linear_head")
+            if updated and not self.layer_wise and start_layer is None:
+                raise ValueError(
+                    f"{adapter.argument}: updates layer-wise heads (linear_head), but {self.argument} has none; "
+                    "give the start_layer that it was trained with."
+                )
+            if updated and updated != {self.head_module(index) for index in range(len(self.head_layers))}:
+                raise ValueError(
+                    f"{adapter.argument}: updates {len(updated)} layer-wise heads (linear_head), {self.argument} has "
+                    f"{len(self.head_layers)} from start_layer={self.start_layer} on; the two must agree."
+                )
+
+    def _heads_at(self, start_layer: int | None, layer_sep: int | None) -> tuple[int, int]:
+        if self.layer_wise:
+            start, step = self.settings.get("start_layer"), self.settings.get("layer_sep", 1)
+            for name, given, own in (("start_layer", start_layer, start), ("layer_sep", layer_sep, step)):
+                if given not in (None, own):
+                    raise ValueError(f"{name}={given}: {self.argument} was trained with {name} {short(own)}.")
+        else:
+            start, step = self.layers if start_layer is None else start_layer, layer_sep or 1
+        if type(start) is not int or type(step) is not int or not 1 <= start <= self.layers or step < 1:
+            raise ValueError(
+                f"start_layer={short(start)}, layer_sep={short(step)}: {self.argument} has {self.layers} layers; "
+                f"allowed: integers, from 1 to {self.layers} and from 1 on."
+            )
+        return start, step
+
+    def pad_id(self) -> int:
+        """The tokenizer's pad token, which the released code's scores depend on.
+
+        Raises:
+            ValueError: it has none.
+        """
+        pad_id = self.tokenizer().pad_token_id
+        if pad_id is None:
+            raise ValueError(f"released=True: the tokenizer of {self.argument} has no pad token to reproduce it with.")
+        return int(pad_id)
+
+    @property
+    def head_layers(self) -> Sequence[int]:
+        """Every ``layer_sep``-th layer from ``start_layer`` to the deepest."""
+        return range(self.start_layer, self.layers + 1, self.layer_sep)
+
+    def is_head(self, name: str) -> bool:
+        """A layer's head, or the language model's."""
+        heads = {f"{self.head_module(index)}.weight" for index in range(len(self.head_layers))}
+        return name in self._lm_head or (self.layer_wise and name in heads)
+
+    def head_module(self, index: int) -> str:
+        """As the original training names it."""
+        return f"lm_head.{index}.linear_head"
+
+    def heads(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+        """Every layer's head, adapters merged in."""
+        modules = [self.head_module(index) for index in range(len(self.head_layers))]
+        if self.layer_wise:
+            self.check_weights({f"{module}.weight": (1, int(self.config.hidden_size)) for module in modules})
+            return torch.stack([self._stored_head(f"{module}.weight") for module in modules])
+        yes = tokenizer("Yes", add_special_tokens=False)["input_ids"]
+        if not yes:
+            raise ValueError(f"{self.argument}: its tokenizer makes no token of 'Yes', by which heads start.")
+        row = self._lm_head_row(yes[-1])
+        return torch.stack([self._head(row, module) for module in modules])
+
+    def _lm_head_row(self, token: int) -> Tensor:
+        if not self.walked:  # other families have other names for their tables
+            with self.described(), errors_only():
+                opened: Any = AutoModelForCausalLM.from_pretrained(
+                    self.folder,
+                    config=self.config,
+                    dtype="auto",
+                    output_loading_info=True,
+                    use_safetensors=self.files.safetensors,
+                )
+            causal, loading = opened
+            if missing := loading["missing_keys"]:
+                raise ValueError(f"{self.argument}: the checkpoint has no tensor {min(missing)!r}.")
+            self.check_unused(loading["unexpected_keys"])
+            return self._row(causal.get_output_embeddings().weight.data, token)
+        tied = self.config.tie_word_embeddings and "lm_head.weight" not in self
+        table = "embed_tokens.weight" if tied else "lm_head.weight"
+        self.check_weights({table: (int(self.config.vocab_size), int(self.config.hidden_size))})
+        return self._row(self.tensor(table), token)
+
+    def _row(self, table: Tensor, token: int) -> Tensor:
+        if token >= len(table):
+            raise ValueError(f"{self.argument}: 'Yes' is token {token}, beyond the {len(table)} of its LM head.")
+        return table[token]

@@ -1,0 +1,143 @@
+"""Tokenizers: the files of a vocabulary to ids, as the code that made the vocabulary gives them.
+
+The class that transformers picks rebuilds a tokenizer out of its vocabulary and what the class itself takes for
+granted, whatever the files say. Here ``tokenizer.json`` is taken literally, and ``tokenizer.model`` is run by
+sentencepiece itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    AutoTokenizer,
+    GPT2Tokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
+)
+from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
+from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available
+
+from ..errors import short
+from .files import read_json
+
+#: The files that a vocabulary may be in, the first that are there count.
+VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
+
+
+class LlamaTokenizer(SentencePieceBackend):
+    """Llama's and Mistral's, named as the class that opens it elsewhere: a saved tokenizer names its class.
+
+    Where it is not ``legacy``, the text after a special token gets no space of its own.
+    """
+
+    def tokenize(self, text: str, *args: Any, **kwargs: Any) -> list[str]:
+        """The pieces of a text."""
+        if self.legacy or not text:
+            return list(super().tokenize(text, *args, **kwargs))
+        prefix = "" if self.init_kwargs.get("add_prefix_space") is False else "▁"
+        tokens: list[str] = super().tokenize(prefix + text.replace("▁", " "), *args, **kwargs)
+        if tokens[:1] == ["▁"] and tokens[1:2] and tokens[1] in self.all_special_tokens:
+            return tokens[1:]
+        return tokens
+
+
+class GemmaTokenizer(SentencePieceBackend):
+    """Gemma's, named as the class that opens it elsewhere."""
+
+
+#: The tokenizers that are a sentencepiece model and nothing else, by the class that a folder names.
+SENTENCEPIECE: dict[str | None, type[SentencePieceBackend]] = {
+    None: LlamaTokenizer,
+    "LlamaTokenizer": LlamaTokenizer,
+    "CodeLlamaTokenizer": LlamaTokenizer,
+    "GemmaTokenizer": GemmaTokenizer,
+}
+
+#: Those that are merges of bytes.
+BYTE_LEVEL: dict[str | None, type[PreTrainedTokenizerBase]] = {
+    "GPT2Tokenizer": GPT2Tokenizer,
+    "Qwen2Tokenizer": Qwen2Tokenizer,
+}
+
+
+def vocabulary_of(folder: Path) -> tuple[str, ...] | None:
+    """The files that a folder's vocabulary is in; None where it has none."""
+    return next((names for names in VOCABULARIES if all((folder / name).is_file() for name in names)), None)
+
+
+def open_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder.
+
+    Args:
+        folder: with a vocabulary, ``tokenizer_config.json`` and ``special_tokens_map.json``, as far as they are there.
+        config: the model's configuration, which says of what class the tokenizer is where nothing else does.
+
+    Raises:
+        ValueError: there is no vocabulary, or one whose ids cannot be vouched for.
+        ImportError: reading it needs a package that is missing.
+        Exception: whatever else transformers raises on files that are broken.
+    """
+    vocabulary = vocabulary_of(folder)
+    if vocabulary is None:
+        raise ValueError("it has no vocabulary; wanted tokenizer.json, tokenizer.model, or vocab.json with merges.txt")
+    settings, special = (
+        read_json(folder / name) if (folder / name).is_file() else {}
+        for name in ("tokenizer_config.json", "special_tokens_map.json")
+    )
+    named = settings.get("tokenizer_class") or getattr(config, "tokenizer_class", None)
+    opened: PreTrainedTokenizerBase
+    if vocabulary == ("tokenizer.json",):
+        opened = PreTrainedTokenizerFast.from_pretrained(folder)
+        if "bos_token" not in settings | special:
+            if named is None:
+                raise ValueError("its tokenizer_config.json says neither bos_token nor tokenizer_class; wanted one")
+            by_class = AutoTokenizer.from_pretrained(folder, config=PreTrainedConfig(), trust_remote_code=False)
+            opened.bos_token = by_class.bos_token
+    else:
+        allowed: Collection[str | None] = SENTENCEPIECE if vocabulary == ("tokenizer.model",) else BYTE_LEVEL
+        name = None if named is None else str(named).removesuffix("Fast")
+        if name not in allowed:
+            raise ValueError(
+                f"tokenizer_class is {short(named)}, and with {' and '.join(vocabulary)} alone it must be "
+                f"{' or '.join(filter(None, allowed))}; any other is read from a tokenizer.json, which transformers' "
+                "AutoTokenizer.from_pretrained(...).save_pretrained(...) writes"
+            )
+        if name in BYTE_LEVEL:
+            opened = BYTE_LEVEL[name].from_pretrained(folder)
+        else:
+            opened = _sentencepiece(folder, name, settings, special)
+    if len(opened) <= len(opened.added_tokens_decoder):
+        raise ValueError(f"the vocabulary in {' and '.join(vocabulary)} has no tokens but special ones")
+    return opened
+
+
+def _sentencepiece(
+    folder: Path, name: str | None, settings: dict[str, Any], special: dict[str, Any]
+) -> SentencePieceBackend:
+    """The tokenizer of a folder with ``tokenizer.model`` alone, as the slow class of its name made ids of texts."""
+    if not (is_sentencepiece_available() and is_protobuf_available()):
+        raise ImportError(
+            f"reading {folder / 'tokenizer.model'} needs sentencepiece and protobuf: "
+            "pip install 'pyterrier-llmrerank[sentencepiece]'"
+        )
+    from sentencepiece import SentencePieceProcessor
+
+    if options := settings.get("sp_model_kwargs"):
+        raise ValueError(f"sp_model_kwargs is {short(options)} in tokenizer_config.json; allowed: {{}}")
+    try:
+        model = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    except (RuntimeError, OSError) as error:
+        raise ValueError("tokenizer.model is not a sentencepiece model; wanted one, or a tokenizer.json") from error
+    own = {kind: getattr(model, f"{kind}_id")() for kind in ("bos", "eos", "unk")}
+    tokens = {f"{kind}_token": model.id_to_piece(number) for kind, number in own.items() if number >= 0}
+    opened: SentencePieceBackend = SENTENCEPIECE[name].from_pretrained(
+        folder,
+        legacy=name == "GemmaTokenizer" or settings.get("legacy") is not False,
+        **{token: piece for token, piece in tokens.items() if token not in settings | special},
+    )
+    return opened

@@ -1,0 +1,1 @@
+"""Pairs to scores: ids, packed batches, decoder layers, heads."""

@@ -1,0 +1,1 @@
+"""Run and rerank files: read, written, reranked block by block, evaluated."""

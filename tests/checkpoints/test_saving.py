@@ -1,0 +1,87 @@
+"""What is written is written whole, or not at all."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import MODELS, no_file_above
+
+from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
+from pyterrier_llmrerank.checkpoints import saving
+from pyterrier_llmrerank.checkpoints.saving import written_whole
+
+PAIR = ("a query", "a passage")
+RANKLLAMA = RankLLaMAReranker(MODELS / "rankllama_adapter", base_model=MODELS / "rankllama_base", dtype="float32")
+MATROYSHKA = MatroyshkaReranker(
+    MODELS / "mistral_base",
+    adapters=[MODELS / "adapter_sd", MODELS / "adapter_comp_layer"],
+    start_layer=2,
+    dtype="float32",
+)
+SAVED = pytest.mark.parametrize(
+    ("reranker", "merged"),
+    [(RANKLLAMA, False), (RANKLLAMA, True), (MATROYSHKA, False), (MATROYSHKA, True)],
+    ids=["adapter", "merged", "adapters", "merged heads"],
+)
+
+
+@SAVED
+def test_a_full_disk_leaves_nothing_that_opens(reranker: Any, merged: bool, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    largest = max(file.stat().st_size for file in (MODELS / "adapter_sd").iterdir())
+    for room in (1_000, 10_000, 40_000, largest - 1):  # where one file or another no longer fits
+        for folder in (tmp_path / "new", tmp_path / "empty"):
+            with no_file_above(room), pytest.raises(OSError, match=r"too large|cannot be written"):
+                reranker.save(folder, merged=merged)
+        assert not (tmp_path / "new").exists()
+        assert list((tmp_path / "empty").iterdir()) == []
+    reranker.save(tmp_path / "empty", merged=merged)  # and then there is room
+
+
+@pytest.mark.parametrize("reranker", [RANKLLAMA, MATROYSHKA], ids=["rankllama", "matroyshka"])
+def test_what_makes_it_a_model_is_written_last(reranker: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a process that was killed, and could not tidy up, leaves nothing that opens."""
+    order: list[str] = []
+    write_text = Path.write_text
+
+    def noted(path: Path, *args: Any, **options: Any) -> int:
+        order.append(path.name)
+        assert {file.name for file in path.parent.iterdir()} >= {"tokenizer.json", "model.safetensors"}
+        return write_text(path, *args, **options)
+
+    monkeypatch.setattr(Path, "write_text", noted)
+    reranker.save(tmp_path / "merged", merged=True)
+    assert order == ["config.json"]
+
+
+def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("kept")
+    with pytest.raises(FileExistsError, match="there is something in it"), written_whole(tmp_path):
+        pass
+    assert (tmp_path / "mine").read_text() == "kept"
+
+
+def test_an_interruption_tidies_up_too(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with written_whole(tmp_path / "new") as folder:
+            (folder / "sub").mkdir()
+            (folder / "sub" / "file").write_text("half")
+            (folder / "link").symlink_to(MODELS)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not (tmp_path / "new").exists()
+    assert MODELS.is_dir()
+
+
+def test_an_adapters_run_is_not_copied(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    RANKLLAMA.save(source)
+    for name in ("trainer_state.json", "optimizer.pt"):
+        (source / name).write_text("{}")
+    (tmp_path / "target").mkdir()
+    saving.copy_adapter(source, tmp_path / "target", base="another/base")
+    copied = {file.name for file in (tmp_path / "target").iterdir()}
+    assert copied == {file.name for file in source.iterdir()} - {"trainer_state.json", "optimizer.pt"}
+    assert '"another/base"' in (tmp_path / "target" / "adapter_config.json").read_text()

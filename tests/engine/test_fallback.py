@@ -1,0 +1,297 @@
+"""Decoders of other families are run by their own forward, and those of ours get the same scores from it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import MODELS, words
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BioGptConfig,
+    Gemma2Config,
+    Gemma3nTextConfig,
+    GPT2Config,
+    GPTJConfig,
+    GPTNeoConfig,
+    GPTNeoXConfig,
+    MixtralConfig,
+    OPTConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen2MoeConfig,
+)
+
+from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker, ScoringError
+from pyterrier_llmrerank.checkpoints import checkpoint as checkpoints
+from pyterrier_llmrerank.engine.inputs import Ids
+from pyterrier_llmrerank.training.model import RankingModel
+from pyterrier_llmrerank.training.recipes import RankLLaMATraining
+
+FULL, BASE = str(MODELS / "costwise_full"), str(MODELS / "mistral_base")
+SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 700}
+LLAMA_LIKE = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
+CONFIGS = {
+    "gpt2": GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=700, pad_token_id=0),
+    "gemma2": Gemma2Config(**LLAMA_LIKE, head_dim=8, pad_token_id=0),
+    "gpt_neox": GPTNeoXConfig(**SIZES, intermediate_size=48, pad_token_id=0),
+    "mixtral": MixtralConfig(**LLAMA_LIKE, num_local_experts=2, pad_token_id=0),
+    "phi3": Phi3Config(**LLAMA_LIKE, pad_token_id=0),
+    "qwen2_moe": Qwen2MoeConfig(  # is saved with a sliding window of 0
+        **LLAMA_LIKE, num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16, pad_token_id=0
+    ),
+}
+PAIRS = [("panda", words(3, 9)), ("panda", words(4, 30)), ("bear tree", words(5, 2))]
+
+
+def saved(folder: Path, config: PreTrainedConfig, kind: type = AutoModelForSequenceClassification) -> torch.nn.Module:
+    """A random model on disk, with the tokenizer of another."""
+    torch.manual_seed(3)
+    options = {"num_labels": 1} if kind is AutoModelForSequenceClassification else {}
+    config = type(config)(**{**config.to_dict(), **options})
+    model = kind.from_config(config).eval()
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(BASE).save_pretrained(folder)
+    return model
+
+
+def add(folder: Path, name: str, tensor: torch.Tensor | None = torch.ones(3)) -> None:  # noqa: B008
+    """Put one more tensor into a model's file, or take one out."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors.pop(name, None)
+    save_file(tensors | ({} if tensor is None else {name: tensor}), file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_rankllama_over_another_family_scores_as_transformers_does(tmp_path: Path, name: str) -> None:
+    model = saved(tmp_path, CONFIGS[name])
+    reranker = RankLLaMAReranker(tmp_path, dtype="float32")
+    scores = reranker.compute_score(PAIRS)
+    _, _, tokenizer = reranker._weights().at_depth(3)
+    ids = reranker._encode(tokenizer, [(query, reranker._body(passage)) for query, passage in PAIRS])
+    with torch.inference_mode():
+        wanted = [model(input_ids=torch.tensor([pair.flat()])).logits.item() for pair in ids]
+    np.testing.assert_allclose(scores, wanted, atol=1e-5)
+    assert np.ptp(wanted) > 1e-4
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_matroyshka_over_another_family_reads_layers_through_the_final_norm(tmp_path: Path, name: str) -> None:
+    model = saved(tmp_path, CONFIGS[name], AutoModelForCausalLM)
+    reranker = MatroyshkaReranker(tmp_path, start_layer=1, cutoff=[2, 3], dtype="float32")
+    scores = reranker.compute_score(PAIRS)
+    _, _, tokenizer = reranker._weights().at_depth(3)
+    yes = tokenizer("Yes", add_special_tokens=False)["input_ids"][-1]
+    shallow = AutoModelForCausalLM.from_pretrained(tmp_path, num_hidden_layers=2).eval()
+    for layers, of in zip((shallow, model), scores, strict=True):
+        head = layers.get_output_embeddings().weight[yes]
+        for score, pair in zip(of, reranker._encode(tokenizer, PAIRS), strict=True):
+            with torch.inference_mode():
+                state = layers.base_model(input_ids=torch.tensor([pair.flat()])).last_hidden_state[0, -1]
+                assert score == pytest.approx((state @ head).item(), abs=1e-5)
+
+
+def test_both_paths_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    makers = [
+        lambda: MatroyshkaReranker(BASE, adapters=[MODELS / "adapter_sd"], start_layer=2, cutoff=[2, 5, 8]),
+        lambda: RankLLaMAReranker(MODELS / "rankllama_adapter", base_model=MODELS / "rankllama_base"),
+    ]
+    for make in makers:
+        walked = make()
+        walked.dtype = "float32"
+        wanted = walked.compute_score(PAIRS)
+        with monkeypatch.context() as patched:
+            patched.setattr(checkpoints, "FAMILIES", ())
+            plain = make()
+            plain.dtype = "float32"
+            del walked  # or it would share its weights
+            np.testing.assert_allclose(plain.compute_score(PAIRS), wanted, atol=1e-4)
+            assert not plain._weights().checkpoint.walked
+
+
+def test_a_size_for_each_layer(tmp_path: Path) -> None:
+    """Gemma 3n has layers of several widths, and its layers leave several states a token."""
+    config = Gemma3nTextConfig(
+        **LLAMA_LIKE | {"intermediate_size": [48, 64, 32]}, head_dim=8, hidden_size_per_layer_input=8, laurel_rank=4,
+        vocab_size_per_layer_input=700, num_kv_shared_layers=0, activation_sparsity_pattern=[0.0] * 3, pad_token_id=0,
+        layer_types=["sliding_attention", "full_attention", "full_attention"],
+    )  # fmt: skip
+    model = saved(tmp_path, config, AutoModelForCausalLM)
+    reranker = MatroyshkaReranker(tmp_path, start_layer=1, cutoff=3, dtype="float32")
+    scores, tokenizer = reranker.compute_score(PAIRS), reranker.tokenizer
+    head = model.get_output_embeddings().weight[tokenizer("Yes", add_special_tokens=False)["input_ids"][-1]]
+    for score, pair in zip(scores, reranker._encode(tokenizer, PAIRS), strict=True):
+        with torch.inference_mode():
+            state = model.base_model(input_ids=torch.tensor([pair.flat()])).last_hidden_state[0, -1]
+            assert score == pytest.approx((state @ head).item(), abs=1e-5)
+    with pytest.raises(ValueError, match="cutoff=2: .* is not a model of which the final norm is known; allowed: 3"):
+        reranker.at(cutoff=2).compute_score(PAIRS)
+    path = tmp_path / "config.json"
+    for sizes in ([0, 64, 32], [48, 64, 2.5], "48"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": sizes}))
+        with pytest.raises(ValueError, match="intermediate_size is .*; allowed: integers from 1 to"):
+            MatroyshkaReranker(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("gpt2", "transformer.h.0.attn.c_attn.scale"),
+        ("gpt2", "transformer.h.3.ln_1.weight"),
+        ("gpt2", "score.bias"),
+        ("gpt_neox", "gpt_neox.layers.1.attention.q_norm.weight"),
+        ("mixtral", "model.layers.0.self_attn.q_proj.bias"),
+        ("gemma2", "model.layers.0.self_attn.k_norm.weight"),
+    ],
+)
+def test_a_tensor_that_scores_would_ignore_is_named(tmp_path: Path, name: str, tensor: str) -> None:
+    for kind, cls in (
+        (AutoModelForSequenceClassification, RankLLaMAReranker),
+        (AutoModelForCausalLM, MatroyshkaReranker),
+    ):
+        saved(tmp_path, CONFIGS[name], kind)
+        add(tmp_path, tensor)
+        with pytest.raises(ValueError, match=rf"has a tensor '{tensor}', which a model_type '{name}' with this config"):
+            cls(tmp_path).compute_score(PAIRS[0])
+
+
+def test_gemma_2_under_the_name_of_gemma_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path, CONFIGS["gemma2"])
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "gemma"}))
+    with pytest.raises(
+        ValueError, match=r"has a tensor 'model\.layers\.0\.p\w+_feedforward_layernorm\.weight'.*'gemma'"
+    ):
+        RankLLaMAReranker(tmp_path).compute_score(PAIRS[0])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("buffer", ["attn.masked_bias", "attention.bias", "rotary_emb.inv_freq", "lm_head.weight"])
+def test_a_tensor_of_no_account_changes_nothing(tmp_path: Path, name: str, buffer: str) -> None:
+    saved(tmp_path, CONFIGS[name])
+    wanted = RankLLaMAReranker(tmp_path).compute_score(PAIRS)
+    add(tmp_path, buffer if buffer == "lm_head.weight" else f"model.layers.0.{buffer}")
+    np.testing.assert_array_equal(RankLLaMAReranker(tmp_path).compute_score(PAIRS), wanted)
+
+
+def test_a_language_models_head_that_is_missing_is_not_made_up(tmp_path: Path) -> None:
+    saved(tmp_path, CONFIGS["phi3"])
+    add(tmp_path, "score.weight", None)
+    with pytest.raises(ValueError, match=r"the checkpoint has no tensor 'lm_head\.weight'"):
+        MatroyshkaReranker(tmp_path).compute_score(PAIRS[0])
+
+
+@pytest.mark.parametrize("kind", [AutoModelForSequenceClassification, AutoModelForCausalLM])
+def test_weights_are_read_from_the_form_that_is_whole(tmp_path: Path, kind: type) -> None:
+    """An index that was left of another form is passed over."""
+    saved(tmp_path, CONFIGS["gpt2"], kind)
+    reranker = RankLLaMAReranker if kind is AutoModelForSequenceClassification else MatroyshkaReranker
+    wanted = reranker(tmp_path, dtype="float32").compute_score(PAIRS)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"wte.weight": "gone.safetensors"}}')
+    np.testing.assert_allclose(reranker(tmp_path, dtype="float32").compute_score(PAIRS), wanted, atol=1e-5)
+
+
+def test_an_adapter_is_merged(tmp_path: Path) -> None:
+    model = saved(tmp_path / "base", CONFIGS["gpt_neox"])
+    lora = LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["query_key_value"], init_lora_weights=False)
+    peft = get_peft_model(model, lora)
+    peft.save_pretrained(tmp_path / "adapter")
+    with_adapter = RankLLaMAReranker(tmp_path / "adapter", base_model=tmp_path / "base", dtype="float32")
+    score = with_adapter.compute_score(PAIRS[0])
+    _, _, tokenizer = with_adapter._weights().at_depth(3)
+    (pair,) = with_adapter._encode(tokenizer, [(PAIRS[0][0], with_adapter._body(PAIRS[0][1]))])
+    with torch.inference_mode():
+        assert score == pytest.approx(peft(input_ids=torch.tensor([pair.flat()])).logits.item(), abs=1e-5)
+    assert score != pytest.approx(
+        RankLLaMAReranker(tmp_path / "base", dtype="float32").compute_score(PAIRS[0]), abs=1e-4
+    )
+
+
+def test_linear_layers_are_quantised(tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    saved(tmp_path / "phi3", CONFIGS["phi3"])
+    wanted = RankLLaMAReranker(tmp_path / "phi3", dtype="float32").compute_score(PAIRS)
+    quantised = RankLLaMAReranker(tmp_path / "phi3", dtype="float32", quantization="int8", attn_implementation="sdpa")
+    np.testing.assert_allclose(quantised.compute_score(PAIRS), wanted, atol=0.1 * np.abs(wanted).max())
+    model, _, _ = quantised._weights().at_depth(3)
+    kinds = [type(m.weight.data).__name__ for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    assert kinds == ["Int8Tensor"] * 3 * 4
+    saved(tmp_path / "gpt2", CONFIGS["gpt2"])
+    with pytest.raises(ValueError, match="model_type 'gpt2' has no linear layers to quantise; allowed: quantization=N"):
+        RankLLaMAReranker(tmp_path / "gpt2", quantization="int8").compute_score(PAIRS)
+
+
+def test_what_the_plain_path_does_not_do_is_said(tmp_path: Path) -> None:
+    saved(tmp_path / "gpt2", CONFIGS["gpt2"], AutoModelForCausalLM)
+    with pytest.raises(ValueError, match=r"compress_ratio=2: the layers of .*'gpt2'.* cannot be walked one by one"):
+        MatroyshkaReranker(tmp_path / "gpt2", compress_layers=1, compress_ratio=2)
+    for option in ({"torch_compile": True}, {"attn_implementation": "eager"}):
+        ((name, value),) = option.items()
+        for cls in (MatroyshkaReranker, RankLLaMAReranker):
+            with pytest.raises(
+                ValueError, match=f"{name}={value!r}: the layers of .*'gpt2'.* cannot be walked one by one"
+            ):
+                cls(tmp_path / "gpt2", **option).compute_score(PAIRS[0])
+    untrained = RankLLaMATraining().open(str(tmp_path / "gpt2"))
+    with pytest.raises(ValueError, match="model_type 'gpt2' cannot be trained here; allowed: llama"):
+        RankingModel(untrained, torch.zeros(1, 32))
+    opt = OPTConfig(
+        hidden_size=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=4, vocab_size=700, word_embed_proj_dim=32
+    )
+    saved(tmp_path / "opt", opt, AutoModelForCausalLM)
+    assert np.isfinite(MatroyshkaReranker(tmp_path / "opt", start_layer=1).compute_score(PAIRS[0]))
+    with pytest.raises(ValueError, match="cutoff=2: .* is not a model of which the final norm is known; allowed: 3"):
+        MatroyshkaReranker(tmp_path / "opt", start_layer=1, cutoff=2).compute_score(PAIRS[0])
+    bert = BertConfig(**SIZES, intermediate_size=48)
+    saved(tmp_path / "bert", bert)
+    with pytest.raises(ValueError, match="model_type 'bert' lets a token see those after it"):
+        RankLLaMAReranker(tmp_path / "bert").compute_score(PAIRS[0])
+
+
+TABLES = {
+    "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=700, n_positions=40, pad_token_id=0),
+    "gpt_neo": GPTNeoConfig(
+        hidden_size=32, num_layers=2, num_heads=4, vocab_size=700, attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=40,
+    ),
+    "gptj": GPTJConfig(n_embd=32, n_layer=2, n_head=4, rotary_dim=4, vocab_size=700, n_positions=40),
+    "opt": OPTConfig(
+        hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=700, word_embed_proj_dim=32,
+        max_position_embeddings=40,
+    ),
+    "biogpt": BioGptConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=700,
+        max_position_embeddings=40,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_pair_that_is_longer_than_a_models_positions_is_named(tmp_path: Path, name: str) -> None:
+    """The longest that fits is scored, one token more is refused before its chunk is scored."""
+    saved(tmp_path, TABLES[name], AutoModelForCausalLM)
+    reranker = MatroyshkaReranker(tmp_path, dtype="float32")
+    reranker._encode = lambda _, pairs: [Ids([1, 2], list(range(3, int(text))), [7, 8, 9]) for _, text in pairs]
+    assert np.isfinite(reranker.compute_score([("a", "38"), ("a", "9")])).all()  # 40 tokens
+    rows = pd.DataFrame({"qid": "q", "query": "panda", "docno": ["a", "b"], "text": ["9", "39"]})
+    with pytest.raises(
+        ScoringError, match="^qid 'q', docno 'b' has 41 tokens, but the model has 40 positions; allow fewer"
+    ) as info:
+        reranker.transform(rows)
+    assert info.value.scores.empty
+
+
+def test_computed_positions_have_no_end(tmp_path: Path) -> None:
+    config = Phi3Config(**LLAMA_LIKE, pad_token_id=0, max_position_embeddings=8, original_max_position_embeddings=8)
+    saved(tmp_path, config)
+    assert np.isfinite(RankLLaMAReranker(tmp_path, dtype="float32").compute_score(PAIRS)).all()

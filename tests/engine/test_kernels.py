@@ -1,0 +1,139 @@
+"""Every kernel of attention gives what SDPA gives; what cannot run is said before anything is scored."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import MODELS, frame
+from test_decoder import CONFIGS, models, pairs
+from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
+from pyterrier_llmrerank.engine import kernels
+from pyterrier_llmrerank.engine.decoder import decode, embedded, walk
+from pyterrier_llmrerank.engine.packing import PackedPairs
+
+FULL = str(MODELS / "costwise_full")
+CPU = torch.device("cpu")
+FLASH = "flash_attention_2"
+
+
+@pytest.fixture(autouse=True)
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlexAttention's reference, so that no test waits for a compiler."""
+    monkeypatch.setattr(kernels, "_compiled_flex", lambda: flex_attention)
+
+
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
+    """In place of FlashAttention, what asks as it does and lays its output out as it does; the windows it is given."""
+    windows: list[int | None] = []
+
+    def stand_in(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
+        dropout: float = 0.0, scaling: float | None = None, sliding_window: int | None = None, **options: Any,
+    ) -> tuple[torch.Tensor, None]:  # fmt: skip
+        assert (module.config._attn_implementation, module.is_causal, attention_mask) == (FLASH, True, None)
+        assert (dropout, options) == (0, {})
+        windows.append(sliding_window)
+        distance = torch.arange(query.shape[2])[:, None] - torch.arange(query.shape[2])
+        seen = (distance >= 0) & (distance < (sliding_window or len(distance)))
+        out = scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, FLASH, stand_in)
+    monkeypatch.setattr(kernels, "check_flash", lambda *_: None)
+    return windows
+
+
+@pytest.mark.parametrize("name", ["eager", "flex_attention", FLASH])
+@pytest.mark.parametrize("family", CONFIGS)
+@torch.inference_mode()
+def test_every_kernel_gives_what_sdpa_gives(flash: list[int | None], family: str, name: str) -> None:
+    ours, _ = models(family)
+    calls = []
+    kernel = kernels.kernel_of(name, CPU, torch.float32)
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        calls.append(1)
+        return kernel(*arguments)
+
+    for pooled in ({}, {"compress_layers": {1, 3}, "compress_ratio": 2}):
+        wanted = decode(ours, PackedPairs(pairs()), [2, 4], **pooled)
+        got, _ = walk(ours, embedded(ours, PackedPairs(pairs())), [2, 4], kernel=counted, **pooled)
+        torch.testing.assert_close(got, wanted, atol=2e-5, rtol=2e-5)
+    assert len(calls) == 6  # of two times four layers all but the last, which is taken apart
+    if name == FLASH:
+        windowed = family in ("mistral, window", "qwen2, window")
+        assert set(flash) - {None} == ({5} if windowed else set())
+
+
+@pytest.mark.parametrize("name", ["eager", "flex_attention", FLASH, "sdpa"])
+def test_scores_do_not_depend_on_the_kernel(flash: list[int | None], name: str) -> None:
+    for make in (
+        lambda **options: MatroyshkaReranker(
+            FULL, cutoff=[4, 8], compress_layers=3, compress_ratio=2, dtype="float32", **options
+        ),
+        lambda **options: RankLLaMAReranker(
+            MODELS / "rankllama_adapter", base_model=MODELS / "rankllama_base", dtype="float32", **options
+        ),
+    ):
+        usual, other = make(), make(attn_implementation=name)
+        wanted, got = (reranker(frame(2, 4))["score"].to_numpy() for reranker in (usual, other))
+        np.testing.assert_allclose(got, wanted, atol=1e-4)
+        assert name != "sdpa" or np.array_equal(got, wanted)
+        assert usual._weights() is other._weights()
+    assert bool(flash) == (name == FLASH)
+
+
+def test_padding_is_masked_by_sdpa(flash: list[int | None]) -> None:
+    """Before the first pooling, the released code's padding stands in the sequence."""
+    shape = {"compress_layers": 3, "compress_ratio": 2, "released": True, "dtype": "float32"}
+    wanted = MatroyshkaReranker(FULL, **shape)(frame())["score"]
+    got = MatroyshkaReranker(FULL, attn_implementation=FLASH, **shape)(frame())["score"]
+    np.testing.assert_allclose(got, wanted, atol=1e-4)
+    assert len(flash) == 4  # layers 3 to 6 of 0 to 7
+
+
+def test_flash_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in kernels.FLASH:
+        reranker = MatroyshkaReranker(FULL, attn_implementation=name, device="cpu")
+        with pytest.raises(
+            ValueError, match=f"attn_implementation='{name}' cannot be used on cpu; allowed there: sdpa"
+        ):
+            reranker(frame())
+        cuda = torch.device("cuda")
+        with pytest.raises(ValueError, match=f"'{name}' cannot be used in torch.float32; allowed: bfloat16, float16"):
+            kernels.kernel_of(name, cuda, torch.float32)
+        with pytest.raises(ImportError, match=f"attn_implementation='{name}' needs the package flash-attn"):
+            kernels.kernel_of(name, cuda, torch.bfloat16)
+    monkeypatch.setitem(kernels.FLASH, FLASH, (lambda: True, "flash-attn"))
+    assert isinstance(kernels.kernel_of(FLASH, cuda, torch.bfloat16), kernels.Flash)
+
+
+def test_flex_where_it_cannot_run() -> None:
+    with pytest.raises(ValueError, match="attn_implementation='flex_attention' cannot be used on mps"):
+        kernels.kernel_of("flex_attention", torch.device("mps"), torch.float32)
+
+
+def test_the_real_flash_functions_take_what_is_given() -> None:
+    """Transformers' function is reached, and fails on nothing but the missing package."""
+    states = torch.zeros(1, 2, 3, 8, dtype=torch.bfloat16)
+    with pytest.raises(ImportError, match="flash_attn|kernels|flash_attention_2"):
+        kernels.Flash(FLASH)(states, states, states, 1.0, None)
+
+
+def test_eager_attention_does_not_overflow_in_fp16() -> None:
+    """The products are too large for fp16 before they are scaled, not after."""
+    generator = torch.Generator().manual_seed(1)
+    query, key, value = (torch.randn(2, 4, 9, 64, generator=generator) for _ in range(3))
+    query, key = (40 * states.sign() + states for states in (query, key[:, :2]))
+    key[:, :, 3] = query[:, ::2, 5]  # 64 * 40 * 40 is over 65504
+    half = [states.half() for states in (query, key, value[:, :2])]
+    got = kernels.eager(*half, 1 / 8, None)
+    wanted = kernels.eager(*(states.float() for states in half), 1 / 8, None)
+    assert got.dtype == torch.float16
+    torch.testing.assert_close(got.float(), wanted, atol=2e-2, rtol=2e-2)

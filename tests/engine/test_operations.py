@@ -1,0 +1,88 @@
+"""Operations counted from tokens are those that torch counts when they are run."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import MODELS, frame, words
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+
+from pyterrier_llmrerank import MatroyshkaReranker
+from pyterrier_llmrerank.engine.operations import Layer, Operations
+
+FULL = MatroyshkaReranker(MODELS / "costwise_full", dtype="float32")
+SHAPES: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "single": {"cutoff": 5},
+    "several": {"cutoff": [3, 6]},
+    "compressed": {"cutoff": 7, "compress_layers": [2, 4], "compress_ratio": 2},
+    "cascade": {"prune": {3: 4, 6: 2}},
+    "compressed cascade": {"compress_layers": [4], "compress_ratio": 4, "prune": {3: 4, 5: 2}},
+}
+
+
+def counted(reranker: MatroyshkaReranker, queries: int, documents: int) -> tuple[Operations, Any]:
+    rows = frame(queries, documents)
+    decoder, _, tokenizer = reranker._weights().at_depth(8)
+    ids = reranker._encode(tokenizer, list(zip(rows["query"], rows["text"], strict=True)))
+    return Operations(decoder, ids, np.repeat(np.arange(queries), documents), queries), rows
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_those_of_the_layers_matrices_are_what_torch_counts(name: str) -> None:
+    reranker = FULL.at(**SHAPES[name])
+    operations, rows = counted(reranker, 3, 8)
+    with FlopCounterMode(display=False) as counter:
+        scored = reranker.transform(rows)
+    exits = scored["exit_layer"].to_numpy() if "exit_layer" in scored else None
+    shape = reranker._shape(reranker._weights().checkpoint)
+    operations._width = 0  # heads and attention are products of batches to torch
+    operations._layers = [layer._replace(attended=0) for layer in operations._layers]
+    own = operations(shape.cutoffs, shape.compress_layers, shape.compress_ratio, exits).sum()
+    assert own == counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+
+
+def test_attention_and_heads_token_by_token() -> None:
+    operations, _ = counted(FULL, 2, 3)
+    matrices = operations._layers
+    operations._layers = [layer._replace(matrices=0, keys_values=0) for layer in matrices]
+    wanted = np.zeros(2)
+    for pair, (prefix, body, suffix) in enumerate(
+        zip(operations._prefix, operations._body, operations._suffix, strict=True)
+    ):
+        length = prefix + body + suffix
+        keys = sum(range(prefix + 1, length + 1)) + (sum(range(1, prefix + 1)) if pair % 3 == 0 else 0)
+        wanted[pair // 3] += 4 * 64 * (2 * keys + length) + 2 * 64 * 2  # two whole layers and one for what is read
+    assert operations([2, 3]).tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 50])
+def test_a_window_bounds_what_a_token_sees(window: int | None) -> None:
+    layer = Layer(0, 0, 0, window)
+    wanted = [sum(min(token, window or token) for token in range(1, n + 1)) for n in range(9)]
+    assert layer.keys(np.arange(9)).tolist() == wanted
+
+
+def test_a_query_whose_pairs_another_has_takes_none() -> None:
+    operations, _ = counted(FULL, 2, 3)
+    operations._queries = 3
+    by_query = operations([8])
+    assert len(by_query) == 3
+    assert by_query[2] == 0
+    assert (by_query[:2] > 0).all()
+
+
+def test_models_that_are_not_walked_cost_the_same_at_any_depth(tmp_path: Path) -> None:
+    config = GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=700, n_positions=128, pad_token_id=0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(MODELS / "mistral_base").save_pretrained(tmp_path)
+    reranker = MatroyshkaReranker(tmp_path, dtype="float32", start_layer=1)
+    decoder, _, tokenizer = reranker._weights().at_depth(3)
+    ids = reranker._encode(tokenizer, [("panda", words(n, 9)) for n in range(4)])
+    operations = Operations(decoder, ids, np.zeros(4, dtype=int), 1)
+    assert operations([1]) == operations([3])
+    per_layer = 2 * 12 * 32 * 32 * sum(pair.length for pair in ids)
+    assert operations([3])[0] == pytest.approx(3 * per_layer, rel=0.5)  # and attention

@@ -1,0 +1,130 @@
+"""Linear layers in eight bits: which are, how, and what stays as it was."""
+
+import gc
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import MODELS, frame
+from safetensors.torch import load_file
+
+from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker
+from pyterrier_llmrerank.engine.quantization import quantization_of
+
+ao = pytest.importorskip("torchao.quantization")
+
+FULL = str(MODELS / "costwise_full")
+CPU, CUDA, MPS = (torch.device(kind) for kind in ("cpu", "cuda", "mps"))
+
+
+def make(**options: object) -> list[LLMReranker]:
+    return [
+        MatroyshkaReranker(FULL, **options),
+        RankLLaMAReranker(MODELS / "rankllama_adapter", base_model=MODELS / "rankllama_base", **options),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "dtype", "capability", "wanted"),
+    [
+        ("int8", CPU, "float32", None, "Int8DynamicActivationInt8WeightConfig"),
+        ("int8", CPU, "bfloat16", None, "Int8WeightOnlyConfig"),
+        ("int8", CUDA, "bfloat16", (8, 0), "Int8DynamicActivationInt8WeightConfig"),
+        ("int8", MPS, "float32", None, "Int8WeightOnlyConfig"),
+        ("float8", CPU, "float32", None, "Float8WeightOnlyConfig"),
+        ("float8", CUDA, "bfloat16", (8, 0), "Float8WeightOnlyConfig"),
+        ("float8", CUDA, "bfloat16", (8, 9), "Float8DynamicActivationFloat8WeightConfig"),
+        ("float8", CUDA, "float16", (9, 0), "Float8WeightOnlyConfig"),
+    ],
+)
+def test_activations_too_where_that_is_fast(
+    monkeypatch: pytest.MonkeyPatch, name: str, device: torch.device, dtype: str, capability: object, wanted: str
+) -> None:
+    given = []
+    monkeypatch.setattr(ao, "quantize_", lambda module, config: given.append(config))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    quantization_of(name, device, getattr(torch, dtype))(torch.nn.Linear(2, 2))
+    assert type(given[0]).__name__ == wanted
+    granularity = given[0].granularity
+    assert all(
+        isinstance(part, ao.PerRow) for part in (granularity if isinstance(granularity, list) else [granularity])
+    )
+
+
+@pytest.mark.parametrize(("name", "error"), [("int8", 0.02), ("float8", 0.05)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_a_layer_does_nearly_the_same_and_to_each_token_alone(name: str, error: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    layer = torch.nn.Linear(64, 48, dtype=dtype)
+    tokens = torch.randn(9, 64, dtype=dtype) * torch.logspace(-2, 2, 9, dtype=dtype)[:, None]
+    wanted = layer(tokens).float()
+    quantization_of(name, CPU, dtype)(layer)
+    got = layer(tokens).float()
+    assert type(layer.weight.data).__name__ == f"{name.title()}Tensor"
+    assert 0 < ((got - wanted).norm(dim=1) / wanted.norm(dim=1)).max() < error
+    last_bit = 1e-6 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(
+        torch.cat([layer(token[None]) for token in tokens]).float(), got, rtol=last_bit, atol=1e-4
+    )
+
+
+def test_scores_are_near() -> None:
+    """How near differs with the processor's kernels, whose roundings the layers of a random model amplify."""
+    for usual, quantised in zip(make(dtype="float32"), make(dtype="float32", quantization="int8"), strict=True):
+        wanted, got = (reranker(frame(6, 4))["score"].to_numpy() for reranker in (usual, quantised))
+        assert np.abs(got - wanted).max() > 0
+        assert np.corrcoef(got, wanted)[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("name", ["int8", "float8"])
+def test_layers_that_nobody_needs_are_dropped_and_come_again(name: str, tmp_path: Path) -> None:
+    own = shutil.copytree(FULL, tmp_path / "own")  # of which no other test has a re-ranker
+    shallow = MatroyshkaReranker(own, cutoff=2, dtype="float32", quantization=name)
+    deep = shallow.at(cutoff=8)
+    weights = shallow._weights()
+    wanted = deep(frame())["score"]
+    del deep
+    gc.collect()
+    assert weights.loaded_layers == 2
+    layers = weights.at_depth(2)[0].layers
+    assert all(tensor.device.type == "meta" for layer in layers[2:] for tensor in layer.parameters())
+    np.testing.assert_allclose(shallow.at(cutoff=8)(frame())["score"], wanted, atol=1e-5)
+
+
+def test_the_projections_of_layers_and_nothing_else() -> None:
+    weights = MatroyshkaReranker(FULL, dtype="float32", quantization="int8")._weights()
+    model, heads, _ = weights.at_depth(8)
+    kinds = {name: type(parameter.data).__name__ for name, parameter in model.named_parameters()}
+    quantised = {name for name, kind in kinds.items() if kind == "Int8Tensor"}
+    assert len(quantised) == 8 * 7
+    assert quantised == {name for name in kinds if name.endswith("_proj.weight")}
+    assert heads.dtype == torch.float32
+
+
+def test_a_score_depends_on_its_pair_alone_where_weights_alone_are_quantised() -> None:
+    """Where activations are too, a last bit may turn one of their eight."""
+    rows = frame(2, 5)
+    for reranker in make(dtype="float32", quantization="float8"):
+        alone = [reranker(rows.iloc[[row]])["score"].item() for row in range(len(rows))]
+        np.testing.assert_allclose(reranker(rows)["score"], alone, atol=1e-4)
+
+
+def test_a_merged_model_is_not_quantised(tmp_path: Path) -> None:
+    saved = []
+    for number, reranker in enumerate(make(dtype="bfloat16") + make(dtype="bfloat16", quantization="int8")):
+        reranker(frame())
+        reranker.save(tmp_path / str(number), merged=True)
+        saved.append(load_file(tmp_path / str(number) / "model.safetensors"))
+    for usual, quantised in (saved[0::2], saved[1::2]):
+        assert usual.keys() == quantised.keys()
+        assert all(torch.equal(usual[name], quantised[name]) for name in usual)
+
+
+def test_without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(ImportError, match=r"quantization='int8' needs torchao: pip install 'pyterrier-llmrerank\["):
+        MatroyshkaReranker(FULL, dtype="float16", quantization="int8")

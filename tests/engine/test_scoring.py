@@ -1,0 +1,520 @@
+"""A score depends on its pair alone, and what cannot be scored is named without losing what was."""
+
+import gc
+import signal
+import threading
+import tracemalloc
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import MODELS, words
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker, ScoringError
+from pyterrier_llmrerank.engine import batching, scoring
+from pyterrier_llmrerank.engine.inputs import Ids
+from pyterrier_llmrerank.engine.packing import Row
+
+FULL = str(MODELS / "costwise_full")
+RERANKERS = {
+    "rankllama": RankLLaMAReranker(MODELS / "rankllama_adapter", base_model=MODELS / "rankllama_base", dtype="float32"),
+    "plain": MatroyshkaReranker(FULL, dtype="float32"),
+    "compressed": MatroyshkaReranker(FULL, dtype="float32", compress_layers=[2, 5], compress_ratio=4, cutoff=[3, 8]),
+    "released": MatroyshkaReranker(FULL, dtype="float32", compress_layers=[2], compress_ratio=2, released=True),
+}
+PAIRS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 60), st.integers(0, 99)), min_size=1, max_size=12)
+
+
+def pair(query: int, length: int, seed: int) -> tuple[str, str]:
+    return words(query, 1 + query % 5), words(seed, length)
+
+
+@pytest.mark.parametrize("name", RERANKERS)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(PAIRS, st.none() | st.integers(1, 5), st.randoms(use_true_random=False))
+def test_a_score_depends_on_its_pair_alone(name: str, drawn: list, batch_size: int | None, order: object) -> None:
+    reranker = RERANKERS[name]
+    pairs = [pair(*numbers) for numbers in drawn]
+    alone = np.stack([np.asarray(reranker.compute_score(p)) for p in pairs], axis=-1)
+    permutation = list(range(len(pairs)))
+    order.shuffle(permutation)
+    batched = type(reranker)(**{**reranker._arguments(), "batch_size": batch_size})
+    together = batched.compute_score([pairs[i] for i in permutation])
+    np.testing.assert_allclose(together, alone[..., permutation], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [{}, {"compress_layers": [2, 5], "compress_ratio": 2}])
+def test_in_bf16_too(shape: dict) -> None:
+    """Rounding differently anywhere would grow through the layers; on a CPU nothing rounds by the batch's shape."""
+    reranker = MatroyshkaReranker(FULL, dtype="bfloat16", **shape)
+    pairs = [pair(i, 7 * i, i) for i in range(20)] + [(words(2, 30), words(i, 5 * i)) for i in range(20)]
+    alone = [reranker.compute_score(p) for p in pairs]
+    np.testing.assert_allclose(reranker.compute_score(pairs), alone, atol=1e-4)
+
+
+def test_memory_running_out_halves_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    reranker = RERANKERS["plain"]
+    pairs = [pair(i, 10, i) for i in range(9)]
+    wanted = reranker.compute_score(pairs)
+    real, sizes = scoring.walk, []
+
+    def short_of_memory(model: object, row: Row, *args: object, **options: object) -> tuple[torch.Tensor, Row]:
+        sizes.append(len(row.packing))
+        if len(row.packing) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, row, *args, **options)
+
+    monkeypatch.setattr(scoring, "walk", short_of_memory)
+    np.testing.assert_allclose(reranker.compute_score(pairs), wanted, atol=1e-4)
+    assert sizes[:3] == [9, 5, 3]
+
+
+def test_one_pair_that_does_not_fit_is_named_and_the_rest_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    reranker = MatroyshkaReranker(FULL, dtype="float32", batch_size=1)
+    real = scoring.walk
+
+    def fails_on_the_short(model: object, row: Row, *args: object, **options: object) -> tuple[torch.Tensor, Row]:
+        if row.packing.longest < 60:
+            raise MemoryError
+        return real(model, row, *args, **options)
+
+    monkeypatch.setattr(scoring, "walk", fails_on_the_short)
+    with pytest.raises(ScoringError, match=r"out of memory on cpu with one pair alone: pairs\[1\], \d+ tokens") as info:
+        reranker.compute_score([("a", words(1, 60)), ("b", "short")])
+    assert np.isfinite(info.value.scores).tolist() == [[True, False]]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "advice"), [("float16", "try dtype='float32'"), ("float32", "is the checkpoint sound")]
+)
+def test_a_score_that_is_not_finite_is_named(monkeypatch: pytest.MonkeyPatch, dtype: str, advice: str) -> None:
+    reranker = MatroyshkaReranker(FULL, dtype=dtype)
+    real = scoring.walk
+
+    def overflows(model: object, row: Row, *args: object, **options: object) -> tuple[torch.Tensor, Row]:
+        states, row = real(model, row, *args, **options)
+        states[:, 1] = torch.inf
+        return states, row
+
+    monkeypatch.setattr(scoring, "walk", overflows)
+    with pytest.raises(ScoringError, match=rf"score of pairs\[0\] is not finite in torch\.{dtype}; {advice}") as info:
+        reranker.compute_score([("a", "short"), ("b", words(1, 60))])
+    assert np.isfinite(info.value.scores).tolist() == [[False, True]]
+
+
+def test_the_batch_in_work_when_a_score_fails_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    reranker = MatroyshkaReranker(FULL, dtype="float32", batch_size=1)
+    real, calls = scoring.walk, []
+
+    def first_overflows(*args: object, **options: object) -> tuple[torch.Tensor, Row]:
+        calls.append(1)
+        states, row = real(*args, **options)
+        return states * (torch.inf if len(calls) == 1 else 1), row
+
+    monkeypatch.setattr(scoring, "walk", first_overflows)
+    with pytest.raises(ScoringError, match=r"score of pairs\[2\] is not finite") as info:
+        reranker.compute_score([("a", words(1, 9)), ("a", words(1, 20)), ("a", words(1, 60))])
+    assert np.isfinite(info.value.scores).tolist() == [[False, True, False]]  # the second was on its way
+
+
+def test_default_batches_stay_within_the_devices_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+    real = scoring.walk
+
+    def watched(model: object, row: Row, *args: object, **options: object) -> tuple[torch.Tensor, Row]:
+        shapes.append(len(row.states))
+        return real(model, row, *args, **options)
+
+    monkeypatch.setattr(scoring, "walk", watched)
+    monkeypatch.setitem(batching.TOKENS, "cpu", 300)
+    RERANKERS["plain"].compute_score([pair(i, 20 + i, i) for i in range(20)])
+    assert len(shapes) > 2
+    assert max(shapes) <= 300
+
+
+def test_many_queries_go_in_chunks_and_come_out_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = [pair(i % 7, 5 + i, i) for i in range(40)]
+    wanted = RERANKERS["plain"].compute_score(pairs)
+    monkeypatch.setattr(scoring, "CHUNK", 6)
+    np.testing.assert_allclose(RERANKERS["plain"].compute_score(pairs), wanted, atol=1e-4)
+
+
+def test_a_prefix_is_computed_once_for_its_passages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted in operations: a hundred passages of one query against the same of a hundred."""
+    reranker, passages = RERANKERS["plain"], [words(i, 20) for i in range(100)]
+
+    def operations(queries: list[str]) -> int:
+        with FlopCounterMode(display=False) as counter:
+            reranker.compute_score(list(zip(queries, passages, strict=True)))
+        return counter.get_total_flops()
+
+    query = words(3, 40)
+    one = operations([query] * 100)
+    many = operations([f"{query} {i}" for i in range(100)])
+    assert one < 0.6 * many
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"cutoff": [3, 8], "compress_layers": [2, 5], "compress_ratio": 4},
+        {"compress_layers": [2], "compress_ratio": 2, "released": True},
+        {"prune": {3: 3, 5: 2}, "compress_layers": [4], "compress_ratio": 2},
+        {"attn_implementation": "eager"},
+    ],
+)
+def test_a_prefix_is_computed_once_whatever_the_batches(
+    monkeypatch: pytest.MonkeyPatch, shape: dict, dtype: str
+) -> None:
+    """Three queries, of which one fills many batches, one shares some, and one has one candidate."""
+    pairs = [(words(q, 30), words(q + i, 3 + i)) for q, count in ((1, 20), (2, 5), (3, 1)) for i in range(count)]
+    reranker = MatroyshkaReranker(FULL, dtype=dtype, **shape)
+    computed, real = [0], scoring.walk
+
+    def watched(model: object, row: Row, *args: object, **options: object) -> tuple[torch.Tensor, Row]:
+        computed[-1] += len(row.states) - int(row.packing.padding.sum())
+        return real(model, row, *args, **options)
+
+    monkeypatch.setattr(scoring, "walk", watched)
+    rows = pd.DataFrame(pairs, columns=["query", "text"]).assign(docno=[f"d{i}" for i in range(len(pairs))])
+    rows["qid"] = rows["query"]
+    together = reranker.transform(rows)
+    for batch_size in (1, 3):
+        computed.append(0)
+        reranker.set_parameter("batch_size", batch_size)
+        apart = reranker.transform(rows)
+        np.testing.assert_allclose(apart["score"], together["score"], atol=1e-4)
+    assert computed[0] > 0
+    assert len(set(computed)) == 1
+
+
+def test_the_last_layer_is_run_for_what_is_read() -> None:
+    reranker = RERANKERS["plain"]
+    decoder, _, _ = reranker._weights().at_depth(8)
+    seen: list[tuple[int, ...]] = []
+    hooks = [
+        decoder.layers[index].mlp.register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
+        for index in (6, 7)
+    ]
+    reranker.compute_score([("panda", words(i, 9)) for i in range(5)])
+    for hook in hooks:
+        hook.remove()
+    assert seen[0][1] > 5 * 9
+    assert seen[1] == (5, seen[0][2])
+
+
+def test_ids_are_made_while_the_chunk_before_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, scored = threading.Event(), threading.Event()
+    real_walk, reranker = scoring.walk, MatroyshkaReranker(FULL, dtype="float32")
+    real_encode, chunks_made = reranker._encode, []
+
+    def encode(tokenizer: object, pairs: list[tuple[str, str]]) -> object:
+        chunks_made.append(len(pairs))
+        if len(chunks_made) == 2:
+            begun.set()
+            assert not scored.is_set()
+        return real_encode(tokenizer, pairs)
+
+    def walk(*args: object, **options: object) -> object:
+        assert begun.wait(10)
+        scored.set()
+        return real_walk(*args, **options)
+
+    monkeypatch.setattr(scoring, "CHUNK", 2)
+    monkeypatch.setattr(scoring, "walk", walk)
+    reranker._encode = encode
+    reranker.compute_score([pair(i, 9, i) for i in range(6)])
+    assert chunks_made == [2, 2, 2]
+
+
+def test_memory_does_not_grow_with_the_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond what tells rows and pairs apart: neither ids nor states are kept, of which a pair here has kilobytes."""
+    monkeypatch.setattr(scoring, "CHUNK", 50)
+    reranker = MatroyshkaReranker(FULL, dtype="float32", cutoff=2, batch_size=25)
+    texts = [f"{words(i, 60)} {i}" for i in range(800)]
+
+    def peak(count: int) -> int:
+        rows = pd.DataFrame({"qid": [str(i // 10) for i in range(count)], "text": texts[:count]}, dtype=object)
+        rows["query"], rows["docno"] = rows["qid"], rows.index.astype(str)
+        gc.collect()
+        tracemalloc.start()
+        try:
+            reranker.transform(rows)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(200)
+    growth = (peak(800) - peak(200)) / 600
+    assert growth < 800
+
+
+@pytest.mark.parametrize("failure", [MemoryError(), torch.OutOfMemoryError("CUDA error: out of memory")])
+def test_a_result_that_fails_to_come_back_is_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    reranker = MatroyshkaReranker(FULL, dtype="float32", batch_size=2)
+    pairs = [pair(i % 2, 9 * i, i) for i in range(8)]
+    wanted, real, calls = reranker.compute_score(pairs), scoring._brought_back, []
+
+    def brought_back(computed: torch.Tensor) -> Callable[[], np.ndarray]:
+        def result() -> np.ndarray:
+            calls.append(1)
+            if len(calls) == 2:
+                raise failure
+            return real(computed)()
+
+        return result
+
+    monkeypatch.setattr(scoring, "_brought_back", brought_back)
+    np.testing.assert_allclose(reranker.compute_score(pairs), wanted, atol=1e-4)
+
+
+def test_memory_running_out_between_batches_loses_no_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    reranker = MatroyshkaReranker(FULL, dtype="float32")
+    real, chunks_made = reranker._encode, []
+
+    def encode(tokenizer: object, pairs: list[tuple[str, str]]) -> object:
+        chunks_made.append(1)
+        if len(chunks_made) == 3:
+            raise MemoryError
+        return real(tokenizer, pairs)
+
+    monkeypatch.setattr(scoring, "CHUNK", 2)
+    reranker._encode = encode
+    with pytest.raises(ScoringError, match="out of memory between two batches") as info:
+        reranker.compute_score([pair(i, 9, i) for i in range(8)])
+    assert np.isfinite(info.value.scores).sum() >= 2
+
+
+# -- several devices
+
+TWO, THREE = ["cuda:0", "cuda:1"], ["cuda:0", "cuda:1", "cuda:2"]
+SEVERAL = settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.mark.usefixtures("devices")
+@pytest.mark.parametrize("name", RERANKERS)
+@SEVERAL
+@given(PAIRS, st.none() | st.integers(1, 5))
+def test_several_devices_score_as_one(name: str, drawn: list, batch_size: int | None) -> None:
+    pairs = [pair(*numbers) for numbers in drawn]
+    arguments = {**RERANKERS[name]._arguments(), "batch_size": batch_size}
+    wanted = RERANKERS[name].compute_score(pairs)
+    for device in (TWO, THREE):
+        got = type(RERANKERS[name])(**{**arguments, "device": device}).compute_score(pairs)
+        np.testing.assert_allclose(got, wanted, atol=1e-4, rtol=0)
+
+
+class Devices:
+    """Two devices of which each batch is seen: ``on_batch`` gets the device's number and how many it had before.
+
+    What it returns is multiplied to the batch's states.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, on_batch: Callable[[int, int], float], **options: object):
+        self.reranker = MatroyshkaReranker(FULL, dtype="float32", device=TWO, **options)
+        self.batches = [0, 0]
+        self.stopped = threading.Event()
+        models = [weights.at_depth(8)[0] for weights in self.reranker._replicas()]
+        assert models[0] is not models[1]
+        walk, score_on = scoring.walk, scoring._score_on
+
+        def watched(model: object, *args: object, **options: object) -> tuple[torch.Tensor, Row]:
+            number = next(number for number, own in enumerate(models) if own is model)
+            self.batches[number] += 1
+            factor = on_batch(number, self.batches[number] - 1)
+            states, row = walk(model, *args, **options)
+            return states * factor, row
+
+        def seen(*args: object, **options: object) -> None:
+            self.stopped = next(arg.__self__ for arg in args if getattr(arg, "__name__", "") == "is_set")
+            score_on(*args, **options)
+
+        monkeypatch.setattr(scoring, "walk", watched)
+        monkeypatch.setattr(scoring, "_score_on", seen)
+
+
+@pytest.mark.usefixtures("devices")
+def test_devices_work_at_once_and_the_faster_takes_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    both, rest_done = threading.Barrier(2, timeout=20), threading.Event()
+
+    def on_batch(device: int, before: int) -> float:
+        if before == 0:
+            both.wait()
+        if device == 0:  # the slower one: it has its first query, and the ids of another
+            assert rest_done.wait(20)
+        elif before == 17:
+            rest_done.set()
+        return 1
+
+    pairs = [(f"{i} panda", words(i, 9)) for i in range(20)]
+    wanted = RERANKERS["plain"].compute_score(pairs)
+    devices = Devices(monkeypatch, on_batch)
+    monkeypatch.setattr(scoring, "SHARES", 10)  # a query each time
+    np.testing.assert_allclose(devices.reranker.compute_score(pairs), wanted, atol=1e-4)
+    assert devices.batches == [2, 18]
+
+
+@pytest.mark.usefixtures("devices")
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("how", ["not finite", "lost", "interrupted"])
+def test_a_device_that_fails_stops_the_others_and_no_score_is_lost(
+    monkeypatch: pytest.MonkeyPatch, failing: int, how: str
+) -> None:
+    other_is_on = threading.Event()
+
+    def on_batch(device: int, before: int) -> float:
+        if device != failing:
+            if before == 2:
+                other_is_on.set()
+                assert devices.stopped.wait(20)
+            return 1
+        assert other_is_on.wait(20)
+        if how == "lost":
+            raise RuntimeError("CUDA error: unspecified launch failure")
+        if how == "interrupted":
+            raise KeyboardInterrupt
+        return np.inf
+
+    pairs = [(f"{i} panda", words(i, 9)) for i in range(30)]
+    wanted = RERANKERS["plain"].compute_score(pairs)
+    devices = Devices(monkeypatch, on_batch, batch_size=1)
+    message = {
+        "not finite": r"score of pairs\[\d+\] is not finite",
+        "lost": r"failed on cpu at pairs\[\d+\]: RuntimeError: CUDA error: unspec",
+    }
+    with pytest.raises(KeyboardInterrupt if how == "interrupted" else ScoringError, match=message.get(how)) as info:
+        devices.reranker.compute_score(pairs)
+    assert devices.batches[failing] == (2 if how == "not finite" else 1)  # which shows when the next is in work
+    assert devices.batches[1 - failing] == 3
+    assert devices.reranker.usage.pairs == 3
+    scores = info.value.scores[0]
+    there = np.isfinite(scores)
+    assert there.sum() == 3  # the last of them was in work when the other failed
+    np.testing.assert_allclose(scores[there], wanted[there], atol=1e-4)
+
+
+@pytest.mark.usefixtures("devices")
+def test_one_query_stays_on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = Devices(monkeypatch, lambda device, before: 1, batch_size=2)
+    devices.reranker.compute_score([("panda", words(i, 9)) for i in range(6)])
+    assert sorted(devices.batches) == [0, 3]
+
+
+def test_a_device_that_fails_alone_loses_no_score_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = scoring.walk, []
+
+    def lost(*args: object, **options: object) -> tuple[torch.Tensor, Row]:
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+        return real(*args, **options)
+
+    monkeypatch.setattr(scoring, "walk", lost)
+    with pytest.raises(ScoringError, match=r"failed on cpu at pairs\[\d\]: RuntimeError: CUDA") as info:
+        MatroyshkaReranker(FULL, dtype="float32", batch_size=1).compute_score([("a", words(i, 9)) for i in range(9)])
+    assert np.isfinite(info.value.scores).sum() >= 1
+
+
+# -- what stops it
+
+
+def scored_before(reranker: MatroyshkaReranker, pairs: list[tuple[str, str]], error: BaseException) -> list[bool]:
+    """Which pairs an error carries the score of; those that it carries are right."""
+    scores = error.scores[0]
+    there = np.isfinite(scores)
+    np.testing.assert_allclose(scores[there], reranker.compute_score(pairs)[there], atol=1e-4)
+    return there.tolist()
+
+
+@pytest.mark.parametrize(
+    "error", [IndexError("out of range"), KeyError("x"), ZeroDivisionError(), RuntimeError("lost")]
+)
+def test_any_exception_names_its_pairs_and_keeps_the_scores(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    pairs = [("a", words(i, 40 - 5 * i)) for i in range(6)]  # the longest go first
+    real, calls = scoring.walk, []
+
+    def fails_at_the_second(*args: object, **options: object) -> tuple[torch.Tensor, Row]:
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+        return real(*args, **options)
+
+    monkeypatch.setattr(scoring, "walk", fails_at_the_second)
+    said = rf"^scoring failed on cpu at pairs\[2\] or one of 1 more pairs in its batch: {type(error).__name__}: "
+    with pytest.raises(ScoringError, match=said) as info:
+        MatroyshkaReranker(FULL, dtype="float32", batch_size=2).compute_score(pairs)
+    assert info.value.__cause__ is error
+    assert scored_before(RERANKERS["plain"], pairs, info.value) == [True, True, False, False, False, False]
+
+
+class Panic(BaseException):
+    """As a tokenizer in Rust raises it."""
+
+
+@pytest.mark.parametrize("error", [ValueError("odd"), Panic("odd")])
+@pytest.mark.parametrize("alone", [True, False])
+def test_what_cannot_be_tokenised_is_named(monkeypatch: pytest.MonkeyPatch, error: BaseException, alone: bool) -> None:
+    """In the second chunk; the first has been scored."""
+    pairs = [(f"{i // 2} panda", words(i, 9)) for i in range(6)]
+    reranker = MatroyshkaReranker(FULL, dtype="float32")
+    real = reranker._encode
+
+    def encode(tokenizer: object, given: list[tuple[str, str]]) -> object:
+        if pairs[3] in given and (alone or len(given) > 1):
+            raise error
+        return real(tokenizer, given)
+
+    monkeypatch.setattr(scoring, "CHUNK", 2)
+    reranker._encode = encode
+    at = r"pairs\[3\]" if alone else r"pairs\[2\] and 1 more pairs together"
+    with pytest.raises(ScoringError, match=rf"^cannot tokenise {at}: {type(error).__name__}: odd$") as info:
+        reranker.compute_score(pairs)
+    assert scored_before(RERANKERS["plain"], pairs, info.value) == [True, True, False, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [
+        (Ids([], [], []), "has no tokens, so that there is nothing to score"),
+        (Ids([1], [700], [2]), "holds token 700 of the tokenizer, but the model knows 700 tokens"),
+    ],
+)
+def test_ids_are_checked_before_their_chunk_is_scored(monkeypatch: pytest.MonkeyPatch, ids: Ids, said: str) -> None:
+    pairs = [(f"{i // 2} panda", words(i, 9)) for i in range(6)]
+    reranker = MatroyshkaReranker(FULL, dtype="float32")
+    real = reranker._encode
+
+    def encode(tokenizer: object, given: list[tuple[str, str]]) -> list[Ids]:
+        return [ids if pair == pairs[3] else made for pair, made in zip(given, real(tokenizer, given), strict=True)]
+
+    monkeypatch.setattr(scoring, "CHUNK", 2)
+    reranker._encode = encode
+    with pytest.raises(ScoringError, match=rf"^pairs\[3\] {said}\.$") as info:
+        reranker.compute_score(pairs)
+    assert scored_before(RERANKERS["plain"], pairs, info.value) == [True, True, False, False, False, False]
+
+
+def test_ctrl_c_keeps_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also that of the batch before, which had not come back yet."""
+    pairs = [("a", words(i, 40 - 5 * i)) for i in range(6)]
+    real, calls = scoring.walk, []
+
+    def interrupted_at_the_third(*args: object, **options: object) -> tuple[torch.Tensor, Row]:
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return real(*args, **options)
+
+    monkeypatch.setattr(scoring, "walk", interrupted_at_the_third)
+    with pytest.raises(KeyboardInterrupt) as info:
+        MatroyshkaReranker(FULL, dtype="float32", batch_size=1).compute_score(pairs)
+    assert scored_before(RERANKERS["plain"], pairs, info.value) == [True, True, False, False, False, False]

@@ -1,0 +1,272 @@
+"""What scoring took is counted, added up, and said in one log line that is quiet by default."""
+
+import copy
+import logging
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import MODELS, frame, words
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker, ScoringError
+from pyterrier_llmrerank.engine import scoring
+from pyterrier_llmrerank.engine.batching import packed_size
+from pyterrier_llmrerank.engine.packing import Row
+from pyterrier_llmrerank.engine.usage import Stopwatch, Usage
+
+FULL = str(MODELS / "costwise_full")
+COUNTS = st.integers(0, 10**6)
+USAGES = st.builds(Usage, *[COUNTS] * 9)
+
+
+def matroyshka(**options: object) -> MatroyshkaReranker:
+    """A re-ranker that has not scored yet."""
+    return MatroyshkaReranker(FULL, dtype="float32", **options)
+
+
+def rankllama(**options: object) -> RankLLaMAReranker:
+    return RankLLaMAReranker(
+        MODELS / "rankllama_adapter", base_model=MODELS / "rankllama_base", dtype="float32", **options
+    )
+
+
+@given(USAGES, USAGES, USAGES)
+def test_usages_add_up_in_any_order(one: Usage, two: Usage, three: Usage) -> None:
+    assert (one + two) + three == one + (two + three) == sum([three, one, two], Usage())
+    assert (one + two).model_seconds == one.model_seconds + two.model_seconds
+
+
+def test_it_reads_as_one_line() -> None:
+    used = Usage(12_345, 678_901, 1000, 875, 1.25, 34.5, 0.125)
+    assert str(used) == (
+        "12,345 pairs, 678,901 tokens, padding 12.5%, seconds: tokenising 1.25, model 34.50, writing 0.12"
+    )
+    assert str(Usage()).startswith("0 pairs, 0 tokens, padding 0.0%")
+    assert str(Usage(truncated_passages=1_234)).endswith("writing 0.00; truncated: 1,234 passages")
+    assert str(Usage(truncated_queries=2, truncated_passages=3)).endswith("; truncated: 2 queries and 3 passages")
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+@pytest.mark.parametrize("make", [matroyshka, rankllama])
+def test_tokens_and_padding_are_those_of_the_batches(
+    make: type[LLMReranker], batch_size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the ids of each batch: a prefix counts once in all tokens, and in each pair that attention lays out."""
+    reranker, rows, batches = make(batch_size=batch_size), frame(3, 4), []
+    real = scoring.PackedPairs
+
+    def packed(pairs: list, *options: object) -> object:
+        batches.append(pairs)
+        return real(pairs, *options)
+
+    monkeypatch.setattr(scoring, "PackedPairs", packed)
+    reranker.transform(rows)
+    used = reranker.usage
+    assert used.pairs == sum(map(len, batches)) == len(rows)
+    assert used.tokens == packed_size([pair for batch in batches for pair in batch])
+    assert used.filled == sum(pair.length for batch in batches for pair in batch)
+    assert used.positions == sum(len(batch) * max(pair.length for pair in batch) for batch in batches)
+    assert 0 < used.padding == 1 - used.filled / used.positions < 1
+    assert used.tokens < used.filled  # some passages share their query
+    assert used.tokenising_seconds > 0
+    assert used.model_seconds > 0
+    assert used.writing_seconds == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "queries", "passages"),
+    [
+        (lambda: matroyshka(query_max_length=5, max_length=12), 1, 3),
+        (lambda: matroyshka(query_max_length=5, max_length=4000), 1, 0),
+        (lambda: matroyshka(query_max_length=100, max_length=15), 0, 3),
+        (lambda: rankllama(query_max_length=5, passage_max_length=12), 2, 3),  # by what both together may take
+        (lambda: rankllama(query_max_length=5, passage_max_length=4000), 1, 0),
+        (lambda: rankllama(query_max_length=100, passage_max_length=1), 0, 5),
+        (lambda: rankllama(query_max_length=15, passage_max_length=15), 1, 3),  # likewise
+    ],
+)
+def test_texts_that_are_not_read_to_their_end_are_counted(
+    make: Callable[[], LLMReranker], queries: int, passages: int
+) -> None:
+    """A query once for all its passages, and a pair once however often it is asked for."""
+    long = " ".join([words(1, 9)] * (400 if passages else 1))
+    texts = {"a panda": [long, "tide", long + " tide"], words(2, 9): [long, "tide"]}
+    reranker = make()
+    pairs = [(query, text) for query, of_query in texts.items() for text in of_query]
+    reranker.compute_score(pairs * 2)
+    assert (reranker.usage.truncated_queries, reranker.usage.truncated_passages) == (queries, passages)
+
+
+def test_the_released_codes_padding_is_padding() -> None:
+    shape = {"compress_layers": [2], "compress_ratio": 2}
+    plain, padded = matroyshka(**shape), matroyshka(**shape, released=True)
+    pair = ("panda", words(1, 9))
+    for reranker in (plain, padded):
+        reranker.compute_score(pair)
+    assert plain.usage.padding == 0
+    assert padded.usage.filled == plain.usage.tokens == plain.usage.filled
+    assert padded.usage.tokens == padded.usage.positions == -(-plain.usage.tokens // 8) * 8
+
+
+def test_a_cascade_counts_what_goes_in_once() -> None:
+    """However many stages a pair comes through; those that leave have a score too."""
+    whole, cascade, rows = matroyshka(), matroyshka(prune={3: 2, 5: 1}), frame(2, 5)
+    for reranker in (whole, cascade):
+        reranker.transform(rows)
+    counts = [(u.pairs, u.tokens, u.positions, u.filled) for u in (whole.usage, cascade.usage)]
+    assert counts[0] == counts[1]
+    assert counts[0][0] == 10
+
+
+def test_models_run_by_their_own_forward_compute_each_pairs_own_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, packed = frame(2, 3), matroyshka()
+    packed.transform(rows)
+    monkeypatch.setattr("pyterrier_llmrerank.checkpoints.checkpoint.FAMILIES", ())
+    plain = MatroyshkaReranker(str(MODELS / "mistral_base"), dtype="float32")
+    plain.transform(rows)
+    assert plain.usage.tokens == plain.usage.filled > packed.usage.tokens
+    assert plain.usage.pairs == 6
+
+
+@pytest.mark.usefixtures("devices")
+def test_several_devices_add_up() -> None:
+    one, several, rows = matroyshka(), matroyshka(device=["cuda:0", "cuda:1"]), frame(8, 3)
+    one.transform(rows)
+    several.transform(rows)
+    assert (several.usage.pairs, several.usage.tokens) == (24, one.usage.tokens)
+    assert several.usage.filled == one.usage.filled
+    assert several.usage.padding < one.usage.padding  # fewer queries beside each other
+
+
+def test_a_union_in_one_pass_counts_with_its_first() -> None:
+    deep, rows = matroyshka(), frame(2, 3)
+    first, second = deep.at(cutoff=4), deep.at(cutoff=8)
+    (first**second).compile().transform(rows)
+    assert (first.usage.pairs, second.usage.pairs) == (6, 0)
+    assert first.usage.tokens > 0
+
+
+def test_calls_add_up_and_a_pair_that_stands_twice_counts_once() -> None:
+    reranker, rows = matroyshka(), frame(2, 3)
+    assert reranker.usage == Usage()
+    reranker.transform(rows)
+    first = reranker.usage
+    reranker.transform(rows.loc[[0, 0, 1]])
+    assert reranker.usage.pairs == first.pairs + 2
+    reranker.compute_score(("a", "b"))
+    assert reranker.usage.pairs == first.pairs + 3
+    assert reranker.usage.model_seconds > first.model_seconds
+    before = reranker.usage
+    reranker.transform(rows.head(0))
+    reranker.compute_score([])
+    assert reranker.usage is before
+
+
+def test_threads_lose_no_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    reranker, start, real = matroyshka(), threading.Barrier(4), Usage.__add__
+
+    def lets_others_in(self: Usage, other: Usage) -> Usage:
+        added = real(self, other)
+        time.sleep(0.001)
+        return added
+
+    monkeypatch.setattr(Usage, "__add__", lets_others_in)
+
+    def work() -> None:
+        start.wait()
+        for number in range(3):
+            reranker.compute_score(("a", words(number, 3)))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert reranker.usage.pairs == 12
+
+
+def test_it_is_no_part_of_the_value() -> None:
+    used, fresh = matroyshka(), matroyshka()
+    used.compute_score(("a", "b"))
+    assert used == fresh
+    assert hash(used) == hash(fresh)
+    assert repr(used) == repr(fresh)
+    assert pickle.dumps(used) == pickle.dumps(fresh)
+    for other in (copy.copy(used), copy.deepcopy(used), pickle.loads(pickle.dumps(used)), used.at(cutoff=4)):
+        assert other.usage == Usage()
+
+
+def test_what_was_done_before_scoring_stopped_counts(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    reranker, real, calls = matroyshka(batch_size=1), scoring.walk, []
+
+    def overflows(*args: object, **options: object) -> tuple[torch.Tensor, Row]:
+        calls.append(1)
+        states, row = real(*args, **options)
+        return states * (np.inf if len(calls) == 3 else 1), row
+
+    monkeypatch.setattr(scoring, "walk", overflows)
+    with caplog.at_level(logging.INFO, "pyterrier_llmrerank"), pytest.raises(ScoringError) as info:
+        reranker.transform(frame(2, 4))
+    assert reranker.usage.pairs == len(info.value.scores) > 0
+    assert reranker.usage.tokens > 0
+    assert [str(reranker.usage) in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_what_cannot_begin_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    reranker = matroyshka(attn_implementation="flash_attention_2")
+    with caplog.at_level(logging.INFO, "pyterrier_llmrerank"), pytest.raises(ValueError, match="flash_attention_2"):
+        reranker.compute_score(("a", "b"))
+    assert not caplog.records
+    assert reranker.usage == Usage()
+
+
+def test_one_line_a_call_is_logged_under_the_packages_name(caplog: pytest.LogCaptureFixture) -> None:
+    reranker = matroyshka(cutoff=4)
+    with caplog.at_level(logging.INFO, "pyterrier_llmrerank"):
+        reranker.transform(frame())
+        first = reranker.usage
+        reranker.compute_score(("a", "b"))
+    assert [record.levelname for record in caplog.records] == ["INFO", "INFO"]
+    assert caplog.records[0].name.split(".")[0] == "pyterrier_llmrerank"
+    assert caplog.records[0].getMessage() == f"{reranker!r}: {first}"
+    assert f"{reranker!r}: 1 pairs" in caplog.records[1].getMessage()
+
+
+PROGRAM = """
+import logging
+from pyterrier_llmrerank import MatroyshkaReranker
+{setting}
+MatroyshkaReranker({model!r}, dtype="float32").compute_score(("a", "b"))
+"""
+
+
+@pytest.mark.parametrize(("setting", "lines"), [("", 0), ("logging.basicConfig(level=logging.INFO)", 1)])
+def test_it_is_quiet_until_it_is_asked_for(setting: str, lines: int) -> None:
+    program = PROGRAM.format(setting=setting, model=FULL)
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout == ""
+    ours = [line for line in ran.stderr.splitlines() if "pyterrier_llmrerank" in line]
+    assert len(ours) == lines
+    assert all(line.startswith("INFO:pyterrier_llmrerank.reranker:MatroyshkaReranker(") for line in ours)
+
+
+def test_a_stopwatch_adds_up_also_where_something_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([1.0, 3.0, 10.0, 11.5])
+    monkeypatch.setattr("pyterrier_llmrerank.engine.usage.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    watch = Stopwatch()
+    with watch:
+        pass
+    with pytest.raises(ValueError, match="wrong"), watch:
+        raise ValueError("wrong")
+    assert watch.seconds == 3.5

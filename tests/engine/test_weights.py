@@ -1,0 +1,470 @@
+"""One copy in memory, no deeper than its living sharers need, in the dtype that the device is good at."""
+
+import gc
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import MODELS, frame
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import MistralConfig, MistralForCausalLM
+
+from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
+from pyterrier_llmrerank.checkpoints import checkpoint as checkpoints
+from pyterrier_llmrerank.engine import weights as module
+from pyterrier_llmrerank.engine.weights import resolve_device, resolve_dtype
+
+FULL = str(MODELS / "costwise_full")
+PAIR = ("what is panda", "a bear")
+
+
+def test_shapes_and_equal_rerankers_share_one_copy() -> None:
+    first = MatroyshkaReranker(FULL, dtype="float32")
+    first.compute_score(PAIR)
+    for other in (
+        first.at(cutoff=4),
+        first.at(normalize=True),
+        MatroyshkaReranker(FULL, dtype="float32", max_length=64),
+    ):
+        other.compute_score(PAIR)
+        assert other._weights() is first._weights()
+        assert other._weights().at_depth(1)[0] is first._weights().at_depth(1)[0]
+
+
+def test_the_same_said_in_another_way_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = MatroyshkaReranker(FULL)
+    dtype = str(first._weights().dtype)
+    monkeypatch.chdir(MODELS)
+    for other in (
+        MatroyshkaReranker(FULL + "/"),
+        MatroyshkaReranker(FULL, device=f"{first._weights().device.type}:0"),
+        MatroyshkaReranker("costwise_full"),
+        MatroyshkaReranker(FULL, device=str(first._weights().device), dtype=dtype),
+    ):
+        assert other._weights() is first._weights()
+
+
+def test_threads_may_share_a_reranker() -> None:
+    """All at once on the very first use: one copy, one score."""
+    reranker = MatroyshkaReranker(FULL, dtype="float16", max_length=77)
+    scores, start = [], threading.Barrier(8)
+
+    def work() -> None:
+        start.wait()
+        scores.append((reranker.at(cutoff=8).compute_score(PAIR), reranker.compute_score(PAIR)))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({score for both in scores for score in both}) == 1
+    assert len(scores) == 8
+
+
+def test_shapes_of_a_model_from_elsewhere_open_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub model is not opened when made, so nothing but its template holds what its shapes share."""
+    monkeypatch.setattr(MatroyshkaReranker, "_is_local", lambda self: False)
+    opened = []
+    real = checkpoints.MatroyshkaCheckpoint.__init__
+    monkeypatch.setattr(
+        checkpoints.MatroyshkaCheckpoint, "__init__", lambda self, *args: opened.append(1) or real(self, *args)
+    )
+    rows = frame(1, 2)
+    template = MatroyshkaReranker(str(MODELS / "mistral_base"), start_layer=3, dtype="float16")
+    for cutoff in (3, 8, 5):
+        template.at(cutoff=cutoff).transform(rows)
+    assert len(opened) == 1
+    del template
+    gc.collect()
+    features = (
+        MatroyshkaReranker(FULL, dtype="float16", cutoff=4) ** MatroyshkaReranker(FULL, dtype="float16")
+    ).compile()
+    for _ in range(3):
+        features.transform(rows)
+        assert features.rerankers[0]._weights().loaded_layers == 8
+    assert len(opened) <= 2  # once more at most: something else may hold these already
+
+
+def test_weights_written_anew_are_read_anew(tmp_path: Path) -> None:
+    shutil.copytree(FULL, tmp_path / "model")
+    before = MatroyshkaReranker(tmp_path / "model", dtype="float32")
+    old = before.compute_score(PAIR)
+    file = tmp_path / "model" / "model.safetensors"
+    save_file({name: -t if "linear_head" in name else t for name, t in load_file(file).items()}, file)
+    assert MatroyshkaReranker(tmp_path / "model", dtype="float32").compute_score(PAIR) == pytest.approx(-old)
+
+
+def compensated(model: Path = MODELS / "mistral_base", **changes: object) -> MatroyshkaReranker:
+    """A distilled model with compensation for depth, and for a ratio of 2."""
+    return MatroyshkaReranker(
+        model,
+        **{
+            "adapters": [MODELS / "adapter_sd", MODELS / "adapter_comp_layer"],
+            "token_adapters": {2: MODELS / "adapter_comp_token2"},
+            "start_layer": 2, "dtype": "float32", "compress_layers": 2, **changes,
+        },
+    )  # fmt: skip
+
+
+def test_a_token_adapter_is_laid_over_one_copy_of_the_weights() -> None:
+    plain, narrow, narrower = compensated(), compensated(compress_ratio=2), compensated(compress_ratio=4)
+    merged = compensated(
+        adapters=[MODELS / name for name in ("adapter_sd", "adapter_comp_layer", "adapter_comp_token2")],
+        token_adapters={}, compress_ratio=2,
+    )  # fmt: skip
+    assert narrow.compute_score(PAIR) == pytest.approx(merged.compute_score(PAIR), abs=1e-5)
+    assert narrow.compute_score(PAIR) != pytest.approx(
+        compensated(token_adapters={}, compress_ratio=2).compute_score(PAIR), abs=1e-3
+    )
+    assert narrower._weights() is narrow._weights() is not plain._weights()
+    below, over = (dict(reranker._weights().at_depth(8)[0].named_parameters()) for reranker in (plain, narrow))
+    assert {name: p.data_ptr() for name, p in below.items()} == {name: p.data_ptr() for name, p in over.items()}
+    assert repr(narrow).endswith("adapter_comp_token2")
+    assert repr(plain).endswith("adapter_comp_layer")
+    assert repr(compensated(adapters=(), start_layer=None)).endswith(" over no adapter")
+
+
+def test_what_is_laid_over_goes_and_comes_with_what_is_below(tmp_path: Path) -> None:
+    own = Path(shutil.copytree(MODELS / "mistral_base", tmp_path / "own"))  # of which no other test has a re-ranker
+    deep, shallow = compensated(own, compress_ratio=2), compensated(own, compress_ratio=2, cutoff=4)
+    wanted, over = deep.compute_score(PAIR), deep._weights()
+    shallow.compute_score(PAIR)
+    below = compensated(own, cutoff=2)
+    below.compute_score(PAIR)
+    assert (over.loaded_layers, below._weights().loaded_layers) == (8, 8)
+    del deep
+    gc.collect()
+    assert (over.loaded_layers, below._weights().loaded_layers) == (4, 4)
+    assert compensated(own, compress_ratio=2).compute_score(PAIR) == pytest.approx(wanted, abs=1e-6)
+    del shallow, over
+    gc.collect()
+    assert below._weights().loaded_layers == 2
+
+
+def test_another_shape_of_a_reranker_reads_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Path(shutil.copytree(MODELS / "mistral_base", tmp_path / "own"))
+    reranker = compensated(own)
+    reranker.compute_score(PAIR)
+    filled: list[str] = []
+    monkeypatch.setattr(module, "fill", lambda part, checkpoint, prefix, *_: filled.append(prefix))
+    for ratio in (2, 1, 4):
+        reranker.set_parameter("compress_ratio", ratio)
+        reranker.compute_score(PAIR)
+    assert filled == []
+    below = reranker._weights().stack[-1]
+    del reranker
+    gc.collect()
+    assert below.loaded_layers == 0
+
+
+def test_what_is_collected_while_a_layer_is_read_stops_nobody(tmp_path: Path) -> None:
+    """A thread reads a layer and collects what shared an overlay, while another, of the overlay, wants the layer."""
+    own = Path(shutil.copytree(MODELS / "mistral_base", tmp_path / "own"))
+    reranker = compensated(own, compress_ratio=2)
+    over, below = reranker._weights().stack
+    reads, wants = threading.Event(), threading.Event()
+
+    def collect() -> None:
+        with below._lock:
+            reads.set()
+            wants.wait(0.5)
+            over._forget(0)
+
+    def want() -> None:
+        reads.wait()
+        with over._lock:
+            wants.set()
+            below.at_depth(1)
+
+    threads = [threading.Thread(target=work, daemon=True) for work in (collect, want)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (str(MODELS), r"token_adapters='.*'; allowed: a folder for each ratio, \{2: folder, 4: folder\}"),
+        ({1: "x"}, r"token_adapters=\{1: 'x'\}; allowed: .* ratios from 2 on"),
+        ({"2": "x"}, "token_adapters='2'; allowed"),
+        ({2: ""}, "token_adapters=''; allowed: a folder"),
+        ({2: "./nowhere"}, "token_adapters='./nowhere': no such model folder"),
+    ],
+)
+def test_token_adapters_that_cannot_be(value: object, message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        compensated(token_adapters=value)
+
+
+def test_other_weights_are_not_shared() -> None:
+    first = MatroyshkaReranker(FULL, dtype="float32")
+    others = (
+        MatroyshkaReranker(FULL, dtype="bfloat16"),
+        MatroyshkaReranker(FULL, dtype="float32", adapters=[MODELS / "adapter_sd"]),
+        MatroyshkaReranker(str(MODELS / "mistral_base"), dtype="float32"),
+        RankLLaMAReranker(FULL, dtype="float32"),
+        MatroyshkaReranker(FULL, dtype="float32", quantization="int8"),
+        MatroyshkaReranker(FULL, dtype="float32", quantization="float8"),
+        MatroyshkaReranker(FULL, dtype="float32", torch_compile=True),
+    )
+    assert len({id(reranker._weights()) for reranker in (first, *others)}) == len(others) + 1
+
+
+def parameters(weights: module.Weights) -> list[bool]:
+    """For each decoder layer, whether it is in memory."""
+    model = weights.at_depth(1)[0]
+    return [next(layer.parameters()).device.type != "meta" for layer in model.layers]
+
+
+def test_only_what_is_run_is_loaded_and_what_nobody_needs_is_dropped() -> None:
+    shallow = MatroyshkaReranker(FULL, cutoff=3, dtype="float16")  # which no other test's re-ranker keeps
+    weights = shallow._weights()
+    shallow.compute_score(PAIR)
+    assert weights.loaded_layers == 3
+    deep = shallow.at(cutoff=7)
+    before = shallow.compute_score(PAIR)
+    assert weights.loaded_layers == 3
+    deep.compute_score(PAIR)
+    assert parameters(weights) == [True] * 7 + [False]
+    del deep
+    gc.collect()
+    assert parameters(weights) == [True] * 3 + [False] * 5
+    assert shallow.compute_score(PAIR) == before
+
+
+@pytest.mark.parametrize("name", ["int8", "float8"])
+def test_layers_are_quantised_one_by_one_and_again_after_they_were_dropped(name: str) -> None:
+    shallow = MatroyshkaReranker(FULL, cutoff=3, dtype="float32", quantization=name)
+    weights = shallow._weights()
+    quantize, unquantised = weights._quantize, []
+
+    def counting(layer: torch.nn.Module) -> None:
+        there = [p for other in weights._model.layers for p in other.parameters() if p.device.type != "meta"]
+        unquantised.append(sum(p.dim() == 2 and type(p.data) is torch.Tensor for p in there))
+        quantize(layer)
+
+    weights._quantize = counting
+    before = shallow.compute_score(PAIR)
+    deep = shallow.at(cutoff=7)
+    wanted = deep.compute_score(PAIR)
+    assert unquantised == [7] * 7
+    del deep
+    gc.collect()
+    assert parameters(weights) == [True] * 3 + [False] * 5
+    assert shallow.compute_score(PAIR) == before
+    assert shallow.at(cutoff=7).compute_score(PAIR) == wanted
+    assert len(unquantised) == 11
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_compiled_layers_give_the_same_for_batches_of_any_shape(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """The graphs that are compiled, run uncompiled, so that the test does not wait for a compiler."""
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: real(self, backend="eager", **options))
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    made = [graphs["unique_graphs"]]
+    kept = MatroyshkaReranker(FULL, dtype=dtype, torch_compile=True)
+    for size, queries, documents in ((1, 1, 1), (2, 2, 2), (5, 3, 4), (8, 2, 6), (None, 4, 5)):
+        shape = {"cutoff": [4, 8], "compress_layers": 3, "compress_ratio": 2}
+        wanted = MatroyshkaReranker(FULL, dtype=dtype, **shape)(frame(queries, documents))
+        compiled = kept.at(**shape)
+        compiled.batch_size = size
+        got = compiled(frame(queries, documents))
+        np.testing.assert_allclose(got[["score_4", "score_8"]], wanted[["score_4", "score_8"]], atol=1e-4)
+        made.append(graphs["unique_graphs"])
+    assert made[2] == made[-1]
+    assert 0 < made[-1] - made[0] <= 8
+
+
+def test_a_template_that_lives_keeps_what_it_may_need() -> None:
+    template = MatroyshkaReranker(FULL)
+    template.compute_score(PAIR)
+    shallow = template.at(cutoff=3)
+    shallow.compute_score(PAIR)
+    del shallow
+    gc.collect()
+    assert template._weights().loaded_layers == 8
+
+
+def test_the_last_sharer_takes_the_weights_with_it() -> None:
+    reranker = MatroyshkaReranker(str(MODELS / "mistral_base"), max_length=100)
+    reranker.compute_score(PAIR)
+    weights = weakref.ref(reranker._weights())
+    assert weights() in module._shared.values()
+    del reranker
+    gc.collect()
+    assert weights() is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_all_weights_have_the_dtype_asked_for(dtype: str) -> None:
+    reranker = MatroyshkaReranker(
+        str(MODELS / "mistral_base"), adapters=[MODELS / "adapter_sd"], start_layer=2, dtype=dtype
+    )
+    model, heads, _ = reranker._weights().at_depth(8)
+    assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
+    assert heads.dtype == torch.float32
+
+
+def test_auto_is_bf16_only_where_it_is_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert resolve_dtype("auto", cpu) == torch.bfloat16
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    assert resolve_dtype("auto", cpu) == torch.float32
+    assert resolve_dtype("float16", cpu) == torch.float16
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert resolve_dtype("auto", cpu) == torch.float32
+    assert resolve_dtype("auto", torch.device("mps")) == torch.float32
+
+
+def test_auto_asks_the_device_that_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch answers for the current one: of these, the second alone has bf16."""
+    current = [0]
+
+    @contextmanager
+    def at(device: torch.device) -> Iterator[None]:
+        current.append(device.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", at)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: current[-1] == 1)
+    first, second = torch.device("cuda:0"), torch.device("cuda:1")
+    assert resolve_dtype("auto", first) == torch.float32
+    assert resolve_dtype("auto", second) == torch.bfloat16
+    assert resolve_dtype("auto", second, first) == torch.float32
+    assert current == [0]
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert resolve_device(None) == torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert resolve_device(None).type == "cpu"
+    for device in ("abacus", "cuda:99", "meta"):
+        with pytest.raises(ValueError, match=f"device='{device}' cannot be used here"):
+            resolve_device(device)
+
+
+def test_a_tensor_of_another_shape_than_the_configuration_says(tmp_path: Path) -> None:
+    shutil.copytree(FULL, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 161}))
+    with pytest.raises(ValueError, match=r"'layers\.0\.mlp\.gate_proj\.weight' is \[160, 64\].* asks for \[161, 64\]"):
+        MatroyshkaReranker(tmp_path / "model").compute_score(PAIR)
+
+
+def test_a_missing_weight_is_named(tmp_path: Path) -> None:
+    shutil.copytree(FULL, tmp_path / "model")
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    del stored["model.layers.1.mlp.up_proj.weight"]
+    save_file(stored, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"no tensor 'layers\.1\.mlp\.up_proj\.weight'"):
+        MatroyshkaReranker(tmp_path / "model").compute_score(PAIR)
+
+
+TWO_CPUS = torch.device("cpu"), torch.device("cpu", 0)  # torch tells them apart
+
+
+def test_there_is_a_copy_a_device_shared_by_all_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "resolve_devices", lambda names: TWO_CPUS if isinstance(names, tuple) else TWO_CPUS[:1])
+    both = MatroyshkaReranker(FULL, dtype="float32", cutoff=3, device=["cuda:0", "cuda:1"], max_length=99)
+    first, second = both._replicas()
+    assert (first.device, second.device) == TWO_CPUS
+    assert both._weights() is first is not second
+    assert MatroyshkaReranker(FULL, dtype="float32")._replicas() == (first,)
+    deep = both.at(cutoff=7)
+    assert deep._replicas() == (first, second)
+    deep.compute_score([(f"{number} panda", "a panda") for number in range(8)])
+    assert second.loaded_layers == 7
+    parts = [dict(weights.at_depth(1)[0].named_parameters()) for weights in (first, second)]
+    name = "layers.0.mlp.up_proj.weight"
+    assert parts[0][name].data_ptr() != parts[1][name].data_ptr()
+    assert torch.equal(parts[0][name], parts[1][name])
+    del deep
+    gc.collect()
+    assert parameters(second) == [True] * 3 + [False] * 5
+    second = weakref.ref(second)
+    parts.clear()
+    both.set_parameter("device", None)
+    assert both._replicas() == (first,)
+    gc.collect()
+    assert second() is None
+    assert first.loaded_layers >= 3
+
+
+def test_devices_by_two_names_are_named() -> None:
+    assert module.resolve_devices(None) == (resolve_device(None),)
+    assert module.resolve_devices("cpu") == (torch.device("cpu"),)
+    with pytest.raises(ValueError, match=r"device=\('cpu', 'cpu:0'\): two of these are cpu; allowed: each device once"):
+        module.resolve_devices(("cpu", "cpu:0"))
+    with pytest.raises(ValueError, match="device='abacus' cannot be used here"):
+        module.resolve_devices(("cpu", "abacus"))
+
+
+def test_auto_is_one_dtype_on_all_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert resolve_dtype("auto", *TWO_CPUS) == torch.bfloat16
+    assert resolve_dtype("auto", torch.device("cpu"), torch.device("mps")) == torch.float32
+
+
+def test_a_changed_argument_leaves_the_old_weights() -> None:
+    reranker = MatroyshkaReranker(FULL, dtype="float16")
+    reranker.compute_score(PAIR)
+    old = reranker._weights()
+    reranker.set_parameter("dtype", "float32")
+    assert reranker._weights() is not old
+    assert old.loaded_layers == 0  # nobody is left who needs them
+    reranker.compute_score(PAIR)
+    assert reranker._weights().dtype == torch.float32
+
+
+MEMORY = """
+import sys, resource, torch
+from pyterrier_llmrerank import MatroyshkaReranker
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+reranker = MatroyshkaReranker(sys.argv[1], adapters=[sys.argv[2]], start_layer=1, dtype="bfloat16")
+tiny = MatroyshkaReranker(sys.argv[3], dtype="bfloat16"); tiny.compute_score(("a", "b"))
+before = peak()
+model, _, _ = reranker._weights().at_depth(16)
+reranker.at(cutoff=4)._weights().at_depth(4), reranker.at(normalize=True)._weights().at_depth(16)
+own = sum(p.numel() * p.element_size() for p in model.parameters())
+layer = 4 * sum(p.numel() for p in model.layers[0].parameters())
+print((peak() - before) / own, layer / own)
+"""
+
+
+def test_opening_peaks_at_the_models_own_size_and_a_layer(tmp_path: Path) -> None:
+    """fp32 files to bf16 in memory, an adapter merged in fp32 on the way; more shapes of it cost nothing."""
+    config = MistralConfig(
+        vocab_size=700, hidden_size=512, intermediate_size=2048, num_hidden_layers=16, num_attention_heads=8,
+        num_key_value_heads=8, dtype="float32",
+    )  # fmt: skip
+    base = MistralForCausalLM(config)
+    base.save_pretrained(tmp_path / "model")
+    lora = LoraConfig(r=4, target_modules=["q_proj", "up_proj", "down_proj"])
+    get_peft_model(base, lora).save_pretrained(tmp_path / "adapter")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(FULL) / name, tmp_path / "model")
+    paths = [str(tmp_path / "model"), str(tmp_path / "adapter"), FULL]
+    done = subprocess.run([sys.executable, "-c", MEMORY, *paths], capture_output=True, text=True, check=True)
+    peak, layer = (float(number) for number in done.stdout.split())
+    assert peak < 1 + layer + 0.25  # the allocator's own overhead

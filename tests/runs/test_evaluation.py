@@ -1,0 +1,113 @@
+"""Runs are measured as ir_measures and scipy do, in the order that the runs state."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from pyterrier_llmrerank.runs.evaluation import compare, parse_measure
+from pyterrier_llmrerank.runs.formats import Judgement, RunRow
+
+QRELS = [Judgement(f"q{q}", f"d{q}", 2) for q in range(4)]
+
+
+def run(*places: int | None) -> list[RunRow]:
+    """A run in which the relevant document of each query stands at this place; None for a query that is left out."""
+    rows = []
+    for q, place in enumerate(places):
+        if place is not None:
+            docnos = [f"x{n}" for n in range(4)]
+            docnos.insert(place, f"d{q}")
+            rows += [RunRow(f"q{q}", docno, None, -float(at), 1) for at, docno in enumerate(docnos)]
+    return rows
+
+
+def test_every_judged_query_counts() -> None:
+    queries, total = compare([parse_measure("RR@10"), parse_measure("P@1")], QRELS, [*run(0, 1, 1, None), *run(0)[:0]])
+    assert list(total.itertuples(index=False, name=None)) == [("RR@10", 0.5), ("P@1", 0.25)]
+    assert queries.columns.tolist() == ["qid", "measure", "value"]
+    assert queries["measure"].tolist() == ["RR@10"] * 4 + ["P@1"] * 4
+    assert list(zip(queries["qid"], queries["value"], strict=True))[:4] == [
+        ("q0", 1),
+        ("q1", 0.5),
+        ("q2", 0.5),
+        ("q3", 0),
+    ]
+
+
+def test_a_run_and_its_baseline() -> None:
+    mine, other = (0, 1, 1, 3), (1, None, 2, 1)
+    queries, total = compare([parse_measure("RR")], QRELS, run(*mine), run(*other))
+    values, others = np.array([1, 1 / 2, 1 / 2, 1 / 4]), np.array([1 / 2, 0, 1 / 3, 1 / 2])
+    np.testing.assert_allclose(queries.sort_values("qid")["difference"], values - others)
+    np.testing.assert_allclose(
+        total[["value", "baseline", "difference", "p"]].iloc[0].astype(float),
+        [values.mean(), others.mean(), (values - others).mean(), stats.ttest_rel(values, others).pvalue],
+    )
+
+
+def test_what_a_run_lacks_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    compare([parse_measure("RR")], QRELS, run(0, 1, 1, 2), run(None, 1, None, 2))
+    assert caplog.messages == [
+        "the baseline lacks 2 of the 4 queries with judgements, which count as if nothing had been found."
+    ]
+    others = [row._replace(qid=f"other-{row.qid}") for row in run(0)]
+    with pytest.raises(
+        ValueError, match="the baseline has none of the queries with judgements, like 'q0': it has 'other-"
+    ):
+        compare([parse_measure("RR")], QRELS, run(0), others)
+    with pytest.raises(ValueError, match="the run is empty"):
+        compare([parse_measure("RR")], QRELS, [])
+
+
+def test_a_measure_that_some_queries_have_no_value_of() -> None:
+    judged = [*QRELS[:2], Judgement("q0", "x0", 0)]  # something below it is needed
+    queries, total = compare([parse_measure("Accuracy")], judged, run(0, None))
+    assert queries["qid"].tolist() == ["q0"]
+    assert total["measure"].tolist() == ["Accuracy"]
+
+
+def test_a_measure_that_wants_numbers_as_qids() -> None:
+    with pytest.raises(ValueError, match=r"measure=RR, ERR@10: .* want qids that are numbers"):
+        compare([parse_measure("RR"), parse_measure("ERR@10")], QRELS, run(0, 1, 1, 2))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("places", [(0, 1, 1, 3), (1,)])
+def test_where_nothing_differs_there_is_no_p(places: tuple[int, ...]) -> None:
+    _, same = compare([parse_measure("RR")], QRELS[: len(places)], run(*places), run(*places))
+    assert same["difference"].tolist() == [0]
+    assert np.isnan(same["p"].iloc[0])
+
+
+def test_equal_scores_stand_by_rank_or_as_they_came() -> None:
+    rows = [RunRow("q0", name, None, 0.5, 1) for name in ("d0", "z", "a")]
+    for order, value in ((rows, 1.0), (rows[::-1], 1 / 3)):
+        _, total = compare([parse_measure("RR")], QRELS[:1], order)
+        assert total["value"].tolist() == [value]
+    ranked = [row._replace(rank=rank) for row, rank in zip(rows, (1, 0, 2), strict=True)]
+    _, total = compare([parse_measure("RR")], QRELS[:1], ranked)
+    assert total["value"].tolist() == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("name", "same"), [("ndcg_cut_10", "nDCG@10"), ("map", "AP"), ("recip_rank", "RR"), ("P_5", "P@5"), ("AP", "AP")]
+)
+def test_measures_by_trec_evals_names(name: str, same: str) -> None:
+    assert parse_measure(name) == parse_measure(same)
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("foo", "measure='foo'; allowed: nDCG@10, .* out of AP, .*nDCG"),
+        ("nDCG@x", "measure='nDCG@x'; allowed"),
+        ("", "measure=''; allowed"),
+        ("nDCG@0", "measure='nDCG@0'; nDCG takes cutoff"),
+        ("P", "measure='P'; P takes cutoff"),
+        ("RR(foo=2)", r"measure='RR\(foo=2\)'; RR takes cutoff .*rel"),
+        ("alpha_nDCG@10", "nothing installed computes it"),
+    ],
+)
+def test_measures_that_are_none(name: str, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        parse_measure(name)

@@ -1,0 +1,495 @@
+"""Files of any length: what interrupts a run costs nothing that was written, and changes nothing of what follows."""
+
+import copy
+import gzip
+import itertools
+import json
+import logging
+import os
+import random
+import resource
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partialmethod
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyterrier as pt
+import pytest
+from conftest import MODELS, words
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker, ScoringError
+from pyterrier_llmrerank.engine import scoring
+from pyterrier_llmrerank.engine.usage import Usage
+from pyterrier_llmrerank.runs import streaming
+from pyterrier_llmrerank.runs.formats import read_rerank, read_run
+from pyterrier_llmrerank.runs.journal import JournaledFile, journal_of
+from pyterrier_llmrerank.runs.streaming import Report, rerank_file
+
+MATROYSHKA = MatroyshkaReranker(MODELS / "costwise_full", dtype="float32", cutoff=2)
+RANKLLAMA = RankLLaMAReranker(MODELS / "rankllama_adapter", base_model=MODELS / "rankllama_base", dtype="float32")
+
+#: Rows of each query: chunks of at least 5 rows hold 6, 7, 5, 5, 9 and 1.
+QUERIES = (3, 3, 1, 6, 2, 2, 1, 5, 4, 5, 1)
+CHUNKS = (6, 7, 5, 5, 9, 1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_chunks() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "CHUNK", 5)
+        patch.setattr(os, "fsync", lambda file: None)  # no power fails here
+        yield
+
+
+def rows() -> list[dict[str, object]]:
+    return [
+        {
+            "query_id": f"q{q}",
+            "query": words(q, 3),
+            "docid": f"d{d}",
+            "title": words(50 + d, 1),
+            "text": words(100 * q + d, 3 + d),
+            "score": -d,
+        }
+        for q, count in enumerate(QUERIES)
+        for d in range(count)
+    ]
+
+
+def write_rows(path: Path, records: list[dict[str, object]]) -> Path:
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("source") / "rerank.jsonl", rows())
+
+
+@pytest.fixture(scope="module")
+def whole(source: Path) -> bytes:
+    """The run that nothing interrupted."""
+    target = source.with_name("whole.tsv")
+    rerank_file(MATROYSHKA, source, target)
+    return target.read_bytes()
+
+
+@contextmanager
+def transforming(instead: Callable[[LLMReranker, pd.DataFrame, int], None]) -> Iterator[list[int]]:
+    """With each call of transform, first something else, told how many calls there were; the rows of each call."""
+    calls: list[int] = []
+    real = LLMReranker.transform
+
+    def transform(self: LLMReranker, inp: pd.DataFrame) -> pd.DataFrame:
+        instead(self, inp, len(calls))
+        calls.append(len(inp))
+        return real(self, inp)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LLMReranker, "transform", transform)
+        yield calls
+
+
+def interrupted(source: Path, target: Path, error: BaseException, after: int, **options: object) -> None:
+    """Rerank, and raise instead of scoring the chunk ``after`` so many."""
+
+    def stop(reranker: LLMReranker, inp: pd.DataFrame, calls: int) -> None:
+        if calls == after:
+            raise error
+
+    with transforming(stop), pytest.raises(type(error)):
+        rerank_file(MATROYSHKA, source, target, **options)
+
+
+# -- what is written
+
+
+@pytest.mark.parametrize("name", ["run.tsv", "run.tsv.gz"])
+@pytest.mark.parametrize("form", ["three", "trec"])
+@pytest.mark.parametrize("reranker", [MATROYSHKA, RANKLLAMA], ids=["matroyshka", "rankllama"])
+def test_a_run_holds_what_the_frame_gives(
+    reranker: LLMReranker, form: str, name: str, source: Path, tmp_path: Path
+) -> None:
+    """RankLLaMA reads titles, too."""
+    target = tmp_path / name
+    report = rerank_file(reranker, write_rows(tmp_path / "rerank.jsonl.gz", rows()), target, form=form, tag="mine")
+    given = pd.DataFrame(rows()).rename(columns={"query_id": "qid", "docid": "docno"})
+    wanted = reranker.transform(given)
+    got = pd.DataFrame(read_run(target))
+    assert list(got["qid"].unique()) == [f"q{q}" for q in range(len(QUERIES))]
+    both = got.merge(wanted, on=["qid", "docno"])
+    assert len(both) == len(got) == len(wanted) == report.pairs
+    assert abs(both["score_x"] - both["score_y"]).max() < 1e-5
+    for _, query in got.groupby("qid"):
+        assert query["score"].is_monotonic_decreasing
+        assert form == "three" or list(query["rank"]) == list(range(1, len(query) + 1))
+
+
+def test_equal_scores_stand_in_the_order_of_the_source(tmp_path: Path) -> None:
+    records = [{**record, "docid": f"d{9 - n}"} for n, record in enumerate([rows()[0]] * 4)]
+    rerank_file(MATROYSHKA, write_rows(tmp_path / "rerank.jsonl", records), tmp_path / "run.tsv")
+    assert [row.docno for row in read_run(tmp_path / "run.tsv")] == ["d9", "d8", "d7", "d6"]
+
+
+def test_whole_queries_are_scored_together_and_few_are_held(source: Path, tmp_path: Path) -> None:
+    read = 0
+
+    def counted(path: Path) -> Iterator[object]:
+        nonlocal read
+        for row in read_rerank(path):
+            read += 1
+            yield row
+
+    def check(reranker: LLMReranker, inp: pd.DataFrame, calls: int) -> None:
+        assert read <= sum(CHUNKS[: calls + 2]) + 1  # one chunk ahead, and the row that ends it
+        assert set(inp["qid"]) & written == set()
+        written.update(inp["qid"])
+
+    written: set[str] = set()
+    with pytest.MonkeyPatch.context() as patch, transforming(check) as calls:
+        patch.setattr(streaming, "read_rerank", counted)
+        rerank_file(MATROYSHKA, source, tmp_path / "run.tsv")
+    assert tuple(calls) == CHUNKS
+
+
+def test_an_empty_file_gives_an_empty_run(tmp_path: Path) -> None:
+    report = rerank_file(MATROYSHKA, write_rows(tmp_path / "rerank.jsonl", []), tmp_path / "run.tsv")
+    assert (report.pairs, (tmp_path / "run.tsv").read_bytes()) == (0, b"")
+
+
+def test_the_report_is_one_line_and_logged(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    target, reranker = tmp_path / "run.tsv", copy.copy(MATROYSHKA)
+    interrupted(source, target, KeyboardInterrupt(), 2)
+    before = reranker.usage
+    with caplog.at_level(logging.INFO, "pyterrier_llmrerank"):
+        report = rerank_file(reranker, source, target, resume=True)
+    assert (report.pairs, report.queries, report.resumed_from) == (20, 7, 13)
+    assert report.usage.pairs == 20
+    assert report.usage.tokens > 0
+    assert report.usage.writing_seconds > 0
+    assert reranker.usage == before + report.usage
+    assert caplog.messages[-1:] == [str(report)] == [m for m in caplog.messages if "tokens" in m]  # none a chunk
+    assert str(Report(Path("run.tsv"), 2000, 20, 12.5, 1000, Usage(pairs=1990))) == (
+        "run.tsv: 2,000 pairs of 20 queries in 12.5 s (160 pairs/s), after 1,000 pairs that stood there; scored "
+        "1,990 pairs, 0 tokens, padding 0.0%, seconds: tokenising 0.00, model 0.00, writing 0.00"
+    )
+
+
+def test_progress_counts_pairs_when_asked_for(source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    target, verbose = tmp_path / "run.tsv", copy.copy(MATROYSHKA)
+    verbose.verbose = True
+    interrupted(source, target, KeyboardInterrupt(), 2)
+    assert capfd.readouterr().err == ""
+    rerank_file(verbose, source, target, resume=True)
+    shown = capfd.readouterr().err
+    assert "MatroyshkaReranker:  39%" in shown
+    assert "13/33" in shown  # what stood there
+    assert "33/33" in shown
+    assert verbose.verbose
+
+
+# -- what interrupts it
+
+
+@pytest.mark.parametrize("name", ["run.tsv", "run.tsv.gz"])
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_cut_anywhere_it_goes_on_to_the_same_bytes(name: str, source: Path, whole: bytes, data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / name
+        interrupted(source, target, KeyboardInterrupt(), 5)
+        stood = target.read_bytes()
+        wanted = gzip.decompress(stood) if name.endswith(".gz") else stood
+        assert whole.startswith(wanted)
+        ends = [0, *(sum(block) for block in _cumulated(journal_of(target)))]
+        for _ in range(data.draw(st.integers(1, 3), "kills")):
+            cut = data.draw(st.integers(0, target.stat().st_size), "bytes left")
+            os.truncate(target, cut)
+            kept = sum(end <= cut for end in ends) - 1
+            stop = data.draw(st.integers(0, 5 - kept), "chunks until the next")
+            if stop:
+                interrupted(source, target, KeyboardInterrupt(), stop, resume=True)
+        kept = sum(end <= target.stat().st_size for end in ends) - 1
+        with transforming(lambda *_: None) as calls:
+            rerank_file(MATROYSHKA, source, target, resume=True)
+        assert tuple(calls) == CHUNKS[kept:]  # nothing twice
+        assert (gzip.decompress(target.read_bytes()) if name.endswith(".gz") else target.read_bytes()) == whole
+        assert target.read_bytes().startswith(stood)
+
+
+def _cumulated(journal: Path) -> list[list[int]]:
+    sizes = [json.loads(line)[2] for line in journal.read_text().splitlines()[1:]]
+    return [sizes[: n + 1] for n in range(len(sizes))]
+
+
+def _torn(run: JournaledFile, write: Any, numbers: Iterator[int], fatal: int | None, part: float, *what: Any) -> None:
+    """A write of which the fatal one stops after a part of its bytes, and the process with it."""
+    if next(numbers) == fatal:
+        *where, data = what
+        write(run, *where, data[: int(part * len(data))])
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(run, *what)
+
+
+@pytest.mark.parametrize("name", ["run.tsv", "run.trec.gz"])
+def test_killed_in_the_middle_of_any_write_it_ends_with_the_same_bytes(name: str, source: Path, tmp_path: Path) -> None:
+    """By a signal that no handler sees, when some bytes of a block, or of a journal's line, have been written."""
+    draw, form, write = random.Random(name), "trec" if "trec" in name else "three", JournaledFile._write
+    rerank_file(MATROYSHKA, source, tmp_path / name, form=form)
+    target = tmp_path / f"killed-{name}"
+    for fatal in (1, 2, 3, 2, 1, 5, 4, None):  # which write of a process: lines of the journal and blocks take turns
+        part = draw.random()
+        child = os.fork()
+        if child == 0:
+            JournaledFile._write = partialmethod(_torn, write, itertools.count(1), fatal, part)
+            status = 1
+            try:
+                rerank_file(MATROYSHKA, source, target, form=form, resume=True)
+                status = 0
+            finally:
+                os._exit(status)
+        status = os.waitpid(child, 0)[1]
+        assert os.WIFSIGNALED(status) if fatal else os.WEXITSTATUS(status) == 0
+    assert target.read_bytes() == (tmp_path / name).read_bytes()
+    assert journal_of(target).read_bytes() == journal_of(tmp_path / name).read_bytes()
+
+
+def test_ctrl_c_leaves_whole_queries_and_says_how_to_go_on(source: Path, whole: bytes, tmp_path: Path) -> None:
+    target, stop = tmp_path / "run.tsv", KeyboardInterrupt()
+    interrupted(source, target, stop, 3)
+    assert stop.__notes__ == [f"{target} holds 18 pairs, of whole queries; go on with resume (--resume)."]
+    assert len(list(read_run(target))) == 18
+    assert whole.startswith(target.read_bytes())
+    rerank_file(MATROYSHKA, source, target, resume=True)
+    assert target.read_bytes() == whole
+
+
+def test_a_score_that_is_not_finite_names_its_row(source: Path, whole: bytes, tmp_path: Path) -> None:
+    """What was written before it stays."""
+    target = tmp_path / "run.tsv"
+    real = scoring.walk
+    with pytest.MonkeyPatch.context() as patch, transforming(lambda *_: None) as calls:
+
+        def walk(*args: object, **options: object) -> object:
+            states, row = real(*args, **options)
+            return (states * float("nan") if len(calls) == 3 else states), row
+
+        patch.setattr(scoring, "walk", walk)
+        with pytest.raises(ScoringError, match=r"the score of qid 'q[45]', docno 'd\d' is not finite"):
+            rerank_file(MATROYSHKA, source, target)
+    assert len(list(read_run(target))) == 13
+    rerank_file(MATROYSHKA, source, target, resume=True)
+    assert target.read_bytes() == whole
+
+
+def test_a_full_disk_is_named_and_what_stood_there_stays(source: Path, tmp_path: Path) -> None:
+    target, form = tmp_path / "run.tsv", {"form": "trec", "tag": "x" * 200}  # longer than its journal
+    rerank_file(MATROYSHKA, source, tmp_path / "whole.tsv", **form)
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))  # the system writes what fits, and fails then
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*run\.tsv'") as error:
+            rerank_file(MATROYSHKA, source, target, **form)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    pairs = len(list(read_run(target)))
+    assert 0 < pairs < len(rows())
+    assert f"holds {pairs} pairs" in error.value.__notes__[0]
+    rerank_file(MATROYSHKA, source, target, resume=True, **form)
+    assert target.read_bytes() == (tmp_path / "whole.tsv").read_bytes()
+
+
+def test_a_bad_line_is_named_and_may_be_mended(source: Path, whole: bytes, tmp_path: Path) -> None:
+    target, mended = tmp_path / "run.tsv", tmp_path / "rerank.jsonl"
+    lines = source.read_text().splitlines(keepends=True)
+    mended.write_text("".join([*lines[:27], "{\n", *lines[28:]]))
+    for resume, stood in ((False, 23), (True, 23)):
+        with pytest.raises(ValueError, match=r"rerank\.jsonl, line 28: not JSON"):
+            rerank_file(MATROYSHKA, mended, target, resume=resume)
+        assert len(list(read_run(target))) == stood
+    mended.write_text("".join(lines))
+    rerank_file(MATROYSHKA, mended, target, resume=True)
+    assert target.read_bytes() == whole
+
+
+def test_a_query_that_comes_again_is_named(tmp_path: Path) -> None:
+    records = rows()
+    bad = write_rows(tmp_path / "rerank.jsonl", [*records, {**records[0], "docid": "other"}])
+    with pytest.raises(ValueError, match=r"rerank\.jsonl, line 34: query 'q0' again"):
+        rerank_file(MATROYSHKA, bad, tmp_path / "run.tsv")
+
+
+# -- what it goes on with
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({"cutoff": 4}, {}, r"run\.tsv was begun with cutoff=2, not 4;"),
+        ({"dtype": "bfloat16"}, {}, "dtype='float32', not 'bfloat16'"),
+        ({"compress_layers": [1], "compress_ratio": 2}, {}, r"compress_layers=.*, not \[1\], compress_ratio=1, not 2"),
+        ({}, {"form": "trec"}, "form='three', not 'trec'"),
+        ({}, {"tag": "x"}, "tag='llmrerank', not 'x'"),
+    ],
+)
+def test_another_reranker_or_form_is_refused(
+    change: dict[str, object], options: dict[str, str], message: str, source: Path, whole: bytes, tmp_path: Path
+) -> None:
+    target = tmp_path / "run.tsv"
+    interrupted(source, target, KeyboardInterrupt(), 2)
+    other = MatroyshkaReranker(**{**MATROYSHKA._arguments(), **change})
+    with pytest.raises(ValueError, match=message):
+        rerank_file(other, source, target, resume=True, **options)
+    rerank_file(MATROYSHKA, source, target, resume=True)  # nothing came of it
+    assert target.read_bytes() == whole
+
+
+def test_what_does_not_change_scores_may_be_another(source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "run.tsv"
+    interrupted(source, target, KeyboardInterrupt(), 2)
+    other = MatroyshkaReranker(**{**MATROYSHKA._arguments(), "batch_size": 2, "device": "cpu"})
+    assert rerank_file(other, source, target, resume=True).resumed_from == 13
+
+
+def test_another_source_is_refused(source: Path, tmp_path: Path) -> None:
+    target, other = tmp_path / "run.tsv", tmp_path / "rerank.jsonl"
+    interrupted(source, target, KeyboardInterrupt(), 2)
+    before = target.read_bytes()
+    for key in ("query", "text", "title", "docid"):
+        changed = rows()
+        changed[8][key] = f"{changed[8][key]}s"
+        if key == "query":
+            for record in changed[7:]:
+                record["query"] = changed[8][key]
+        with pytest.raises(ValueError, match=r"rerank\.jsonl, lines 7 to 13: not those that .*run\.tsv was written"):
+            rerank_file(MATROYSHKA, write_rows(other, changed), target, resume=True)
+    with pytest.raises(ValueError, match=r"rerank\.jsonl, lines 7 to 10: not those"):
+        rerank_file(MATROYSHKA, write_rows(other, rows()[:10]), target, resume=True)
+    with pytest.raises(ValueError, match=r"rerank\.jsonl has fewer rows than .*run\.tsv was written from"):
+        rerank_file(MATROYSHKA, write_rows(other, rows()[:6]), target, resume=True)
+    assert target.read_bytes() == before
+
+
+def test_a_target_that_is_there_is_not_written_over(source: Path, whole: bytes, tmp_path: Path) -> None:
+    target = tmp_path / "run.tsv"
+    interrupted(source, target, KeyboardInterrupt(), 2)
+    before = target.read_bytes()
+    with pytest.raises(FileExistsError, match=r"go on with resume \(--resume\)"):
+        rerank_file(MATROYSHKA, source, target)
+    assert target.read_bytes() == before
+
+
+def test_what_is_finished_is_left_alone_unless_there_is_more(
+    source: Path, whole: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    target, grown = tmp_path / "run.tsv", tmp_path / "rerank.jsonl"
+    write_rows(grown, rows()[:13])
+    rerank_file(MATROYSHKA, grown, target, resume=True)  # nothing to go on with: it begins
+    with transforming(lambda *_: None) as calls:
+        report = rerank_file(MATROYSHKA, grown, target, resume=True)
+        assert (report.pairs, report.resumed_from) == (0, 13)
+        assert "run.tsv was finished already: nothing was scored." in caplog.text
+        assert calls == []
+        other = MatroyshkaReranker(**{**MATROYSHKA._arguments(), "cutoff": 3})
+        with pytest.raises(ValueError, match="was begun with cutoff=2, not 3"):
+            rerank_file(other, grown, target, resume=True)
+        rerank_file(MATROYSHKA, source, target, resume=True)
+        assert tuple(calls) == CHUNKS[2:]
+    assert target.read_bytes() == whole
+
+
+def test_what_is_quantised_depends_on_more(source: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    target, arguments = tmp_path / "run.tsv", {**MATROYSHKA._arguments(), "quantization": "int8"}
+    rerank_file(MatroyshkaReranker(**arguments), source, target)
+    rerank_file(MatroyshkaReranker(**{**arguments, "device": "cpu"}), source, target, resume=True)  # which None is here
+    with pytest.raises(ValueError, match="was begun with batch_size=None, not 2"):
+        rerank_file(MatroyshkaReranker(**{**arguments, "batch_size": 2}), source, target, resume=True)
+    settings, *lines = journal_of(target).read_text().splitlines()
+    assert json.loads(settings)["device"] == "cpu"
+    journal_of(target).write_text("\n".join([settings.replace('"cpu"', '"cuda"'), *lines, ""]))
+    with pytest.raises(ValueError, match="was begun with device='cuda', not 'cpu'"):
+        rerank_file(MatroyshkaReranker(**arguments), source, target, resume=True)
+
+
+def test_a_target_that_is_no_file_is_refused(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="target='/dev/null' is no file"):
+        rerank_file(MATROYSHKA, source, Path("/dev/null"))
+
+
+def test_the_usage_of_a_call_that_failed_counts(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reranker, real = copy.copy(MATROYSHKA), scoring.walk
+
+    def walk(*args: object, **options: object) -> object:
+        states, row = real(*args, **options)
+        return states * float("nan"), row
+
+    before = reranker.usage
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "walk", walk)
+        with pytest.raises(ScoringError):
+            rerank_file(reranker, source, tmp_path / "run.tsv")
+    failed = reranker.usage
+    assert failed.tokens > before.tokens
+    assert failed.pairs == before.pairs
+    full = OSError("full")
+    monkeypatch.setattr(JournaledFile, "append", lambda *_: (_ for _ in ()).throw(full))
+    with pytest.raises(OSError, match="full"):
+        rerank_file(reranker, source, tmp_path / "run.tsv")
+    assert reranker.usage.pairs == before.pairs + CHUNKS[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"form": "two"}, "form='two'; allowed: three, trec"),
+        ({"tag": "a b"}, "tag is 'a b'; wanted no white space"),
+        ({"workers": 0}, "workers=0; allowed: an integer of at least 1"),
+    ],
+)
+def test_bad_arguments_are_named(options: dict[str, object], message: str, source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        rerank_file(MATROYSHKA, source, tmp_path / "run.tsv", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_fails_before_anything_is_written_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    """And says so where it may be expected to have left something."""
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl"):
+        rerank_file(MATROYSHKA, tmp_path / "nowhere.jsonl", tmp_path / "run.tsv")
+    of_bodies = MatroyshkaReranker(MODELS / "costwise_full", dtype="float32", text_field="body")
+    with pytest.raises(pt.validate.InputValidationError, match="body"):
+        rerank_file(of_bodies, source, tmp_path / "run.tsv")
+    stop = KeyboardInterrupt()
+    interrupted(source, tmp_path / "run.tsv", stop, 0)
+    assert stop.__notes__ == ["Nothing had been written: that is done in blocks of 5 pairs or more."]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_source_does_not_keep_the_progress_bar_from_beginning(tmp_path: Path) -> None:
+    cut = write_rows(tmp_path / "rerank.jsonl.gz", rows())
+    cut.write_bytes(cut.read_bytes()[:-9])
+    verbose = copy.copy(MATROYSHKA)
+    verbose.verbose = True
+    with pytest.raises(ValueError, match=r"rerank\.jsonl\.gz, line 34: the compressed file is cut off"):
+        rerank_file(verbose, cut, tmp_path / "run.tsv")
+    assert len(list(read_run(tmp_path / "run.tsv"))) == sum(CHUNKS[:-1])
+
+
+def test_a_pipe_is_read_once_with_a_progress_bar_too(source: Path, whole: bytes, tmp_path: Path) -> None:
+    pipe, target = tmp_path / "pipe", tmp_path / "run.tsv"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as thread:
+        writing = thread.submit(pipe.write_bytes, source.read_bytes())
+        shown = MatroyshkaReranker(MODELS / "costwise_full", dtype="float32", cutoff=2, verbose=True)
+        rerank_file(shown, pipe, target)
+        writing.result()
+    assert target.read_bytes() == whole

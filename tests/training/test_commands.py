@@ -1,0 +1,285 @@
+"""The original command lines run, with the script's name changed."""
+
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import MODELS, RECORDS
+from safetensors.torch import load_file
+
+from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker
+from pyterrier_llmrerank.__main__ import main
+from pyterrier_llmrerank.training.commands import parse
+
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+CHECKPOINTING = "activation_checkpointing"  # which gradient_checkpointing sets
+MISTRAL = str(MODELS / "mistral_base")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    return path
+
+
+def distill(data: Path, output: Path, *more: str) -> list[str]:
+    return [
+        "distill", "--model_name_or_path", MISTRAL, "--train_data", str(data), "--output_dir", str(output),
+        "--train_method", "distill_fix_layer", "--train_group_size", "4", "--query_max_len", "8",
+        "--passage_max_len", "52", "--lora_rank", "4", "--max_steps", "4", "--logging_steps", "1", "--use_cpu",
+        "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--compress_layers", "4",
+        "--compress_ratios", "1", "2", "--report_to", "none", "--learning_rate", "5e-3", *more,
+    ]  # fmt: skip
+
+
+def losses(folder: Path) -> list[float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def commands(script: str, tmp_path: Path, *arguments: str) -> list[tuple[str, list[str]]]:
+    """The train commands that an example script runs: recipe and options, as torchrun would get them."""
+    said = tmp_path / "said"
+    stub = tmp_path / "bin" / "torchrun"
+    stub.parent.mkdir()
+    stub.write_text(
+        f"#!{sys.executable}\nimport sys, json\nopen({str(said)!r}, 'a').write(json.dumps(sys.argv) + '\\n')\n"
+    )
+    stub.chmod(0o755)
+    path = f"{stub.parent}:{os.environ['PATH']}"
+    subprocess.run(["bash", str(EXAMPLES / script), *arguments], check=True, env={**os.environ, "PATH": path})
+    found = []
+    for line in said.read_text().splitlines():
+        words = json.loads(line)
+        at = words.index("pyterrier_llmrerank")
+        assert words[at - 1 : at + 2] == ["-m", "pyterrier_llmrerank", "train"]
+        options = words[at + 3 :]
+        config = options.index("--deepspeed")  # which is not among the tests' needs
+        stage = json.loads((EXAMPLES / options[config + 1]).read_text())["zero_optimization"]["stage"]
+        assert stage in (1, 3)
+        found.append((words[at + 2], [*options[:config], *options[config + 2 :], "--use_cpu"]))
+    return found
+
+
+def test_rankllamas_recipe_means_what_it_meant(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ((name, options),) = commands("train_rankllama.sh", tmp_path)
+    with caplog.at_level(logging.WARNING):
+        recipe, sources, arguments = parse(name, options)
+    assert sources.train_data == ["Tevatron/msmarco-passage"]
+    assert (recipe.group_size, recipe.query_max_length, recipe.passage_max_length) == (16, 32, 196)
+    assert (arguments.learning_rate, arguments.warmup_steps, arguments.num_train_epochs) == (1e-4, 0.1, 1)
+    assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (4, 8)
+    assert arguments.bf16
+    assert getattr(arguments, CHECKPOINTING)
+    assert any("--dataset_proc_num has no effect" in message for message in caplog.messages)
+
+
+def test_matroyshkas_recipes_mean_what_they_meant(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text("")
+    parsed = []
+    for name, options in commands("train_matroyshka.sh", tmp_path, str(tmp_path / "data.jsonl")):
+        recipe, sources, arguments = parse(name, options)
+        parsed.append((name, getattr(recipe, "finetune_type", None), recipe.compress_ratios, arguments.learning_rate))
+        assert recipe.target_modules[-1] == "linear_head"
+        assert (recipe.group_size, recipe.lora_rank, recipe.lora_alpha, arguments.warmup_steps) == (16, 32, 64, 0.1)
+        assert (recipe.passage_max_length, recipe.compress_layers[-1], recipe.start_layer) == (192, 28, 4)
+        assert arguments.dataloader_drop_last
+        assert arguments.bf16
+        assert getattr(arguments, CHECKPOINTING)
+        assert recipe.train_method == ("distill_fix_layer_teacher" if name == "distill" else "normal")
+        assert sources.raw_peft == (None if name == "distill" else ["result_self_distillation"])
+    assert parsed == [
+        ("distill", None, (1, 2, 4, 8), 2e-4),
+        ("compensate", "layer", (1,), 2e-5),
+        *[("compensate", "token", (ratio,), 2e-5) for ratio in (2, 4, 8)],
+    ]
+
+
+def test_a_run_says_nothing_that_it_need_not(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = [word for word in distill(data, tmp_path / "run", "--gradient-checkpointing") if word != "--use_cpu"]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert main(["train", *options]) == 0
+    assert [str(warning.message) for warning in said] == []
+    assert caplog.messages == []
+
+
+def test_losses_are_logged_where_there_is_no_progress_bar(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.NOTSET, "pyterrier_llmrerank")  # as it is; put back afterwards
+    assert main(["train", *distill(data, tmp_path / "run"), "--logging_steps", "1", "--disable_tqdm", "True"]) == 0
+    assert [message.partition(":")[0] for message in caplog.messages if "'loss': " in message] == [
+        f"step {step} of 4" for step in range(1, 5)
+    ]
+
+
+def opened_as_said(capsys: pytest.CaptureFixture[str], folder: Path) -> LLMReranker:
+    """The re-ranker that a run's last words say opens what it wrote."""
+    said = capsys.readouterr().out.split("\n\n")
+    assert said[-2].endswith(f"The adapter is in {folder}; in Python it opens with")
+    return eval(said[-1], {kind.__name__: kind for kind in (MatroyshkaReranker, RankLLaMAReranker)})
+
+
+def test_distil_and_compensate(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *distill(data, tmp_path / "distilled")]) == 0
+    said = opened_as_said(capsys, tmp_path / "distilled")
+    assert said == MatroyshkaReranker(MISTRAL, adapters=[tmp_path / "distilled"], start_layer=4)
+    options = distill(data, tmp_path / "layer")[1:]
+    options[options.index("--compress_ratios") : options.index("--compress_ratios") + 3] = []
+    options += ["--raw_peft", str(tmp_path / "distilled"), "--train_method", "normal", "--finetune_type", "layer"]
+    assert main(["train", "compensate", *options]) == 0
+    options = [str(tmp_path / "token") if o == str(tmp_path / "layer") else o for o in options]
+    options += ["--raw_peft", str(tmp_path / "distilled"), str(tmp_path / "layer"), "--finetune_type", "token"]
+    assert main(["train", "compensate", *options, "--compress_ratios", "2"]) == 0
+    reranker = MatroyshkaReranker(
+        MISTRAL, adapters=[tmp_path / name for name in ("distilled", "layer", "token")], start_layer=4
+    )
+    assert np.isfinite(reranker.compute_score(("panda", "a panda")))
+    assert opened_as_said(capsys, tmp_path / "token") == reranker
+    card = (tmp_path / "token" / "README.md").read_text()
+    assert f"An adapter of `{MISTRAL}`, trained by pyterrier_llmrerank for 4 steps" in card
+    assert "CompensateTraining(group_size=4, " in card
+    assert f", {str(tmp_path / 'layer')!r}, 'token'], start_layer=4)" in card
+    assert "[More Information Needed]" not in card
+
+
+def test_rankllama_with_validation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "train.jsonl"
+    with path.open("w") as lines:
+        for number, record in enumerate(RECORDS):
+            passages = {
+                "positive_passages": [{"docid": "p", "title": "", "text": text} for text in record["pos"]],
+                "negative_passages": [{"docid": "n", "title": "", "text": text} for text in record["neg"]],
+            }
+            lines.write(json.dumps({"query_id": str(number), "query": record["query"], **passages}) + "\n")
+    options = [
+        "train", "rankllama", "--model_name_or_path", str(MODELS / "rankllama_base"), "--dataset_name", str(path),
+        "--eval_data", str(path), "--eval_steps", "2", "--save_steps", "2", "--max_steps", "4", "--use_cpu",
+        "--train_n_passages", "4", "--patience", "5", "--q_max_len", "8", "--p_max_len",
+        "40", "--output_dir", str(tmp_path / "run"), "--report_to", "none", "--overwrite_output_dir",
+    ]  # fmt: skip
+    assert main(options) == 0
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    assert state["best_global_step"] in (2, 4)
+    assert [entry["step"] for entry in state["log_history"] if "eval_nDCG@10" in entry] == [2, 4]
+    reranker = opened_as_said(capsys, tmp_path / "run")
+    assert np.isfinite(reranker.compute_score(("panda", "a panda")))
+    assert f"for {state['best_global_step']} steps" in (tmp_path / "run" / "README.md").read_text()
+    assert "for 2 steps" in (tmp_path / "run" / "checkpoint-2" / "README.md").read_text()
+
+
+def test_another_runs_output_is_left_alone(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    (folder / "checkpoint-2").mkdir(parents=True)
+    (folder / "checkpoint-2" / "note").write_text("before")
+    command = ["train", *distill(data, folder, "--max_steps", "1")]
+    assert main(command) == 1
+    assert f"error: output_dir='{folder}': another run is there (checkpoint-2)" in capsys.readouterr().err
+    assert main([*command, "--resume_from_checkpoint", "True"]) == 1
+    assert "error: resume_from_checkpoint=True: no checkpoint in output_dir=" in capsys.readouterr().err
+    assert [path.name for path in folder.rglob("*")] == ["checkpoint-2", "note"]
+    assert main([*command, "--overwrite_output_dir"]) == 0
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--use_lora", "False"], "use_lora=False; allowed: True"),
+        (["--train_method", "distill_fix_layer_teacher"], "train.jsonl, line 1: no pos_scores"),
+        (["--train_data", "nothing.jsonl"], "train_data='nothing.jsonl': no such file"),
+        (["--compress_ratios", "3"], r"compress_ratios=\[3\]; allowed: powers of two"),
+        (["--start_layer", "9"], "start_layer=9"),
+        (["--patience", "3"], "patience=3 needs eval_data"),
+        (["--eval-data", "nothing.jsonl"], "eval_data='nothing.jsonl': no such file"),
+        (["--model_name_or_path", "./none"], "no such model folder"),
+    ],
+)
+def test_errors_come_before_training(
+    data: Path, tmp_path: Path, change: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *distill(data, tmp_path / "run", *change)]) == 1
+    assert re.search(f"error: .*{message}", capsys.readouterr().err)
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+def test_options_have_one_name_in_full(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", *distill(data, tmp_path / "run", "--max_step", "2")])
+    assert "unrecognized arguments: --max_step 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", ["rankllama", "distill", "compensate"])
+def test_help_begins_with_what_is_ours_and_ends_with_runs(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", recipe, "--help"])
+    said = capsys.readouterr().out
+    parts = ("\nwhat is trained on:\n", "\nthe recipe:\n", "\ntransformers' TrainingArguments", "\nexamples:\n")
+    assert [said.count(part) for part in parts] == [1] * 4
+    assert sorted(said.index(part) for part in parts) == [said.index(part) for part in parts]
+    runs = said.rpartition("\nexamples:\n")[2].replace("\\\n", "").splitlines()
+    assert len(runs) == 2
+    for run in runs:
+        words = run.split()
+        assert words[:5] == ["python", "-m", "pyterrier_llmrerank", "train", recipe]
+        _, sources, _ = parse(recipe, [*words[5:], "--use_cpu"])
+        assert sources.model_name_or_path
+
+
+@pytest.mark.parametrize("dash", ["_", "-"])
+def test_token_and_cache_reach_the_hubs_client(dash: str) -> None:
+    options = ["--token", "hf_x", f"--cache{dash}dir", "somewhere"]
+    code = "from pyterrier_llmrerank.__main__ import main\n"
+    code += f"main(['train', 'distill', '--model_name_or_path', './none', '--train_data', 'x', *{options}])\n"
+    code += "from huggingface_hub import constants, get_token; print(constants.HF_HUB_CACHE, get_token())"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert ran.stdout.split()[-2:] == ["somewhere", "hf_x"]
+
+
+def test_two_processes_are_one_with_twice_the_batch(data: Path, tmp_path: Path) -> None:
+    one = distill(data, tmp_path / "one", "--per_device_train_batch_size", "4", "--max_grad_norm", "0")
+    two = distill(data, tmp_path / "two", "--ddp_find_unused_parameters", "False", "--max_grad_norm", "0")
+    assert main(["train", *one]) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    subprocess.run(
+        [*torchrun, "-m", "pyterrier_llmrerank", "train", *two],
+        check=True, capture_output=True, env={**os.environ, **environment}, timeout=240,
+    )  # fmt: skip
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
+    weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two")]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, atol=5e-4, rtol=1e-3)  # Adam magnifies what rounds
+
+
+def test_a_killed_run_goes_on_where_it_was(data: Path, tmp_path: Path) -> None:
+    saving = ("--save_steps", "3", "--max_steps", "9")
+    assert main(["train", *distill(data, tmp_path / "whole", *saving)]) == 0
+    command = [sys.executable, "-m", "pyterrier_llmrerank", "train", *distill(data, tmp_path / "cut", *saving)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: with more, sums are divided otherwise
+    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    deadline = time.monotonic() + 120
+    state = tmp_path / "cut" / "checkpoint-3" / "trainer_state.json"  # what a checkpoint's writing ends with
+    while not (state.exists() and state.read_text(encoding="utf-8").rstrip().endswith("}")):
+        assert killed.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    killed.kill()
+    killed.wait()
+    checkpoint = str(tmp_path / "cut" / "checkpoint-3")
+    assert main(["train", *distill(data, tmp_path / "cut", *saving, "--resume_from_checkpoint", checkpoint)]) == 0
+    np.testing.assert_allclose(losses(tmp_path / "cut"), losses(tmp_path / "whole"), rtol=1e-5)
+    whole, cut = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(cut[name], tensor, atol=1e-6, rtol=1e-5)

@@ -1,0 +1,373 @@
+"""The loop learns, saves what opens again with the same scores, and resumes as if never interrupted."""
+
+import dataclasses
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import MODELS, RECORDS, words
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, TrainingArguments
+
+from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
+from pyterrier_llmrerank.engine.inputs import MatroyshkaInputs
+from pyterrier_llmrerank.engine.packing import PackedPairs
+from pyterrier_llmrerank.training import CompensateTraining, DistillTraining, RankLLaMATraining
+from pyterrier_llmrerank.training.data import Collator, Groups
+from pyterrier_llmrerank.training.recipes import Recipe
+from pyterrier_llmrerank.training.trainer import GroupTrainer, resumed_from, train, with_lora
+from pyterrier_llmrerank.training.validation import Validation
+from pyterrier_llmrerank.training.widths import Widths
+
+BASE = str(MODELS / "mistral_base")
+DISTILL = DistillTraining(
+    group_size=4, query_max_length=8, passage_max_length=52, lora_rank=4, lora_alpha=8, compress_layers=(4, 6),
+    compress_ratios=(1, 2), train_method="normal",
+)  # fmt: skip
+RANKLLAMA = RankLLaMATraining(
+    group_size=4, query_max_length=8, passage_max_length=40, lora_rank=4, lora_alpha=8, lora_dropout=0.0
+)
+
+
+def arguments(folder: Path, **options: Any) -> TrainingArguments:
+    settings = {
+        "output_dir": str(folder), "max_steps": 6, "per_device_train_batch_size": 2, "learning_rate": 5e-3,
+        "logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True, "seed": 3,
+        "activation_checkpointing": True,
+    }  # fmt: skip
+    return TrainingArguments(**(settings | options))
+
+
+def trainer(folder: Path, recipe: Recipe = DISTILL, validation: Validation | None = None, **options: Any) -> Any:
+    torch.manual_seed(0)
+    checkpoint = recipe.open(BASE, [])
+    tokenizer = checkpoint.tokenizer()
+    model = with_lora(checkpoint, recipe.heads(checkpoint, tokenizer, 0), recipe, torch.float32)
+    return GroupTrainer(
+        model, arguments(folder, **options), Groups(RECORDS, 4, 3, recipe.body), Collator(tokenizer, recipe.inputs),
+        recipe.loss, recipe.widths(3), recipe.task_type, validation,
+    )  # fmt: skip
+
+
+def losses(run: GroupTrainer) -> list[float]:
+    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("method", ["normal", "distill_fix_layer"])
+def test_it_learns_and_what_is_saved_scores_the_same(tmp_path: Path, method: str) -> None:
+    run = trainer(tmp_path, dataclasses.replace(DISTILL, train_method=method), max_steps=25)
+    run.train()
+    assert np.mean(losses(run)[-5:]) < 0.7 * np.mean(losses(run)[:5])
+    run.save_model(str(tmp_path / "adapter"))
+    reranker = MatroyshkaReranker(BASE, adapters=[tmp_path / "adapter"], start_layer=4, cutoff=[4, 8], dtype="float32")
+    pair = ("panda", words(5, 9))
+    _, _, tokenizer = reranker._weights().at_depth(1)
+    (ids,) = MatroyshkaInputs()(tokenizer, [pair])
+    run.model.eval()
+    with torch.inference_mode():
+        wanted = run.model(PackedPairs([ids]))
+    np.testing.assert_allclose(reranker.compute_score(pair), wanted[[0, -1], 0].numpy(), atol=1e-4)
+
+
+def test_memory_is_in_the_log(tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_steps=1)
+    run.train()
+    (logged,) = [entry["peak_memory_gb"] for entry in run.state.log_history if "loss" in entry]
+    assert 0.05 < logged < 100
+
+
+def test_rankllama_is_the_same_loop_and_peft_opens_it(tmp_path: Path) -> None:
+    base = str(MODELS / "rankllama_base")
+    checkpoint = RANKLLAMA.open(base)
+    groups = Groups(RECORDS, 4, 0, RANKLLAMA.body)
+    folder = train(RANKLLAMA, checkpoint, groups, arguments(tmp_path, max_steps=30, learning_rate=1e-2))
+    ours = RankLLaMAReranker(folder, dtype="float32", query_max_length=8, passage_max_length=40)
+    better = [ours.compute_score([(r["query"], r["pos"][0]), (r["query"], r["neg"][0])]) for r in RECORDS]
+    assert np.mean([positive > negative for positive, negative in better]) >= 0.75
+    classifier = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32)
+    opened = PeftModel.from_pretrained(classifier, folder).eval()
+    assert opened.peft_config["default"].base_model_name_or_path == base
+    assert opened.peft_config["default"].task_type == "SEQ_CLS"
+    pair = ("panda", words(5, 9))
+    _, _, tokenizer = ours._weights().at_depth(1)
+    (ids,) = ours._encode(tokenizer, [(pair[0], ours._body(pair[1]))])
+    with torch.inference_mode():
+        theirs = opened(input_ids=torch.tensor([ids.flat()])).logits.item()
+    assert ours.compute_score(pair) == pytest.approx(theirs, abs=1e-4)
+
+
+def test_saving_asks_no_hub_about_the_base(tmp_path: Path) -> None:
+    checkpoint = RANKLLAMA.open(str(MODELS / "rankllama_base"))
+    checkpoint.base = "someone/model"
+    groups = Groups(RECORDS, 4, 0, RANKLLAMA.body)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(RANKLLAMA, checkpoint, groups, arguments(tmp_path, max_steps=1, activation_checkpointing=False))
+
+
+def test_a_rankllama_adapter_goes_on_learning(tmp_path: Path) -> None:
+    adapter, base = str(MODELS / "rankllama_adapter"), str(MODELS / "rankllama_base")
+    checkpoint = RANKLLAMA.open(adapter, base_model=base)
+    groups = Groups(RECORDS, 4, 0, RANKLLAMA.body)
+    folder = train(RANKLLAMA, checkpoint, groups, arguments(tmp_path, max_steps=1, learning_rate=0.0))
+    pairs = [("panda", words(5, 9)), ("tide", words(6, 20))]
+    before, after = (RankLLaMAReranker(f, base_model=base, dtype="float32") for f in (adapter, folder))
+    np.testing.assert_allclose(after.compute_score(pairs), before.compute_score(pairs), atol=1e-5)
+
+
+@pytest.mark.parametrize("key", ["init_lora_weights", "base_model_name_or_path"])
+def test_what_an_adapters_configuration_says_changes_no_base(key: str, tmp_path: Path) -> None:
+    adapter, base = tmp_path / "adapter", str(MODELS / "rankllama_base")
+    shutil.copytree(MODELS / "rankllama_adapter", adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {key: "gaussian"}))
+    checkpoint = RANKLLAMA.open(str(adapter), base_model=base)
+    folder = train(
+        RANKLLAMA, checkpoint, Groups(RECORDS, 4, 0, RANKLLAMA.body),
+        arguments(tmp_path / "run", max_steps=1, learning_rate=0.0),
+    )  # fmt: skip
+    pair = ("panda", words(5, 9))
+    before, after = (
+        RankLLaMAReranker(adapter, base_model=base, dtype="float32"),
+        RankLLaMAReranker(folder, dtype="float32"),
+    )
+    assert after.compute_score(pair) == pytest.approx(before.compute_score(pair), abs=1e-5)
+
+
+def test_a_layer_wise_adapter_goes_on_learning_above_others(tmp_path: Path) -> None:
+    pairs = [("panda", words(5, 9)), ("tide", words(6, 20))]
+    folders: list[str] = []
+    for name, on in (("first", []), ("second", ["first"])):
+        checkpoint = DISTILL.open(BASE, [str(tmp_path / folder) for folder in on])
+        groups = Groups(RECORDS, 4, 0, DISTILL.body)
+        train(DISTILL, checkpoint, groups, arguments(tmp_path / name, max_steps=2, learning_rate=1e-2))
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    for name, rate in (("same", 0.0), ("third", 1e-2)):
+        again = DISTILL.open(second, [first])
+        assert again.base == BASE
+        groups = Groups(RECORDS, 4, 0, DISTILL.body)
+        folders.append(str(train(DISTILL, again, groups, arguments(tmp_path / name, max_steps=1, learning_rate=rate))))
+    before, same, after = (
+        MatroyshkaReranker(BASE, adapters=[first, last], start_layer=4, cutoff=[4, 6], dtype="float32")
+        for last in (second, *folders)
+    )
+    np.testing.assert_allclose(same.compute_score(pairs), before.compute_score(pairs), atol=1e-5)
+    assert np.abs(after.compute_score(pairs) - before.compute_score(pairs)).max() > 1e-3
+
+
+def test_modules_that_are_not_there_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="target_modules: the model has no 'nonsense'"):
+        trainer(tmp_path, dataclasses.replace(DISTILL, target_modules=("q_proj", "nonsense")))
+
+
+def test_compensation_goes_on_top_of_what_was_distilled(tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_steps=3)
+    run.train()
+    run.save_model(str(tmp_path / "distilled"))
+    recipe = CompensateTraining(
+        finetune_type="token", compress_ratios=(2,), group_size=4, query_max_length=8, passage_max_length=52,
+        lora_rank=2, compress_layers=(4,),
+    )  # fmt: skip
+    checkpoint = recipe.open(BASE, [str(tmp_path / "distilled")])
+    groups = Groups(RECORDS, 4, 0, recipe.body)
+    folder = train(recipe, checkpoint, groups, arguments(tmp_path / "compensation", max_steps=3))
+    both = MatroyshkaReranker(BASE, adapters=[tmp_path / "distilled", folder], start_layer=4, dtype="float32")
+    one = MatroyshkaReranker(BASE, adapters=[tmp_path / "distilled"], start_layer=4, dtype="float32")
+    pair = ("panda", words(5, 9))
+    assert both.compute_score(pair) != pytest.approx(one.compute_score(pair), abs=1e-4)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    whole = trainer(tmp_path / "whole", max_steps=8, gradient_accumulation_steps=2)
+    whole.train()
+    options: dict[str, Any] = {
+        "max_steps": 8, "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 3
+    }  # fmt: skip
+    trainer(tmp_path / "cut", **options).train()
+    again = trainer(tmp_path / "cut", **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
+    np.testing.assert_allclose(losses(again)[-5:], losses(whole)[-5:], rtol=1e-5)
+    for name, parameter in whole.model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(dict(again.model.named_parameters())[name], parameter, atol=1e-6, rtol=1e-5)
+
+
+def run(folder: Path, recipe: Recipe = DISTILL, overwrite: bool = False, base: str = BASE, **options: Any) -> Path:
+    """Train for two steps, with a checkpoint after each."""
+    checkpoint = recipe.open(base, [])
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, **options}
+    groups = Groups(RECORDS, 4, 0, recipe.body)
+    return train(recipe, checkpoint, groups, arguments(folder, **settings), overwrite=overwrite)
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        "checkpoint-3/note",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "adapter_model.bin",
+        "trainer_state.json",
+    ],
+)
+def test_another_run_is_not_written_over(tmp_path: Path, left: str) -> None:
+    (tmp_path / left).parent.mkdir(exist_ok=True)
+    (tmp_path / left).write_text("before")
+    name = left.partition("/")[0]
+    with pytest.raises(
+        FileExistsError, match=rf"output_dir='{tmp_path}': another run is there \({name}\); .*overwrite_out"
+    ):
+        run(tmp_path)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [Path(left).name]
+    assert resumed_from(arguments(tmp_path), overwrite=True) is None
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "some.gguf"])
+def test_no_run_is_written_into_a_model(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(FileExistsError, match=rf"output_dir='{tmp_path}': a model is there \({name}\)"):
+        run(tmp_path, overwrite=True)
+
+
+def test_what_is_trained_on_is_not_removed(tmp_path: Path) -> None:
+    first = run(tmp_path / "first", RANKLLAMA, base=str(MODELS / "rankllama_base"), save_strategy="no")
+    before = (first / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(
+        FileExistsError, match=f"overwrite_output_dir: '{first}', which is trained on, is in output_dir"
+    ):
+        run(first, RANKLLAMA, overwrite=True, base=str(first))
+    assert (first / "adapter_model.safetensors").read_bytes() == before
+    second = run(tmp_path / "second", RANKLLAMA, overwrite=True, base=str(first))
+    assert (second / "adapter_model.safetensors").read_bytes() != before
+
+
+def test_a_run_over_another_begins_clean(tmp_path: Path) -> None:
+    run(tmp_path / "again", max_steps=3)
+    for name in ("tokenizer.model", "notes.txt"):
+        (tmp_path / "again" / name).write_text("before")
+    run(tmp_path / "again", overwrite=True, seed=4)
+    run(tmp_path / "new", seed=4)
+    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == sorted(
+        ["notes.txt", *(path.name for path in (tmp_path / "new").iterdir())]
+    )
+    files = [tmp_path / name / "adapter_model.safetensors" for name in ("again", "new")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_checkpoints_that_are_not_gone_on_with(tmp_path: Path) -> None:
+    run(tmp_path)
+    last = tmp_path / "checkpoint-2"
+    for change, difference in (
+        ({"learning_rate": 0.5}, "learning_rate=0.0002, not 0.5"),
+        ({"compress_ratios": (1, 4)}, r"compress_ratios=\[1, 2\], not \[1, 4\]"),
+        ({"lora_rank": 8}, "lora_rank=4, not 8"),
+    ):
+        other = dataclasses.replace(DISTILL, **change)
+        with pytest.raises(ValueError, match=f"resume_from_checkpoint='{last}': begun with .*{difference}"):
+            run(tmp_path, other, resume_from_checkpoint=str(last))
+    with pytest.raises(ValueError, match="begun with recipe='DistillTraining', not 'RankLLaMATraining'"):
+        run(tmp_path, RANKLLAMA, base=str(MODELS / "rankllama_base"), resume_from_checkpoint=str(last))
+    with pytest.raises(
+        ValueError, match="step 2 is beyond max_steps=1; go on with more, or from an earlier checkpoint"
+    ):
+        run(tmp_path, max_steps=1, resume_from_checkpoint=str(last))
+    (tmp_path / "other" / "checkpoint-1").mkdir(parents=True)
+    with pytest.raises(FileExistsError, match="another run is there"):  # it would go on elsewhere, over another
+        run(tmp_path / "other", resume_from_checkpoint=str(last))
+    (tmp_path / "other" / "checkpoint-of-mine").mkdir()
+    run(tmp_path / "other", overwrite=True, max_steps=3, resume_from_checkpoint=str(last))
+    assert {path.name for path in (tmp_path / "other").glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-of-mine"}
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 2
+
+
+def test_the_last_whole_checkpoint_is_gone_on_with(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    asked = arguments(tmp_path, resume_from_checkpoint="True")
+    with pytest.raises(ValueError, match=f"resume_from_checkpoint=True: no checkpoint in output_dir='{tmp_path}'"):
+        resumed_from(asked)
+    with pytest.raises(ValueError, match="resume_from_checkpoint='.*none': no checkpoint there"):
+        resumed_from(arguments(tmp_path, resume_from_checkpoint=str(tmp_path / "none")))
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11", "checkpoint-old"):
+        (tmp_path / name).mkdir()
+        if name != "checkpoint-11":  # whose writing ends with the state
+            (tmp_path / name / "trainer_state.json").write_text("{}")
+    assert resumed_from(asked) == tmp_path / "checkpoint-10"
+    assert caplog.messages == []
+
+
+def test_a_checkpoint_that_does_not_say_what_it_was_begun_with(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(tmp_path)
+    (tmp_path / "checkpoint-1" / "begun_with.json").unlink()
+    run(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert [message for message in caplog.messages if "does not say what it was begun with" in message]
+
+
+def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
+    validation = Validation.of_records(RECORDS, DISTILL.body)
+    measured = iter([0.2, 0.9, 0.5])
+    run = trainer(
+        tmp_path, validation=validation, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2,
+        load_best_model_at_end=True, metric_for_best_model="eval_nDCG@10", greater_is_better=True,
+    )  # fmt: skip
+    real = run.evaluate()["eval_nDCG@10"]
+    assert 0 < real < 1
+    run.eval_dataset = lambda score: next(measured)
+    run.train()
+    assert run.state.best_model_checkpoint.endswith("checkpoint-4")
+    kept = {name: p.detach().clone() for name, p in run.model.named_parameters() if p.requires_grad}
+    at_four = trainer(tmp_path / "other", save_strategy="no", max_steps=6)
+    at_four._load_from_checkpoint(str(tmp_path / "checkpoint-4"))
+    for name, parameter in at_four.model.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(parameter, kept[name])
+
+
+def test_validation_scores_are_those_of_inference(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    pairs = [("panda", words(n, 3 + n)) for n in range(8)]
+    reranker = MatroyshkaReranker(BASE, start_layer=4, dtype="float32")
+    np.testing.assert_allclose(run._scores([(*pair, None) for pair in pairs]), reranker.compute_score(pairs), atol=1e-4)
+    assert run.model.training
+    other = MatroyshkaReranker(BASE, start_layer=4, dtype="float32", prompt="Relevant?").compute_score(pairs)
+    np.testing.assert_allclose(run._scores([(*pair, "Relevant?") for pair in pairs]), other, atol=1e-4)
+
+
+def test_accumulation_is_averaging(tmp_path: Path) -> None:
+    at_once = trainer(tmp_path, max_steps=2, per_device_train_batch_size=4)
+    in_parts = trainer(tmp_path, max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    for run in (at_once, in_parts):
+        run.widths = Widths()
+        run.train()
+    np.testing.assert_allclose(losses(in_parts), losses(at_once), rtol=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    run = trainer(tmp_path, learning_rate=1e30)
+    with pytest.raises(
+        FloatingPointError,
+        match=r"the loss is nan at step \d+ \(learning rate .*compress_ratio \d, queries line \d, line \d\)",
+    ):
+        run.train()
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    next(p for p in run.model.parameters() if p.requires_grad).data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match=r"no longer finite at step 0 \(learning rate .* are not saved"):
+        run.save_model(str(tmp_path / "adapter"))
+    assert not (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_the_progress_bar_shows_loss_and_measure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    validation = Validation.of_records(RECORDS[:2], DISTILL.body)
+    run = trainer(tmp_path, validation=validation, disable_tqdm=False, max_steps=2, eval_strategy="steps", eval_steps=1)
+    run.train()
+    shown = capsys.readouterr().err
+    assert "loss=" in shown
+    assert "nDCG@10=" in shown
