@@ -74,12 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except typer.TyperException as error:
         typer.echo(f"error: {error.format_message().rstrip('.')}. See --help.", err=True)
         return error.exit_code
-    except (*ERRORS, _Spelt) as error:
+    except (*ERRORS, _OptionError) as error:
         typer.echo(f"error: {_in_a_line(error)}", err=True)
         return 1
 
 
-class _Spelt(Exception):  # noqa: N818
+class _OptionError(Exception):
     """An error of which the message calls arguments by their options' names."""
 
     def __init__(self, error: Exception, arguments: Iterable[str]) -> None:
@@ -96,7 +96,7 @@ def _in_a_line(error: BaseException) -> str:
 # -- arguments that several commands have
 
 
-def _say_so_much(verbose: bool) -> bool:
+def _set_verbosity(verbose: bool) -> bool:
     """Our warnings, or what is done and others' warnings, too."""
     logging.getLogger(__package__).setLevel(logging.INFO if verbose else logging.WARNING)
     for name in ("", "torchao", "torch.utils._pytree"):  # the last two say when they are imported what they have not
@@ -114,7 +114,9 @@ Columns = Annotated[
 Output = Annotated[Path, typer.Option(help="The file to write; compressed where its name ends in .gz.")]
 OutputForm = Annotated[Form, typer.Option(help="Tevatron's three columns (qid, docno, score), or TREC's six.")]
 Tag = Annotated[str, typer.Option(help="The run's name, in TREC's form.")]
-Verbose = Annotated[bool, typer.Option("--verbose", help="Show progress, and say what is done.", callback=_say_so_much)]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", help="Show progress, and say what is done.", callback=_set_verbosity)
+]
 
 
 # -- commands
@@ -320,7 +322,7 @@ def _rerank_command(name: str, kind: type[LLMReranker], *examples: str) -> None:
             typer.echo(f"interrupted. {' '.join(getattr(error, '__notes__', ()))}", err=True)
             raise
         except ERRORS as error:
-            raise _Spelt(error, [*arguments, "form", "workers"]) from error
+            raise _OptionError(error, [*arguments, "form", "workers"]) from error
 
     signature = inspect.signature(command, eval_str=True)
     own = [parameter for parameter in signature.parameters.values() if parameter.kind != parameter.VAR_KEYWORD]

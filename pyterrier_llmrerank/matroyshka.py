@@ -337,16 +337,16 @@ class MatroyshkaReranker(LLMReranker):
     def _shape(self, checkpoint: Checkpoint) -> Shape:
         from .engine.scoring import Shape
 
-        self._check_walked(checkpoint)
+        self._check_layerwise(checkpoint)
         with_head = checkpoint.head_layers
         cutoffs, stages = self._read_at(checkpoint.argument, with_head, checkpoint.layers)
         pools = self.compress_ratio > 1 and any(0 < layer < cutoffs[-1] for layer in self.compress_layers)
-        if pools and not checkpoint.walked:
+        if pools and not checkpoint.supports_layerwise:
             raise ValueError(
                 f"compress_ratio={self.compress_ratio}: the layers of {checkpoint.argument} (model_type "
                 f"{checkpoint.config.model_type!r}) cannot be walked one by one; allowed: 1, no compression."
             )
-        if stages and not checkpoint.walked:
+        if stages and not checkpoint.supports_layerwise:
             raise ValueError(
                 f"prune={dict(stages)}: the layers of {checkpoint.argument} (model_type "
                 f"{checkpoint.config.model_type!r}) cannot be walked one by one; allowed: {{}}, no cascade."

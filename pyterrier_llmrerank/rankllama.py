@@ -148,7 +148,7 @@ class RankLLaMAReranker(LLMReranker):
     def _shape(self, checkpoint: Checkpoint) -> Shape:
         from .engine.scoring import Shape
 
-        self._check_walked(checkpoint)
+        self._check_layerwise(checkpoint)
         return Shape(cutoffs=(checkpoint.layers,), heads=(0,), attn_implementation=self.attn_implementation)
 
     def deepest(self) -> int | None:

@@ -173,11 +173,11 @@ class LLMReranker(pt.Estimator):
         """What is done to the logits last."""
         return scores
 
-    def _check_walked(self, checkpoint: Checkpoint) -> None:
+    def _check_layerwise(self, checkpoint: Checkpoint) -> None:
         """Raise ValueError on what only layers that are walked one by one allow."""
         for name, allowed in (("torch_compile", [False]), ("attn_implementation", [None, "sdpa"])):
             value = getattr(self, name)
-            if not checkpoint.walked and value not in allowed:
+            if not checkpoint.supports_layerwise and value not in allowed:
                 raise ValueError(
                     f"{name}={value!r}: the layers of {checkpoint.argument} (model_type "
                     f"{checkpoint.config.model_type!r}) cannot be walked one by one; allowed: {allowed[0]}."
@@ -442,7 +442,7 @@ class LLMReranker(pt.Estimator):
     def _replicas(self) -> tuple[Weights, ...]:
         """The same for each device, shared with every living reranker that names the same."""
         from .checkpoints.files import identity
-        from .engine.weights import Weights, resolve_devices, resolve_dtype, share
+        from .engine.weights import Weights, resolve_devices, resolve_dtype, shared_weights
 
         places = resolve_devices(self.device)
         dtype = resolve_dtype(self.dtype, *places)
@@ -456,7 +456,9 @@ class LLMReranker(pt.Estimator):
                 for of_place in options:
                     weights: Weights | None = None
                     for named, opener in zip(files, openers, strict=True):
-                        weights = share((*named, *of_place), partial(Weights, opener, *of_place, below=weights))
+                        weights = shared_weights(
+                            (*named, *of_place), partial(Weights, opener, *of_place, below=weights)
+                        )
                     assert weights is not None
                     replicas.append(weights)
                 kept = stacked(replicas)

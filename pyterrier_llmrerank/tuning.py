@@ -220,7 +220,7 @@ def tune(
         cutoffs = _spread(checkpoint.head_layers, reranker.deepest() or checkpoint.layers)
     if compress_layers is None:
         compress_layers = reranker.compress_layers or (-(-checkpoint.layers // 4),)
-    if not checkpoint.walked:
+    if not checkpoint.supports_layerwise:
         compress_ratios, stages = 1, 0
     ratios = sorted(set(np.atleast_1d(compress_ratios).tolist()))
     widths = [

@@ -44,10 +44,10 @@ IGNORED = {
 }  # fmt: skip
 
 
-def listened_to(settings: dict[str, Any]) -> dict[str, Any]:
+def model_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """A configuration without what is :data:`IGNORED` and what is private to transformers, at any depth."""
     return {
-        key: listened_to(value) if isinstance(value, dict) else value
+        key: model_settings(value) if isinstance(value, dict) else value
         for key, value in settings.items()
         if key not in IGNORED and not key.startswith("_")
     }
@@ -125,7 +125,7 @@ class Checkpoint(ABC):
         if self.settings.get("quantization_config"):
             raise ValueError(f"{self.argument}: its weights are quantised; open the model they were made from.")
         check_sizes(self.settings, CONFIG_MAPPING[family].attribute_map, self.argument)
-        settings = listened_to(self.settings)
+        settings = model_settings(self.settings)
         if settings.get("sliding_window") == 0:  # as some of transformers' configurations say that there is none
             settings["sliding_window"] = None
         with self.described():
@@ -160,7 +160,7 @@ class Checkpoint(ABC):
         return str(self.settings.get("model_type")).startswith(LAYER_WISE)
 
     @property
-    def walked(self) -> bool:
+    def supports_layerwise(self) -> bool:
         """Whether its layers can be walked one by one, or it is run by transformers' own forward."""
         return self.config.model_type in FAMILIES
 
@@ -239,7 +239,7 @@ class Checkpoint(ABC):
     @cached_property
     def _lm_head(self) -> set[str]:
         """The files' names of the language model's head."""
-        if self.walked:
+        if self.supports_layerwise:
             return {"lm_head.weight"}
         with self.described(), torch.device("meta"):
             causal = AutoModelForCausalLM.from_config(self.config)  # type: ignore[no-untyped-call]
@@ -371,7 +371,7 @@ class RankLLaMACheckpoint(Checkpoint):
         self.base = portable(base)
         if adapter is not None:
             self.adapter, self.adapters = adapter, (adapter,)
-            if self.walked and EMBEDDINGS in adapter.whole:  # of perhaps more tokens than the base knows
+            if self.supports_layerwise and EMBEDDINGS in adapter.whole:  # of perhaps more tokens than the base knows
                 tokens = next(iter(adapter.whole_shape(EMBEDDINGS)), 0)
                 check_sizes({"vocab_size": tokens}, {}, adapter.argument)
                 self.config.vocab_size = self.settings["vocab_size"] = tokens
@@ -507,7 +507,7 @@ class MatroyshkaCheckpoint(Checkpoint):
         return torch.stack([self._head(row, module) for module in modules])
 
     def _lm_head_row(self, token: int) -> Tensor:
-        if not self.walked:  # other families have other names for their tables
+        if not self.supports_layerwise:  # other families have other names for their tables
             with self.described(), errors_only():
                 opened: Any = AutoModelForCausalLM.from_pretrained(
                     self.folder,

@@ -121,7 +121,7 @@ def packed_size(pairs: Sequence[Ids]) -> int:
     return sum(map(len, prefixes)) + sum(len(pair.body) + len(pair.suffix) for pair in pairs)
 
 
-def chunks(queries: Sequence[Hashable], size: int) -> Iterator[list[int]]:
+def query_chunks(queries: Sequence[Hashable], size: int) -> Iterator[list[int]]:
     """Indices in lists of at least ``size``, but for the last, without parting those of one query."""
     by_query: dict[Hashable, list[int]] = {}
     for index, query in enumerate(queries):

@@ -44,7 +44,7 @@ class Decoder(Protocol):
     norm: nn.Module
 
 
-class Tap:
+class AttentionTap:
     """Taken by an attention that is to leave something besides its output.
 
     No dataclass: parallel wrappers hand on copies of those.
@@ -103,7 +103,7 @@ class Layout:
         if before is not None:  # queries of its tokens are not asked again: any other stands in their place
             self._asking = on_device(np.where(places < len(packing.positions), places, 0).flatten(), device)
         self._back = on_device(packing.pair_of_token * length + packing.positions, device)
-        #: The position in each pair whose attention a :class:`Tap` takes, ``[pairs]``.
+        #: The position in each pair whose attention a :class:`AttentionTap` takes, ``[pairs]``.
         self.asked = on_device(packing.lengths - 1, device)
         #: Which keys are real, ``[pairs, length]``; None where causality alone hides what is not: then no mask is
         #: needed, and the fused causal kernels run.
@@ -145,7 +145,7 @@ def attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     layout: Layout,
-    tap: Tap | None = None,
+    tap: AttentionTap | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each pair, in the form that transformers' layers call.
@@ -285,7 +285,7 @@ def decode(
         States after the final norm, ``[cutoffs, pairs, width]``, in the model's dtype.
     """
     row = embedded(model, packed)
-    return walk(
+    return run_layers(
         model, row, cutoffs, compress_layers=compress_layers, compress_ratio=compress_ratio, whole_layers=whole_layers
     )[0]
 
@@ -296,7 +296,7 @@ def embedded(model: Decoder, packed: PackedPairs) -> Row:
     return Row(packed, model.embed_tokens(on_device(packed.ids_below(len(table)), table.device)), 0)
 
 
-def walk(
+def run_layers(
     model: Decoder,
     row: Row,
     cutoffs: Sequence[int],
@@ -353,7 +353,7 @@ def walk(
         if depth == deepest and not (whole_layers or goes_on):
             states.append(model.norm(_read_only_last(layer, hidden, rotary, layout)))
             break
-        tap = Tap() if depth in poolings else None
+        tap = AttentionTap() if depth in poolings else None
         hidden = layer(
             hidden,
             attention_mask=None,

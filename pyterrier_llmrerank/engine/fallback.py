@@ -26,7 +26,7 @@ NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 POSITIONS = ("wpe", "embed_positions", "position_embeddings", "positions_embed", "pos_encoding")
 
 
-class PlainDecoder(nn.Module):
+class FallbackDecoder(nn.Module):
     """A transformers model of any causal architecture, adapters merged in.
 
     Args:

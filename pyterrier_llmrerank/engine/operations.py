@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .decoder import Decoder
-from .fallback import PlainDecoder
+from .fallback import FallbackDecoder
 from .inputs import Ids
 from .packing import Indices, owners
 
@@ -61,7 +61,7 @@ class Operations:
     """
 
     def __init__(
-        self, decoder: Decoder | PlainDecoder, pairs: Sequence[Ids], query_of_pair: Indices, queries: int
+        self, decoder: Decoder | FallbackDecoder, pairs: Sequence[Ids], query_of_pair: Indices, queries: int
     ) -> None:
         self._prefix, self._body, self._suffix = (
             np.array([len(pair[:3][part]) for pair in pairs]) for part in range(3)
@@ -69,9 +69,9 @@ class Operations:
         self._owner = owners(pairs)
         self._query = query_of_pair
         self._queries = queries
-        model: Any = decoder.model if isinstance(decoder, PlainDecoder) else decoder
+        model: Any = decoder.model if isinstance(decoder, FallbackDecoder) else decoder
         self._width = int(model.config.hidden_size)
-        self._plain = isinstance(decoder, PlainDecoder)
+        self._plain = isinstance(decoder, FallbackDecoder)
         self._layers: list[Layer] = []
         if self._plain:
             embedding = model.get_input_embeddings().weight.numel()

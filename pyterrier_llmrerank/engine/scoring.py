@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ScoringError, reason
-from .batching import Budget, chunks, run_in_batches
+from .batching import Budget, query_chunks, run_in_batches
 from .cascade import Cascade
-from .decoder import Decoder, KnownPrefix, embedded, walk
-from .fallback import PlainDecoder
+from .decoder import Decoder, KnownPrefix, embedded, run_layers
+from .fallback import FallbackDecoder
 from .inputs import Ids
 from .kernels import kernel_of
 from .packing import PackedPairs, Packing, Row, regrouped
@@ -115,13 +115,13 @@ def score(
     for weights in replicas:  # one after the other: transformers builds models under settings of the whole process
         kernel_of(shape.attn_implementation, weights.device, weights.dtype)
         model, _, _ = weights.at_depth(shape.cutoffs[-1])
-        if isinstance(model, PlainDecoder):
+        if isinstance(model, FallbackDecoder):
             model.check_cutoffs(shape.cutoffs)
     scores = np.full((len(shape.cutoffs), len(pairs)), np.nan)
     size = CHUNK if len(shape.stages) == 1 else CASCADE_CHUNK
     if len(replicas) > 1:
         size = min(size, -(-len(pairs) // (SHARES * len(replicas))))
-    parts = deque(chunks([query for query, _ in pairs], max(size, batch_size or 0)))
+    parts = deque(query_chunks([query for query, _ in pairs], max(size, batch_size or 0)))
     stopped, lock = threading.Event(), threading.Lock()
 
     def next_part() -> list[int] | None:
@@ -220,7 +220,7 @@ def _score_on(
         pairs_ids = [ids[member] for member in members]
         cutoffs = stages[stage]
         packing: Packing
-        if isinstance(model, PlainDecoder):
+        if isinstance(model, FallbackDecoder):
             packed = PackedPairs(pairs_ids)
             states = model(packed, cutoffs)
             packing, tokens = packed, int(packed.real.sum())
@@ -233,7 +233,7 @@ def _score_on(
             packing, tokens = row.packing, len(row.states)
             on = stage + 1 < len(stages)
             leaves = prefix if row.packing.owner[-1] < 0 else KnownPrefix(pairs_ids[-1].prefix)
-            states, row = walk(
+            states, row = run_layers(
                 model, row, cutoffs, compress_layers=shape.compress_layers, compress_ratio=shape.compress_ratio,
                 goes_on=on, kernel=kernel, before=prefix, leaves=leaves,
             )  # fmt: skip
@@ -338,9 +338,9 @@ def _encoded(
     raise ScoringError(f"cannot tokenise {at}: {type(failed).__name__}: {reason(failed)}", scores) from failed
 
 
-def _known(model: Decoder | PlainDecoder) -> tuple[int, int | None]:
+def _known(model: Decoder | FallbackDecoder) -> tuple[int, int | None]:
     """How many tokens a model knows, and how many positions; None for any number."""
-    if isinstance(model, PlainDecoder):
+    if isinstance(model, FallbackDecoder):
         return model.vocabulary, model.positions
     return len(cast(Tensor, model.embed_tokens.weight)), None
 

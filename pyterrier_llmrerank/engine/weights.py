@@ -14,7 +14,7 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoints.checkpoint import Checkpoint
 from .decoder import ATTENTION, Decoder
-from .fallback import PlainDecoder
+from .fallback import FallbackDecoder
 from .quantization import quantization_of
 
 
@@ -111,7 +111,7 @@ class Weights:
         self._lock: threading.RLock = threading.RLock() if below is None else below._lock
         self._sharers: dict[int, weakref.finalize[..., Sharer]] = {}
         self._checkpoint: Checkpoint | None = None
-        self._model: Decoder | PlainDecoder | None = None
+        self._model: Decoder | FallbackDecoder | None = None
         self._loaded = 0
 
     def join(self, sharer: Sharer) -> None:
@@ -136,7 +136,7 @@ class Weights:
         """Drop the layers that only this sharer needed."""
         with self._lock:
             self._sharers.pop(identity, None)
-            if self._model is None or isinstance(self._model, PlainDecoder):
+            if self._model is None or isinstance(self._model, FallbackDecoder):
                 return
             living = [alive[0] for finalizer in self._sharers.values() if (alive := finalizer.peek()) is not None]
             depths = [sharer.deepest() for sharer in living]
@@ -158,27 +158,27 @@ class Weights:
         """Decoder layers in memory now."""
         return self._loaded
 
-    def at_depth(self, depth: int) -> tuple[Decoder | PlainDecoder, Tensor, PreTrainedTokenizerBase]:
+    def at_depth(self, depth: int) -> tuple[Decoder | FallbackDecoder, Tensor, PreTrainedTokenizerBase]:
         """The decoder with at least its first ``depth`` layers in memory, its heads, its tokenizer."""
         with self._lock:
             if self._model is None:
                 self._open()
             assert self._model is not None
-            while self._loaded < depth and not isinstance(self._model, PlainDecoder):
+            while self._loaded < depth and not isinstance(self._model, FallbackDecoder):
                 self._fill_layer(self._loaded)
                 self._loaded += 1
             return self._model, self.heads, self.tokenizer
 
     def _open(self) -> None:
         checkpoint = self.checkpoint
-        if checkpoint.walked:
+        if checkpoint.supports_layerwise:
             decoder = build_decoder(checkpoint)
             self._model = cast(Decoder, decoder)
             self._fill("embed_tokens")
             self._fill("norm")
             self._model.rotary_emb.to(self.device)
         else:
-            self._model = PlainDecoder(checkpoint, self.device, self.dtype, self._quantize)
+            self._model = FallbackDecoder(checkpoint, self.device, self.dtype, self._quantize)
             self._loaded = checkpoint.layers
         self.tokenizer = checkpoint.tokenizer()
         self.heads = checkpoint.heads(self.tokenizer).to(self.device)
@@ -304,7 +304,7 @@ _shared: weakref.WeakValueDictionary[Hashable, Weights] = weakref.WeakValueDicti
 _shared_lock = threading.Lock()
 
 
-def share(key: Hashable, create: Callable[[], Weights]) -> Weights:
+def shared_weights(key: Hashable, create: Callable[[], Weights]) -> Weights:
     """The living weights under this key, else new ones."""
     with _shared_lock:
         weights = _shared.get(key)

@@ -122,10 +122,10 @@ def compare(
         ValueError: a run is empty, or has none of the queries with judgements; or a measure cannot be computed of it.
     """
     judged = [ir_measures.Qrel(row.qid, row.docno, row.label) for row in qrels]
-    queries, total = _measured(measures, judged, run, "run")
+    queries, total = _measure(measures, judged, run, "run")
     if baseline is None:
         return queries, total
-    other_queries, other_total = _measured(measures, judged, baseline, "baseline")
+    other_queries, other_total = _measure(measures, judged, baseline, "baseline")
     queries = queries.merge(other_queries.rename(columns={"value": "baseline"}), on=["qid", "measure"])
     total["baseline"] = other_total["value"]
     for frame in (queries, total):
@@ -135,7 +135,7 @@ def compare(
     return queries, total
 
 
-def _measured(
+def _measure(
     measures: Sequence[ir_measures.Measure], judged: Sequence[ir_measures.Qrel], run: Iterable[RunRow], name: str
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The values of each query, and of each measure."""

@@ -165,10 +165,10 @@ def rerank_file(
             quiet.dtype, kind = str(weights.dtype).removeprefix("torch."), weights.device.type
             scored = partial(_scored, quiet)
         else:
-            from .workers import agreed, connected, scored_by
+            from .workers import connected, resolve_worker_dtype, scored_by
 
             stack.enter_context(connected(workers, address))
-            quiet.dtype, kind = agreed(quiet, workers)
+            quiet.dtype, kind = resolve_worker_dtype(quiet, workers)
             scored = partial(scored_by, quiet, workers=workers)
         run = stack.enter_context(JournaledFile(target, _settings(quiet, kind, form, tag), resume=resume))
         chunks = _chunks(source, chain((block.rows for block in run.blocks), repeat(CHUNK)))
@@ -261,10 +261,10 @@ def _scored(reranker: LLMReranker, chunks: Iterator[Chunk]) -> Generator[tuple[C
         coming = thread.submit(next, chunks, None)
         while (chunk := coming.result()) is not None:
             coming = thread.submit(next, chunks, None)
-            yield chunk, measured(reranker, chunk.frame)
+            yield chunk, score_with_usage(reranker, chunk.frame)
 
 
-def measured(reranker: LLMReranker, frame: pd.DataFrame) -> tuple[pd.DataFrame, Usage]:
+def score_with_usage(reranker: LLMReranker, frame: pd.DataFrame) -> tuple[pd.DataFrame, Usage]:
     """A frame's scores and ranks without its texts, and what they took; the re-ranker's usage begins anew."""
     result = reranker.transform(frame)[["qid", "docno", "rank", "score"]]
     used, reranker._usage = reranker.usage, Usage()

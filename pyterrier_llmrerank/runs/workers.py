@@ -108,10 +108,10 @@ class Worker:
         weights.at_depth(self._reranker.deepest() or weights.checkpoint.layers)
 
     def score(self, frame: pd.DataFrame) -> Scored:
-        """As :func:`~pyterrier_llmrerank.runs.streaming.measured`."""
-        from .streaming import measured
+        """As :func:`~pyterrier_llmrerank.runs.streaming.score_with_usage`."""
+        from .streaming import score_with_usage
 
-        return measured(self._reranker, frame)
+        return score_with_usage(self._reranker, frame)
 
 
 class Task(NamedTuple):
@@ -148,7 +148,7 @@ class Workers:
     def __init__(self, ray: Any, reranker: LLMReranker, count: int) -> None:
         self._ray = ray
         self._reranker = reranker
-        self._actor = ray.remote(Worker).options(**_share(ray.nodes(), reranker.device, count))
+        self._actor = ray.remote(Worker).options(**_worker_resources(ray.nodes(), reranker.device, count))
         self._busy: dict[Any, tuple[Any, Task]] = {}  # worker and task by what is waited for
         self._idle: list[Any] = []
         self._again: deque[Task] = deque()
@@ -261,7 +261,7 @@ def connected(workers: int, address: str | None = None) -> Iterator[Any]:
         ray.shutdown()
 
 
-def agreed(reranker: LLMReranker, workers: int) -> tuple[str, str]:
+def resolve_worker_dtype(reranker: LLMReranker, workers: int) -> tuple[str, str]:
     """The dtype that all workers shall compute in, and on what kind of device: as the first of them finds it.
 
     Where another dtype than ``"auto"`` is named and nothing is quantised, none is asked, and the kind is ``""``.
@@ -280,7 +280,7 @@ def agreed(reranker: LLMReranker, workers: int) -> tuple[str, str]:
         return reranker.dtype, ""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     look = ray.remote(max_calls=1)(_found)  # its process would keep some of a GPU's memory
-    found = look.options(**_share(nodes, reranker.device, workers)).remote(reranker.dtype, reranker.device)
+    found = look.options(**_worker_resources(nodes, reranker.device, workers)).remote(reranker.dtype, reranker.device)
     _first(ray, [found], "says which dtype it computes in")
     try:
         dtype, kind = ray.get(found)
@@ -311,7 +311,9 @@ def _first(ray: Any, waited_for: list[Any], what: str) -> Any:
     return ready[0]
 
 
-def _share(nodes: Sequence[Mapping[str, Any]], device: str | tuple[str, ...] | None, workers: int) -> dict[str, int]:
+def _worker_resources(
+    nodes: Sequence[Mapping[str, Any]], device: str | tuple[str, ...] | None, workers: int
+) -> dict[str, int]:
     """What each worker has to itself, such that all find room on the machines."""
     machines = [node["Resources"] for node in nodes if node["Alive"]]
 

@@ -202,5 +202,6 @@ def main(command: str, argv: Sequence[str]) -> Path:
     groups = Groups(records, recipe.group_size, seed, recipe.body)
     folder = train(recipe, checkpoint, groups, arguments, validation, sources.overwrite_output_dir)
     if arguments.should_save:  # one process of several
-        print(f"\nThe adapter is in {folder}; in Python it opens with\n\n    {recipe.opened(checkpoint, str(folder))}")
+        call = recipe.opening_call(checkpoint, str(folder))
+        print(f"\nThe adapter is in {folder}; open it in Python with\n\n    {call}")
     return folder

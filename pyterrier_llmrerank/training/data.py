@@ -50,7 +50,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Candidates:
+class Example:
     """A line of a training file: a query with all its positives and negatives.
 
     Args:
@@ -79,7 +79,7 @@ class Candidates:
         return Group(name, self.query, passages, teacher, self.prompt)
 
 
-def candidates(record: Any, body: Body) -> Candidates:
+def read_example(record: Any, body: Body) -> Example:
     """Read a record of either form.
 
     Args:
@@ -100,7 +100,7 @@ def candidates(record: Any, body: Body) -> Candidates:
     _check_unicode("query_id", [str(record.get("query_id"))])
     if record.get("positive_passages") is not None:
         positives, negatives = (_documents(record, key, body) for key in ("positive_passages", "negative_passages"))
-        return Candidates(query, positives, negatives, _teacher(record, len(positives), len(negatives)))
+        return Example(query, positives, negatives, _teacher(record, len(positives), len(negatives)))
     if record.get("pos") is None:
         raise ValueError(
             "neither positive_passages nor pos; wanted positive_passages and negative_passages, lists of passages "
@@ -111,7 +111,7 @@ def candidates(record: Any, body: Body) -> Candidates:
     if not isinstance(prompt, str | None):
         raise ValueError(f"prompt is {short(prompt)}; wanted a string")
     _check_unicode("prompt", [prompt or ""])
-    return Candidates(query, positives, negatives, _teacher(record, len(positives), len(negatives)), prompt)
+    return Example(query, positives, negatives, _teacher(record, len(positives), len(negatives)), prompt)
 
 
 def _teacher(record: dict[str, Any], positives: int, negatives: int) -> tuple[list[float], list[float]] | None:
@@ -185,7 +185,7 @@ def read_lines(path: Path, teacher: bool = False) -> Iterator[dict[str, Any]]:
 
 
 def _check(record: Any, teacher: bool) -> None:
-    if candidates(record, lambda text, title: text).teacher is None and teacher:
+    if read_example(record, lambda text, title: text).teacher is None and teacher:
         raise ValueError("no pos_scores and neg_scores, which training with a teacher needs")
 
 
@@ -272,7 +272,7 @@ class Groups(torch.utils.data.Dataset[Group]):
     So it does not matter which process or worker draws it, or whether the run was resumed.
 
     Args:
-        records: rows in a form that :func:`candidates` reads.
+        records: rows in a form that :func:`read_example` reads.
         size: passages a group.
         seed: of the draw.
         body: makes of text and title, or None, what the model reads.
@@ -301,7 +301,7 @@ class Groups(torch.utils.data.Dataset[Group]):
         generator = random.Random(f"{self.seed}/{self.epoch}/{index}")  # a string's seed is the same in all processes
         record = self.records[index]
         name = str(record.get("query_id") or f"line {index + 1}")
-        return candidates(record, self.body).draw(self.size, generator, name)
+        return read_example(record, self.body).draw(self.size, generator, name)
 
 
 @dataclass(frozen=True)

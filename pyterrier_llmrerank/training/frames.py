@@ -12,7 +12,7 @@ import pyterrier as pt
 
 from ..errors import short
 from ..values import problem_of
-from .validation import Validation, apart
+from .validation import Validation, no_common_query
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def records_of(
     if not records:
         raise ValueError(
             f"nothing to train on: {without_positive} queries have no positive (label of at least {min_label}) and "
-            f"{without_negative} no negative among their results{apart(results['qid'], qrels['qid'])}."
+            f"{without_negative} no negative among their results{no_common_query(results['qid'], qrels['qid'])}."
         )
     return records
 

@@ -44,7 +44,7 @@ class RankingModel(nn.Module):
     """
 
     def __init__(self, checkpoint: Checkpoint, heads: Tensor, dtype: torch.dtype = torch.float32) -> None:
-        if not checkpoint.walked:
+        if not checkpoint.supports_layerwise:
             raise ValueError(
                 f"{checkpoint.argument}: model_type {checkpoint.config.model_type!r} cannot be trained here; "
                 f"allowed: {', '.join(FAMILIES)}."

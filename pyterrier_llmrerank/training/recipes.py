@@ -214,14 +214,14 @@ class Recipe(ABC):
         """What makes ids of pairs, given the prompt that the data have, or None for the usual one."""
 
     @abstractmethod
-    def opened(self, checkpoint: Checkpoint, folder: str) -> str:
+    def opening_call(self, checkpoint: Checkpoint, folder: str) -> str:
         """The Python call that opens what was trained on a checkpoint and lies in a folder."""
 
     def card(self, checkpoint: Checkpoint, folder: str, steps: int) -> str:
         """What stands beside an adapter, for its reader and the hub."""
         settings = {name: value for name, value in self.arguments.items() if not name.endswith("_token")}
         recipe = replace(self, output_dir=None, text=None, arguments=settings)
-        call = self.opened(checkpoint, folder)
+        call = self.opening_call(checkpoint, folder)
         return CARD.format(
             folder=folder, base=checkpoint.base, steps=steps, recipe=recipe, call=call, name=call.partition("(")[0]
         )
@@ -288,7 +288,7 @@ class RankLLaMATraining(Recipe):
         spread = getattr(checkpoint.config, "initializer_range", 0.02)
         return torch.randn(1, checkpoint.config.hidden_size, generator=generator) * spread
 
-    def opened(self, checkpoint: Checkpoint, folder: str) -> str:
+    def opening_call(self, checkpoint: Checkpoint, folder: str) -> str:
         """The adapter names its base."""
         return f"RankLLaMAReranker({folder!r})"
 
@@ -383,7 +383,7 @@ class MatroyshkaTraining(Recipe):
         """The checkpoint's."""
         return checkpoint.heads(tokenizer)
 
-    def opened(self, checkpoint: Checkpoint, folder: str) -> str:
+    def opening_call(self, checkpoint: Checkpoint, folder: str) -> str:
         """With what the adapter was trained over, and what neither it nor the base says."""
         given: dict[str, Any] = {"adapters": [*(adapter.name for adapter in checkpoint.adapters), folder]}
         if not cast("MatroyshkaCheckpoint", checkpoint).layer_wise:

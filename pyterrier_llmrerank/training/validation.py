@@ -10,7 +10,7 @@ import ir_measures
 import pandas as pd
 from ir_measures import nDCG
 
-from .data import Body, candidates
+from .data import Body, read_example
 
 MEASURE = "nDCG@10"
 
@@ -18,7 +18,7 @@ MEASURE = "nDCG@10"
 Score = Callable[[Sequence[tuple[str, str, str | None]]], Sequence[float]]
 
 
-def apart(results: pd.Series[Any], judgements: pd.Series[Any]) -> str:
+def no_common_query(results: pd.Series[Any], judgements: pd.Series[Any]) -> str:
     """The end of a message: a qid of either side where results and judgements have none in common, else nothing."""
     if results.empty or judgements.empty or results.isin(set(judgements)).any():
         return ""
@@ -27,7 +27,7 @@ def apart(results: pd.Series[Any], judgements: pd.Series[Any]) -> str:
 
 @dataclass(frozen=True)
 class Validation:
-    """Candidates to rank and what is relevant among them.
+    """Example to rank and what is relevant among them.
 
     Args:
         pairs: columns ``qid``, ``docno``, ``query``, ``body``, the passage as the model reads it, and ``prompt``,
@@ -45,7 +45,7 @@ class Validation:
     def __post_init__(self) -> None:
         own = self.qrels[self.qrels["qid"].isin(set(self.pairs["qid"]))]
         if own.empty:
-            qids = apart(self.pairs["qid"], self.qrels["qid"])
+            qids = no_common_query(self.pairs["qid"], self.qrels["qid"])
             raise ValueError(f"validation: no query has both candidates and judgements{qids}.")
         object.__setattr__(self, "qrels", own)
 
@@ -65,7 +65,7 @@ class Validation:
         pairs: list[tuple[str, str, str, str, str | None]] = []
         qrels: list[tuple[str, str, int]] = []
         for number, record in enumerate(records):
-            read = candidates(record, body)
+            read = read_example(record, body)
             for docno, passage in enumerate(read.positives + read.negatives):
                 pairs.append((str(number), str(docno), read.query, passage, read.prompt))
             qrels += [(str(number), str(docno), 1) for docno in range(len(read.positives))]

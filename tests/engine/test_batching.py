@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyterrier_llmrerank import ScoringError
-from pyterrier_llmrerank.engine.batching import SPREAD, Budget, chunks, is_out_of_memory, packed_size, run_in_batches
+from pyterrier_llmrerank.engine.batching import (
+    SPREAD,
+    Budget,
+    is_out_of_memory,
+    packed_size,
+    query_chunks,
+    run_in_batches,
+)
 from pyterrier_llmrerank.engine.inputs import Ids
 from pyterrier_llmrerank.engine.packing import PackedPairs
 
@@ -75,7 +82,7 @@ def test_the_work_goes_on_when_memory_is_short(
 
 @given(st.lists(st.integers(0, 5), max_size=30), st.integers(1, 12))
 def test_chunks_part_no_query(queries: list[int], size: int) -> None:
-    made = list(chunks(queries, size))
+    made = list(query_chunks(queries, size))
     assert sorted(index for chunk in made for index in chunk) == list(range(len(queries)))
     assert all(len(chunk) >= size for chunk in made[:-1])
     of_chunks = [{queries[index] for index in chunk} for chunk in made]

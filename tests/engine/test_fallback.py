@@ -114,7 +114,7 @@ def test_both_paths_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
             plain.dtype = "float32"
             del walked  # or it would share its weights
             np.testing.assert_allclose(plain.compute_score(PAIRS), wanted, atol=1e-4)
-            assert not plain._weights().checkpoint.walked
+            assert not plain._weights().checkpoint.supports_layerwise
 
 
 def test_a_size_for_each_layer(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
 from pyterrier_llmrerank.engine import kernels
-from pyterrier_llmrerank.engine.decoder import decode, embedded, walk
+from pyterrier_llmrerank.engine.decoder import decode, embedded, run_layers
 from pyterrier_llmrerank.engine.packing import PackedPairs
 
 FULL = str(MODELS / "costwise_full")
@@ -63,7 +63,7 @@ def test_every_kernel_gives_what_sdpa_gives(flash: list[int | None], family: str
 
     for pooled in ({}, {"compress_layers": {1, 3}, "compress_ratio": 2}):
         wanted = decode(ours, PackedPairs(pairs()), [2, 4], **pooled)
-        got, _ = walk(ours, embedded(ours, PackedPairs(pairs())), [2, 4], kernel=counted, **pooled)
+        got, _ = run_layers(ours, embedded(ours, PackedPairs(pairs())), [2, 4], kernel=counted, **pooled)
         torch.testing.assert_close(got, wanted, atol=2e-5, rtol=2e-5)
     assert len(calls) == 6  # of two times four layers all but the last, which is taken apart
     if name == FLASH:

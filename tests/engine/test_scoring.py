@@ -61,7 +61,7 @@ def test_memory_running_out_halves_the_batch(monkeypatch: pytest.MonkeyPatch) ->
     reranker = RERANKERS["plain"]
     pairs = [pair(i, 10, i) for i in range(9)]
     wanted = reranker.compute_score(pairs)
-    real, sizes = scoring.walk, []
+    real, sizes = scoring.run_layers, []
 
     def short_of_memory(model: object, row: Row, *args: object, **options: object) -> tuple[torch.Tensor, Row]:
         sizes.append(len(row.packing))
@@ -69,21 +69,21 @@ def test_memory_running_out_halves_the_batch(monkeypatch: pytest.MonkeyPatch) ->
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(model, row, *args, **options)
 
-    monkeypatch.setattr(scoring, "walk", short_of_memory)
+    monkeypatch.setattr(scoring, "run_layers", short_of_memory)
     np.testing.assert_allclose(reranker.compute_score(pairs), wanted, atol=1e-4)
     assert sizes[:3] == [9, 5, 3]
 
 
 def test_one_pair_that_does_not_fit_is_named_and_the_rest_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     reranker = MatroyshkaReranker(FULL, dtype="float32", batch_size=1)
-    real = scoring.walk
+    real = scoring.run_layers
 
     def fails_on_the_short(model: object, row: Row, *args: object, **options: object) -> tuple[torch.Tensor, Row]:
         if row.packing.longest < 60:
             raise MemoryError
         return real(model, row, *args, **options)
 
-    monkeypatch.setattr(scoring, "walk", fails_on_the_short)
+    monkeypatch.setattr(scoring, "run_layers", fails_on_the_short)
     with pytest.raises(ScoringError, match=r"out of memory on cpu with one pair alone: pairs\[1\], \d+ tokens") as info:
         reranker.compute_score([("a", words(1, 60)), ("b", "short")])
     assert np.isfinite(info.value.scores).tolist() == [[True, False]]
@@ -94,14 +94,14 @@ def test_one_pair_that_does_not_fit_is_named_and_the_rest_is_kept(monkeypatch: p
 )
 def test_a_score_that_is_not_finite_is_named(monkeypatch: pytest.MonkeyPatch, dtype: str, advice: str) -> None:
     reranker = MatroyshkaReranker(FULL, dtype=dtype)
-    real = scoring.walk
+    real = scoring.run_layers
 
     def overflows(model: object, row: Row, *args: object, **options: object) -> tuple[torch.Tensor, Row]:
         states, row = real(model, row, *args, **options)
         states[:, 1] = torch.inf
         return states, row
 
-    monkeypatch.setattr(scoring, "walk", overflows)
+    monkeypatch.setattr(scoring, "run_layers", overflows)
     with pytest.raises(ScoringError, match=rf"score of pairs\[0\] is not finite in torch\.{dtype}; {advice}") as info:
         reranker.compute_score([("a", "short"), ("b", words(1, 60))])
     assert np.isfinite(info.value.scores).tolist() == [[False, True]]
@@ -109,14 +109,14 @@ def test_a_score_that_is_not_finite_is_named(monkeypatch: pytest.MonkeyPatch, dt
 
 def test_the_batch_in_work_when_a_score_fails_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     reranker = MatroyshkaReranker(FULL, dtype="float32", batch_size=1)
-    real, calls = scoring.walk, []
+    real, calls = scoring.run_layers, []
 
     def first_overflows(*args: object, **options: object) -> tuple[torch.Tensor, Row]:
         calls.append(1)
         states, row = real(*args, **options)
         return states * (torch.inf if len(calls) == 1 else 1), row
 
-    monkeypatch.setattr(scoring, "walk", first_overflows)
+    monkeypatch.setattr(scoring, "run_layers", first_overflows)
     with pytest.raises(ScoringError, match=r"score of pairs\[2\] is not finite") as info:
         reranker.compute_score([("a", words(1, 9)), ("a", words(1, 20)), ("a", words(1, 60))])
     assert np.isfinite(info.value.scores).tolist() == [[False, True, False]]  # the second was on its way
@@ -124,13 +124,13 @@ def test_the_batch_in_work_when_a_score_fails_is_kept(monkeypatch: pytest.Monkey
 
 def test_default_batches_stay_within_the_devices_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = []
-    real = scoring.walk
+    real = scoring.run_layers
 
     def watched(model: object, row: Row, *args: object, **options: object) -> tuple[torch.Tensor, Row]:
         shapes.append(len(row.states))
         return real(model, row, *args, **options)
 
-    monkeypatch.setattr(scoring, "walk", watched)
+    monkeypatch.setattr(scoring, "run_layers", watched)
     monkeypatch.setitem(batching.TOKENS, "cpu", 300)
     RERANKERS["plain"].compute_score([pair(i, 20 + i, i) for i in range(20)])
     assert len(shapes) > 2
@@ -176,13 +176,13 @@ def test_a_prefix_is_computed_once_whatever_the_batches(
     """Three queries, of which one fills many batches, one shares some, and one has one candidate."""
     pairs = [(words(q, 30), words(q + i, 3 + i)) for q, count in ((1, 20), (2, 5), (3, 1)) for i in range(count)]
     reranker = MatroyshkaReranker(FULL, dtype=dtype, **shape)
-    computed, real = [0], scoring.walk
+    computed, real = [0], scoring.run_layers
 
     def watched(model: object, row: Row, *args: object, **options: object) -> tuple[torch.Tensor, Row]:
         computed[-1] += len(row.states) - int(row.packing.padding.sum())
         return real(model, row, *args, **options)
 
-    monkeypatch.setattr(scoring, "walk", watched)
+    monkeypatch.setattr(scoring, "run_layers", watched)
     rows = pd.DataFrame(pairs, columns=["query", "text"]).assign(docno=[f"d{i}" for i in range(len(pairs))])
     rows["qid"] = rows["query"]
     together = reranker.transform(rows)
@@ -212,7 +212,7 @@ def test_the_last_layer_is_run_for_what_is_read() -> None:
 
 def test_ids_are_made_while_the_chunk_before_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
     begun, scored = threading.Event(), threading.Event()
-    real_walk, reranker = scoring.walk, MatroyshkaReranker(FULL, dtype="float32")
+    real_walk, reranker = scoring.run_layers, MatroyshkaReranker(FULL, dtype="float32")
     real_encode, chunks_made = reranker._encode, []
 
     def encode(tokenizer: object, pairs: list[tuple[str, str]]) -> object:
@@ -222,13 +222,13 @@ def test_ids_are_made_while_the_chunk_before_is_scored(monkeypatch: pytest.Monke
             assert not scored.is_set()
         return real_encode(tokenizer, pairs)
 
-    def walk(*args: object, **options: object) -> object:
+    def run_layers(*args: object, **options: object) -> object:
         assert begun.wait(10)
         scored.set()
         return real_walk(*args, **options)
 
     monkeypatch.setattr(scoring, "CHUNK", 2)
-    monkeypatch.setattr(scoring, "walk", walk)
+    monkeypatch.setattr(scoring, "run_layers", run_layers)
     reranker._encode = encode
     reranker.compute_score([pair(i, 9, i) for i in range(6)])
     assert chunks_made == [2, 2, 2]
@@ -325,20 +325,20 @@ class Devices:
         self.stopped = threading.Event()
         models = [weights.at_depth(8)[0] for weights in self.reranker._replicas()]
         assert models[0] is not models[1]
-        walk, score_on = scoring.walk, scoring._score_on
+        run_layers, score_on = scoring.run_layers, scoring._score_on
 
         def watched(model: object, *args: object, **options: object) -> tuple[torch.Tensor, Row]:
             number = next(number for number, own in enumerate(models) if own is model)
             self.batches[number] += 1
             factor = on_batch(number, self.batches[number] - 1)
-            states, row = walk(model, *args, **options)
+            states, row = run_layers(model, *args, **options)
             return states * factor, row
 
         def seen(*args: object, **options: object) -> None:
             self.stopped = next(arg.__self__ for arg in args if getattr(arg, "__name__", "") == "is_set")
             score_on(*args, **options)
 
-        monkeypatch.setattr(scoring, "walk", watched)
+        monkeypatch.setattr(scoring, "run_layers", watched)
         monkeypatch.setattr(scoring, "_score_on", seen)
 
 
@@ -410,7 +410,7 @@ def test_one_query_stays_on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_device_that_fails_alone_loses_no_score_either(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = scoring.walk, []
+    real, calls = scoring.run_layers, []
 
     def lost(*args: object, **options: object) -> tuple[torch.Tensor, Row]:
         calls.append(1)
@@ -418,7 +418,7 @@ def test_a_device_that_fails_alone_loses_no_score_either(monkeypatch: pytest.Mon
             raise RuntimeError("CUDA error: unspecified launch failure")
         return real(*args, **options)
 
-    monkeypatch.setattr(scoring, "walk", lost)
+    monkeypatch.setattr(scoring, "run_layers", lost)
     with pytest.raises(ScoringError, match=r"failed on cpu at pairs\[\d\]: RuntimeError: CUDA") as info:
         MatroyshkaReranker(FULL, dtype="float32", batch_size=1).compute_score([("a", words(i, 9)) for i in range(9)])
     assert np.isfinite(info.value.scores).sum() >= 1
@@ -440,7 +440,7 @@ def scored_before(reranker: MatroyshkaReranker, pairs: list[tuple[str, str]], er
 )
 def test_any_exception_names_its_pairs_and_keeps_the_scores(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     pairs = [("a", words(i, 40 - 5 * i)) for i in range(6)]  # the longest go first
-    real, calls = scoring.walk, []
+    real, calls = scoring.run_layers, []
 
     def fails_at_the_second(*args: object, **options: object) -> tuple[torch.Tensor, Row]:
         calls.append(1)
@@ -448,7 +448,7 @@ def test_any_exception_names_its_pairs_and_keeps_the_scores(monkeypatch: pytest.
             raise error
         return real(*args, **options)
 
-    monkeypatch.setattr(scoring, "walk", fails_at_the_second)
+    monkeypatch.setattr(scoring, "run_layers", fails_at_the_second)
     said = rf"^scoring failed on cpu at pairs\[2\] or one of 1 more pairs in its batch: {type(error).__name__}: "
     with pytest.raises(ScoringError, match=said) as info:
         MatroyshkaReranker(FULL, dtype="float32", batch_size=2).compute_score(pairs)
@@ -506,7 +506,7 @@ def test_ids_are_checked_before_their_chunk_is_scored(monkeypatch: pytest.Monkey
 def test_ctrl_c_keeps_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also that of the batch before, which had not come back yet."""
     pairs = [("a", words(i, 40 - 5 * i)) for i in range(6)]
-    real, calls = scoring.walk, []
+    real, calls = scoring.run_layers, []
 
     def interrupted_at_the_third(*args: object, **options: object) -> tuple[torch.Tensor, Row]:
         calls.append(1)
@@ -514,7 +514,7 @@ def test_ctrl_c_keeps_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:
             signal.raise_signal(signal.SIGINT)
         return real(*args, **options)
 
-    monkeypatch.setattr(scoring, "walk", interrupted_at_the_third)
+    monkeypatch.setattr(scoring, "run_layers", interrupted_at_the_third)
     with pytest.raises(KeyboardInterrupt) as info:
         MatroyshkaReranker(FULL, dtype="float32", batch_size=1).compute_score(pairs)
     assert scored_before(RERANKERS["plain"], pairs, info.value) == [True, True, False, False, False, False]

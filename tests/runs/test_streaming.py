@@ -275,14 +275,14 @@ def test_ctrl_c_leaves_whole_queries_and_says_how_to_go_on(source: Path, whole: 
 def test_a_score_that_is_not_finite_names_its_row(source: Path, whole: bytes, tmp_path: Path) -> None:
     """What was written before it stays."""
     target = tmp_path / "run.tsv"
-    real = scoring.walk
+    real = scoring.run_layers
     with pytest.MonkeyPatch.context() as patch, transforming(lambda *_: None) as calls:
 
-        def walk(*args: object, **options: object) -> object:
+        def run_layers(*args: object, **options: object) -> object:
             states, row = real(*args, **options)
             return (states * float("nan") if len(calls) == 3 else states), row
 
-        patch.setattr(scoring, "walk", walk)
+        patch.setattr(scoring, "run_layers", run_layers)
         with pytest.raises(ScoringError, match=r"the score of qid 'q[45]', docno 'd\d' is not finite"):
             rerank_file(MATROYSHKA, source, target)
     assert len(list(read_run(target))) == 13
@@ -426,15 +426,15 @@ def test_a_target_that_is_no_file_is_refused(source: Path, tmp_path: Path) -> No
 
 
 def test_the_usage_of_a_call_that_failed_counts(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reranker, real = copy.copy(MATROYSHKA), scoring.walk
+    reranker, real = copy.copy(MATROYSHKA), scoring.run_layers
 
-    def walk(*args: object, **options: object) -> object:
+    def run_layers(*args: object, **options: object) -> object:
         states, row = real(*args, **options)
         return states * float("nan"), row
 
     before = reranker.usage
     with monkeypatch.context() as patch:
-        patch.setattr(scoring, "walk", walk)
+        patch.setattr(scoring, "run_layers", run_layers)
         with pytest.raises(ScoringError):
             rerank_file(reranker, source, tmp_path / "run.tsv")
     failed = reranker.usage

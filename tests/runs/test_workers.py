@@ -21,7 +21,7 @@ from pyterrier_llmrerank.engine.usage import Usage
 from pyterrier_llmrerank.runs import workers
 from pyterrier_llmrerank.runs.formats import read_run
 from pyterrier_llmrerank.runs.streaming import Chunk, rerank_file
-from pyterrier_llmrerank.runs.workers import AHEAD, LOSSES, Workers, agreed, scored_by
+from pyterrier_llmrerank.runs.workers import AHEAD, LOSSES, Workers, resolve_worker_dtype, scored_by
 
 
 @pytest.fixture(autouse=True)
@@ -347,11 +347,11 @@ def test_while_none_opens_it_says_what_is_free(caplog: pytest.LogCaptureFixture)
 def test_the_dtype_is_what_a_worker_finds(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """This process may have no such device."""
     monkeypatch.setattr(weights, "resolve_dtype", None)  # here, not there
-    assert agreed(RankLLaMAReranker(), 2) in (("float32", "cpu"), ("bfloat16", "cpu"))
-    assert agreed(RankLLaMAReranker(dtype="float16"), 2) == ("float16", "")
-    assert agreed(RankLLaMAReranker(dtype="float16", quantization="int8"), 2) == ("float16", "cpu")
+    assert resolve_worker_dtype(RankLLaMAReranker(), 2) in (("float32", "cpu"), ("bfloat16", "cpu"))
+    assert resolve_worker_dtype(RankLLaMAReranker(dtype="float16"), 2) == ("float16", "")
+    assert resolve_worker_dtype(RankLLaMAReranker(dtype="float16", quantization="int8"), 2) == ("float16", "cpu")
     with pytest.raises(ValueError, match="device='xpu' cannot be used here"):
-        agreed(RankLLaMAReranker(device="xpu"), 2)
+        resolve_worker_dtype(RankLLaMAReranker(device="xpu"), 2)
 
 
 def test_without_ray_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

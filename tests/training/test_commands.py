@@ -127,7 +127,7 @@ def test_losses_are_logged_where_there_is_no_progress_bar(
 def opened_as_said(capsys: pytest.CaptureFixture[str], folder: Path) -> LLMReranker:
     """The re-ranker that a run's last words say opens what it wrote."""
     said = capsys.readouterr().out.split("\n\n")
-    assert said[-2].endswith(f"The adapter is in {folder}; in Python it opens with")
+    assert said[-2].endswith(f"The adapter is in {folder}; open it in Python with")
     return eval(said[-1], {kind.__name__: kind for kind in (MatroyshkaReranker, RankLLaMAReranker)})
 
 

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from pyterrier_llmrerank.engine.inputs import MatroyshkaInputs
 from pyterrier_llmrerank.training import DistillTraining, RankLLaMATraining
-from pyterrier_llmrerank.training.data import COLUMNS, Candidates, Collator, Groups, candidates, open_data, read_lines
+from pyterrier_llmrerank.training.data import COLUMNS, Collator, Example, Groups, open_data, read_example, read_lines
 
 MATROYSHKA = {"query": "q", "pos": ["p0", "p1"], "neg": ["n0", "n1", "n2"]}
 SCORED = {**MATROYSHKA, "pos_scores": [1.0, 2], "neg_scores": [0.1, 0.2, 0.3], "prompt": "Relevant?"}
@@ -33,21 +33,21 @@ def plain(text: str, title: str | None) -> str:
 
 
 def test_both_forms() -> None:
-    assert candidates(MATROYSHKA, plain) == Candidates("q", ["p0", "p1"], ["n0", "n1", "n2"])
-    assert candidates(SCORED, plain).teacher == ([1.0, 2], [0.1, 0.2, 0.3])
-    assert candidates(SCORED, plain).prompt == "Relevant?"
-    scored = candidates({**TEVATRON, "pos_scores": [1.0], "neg_scores": [0.5, 2]}, plain)
-    assert scored == Candidates("q", ["p"], ["n", "m"], ([1.0], [0.5, 2.0]))
+    assert read_example(MATROYSHKA, plain) == Example("q", ["p0", "p1"], ["n0", "n1", "n2"])
+    assert read_example(SCORED, plain).teacher == ([1.0, 2], [0.1, 0.2, 0.3])
+    assert read_example(SCORED, plain).prompt == "Relevant?"
+    scored = read_example({**TEVATRON, "pos_scores": [1.0], "neg_scores": [0.5, 2]}, plain)
+    assert scored == Example("q", ["p"], ["n", "m"], ([1.0], [0.5, 2.0]))
     with pytest.raises(ValueError, match=r"neg_scores is \[0.5\]; wanted 2 finite numbers"):
-        candidates({**TEVATRON, "pos_scores": [1.0], "neg_scores": [0.5]}, plain)
+        read_example({**TEVATRON, "pos_scores": [1.0], "neg_scores": [0.5]}, plain)
 
 
 def test_passages_are_read_as_each_model_reads_them() -> None:
-    read = candidates(TEVATRON, RankLLaMATraining.body)
-    assert read == Candidates("q", ["document: T p"], ["document: n", "document:  m"])
-    assert candidates(TEVATRON, DistillTraining.body) == Candidates("q", ["T p"], ["n", "m"])
-    assert candidates(MATROYSHKA, RankLLaMATraining.body).positives == ["document: p0", "document: p1"]
-    assert candidates(MATROYSHKA, DistillTraining.body).positives == ["p0", "p1"]
+    read = read_example(TEVATRON, RankLLaMATraining.body)
+    assert read == Example("q", ["document: T p"], ["document: n", "document:  m"])
+    assert read_example(TEVATRON, DistillTraining.body) == Example("q", ["T p"], ["n", "m"])
+    assert read_example(MATROYSHKA, RankLLaMATraining.body).positives == ["document: p0", "document: p1"]
+    assert read_example(MATROYSHKA, DistillTraining.body).positives == ["p0", "p1"]
 
 
 def test_a_missing_teacher_is_named_where_it_is_needed(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_files_and_folders(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_text((json.dumps(MATROYSHKA | {"query": name}) + "\n") * 2)
     data = open_data("train_data", [str(tmp_path)])
-    assert [candidates(row, plain).query for row in data] == ["a.jsonl"] * 2 + ["b.jsonl"] * 2
+    assert [read_example(row, plain).query for row in data] == ["a.jsonl"] * 2 + ["b.jsonl"] * 2
     assert len(open_data("train_data", [str(tmp_path / "b.jsonl"), str(tmp_path / "a.jsonl")])) == 4
     for name in ("./nothing", "data/nothing.jsonl", "a.txt"):
         with pytest.raises(FileNotFoundError, match=f"eval_data='{name}': no such file"):
@@ -123,9 +123,9 @@ def test_what_differs_from_line_to_line_and_file_to_file(tmp_path: Path) -> None
         lines.write(json.dumps(SCORED | {"pos_scores": [0.5, 2]}) + "\n" + json.dumps(TEVATRON | {"extra": 1}) + "\n")
     data = open_data("train_data", [str(tmp_path)])
     assert set(data.column_names) == {*COLUMNS, "prompt"}
-    read = [candidates(row, DistillTraining.body) for row in data]
+    read = [read_example(row, DistillTraining.body) for row in data]
     wanted = [MATROYSHKA, SCORED | {"pos_scores": [1, 2]}, TEVATRON, SCORED | {"pos_scores": [0.5, 2]}, TEVATRON]
-    assert read == [candidates(record, DistillTraining.body) for record in wanted]
+    assert read == [read_example(record, DistillTraining.body) for record in wanted]
     assert data[2]["query_id"] == "7"
     (tmp_path / "b.jsonl.gz").write_bytes((tmp_path / "b.jsonl.gz").read_bytes()[:-12])
     with pytest.raises(ValueError, match=r"b\.jsonl\.gz, line \d"):
@@ -136,7 +136,7 @@ def test_what_differs_from_line_to_line_and_file_to_file(tmp_path: Path) -> None
 def test_a_group_is_a_positive_and_different_negatives(positives: int, negatives: int, size: int, seed: int) -> None:
     pos, neg = ([f"{kind}{i}" for i in range(n)] for kind, n in (("p", positives), ("n", negatives)))
     scores = [float(i) for i in range(positives)], [float(i) for i in range(negatives)]
-    group = Candidates("q", pos, neg, scores).draw(size, random.Random(seed))
+    group = Example("q", pos, neg, scores).draw(size, random.Random(seed))
     assert len(group.passages) == size
     assert group.passages[0] in pos
     assert set(group.passages[1:]) <= set(neg)
@@ -199,7 +199,7 @@ def test_batches_are_the_original_ones() -> None:
     for number, record in enumerate(wanted["rows"]):
         teacher = wanted["teacher_scores"][4 * number : 4 * number + 4]
         texts = dict(zip(record["pos_scores"] + record["neg_scores"], record["pos"] + record["neg"], strict=True))
-        one = Candidates(record["query"], [texts[teacher[0]]], [texts[s] for s in teacher[1:]])
+        one = Example(record["query"], [texts[teacher[0]]], [texts[s] for s in teacher[1:]])
         groups.append(one.draw(4, random.Random(0)))
     batch = collate(groups)
     assert batch.size == 4
@@ -212,12 +212,12 @@ def test_batches_are_the_original_ones() -> None:
 def test_a_prompt_of_the_data_is_used() -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODELS / "mistral_base")
     collate = Collator(tokenizer, lambda prompt: MatroyshkaInputs(prompt or "usual"))
-    batch = collate([candidates(record, plain).draw(3, random.Random(0)) for record in (SCORED, SCORED)])
+    batch = collate([read_example(record, plain).draw(3, random.Random(0)) for record in (SCORED, SCORED)])
     assert batch.teacher is not None
     assert batch.teacher.shape == (2, 3)
     own = batch.packed.ids[batch.packed.pair_of_token == 0]
     assert tokenizer.decode(own).endswith("Relevant?")
-    assert collate([candidates(MATROYSHKA, plain).draw(3, random.Random(0))]).packed.ids[0] == own[0]
+    assert collate([read_example(MATROYSHKA, plain).draw(3, random.Random(0))]).packed.ids[0] == own[0]
 
 
 def test_groups_are_named_by_id_or_place() -> None:
