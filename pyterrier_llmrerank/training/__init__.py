@@ -1,4 +1,4 @@
-"""Training both re-rankers, on the decoder and the inputs that inference uses."""
+"""Training of both rerankers, with the decoder and the inputs of inference."""
 
 from .recipes import CompensateTraining, DistillTraining, RankLLaMATraining
 
