@@ -76,9 +76,8 @@ def test_benchmark(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
     shape = ["--cutoff", "6", "--compress_layer", "2", "--dtype", "float32", "--json", str(tmp_path / "figures.json")]
     choice = ["--run", "first", "--queries", "2", "--candidates", "5", "--rounds", "1", "--peers", "b", "c"]
     choice += ["--attn_implementation", "eager", "--plot", str(tmp_path / "figures.png")]
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", str(tmp_path), *models, *shape, *choice])
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    runpy.run_path(str(EXAMPLES / "benchmark.py"), run_name="__main__")
+    monkeypatch.setattr(sys, "argv", ["scoring.py", str(tmp_path), *models, *shape, *choice])
+    runpy.run_path(str(EXAMPLES / "benchmarks" / "scoring.py"), run_name="__main__")
     out = capfd.readouterr().out
     for wanted in (
         "10 pairs, 5 a query",
@@ -105,14 +104,14 @@ def test_benchmark_of_random_weights(
 ) -> None:
     """As it is told to run on a GPU, in a smaller shape."""
     collection(tmp_path)
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    benchmark = importlib.import_module("benchmark")
+    monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
+    benchmark = importlib.import_module("scoring")
     size = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
     monkeypatch.setattr(benchmark, "MistralConfig", partial(MistralConfig, **size))
     monkeypatch.setattr(benchmark, "smollm2", lambda: str(MODELS / "mistral_base"))
     choice = ["--run", "first", "--candidates", "3", "--rounds", "1", "--matroyshka", "", "--peers", "b"]
     choice += ["--random_layers", "2", "--attn_implementation", "eager", "--json", str(tmp_path / "figures.json")]
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", str(tmp_path), *choice])
+    monkeypatch.setattr(sys, "argv", ["scoring.py", str(tmp_path), *choice])
     benchmark.main()
     assert "3 pairs, 3 a query, bfloat16" in capfd.readouterr().out
     systems = json.loads((tmp_path / "figures.json").read_text())["systems"]
@@ -139,7 +138,7 @@ def test_benchmark_training(monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
     size = ["--group_size", "4", "--passage_max_length", "40", "--steps", "3", "--rounds", "1"]
     figures = tmp_path / "figures.json"
-    run(monkeypatch, "benchmark_training.py", str(tmp_path / "data.jsonl"), *size, "--json", str(figures))
+    run(monkeypatch, "benchmarks/training.py", str(tmp_path / "data.jsonl"), *size, "--json", str(figures))
     assert "tokens/s" in capfd.readouterr().out
     assert figures.is_file()
 
