@@ -1,4 +1,4 @@
-"""The examples run, end to end, on a tiny model; what they print is what a user is told to expect."""
+"""Run the examples end to end, on a tiny model, and check the output that users are told to expect."""
 
 import gzip
 import importlib
@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import ir_measures
+import nbformat
 import pandas as pd
 import pytest
 from conftest import MODELS, RECORDS, collection
+from nbclient import NotebookClient
 from transformers import MistralConfig
 
 from pyterrier_llmrerank import RankLLaMAReranker
@@ -31,6 +33,16 @@ def test_quickstart(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixtur
     out = capfd.readouterr().out
     for wanted in ("nDCG@10", "RR@10", "mrt", "BM25 >> 4 layers", "BM25 >> 8 layers", "zero-shot", "25 queries"):
         assert wanted in out
+
+
+def test_quickstart_notebook(smollm2: str) -> None:
+    notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.outputs for cell in code if cell.outputs] == []  # they would go stale
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(EXAMPLES)}}).execute()
+    table = code[-1].outputs[-1].data["text/plain"]
+    for wanted in ("nDCG@10", "BM25", "RankLLaMA", "Matroyshka, 30 layers", "20 layers, half width", "cascade"):
+        assert wanted in table
 
 
 def test_rerank_run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
