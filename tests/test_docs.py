@@ -182,7 +182,7 @@ def in_world(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.setenv("PYTERRIER_HOME", str(tmp_path / "home"))
-    for module in ("files", "matroyshka", "rankllama"):
+    for module in ("checkpoints.files", "matroyshka", "rankllama"):
         monkeypatch.setattr(f"pyterrier_llmrerank.{module}.smollm2", lambda: "HuggingFaceTB/SmolLM2-135M-Instruct")
         monkeypatch.setattr(f"pyterrier_llmrerank.{module}.shipped", lambda name: str(world / name))
     monkeypatch.setattr(pt, "get_dataset", dataset)
