@@ -60,7 +60,7 @@ ON_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_
 
 @dataclass
 class System:
-    """One way to score the candidates, and what was measured of it."""
+    """A way to score the candidates, with its measurements."""
 
     name: str
     score: Scorer
@@ -195,7 +195,7 @@ def without_chat(folder: Path) -> None:
 
 
 def ours(reranker: LLMReranker, candidates: pd.DataFrame) -> Scorer:
-    """A re-ranker of this package, frame to frame."""
+    """Score with a reranker of this package, frame to frame."""
     return lambda: reranker(candidates)["score"].to_numpy()
 
 
@@ -265,7 +265,7 @@ def measure(systems: list[System], rounds: int, device: str) -> dict[str, np.nda
 
 
 def report(systems: list[System], pairs: int, best: dict[torch.dtype, float]) -> pd.DataFrame:
-    """What each system does in a second, and with how many operations."""
+    """Tabulate pairs, tokens and operations of each system."""
     rows = []
     for system in systems:
         seconds, used = statistics.median(system.seconds), system.reads.usage
@@ -317,9 +317,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--peers", nargs="*", default=["a", "b", "c"], choices=["a", "b", "c"], help="only these")
-    parser.add_argument("--quantization", help="an option of the re-rankers, which run with and without it; so are")
-    parser.add_argument("--torch_compile", action="store_true", help="this one")
-    parser.add_argument("--attn_implementation", help="and this one")
+    parser.add_argument("--quantization", help="option of the rerankers, which run with and without it")
+    parser.add_argument("--torch_compile", action="store_true", help="option, likewise")
+    parser.add_argument("--attn_implementation", help="option, likewise")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--plot", type=Path, help="where to draw them; needs matplotlib")
     chosen = parser.parse_args()
