@@ -64,6 +64,18 @@ def quiet() -> Iterator[None]:
                 os.close(copy)
 
 
+@contextmanager
+def bm25_of(corpus: Iterable[dict[str, str]], num_results: int) -> Iterator[pt.Transformer]:
+    """BM25 over a corpus, whose index lives as long as the block."""
+    with tempfile.TemporaryDirectory() as temporary:
+        index = PisaIndex(str(Path(temporary) / "index"))
+        with quiet():
+            index.index(corpus)
+            bm25 = index.bm25(num_results=num_results)
+            bm25.search("anything")  # the first search still prepares
+        yield bm25
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", help="an ir_datasets collection, for example irds:vaswani")
@@ -75,13 +87,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     corpus, with_text, topics, qrels = irds_collection(arguments.dataset) if arguments.dataset else little_collection()
-    with tempfile.TemporaryDirectory() as temporary:
-        index = PisaIndex(str(Path(temporary) / "index"))
-        with quiet():
-            index.index(corpus)
-            bm25 = index.bm25(num_results=arguments.candidates)
-            bm25.search("anything")  # the first search prepares the index
-
+    with bm25_of(corpus, arguments.candidates) as bm25:
         trained = arguments.model == SHIPPED
         start_layer = None if trained else min(arguments.depths)
         reranker = MatroyshkaReranker(arguments.model, start_layer=start_layer, verbose=True)

