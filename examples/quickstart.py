@@ -21,7 +21,6 @@ from pyterrier.measures import RR, nDCG
 from pyterrier_pisa import PisaIndex
 
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker
-from pyterrier_llmrerank.checkpoints.files import SHIPPED
 
 COLLECTION = Path(__file__).parent / "collection"
 Collection = tuple[Iterable[dict[str, str]], pt.Transformer, pd.DataFrame, pd.DataFrame]
@@ -82,19 +81,19 @@ def main() -> None:
     parser.add_argument("--depths", type=int, nargs="+", default=[10, 20, 30], help="decoder layers (the model has 30)")
     parser.add_argument("--candidates", type=int, default=20, help="how many of BM25's results are reranked")
     parser.add_argument(
-        "--model", default=SHIPPED, help="instead, a plain causal language model: folder, .gguf file or hub id"
+        "--model", default="smollm2-135m", help="instead, a plain causal language model: folder, .gguf file or hub id"
     )
     arguments = parser.parse_args()
 
     corpus, with_text, topics, qrels = irds_collection(arguments.dataset) if arguments.dataset else little_collection()
     with bm25_of(corpus, arguments.candidates) as bm25:
-        trained = arguments.model == SHIPPED
+        trained = arguments.model == "smollm2-135m"
         start_layer = None if trained else min(arguments.depths)
         reranker = MatroyshkaReranker(arguments.model, start_layer=start_layer, verbose=True)
         # All depths share one model in memory.
         rerankers: dict[str, LLMReranker] = {f"{depth} layers": reranker.at(cutoff=depth) for depth in arguments.depths}
         if trained:
-            rerankers["RankLLaMA"] = RankLLaMAReranker(SHIPPED, verbose=True)
+            rerankers["RankLLaMA"] = RankLLaMAReranker("smollm2-135m", verbose=True)
         warm_up = [("a query", f"passage {i}, to load the model before timing") for i in range(50)]
         for each in rerankers.values():
             each.compute_score(warm_up)

@@ -14,21 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import numpy as np
 import pyterrier as pt
 
-from .checkpoints.files import (
-    SHIPPED_DISTILLED,
-    SHIPPED_LAYERS,
-    SHIPPED_RATIOS,
-    SHIPPED_START_LAYER,
-    adapter_folder,
-    bare,
-    is_hub_id,
-    is_shipped,
-    located,
-    require,
-    shipped,
-    shown,
-    smollm2,
-)
+from .checkpoints import bundled
+from .checkpoints.description import Description, assembled, fitting
+from .checkpoints.locate import folder_of, is_hub_id, located, require, shown
 from .engine.inputs import PROMPT, Ids, MatroyshkaInputs
 from .reranker import LLMReranker, Scores
 from .values import integer, path_like, positive
@@ -54,12 +42,12 @@ class MatroyshkaReranker(LLMReranker):
             name a revision (``"owner/name@v1"``); paths are kept absolute.
             ``"smollm2-135m"`` is SmolLM2-135M-Instruct with the adapters that come with this package.
         adapters: LoRA folders to merge, in this order: paths, folders below the model's own
-            (``"compensate/layer/full"``), or hub ids, as for ``model``. By default none; of ``"smollm2-135m"`` those
-            of distillation and layer compensation.
+            (``"compensate/layer/full"``), or hub ids, as for ``model``. By default those that ``reranker.json`` names,
+            if the model has one.
         token_adapters: token compensations by ratio, ``{2: folder, 4: folder}``: where a shape has
             ``compress_layers``, the one for its ratio, else for the next lower, is laid over the same weights. By
-            default none; of ``"smollm2-135m"`` those that come with it. Kept as a tuple of pairs; what is in use
-            stands in the re-ranker's ``repr``.
+            default those that ``reranker.json`` names, if the model has one. Kept as a tuple of pairs; ``repr`` names
+            the one in use.
         cutoff: the layer whose score is wanted, or several: then ``score`` is the deepest's, and each has
             a column ``score_<layer>``, all out of one pass. None for the model's last layer. Layers
             deeper than that are neither run nor, unless another reranker needs them, kept in memory.
@@ -72,7 +60,7 @@ class MatroyshkaReranker(LLMReranker):
             without. What leaves stands below it, in the order of its last score: ``score`` is lowered for that.
             ``exit_layer`` says after which layer each left, ``score_8`` and ``score_16`` what was read there. Layers
             are shallower than the cutoff and have heads; numbers do not grow with them. Kept as a tuple of pairs.
-        prompt: the question that ends every input.
+        prompt: the question that ends every input; None for the one in ``reranker.json``, else the original's.
         query_max_length: tokens kept of ``A: {query}``; None for three quarters of ``max_length``.
         max_length: tokens kept of ``B: {passage}``; prefix and passage together are held to about that.
         normalize: give scores as their sigmoid, between 0 and 1. Ranks are by the logits all the same. Where large
@@ -81,9 +69,9 @@ class MatroyshkaReranker(LLMReranker):
             is read by the i-th head rather than by the head trained for it, and the first pooling is
             weighted by a padding token. For comparing with published runs only.
         start_layer: the shallowest layer with a head, for a causal language model without layer-wise
-            heads of its own: heads then start as the LM head's row of ``Yes``. None for what the
-            checkpoint says; a plain model has just one head then, at its last layer.
-        layer_sep: layers from one such head to the next; None for 1.
+            heads of its own: heads then start as the LM head's row of ``Yes``. None for the one in
+            ``reranker.json`` or the checkpoint; a plain model has just one head then, at its last layer.
+        layer_sep: layers from one such head to the next; None likewise, and 1 for a plain model.
         text_field, batch_size, device, dtype, quantization, torch_compile, verbose: as for
             :class:`~pyterrier_llmrerank.RankLLaMAReranker`.
         attn_implementation: as for :class:`~pyterrier_llmrerank.RankLLaMAReranker`; where ``released`` masks padding,
@@ -116,7 +104,7 @@ class MatroyshkaReranker(LLMReranker):
         compress_layers: int | Sequence[int] = (),
         compress_ratio: int = 1,
         prune: Mapping[int, int] | Sequence[tuple[int, int]] = (),
-        prompt: str = PROMPT,
+        prompt: str | None = None,
         query_max_length: int | None = None,
         max_length: int = 512,
         normalize: bool = False,
@@ -138,8 +126,9 @@ class MatroyshkaReranker(LLMReranker):
             training,
         )  # fmt: skip
         folders = adapters if isinstance(adapters, list | tuple) else [adapters]
-        self.adapters = tuple(located(path_like("adapters", folder), self.model) for folder in folders)
-        self.token_adapters = tuple((r, located(name, self.model)) for r, name in _by_ratio(token_adapters))
+        source = self._source()
+        self.adapters = tuple(located(path_like("adapters", folder), source) for folder in folders)
+        self.token_adapters = tuple((r, located(name, source)) for r, name in _by_ratio(token_adapters))
         self.cutoff = _cutoff(cutoff)
         self.compress_layers = _layers("compress_layers", compress_layers, at_least=0)
         self.compress_ratio = positive("compress_ratio", compress_ratio)
@@ -154,8 +143,8 @@ class MatroyshkaReranker(LLMReranker):
                 "compress_layers=%s: none lies below the cutoff, %d, so that nothing is pooled; the adapter for "
                 "compression is used all the same.", list(self.compress_layers), deepest,
             )  # fmt: skip
-        if not isinstance(prompt, str):
-            raise ValueError(f"prompt={prompt!r}; allowed: a string.")
+        if not isinstance(prompt, str | None):
+            raise ValueError(f"prompt={prompt!r}; allowed: a string or None.")
         self.prompt = prompt
         self.query_max_length = None if query_max_length is None else positive("query_max_length", query_max_length)
         self.max_length = positive("max_length", max_length)
@@ -165,16 +154,20 @@ class MatroyshkaReranker(LLMReranker):
             raise ValueError(f"prune={prune!r}: released=True reads other heads than those of the layers; allowed: ().")
         self.start_layer = None if start_layer is None else positive("start_layer", start_layer)
         self.layer_sep = None if layer_sep is None else positive("layer_sep", layer_sep)
-        if training is not None:
-            self._check_training(training)
         require(self.model, "model")
         for role, names in {"adapters": self.adapters, "token_adapters": dict(self.token_adapters).values()}.items():
             for name in names:
-                if not (Path(self.model).expanduser() / name).is_dir():
+                if not (Path(source).expanduser() / name).is_dir():
                     require(name, role)
-        if is_shipped(self.model):
-            self._check_shipped()
-        elif self._is_local():  # fail now, not after a first stage has run
+        parts = self._parts()
+        if training is not None:
+            self._check_training(training)
+        if parts.layers is not None and parts.start_layer is not None:  # fail now, not after a first stage has run
+            if parts.start_layer > parts.layers:
+                raise ValueError(f"start_layer={parts.start_layer}: model={self.model!r} has {parts.layers} layers.")
+            heads = range(parts.start_layer, parts.layers + 1, parts.layer_sep or 1)
+            self._read_at(f"model={self.model!r}", heads, parts.layers)
+        if self._is_local(parts):
             self._shape(self._weights().checkpoint)
 
     @classmethod
@@ -195,7 +188,7 @@ class MatroyshkaReranker(LLMReranker):
         4
         """
         training = options.get("training")
-        return cls(bare(base), start_layer=start_layer or getattr(training, "start_layer", 4), **options)
+        return cls(bundled.base(str(base)), start_layer=start_layer or getattr(training, "start_layer", 4), **options)
 
     def _check_training(self, training: object) -> None:
         """Raise ValueError on what is no recipe of this re-ranker, or one that says otherwise than its arguments."""
@@ -203,10 +196,11 @@ class MatroyshkaReranker(LLMReranker):
 
         if not isinstance(training, DistillTraining | CompensateTraining):
             raise ValueError(f"training={training!r}; allowed: DistillTraining(...), CompensateTraining(...) or None.")
-        usual = type(training).__dataclass_fields__
+        usual, parts = type(training).__dataclass_fields__, self._parts()
         for name in ("start_layer", "layer_sep", "prompt"):
-            own, other = getattr(self, name), getattr(training, name)
-            if other not in (own, usual[name].default) and (own is not None or name == "prompt"):
+            own, other = getattr(parts, name), getattr(training, name)
+            own = PROMPT if name == "prompt" and own is None else own
+            if other not in (own, usual[name].default) and own is not None:
                 raise ValueError(f"{name}={own!r}, but training has {other!r}; the two must agree.")
 
     def at(
@@ -290,27 +284,30 @@ class MatroyshkaReranker(LLMReranker):
     def _overlaid(self) -> partial[Any] | None:
         from .checkpoints.checkpoint import MatroyshkaCheckpoint
 
-        overlay = self._token_adapter()
-        return partial(MatroyshkaCheckpoint, *self._opened(), overlay) if overlay else None
+        parts = self._parts()
+        if overlay := self._token_adapter(parts):
+            return partial(MatroyshkaCheckpoint, *self._opened(), overlay)
+        if self._pools() and is_hub_id(self._source()) and not self.adapters and not self.token_adapters:
+            return partial(MatroyshkaCheckpoint, *self._opened(), (), self.compress_ratio)  # if it has one of its own
+        return None
 
-    def _token_adapter(self) -> tuple[str, ...]:
+    def _pools(self) -> bool:
+        """Whether the shape compresses, whatever the cutoff: a shallow score does not depend on deeper cutoffs."""
+        return self.compress_ratio > 1 and any(layer > 0 for layer in self.compress_layers)
+
+    def _token_adapter(self, parts: Description) -> tuple[str, ...]:
         """The token compensation that fits the shape, if there is one."""
-        by_ratio = dict(self.token_adapters)
-        if is_shipped(self.model) and not self.adapters and not by_ratio:
-            by_ratio = {ratio: shipped(f"matroyshka-{self.model}/token-{ratio}") for ratio in SHIPPED_RATIOS}
-        # Whatever the cutoff: a shallow score is the same alone and on the way to a deeper one.
-        pools = any(layer > 0 for layer in self.compress_layers)
-        fitting = [name for ratio, name in by_ratio.items() if pools and ratio <= self.compress_ratio]
-        return tuple(fitting[-1:])
+        return fitting(parts.token_adapters, self.compress_ratio) if self._pools() else ()
 
     def __repr__(self) -> str:
-        call = super().__repr__()
-        if not self.token_adapters and (self.adapters or not is_shipped(self.model)):
+        call, source, parts = super().__repr__(), self._source(), self._parts()
+        names = (*parts.adapters, *self._token_adapter(parts))
+        if not self.token_adapters and (self.adapters or parts.base == source or names == (source,)):
             return call
-        _, adapters, _, _ = self._opened()
-        names = [*adapters, *self._token_adapter()]
-        named = [Path(name).name if is_shipped(self.model) else shown(name, self.model) for name in names]
-        return f"{call} over {', '.join(named) or 'no adapter'}"
+        folder = Path(source).expanduser()
+        own = {name: str(Path(name).relative_to(folder)) for name in names if folder in Path(name).parents}
+        own[source] = folder.name
+        return f"{call} over {', '.join(own.get(name) or shown(name, source) for name in names) or 'no adapter'}"
 
     def _shown(self, name: str) -> Any:
         value = getattr(self, name)
@@ -320,23 +317,39 @@ class MatroyshkaReranker(LLMReranker):
             return tuple((ratio, shown(adapter, self.model)) for ratio, adapter in value)
         return value
 
-    def _opened(self) -> tuple[str, tuple[str, ...], int | None, int | None]:
-        """Model, adapters to merge, and where the heads are, that are opened."""
-        if not is_shipped(self.model):
-            return self.model, self.adapters, self.start_layer, self.layer_sep
-        roles = [*SHIPPED_DISTILLED, "layer"]
-        adapters = self.adapters or tuple(shipped(f"matroyshka-{self.model}/{role}") for role in roles)
-        return smollm2(), adapters, self.start_layer or SHIPPED_START_LAYER, self.layer_sep
+    def _source(self) -> str:
+        """Where the model is: a folder, ``.gguf`` file or hub id."""
+        return bundled.reranker(self.model, "matroyshka")
 
-    def _is_local(self) -> bool:
+    def _parts(self, *, fetch: bool = False) -> Description:
+        """The parts of this reranker, by its arguments and the model's own description.
+
+        Args:
+            fetch: download a hub model to read its description; else a hub model counts as having none.
+        """
+        source = self._source()
+        folder: Path | None = Path(source).expanduser()
+        if is_hub_id(source):
+            folder = folder_of(source, "model") if fetch else None
+        argument = f"model={self.model!r}"
+        return assembled(
+            source, folder, self.adapters, self.token_adapters, self.start_layer, self.layer_sep, self.prompt, argument
+        )
+
+    def _opened(self) -> tuple[str, tuple[str, ...], int | None, int | None]:
+        """Model, adapters to merge, and where the heads are; a hub model is looked into when it is opened."""
+        parts = self._parts()
+        return cast(str, parts.base), parts.adapters, parts.start_layer, parts.layer_sep
+
+    def _is_local(self, parts: Description) -> bool:
         """Whether the checkpoint can be looked into without downloading or converting anything."""
-        model = Path(self.model).expanduser()
-        names = (*self.adapters, *dict(self.token_adapters).values())
-        return model.is_dir() and all(not is_hub_id(name) or (model / name).is_dir() for name in names)
+        model = Path(cast(str, parts.base)).expanduser()
+        return model.is_dir() and all(not is_hub_id(name) or (model / name).is_dir() for name in parts.folders)
 
     def _shape(self, checkpoint: Checkpoint) -> Shape:
         from .engine.scoring import Shape
 
+        self._parts().check_layers(checkpoint.layers, f"model={self.model!r}")
         self._check_layerwise(checkpoint)
         with_head = checkpoint.head_layers
         cutoffs, stages = self._read_at(checkpoint.argument, with_head, checkpoint.layers)
@@ -378,55 +391,50 @@ class MatroyshkaReranker(LLMReranker):
                 )
         return cutoffs, stages
 
-    def _check_shipped(self) -> None:
-        """Raise ValueError on what the shipped model does not allow: what that is is known before it is opened."""
-        model = f"model={self.model!r}"
-        start, step = self.start_layer or SHIPPED_START_LAYER, self.layer_sep or 1
-        if start > SHIPPED_LAYERS:
-            raise ValueError(f"start_layer={start}: {model} has {SHIPPED_LAYERS} layers.")
-        if not self.adapters and (start, step) != (SHIPPED_START_LAYER, 1):
-            raise ValueError(
-                f"start_layer={start}, layer_sep={step}: {model} was trained with {SHIPPED_START_LAYER} and 1; "
-                "allowed: these, or adapters of your own, or MatroyshkaReranker.untrained."
-            )
-        self._read_at(model, range(start, SHIPPED_LAYERS + 1, step), SHIPPED_LAYERS)
-
     def _encode(self, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Ids]:
-        return MatroyshkaInputs(self.prompt, self.query_max_length, self.max_length)(tokenizer, pairs)
+        return MatroyshkaInputs(self._question(), self.query_max_length, self.max_length)(tokenizer, pairs)
+
+    def _question(self) -> str:
+        """The question that ends every input: the argument's, else the model's own, else the usual one."""
+        prompt = self._parts().prompt
+        if prompt is None and is_hub_id(self._source()):
+            prompt = cast("MatroyshkaCheckpoint", self._weights().checkpoint).prompt
+        return PROMPT if prompt is None else prompt
 
     def _recipe(self) -> MatroyshkaTraining:
         """As ``training`` says, with this re-ranker's heads and prompt."""
         from .training.recipes import DistillTraining
 
-        recipe = self.training or DistillTraining()
-        _, _, start_layer, layer_sep = self._opened()
-        start = recipe.start_layer if start_layer is None else start_layer
-        step = recipe.layer_sep if layer_sep is None else layer_sep
-        return replace(recipe, start_layer=start, layer_sep=step, prompt=self.prompt)
+        recipe, parts = self.training or DistillTraining(), self._parts(fetch=True)
+        start = recipe.start_layer if parts.start_layer is None else parts.start_layer
+        step = recipe.layer_sep if parts.layer_sep is None else parts.layer_sep
+        return replace(
+            recipe, start_layer=start, layer_sep=step, prompt=PROMPT if parts.prompt is None else parts.prompt
+        )
 
     def _train(self, training: Frames, validation: Frames | None) -> Path:
         from .training.fitting import fit
 
-        model, adapters, _, _ = self._opened()
+        parts = self._parts(fetch=True)
         return fit(
-            self._recipe(), model, (*adapters, *self._token_adapter()), training, validation,
+            self._recipe(), cast(str, parts.base), (*parts.adapters, *self._token_adapter(parts)), training, validation,
             device=self.device, dtype=self.dtype, verbose=self.verbose,
         )  # fmt: skip
 
     def _take_up(self, adapter: str) -> None:
         from .checkpoints.checkpoint import is_layer_wise
 
-        recipe, overlay = self._recipe(), self._token_adapter()
-        self.model, adapters, _, _ = self._opened()
+        recipe, parts = self._recipe(), self._parts(fetch=True)
+        self.model, self.prompt = cast(str, parts.base), parts.prompt
         if not is_layer_wise(self.model):
             self.start_layer, self.layer_sep = recipe.start_layer, recipe.layer_sep
-        self.adapters, self.token_adapters = (*adapters, *overlay, adapter), ()
+        self.adapters, self.token_adapters = (*parts.adapters, *self._token_adapter(parts), adapter), ()
 
     def save(self, folder: str | Path, *, merged: bool = False) -> list[Path]:
-        """Write what was trained, in the form that the original programs, PEFT and the constructor open.
+        """Write the trained model, in the form that the original programs, PEFT and the constructor open.
 
-        Adapters do not say with which ``start_layer``, ``layer_sep`` and ``prompt`` they were trained: give those
-        to the constructor again.
+        A file ``reranker.json`` at the top describes it, with ``start_layer``, ``layer_sep`` and ``prompt``, so that
+        ``MatroyshkaReranker(folder)`` opens it.
 
         Args:
             folder: where to; new or empty.
@@ -434,27 +442,25 @@ class MatroyshkaReranker(LLMReranker):
                 PEFT adapters. Weights are in ``dtype``, not quantised, heads are fp32.
 
         Returns:
-            What to give as ``adapters`` when opening them, which is the folder where there is one adapter, else a
-            numbered folder in it for each; nothing where merged, which is opened as ``model``.
+            The folders of the adapters that this shape uses, in order: they open as ``adapters`` too. A single adapter
+            is in the folder itself, several in numbered folders below it, token compensations in ``token-<ratio>``.
+            Empty if ``merged``.
 
         Raises:
-            FileExistsError: there is something in the folder.
+            FileExistsError: the folder is not empty.
             ValueError: there is no adapter to write.
         """
-        from .checkpoints.saving import copy_adapter, write_merged, written_whole
+        from .checkpoints.saving import write_adapters, write_merged, written_whole
+        from .engine.weights import build_decoder
 
-        model, adapters, _, _ = self._opened()
-        adapters = (*adapters, *self._token_adapter())
-        if not merged and not adapters:
-            raise ValueError("adapters=(): there is none to write; allowed: merged=True.")
-        target = Path(folder).expanduser()
+        target, parts = Path(folder).expanduser(), self._parts(fetch=True)
+        parts = replace(parts, prompt=PROMPT if parts.prompt is None else parts.prompt)
         if not merged:
-            targets = [target / str(n) for n in range(1, len(adapters) + 1)] if len(adapters) > 1 else [target]
+            if not parts.folders:
+                raise ValueError("adapters=(): there is no adapter to write; allowed: merged=True.")
             with written_whole(target):
-                for name, place in zip(adapters, targets, strict=True):
-                    place.mkdir(exist_ok=True)
-                    copy_adapter(adapter_folder(name, model), place)
-            return targets
+                saved = write_adapters(parts, target)
+            return [target / name for name in (*saved.adapters, *self._token_adapter(saved))]
         weights = self._weights()
         checkpoint = cast("MatroyshkaCheckpoint", weights.checkpoint)
         heads = checkpoint.heads(checkpoint.tokenizer())
@@ -465,7 +471,8 @@ class MatroyshkaReranker(LLMReranker):
         }  # fmt: skip
         named = {f"{checkpoint.head_module(k)}.weight": head[None] for k, head in enumerate(heads)}
         with written_whole(target):
-            write_merged(checkpoint, named, settings, weights.dtype, target)
+            description = replace(checkpoint.description(), prompt=parts.prompt)
+            write_merged(checkpoint, build_decoder(checkpoint), named, settings, weights.dtype, target, description)
         return []
 
     def _columns(self, scores: Scores) -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
-from .checkpoints.files import located, shown
+from .checkpoints.locate import located, shown
 from .engine.usage import Usage
 from .errors import ScoringError, short
 from .values import as_list, column, devices, one_of, path_like, positive, problem_of, problem_of_id
@@ -441,7 +441,7 @@ class LLMReranker(pt.Estimator):
 
     def _replicas(self) -> tuple[Weights, ...]:
         """The same for each device, shared with every living reranker that names the same."""
-        from .checkpoints.files import identity
+        from .checkpoints.locate import identity
         from .engine.weights import Weights, resolve_devices, resolve_dtype, shared_weights
 
         places = resolve_devices(self.device)
