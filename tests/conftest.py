@@ -112,7 +112,7 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
     cpus = lambda names: (torch.device("cpu"),) * (len(names) if isinstance(names, tuple) else 1)  # noqa: E731
     monkeypatch.setattr(weights, "resolve_devices", cpus)
-    monkeypatch.setattr(weights, "share", lambda key, create: create())
+    monkeypatch.setattr(weights, "shared_weights", lambda key, create: create())
 
 
 @contextmanager

@@ -27,8 +27,8 @@ def test_a_union_of_depths_is_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = union.compile()
     assert isinstance(compiled, MatroyshkaFeatures)
     passes = []
-    real = scoring.walk
-    monkeypatch.setattr(scoring, "walk", lambda *args, **options: passes.append(1) or real(*args, **options))
+    real = scoring.run_layers
+    monkeypatch.setattr(scoring, "run_layers", lambda *args, **options: passes.append(1) or real(*args, **options))
     got = compiled.transform(rows)
     assert len(passes) == 1
     np.testing.assert_allclose(np.stack(got["features"]), np.stack(wanted["features"]), atol=1e-4)
@@ -93,8 +93,8 @@ def test_an_experiment_over_depths_makes_one_pass(monkeypatch: pytest.MonkeyPatc
     several = full().at(cutoff=[2, 4, 8])
     alone = [first >> full().at(cutoff=layer) for layer in (2, 4, 8)]
     wanted = pt.Experiment(alone, topics, qrels, [nDCG @ 10])
-    passes, real = [], scoring.walk
-    monkeypatch.setattr(scoring, "walk", lambda *args, **options: passes.append(1) or real(*args, **options))
+    passes, real = [], scoring.run_layers
+    monkeypatch.setattr(scoring, "run_layers", lambda *args, **options: passes.append(1) or real(*args, **options))
     pipelines = [first, *(first >> depth for depth in several.depths().values())]
     got = pt.Experiment(pipelines, topics, qrels, [nDCG @ 10], plan="tree")
     assert len(passes) == 1
@@ -110,7 +110,7 @@ def test_depths_are_values_and_not_of_a_cascade() -> None:
     assert eval(repr(AtDepth(4, (4, 8), normalize=True))) == AtDepth(4, (4, 8), normalize=True)
     assert full().depths() == {8: full()}
     assert full().at(cutoff=4).depths() == {4: full().at(cutoff=4)}
-    with pytest.raises(ValueError, match=r"prune=\{3: 2\}: not every candidate comes to every depth"):
+    with pytest.raises(ValueError, match=r"prune=\{3: 2\}: not every candidate reaches every depth"):
         full().at(cutoff=[4, 8], prune={3: 2}).depths()
     with pytest.raises(pt.validate.InputValidationError, match="score_4"):
         AtDepth(4, (4, 8)).transform(frame(1, 1))
@@ -178,7 +178,7 @@ def test_scores_that_evaluators_cannot_tell_apart_are_warned_of_once(
     scores = fresh.transform(rows)["score"].astype(np.float32).groupby(rows["qid"])
     tied = sum(len(of_query) - of_query.nunique() for _, of_query in scores)
     (said,) = caplog.messages
-    assert f"normalize=True makes {tied} scores the same as another one of their query in single" in said
+    assert f"normalize=True makes {tied} scores equal to another score of their query in single" in said
     caplog.clear()
     loud.depths()[4].transform(rows)
     (said,) = caplog.messages

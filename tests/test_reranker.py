@@ -85,7 +85,7 @@ def test_any_frame_of_texts_is_ranked(drawn: list[tuple[int, int, str, int]]) ->
 
 @EITHER
 def test_an_empty_frame_costs_nothing(reranker: LLMReranker) -> None:
-    fresh = type(reranker)(**{**reranker._arguments(), "model": "someone/not-downloaded"})
+    fresh = type(reranker)(**{**reranker.arguments(), "model": "someone/not-downloaded"})
     for columns in (["qid", "query", "docno", "text"], ["qid", "docno", "text", "query", "score", "rank", "extra"]):
         got = fresh.transform(pd.DataFrame(columns=columns))
         assert len(got) == 0
@@ -96,13 +96,13 @@ def test_an_empty_frame_costs_nothing(reranker: LLMReranker) -> None:
 def test_duplicate_rows_are_each_scored_and_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = pd.concat([frame(1, 2)] * 3)
     seen = []
-    real = scoring.walk
+    real = scoring.run_layers
 
     def counting(model: object, row: Row, *args: object, **options: object) -> object:
         seen.append(len(row.packing))
         return real(model, row, *args, **options)
 
-    monkeypatch.setattr(scoring, "walk", counting)
+    monkeypatch.setattr(scoring, "run_layers", counting)
     got = MATROYSHKA.transform(rows)
     assert sum(seen) == 2
     assert got["score"].nunique() == 2
@@ -191,7 +191,7 @@ def test_an_identity_that_is_no_value_is_named(column: str, value: object, probl
 def test_what_was_scored_before_a_failure_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     reranker = MatroyshkaReranker(FULL, dtype="float32", batch_size=1)
     rows = frame()
-    real = scoring.walk
+    real = scoring.run_layers
     calls = []
 
     def fails_at_the_third(*args: object, **options: object) -> object:
@@ -199,7 +199,7 @@ def test_what_was_scored_before_a_failure_is_not_lost(monkeypatch: pytest.Monkey
         states, row = real(*args, **options)
         return states * (np.inf if len(calls) == 3 else 1), row
 
-    monkeypatch.setattr(scoring, "walk", fails_at_the_third)
+    monkeypatch.setattr(scoring, "run_layers", fails_at_the_third)
     with pytest.raises(ScoringError, match=r"score of qid 'q\d', docno 'd\d' is not finite") as info:
         reranker.transform(rows)
     kept = info.value.scores
@@ -217,10 +217,10 @@ def test_what_was_scored_before_a_failure_is_not_lost(monkeypatch: pytest.Monkey
 def test_ctrl_c_leaves_the_ranked_rows_on_the_exception(monkeypatch: pytest.MonkeyPatch, reranker: LLMReranker) -> None:
     """Of a cascade the queries of which each row has a score."""
     is_cascade = reranker == RERANKERS["cascade"]
-    reranker = type(reranker)(**{**reranker._arguments(), "batch_size": 1})
+    reranker = type(reranker)(**{**reranker.arguments(), "batch_size": 1})
     monkeypatch.setattr(scoring, "CHUNK", 3)
     monkeypatch.setattr(scoring, "CASCADE_CHUNK", 3)
-    rows, calls, real = frame(2, 3).assign(extra=range(6)), [], scoring._brought_back
+    rows, calls, real = frame(2, 3).assign(extra=range(6)), [], scoring.to_host
 
     def interrupted_in_the_second_query(computed: torch.Tensor) -> object:
         calls.append(1)
@@ -228,7 +228,7 @@ def test_ctrl_c_leaves_the_ranked_rows_on_the_exception(monkeypatch: pytest.Monk
             signal.raise_signal(signal.SIGINT)
         return real(computed)
 
-    monkeypatch.setattr(scoring, "_brought_back", interrupted_in_the_second_query)
+    monkeypatch.setattr(scoring, "to_host", interrupted_in_the_second_query)
     with pytest.raises(KeyboardInterrupt) as info:
         reranker.transform(rows)
     monkeypatch.undo()
@@ -296,7 +296,7 @@ def test_repr_is_the_call_and_equal_arguments_make_equal_rerankers(reranker: LLM
     assert again == reranker
     assert hash(again) == hash(reranker)
     assert again is not reranker
-    other = type(reranker)(**{**reranker._arguments(), "text_field": "body"})
+    other = type(reranker)(**{**reranker.arguments(), "text_field": "body"})
     assert other != reranker
     assert reranker != "something else"
 
@@ -424,7 +424,7 @@ def test_set_parameter_checks_as_the_constructor_does() -> None:
         reranker.set_parameter("cutoff", 1)
     with pytest.raises(FileNotFoundError):
         reranker.set_parameter("model", "./nowhere")
-    assert reranker._arguments() == MatroyshkaReranker(FULL, cutoff=[2, 4])._arguments()  # as it was
+    assert reranker.arguments() == MatroyshkaReranker(FULL, cutoff=[2, 4]).arguments()  # as it was
     with pytest.raises(ValueError, match="no argument 'depth'; allowed: model, adapters"):
         reranker.set_parameter("depth", 1)
 
@@ -455,8 +455,8 @@ def test_what_is_changed_keeps_its_hash_and_equals_itself_alone(how: str) -> Non
     first.set_parameter("cutoff", 8)
     assert first != second  # nor does it become another key once it is set back
     made_anew = pickle.loads(pickle.dumps(first))
-    assert made_anew == type(first)(**first._arguments())
-    assert hash(made_anew) == hash(type(first)(**first._arguments()))
+    assert made_anew == type(first)(**first.arguments())
+    assert hash(made_anew) == hash(type(first)(**first.arguments()))
 
 
 def test_the_keys_of_a_grid_stay_apart() -> None:
@@ -493,8 +493,8 @@ def test_equal_rerankers_share_their_work_in_an_experiment(monkeypatch: pytest.M
     qrels = rows.assign(label=lambda r: (r["rank"] == 3).astype(int))[["qid", "docno", "label"]]
     one, two, changed = (MatroyshkaReranker(FULL, dtype="float32", cutoff=8) for _ in range(3))
     changed.set_parameter("cutoff", 4)
-    passes, real = [], scoring.walk
-    monkeypatch.setattr(scoring, "walk", lambda *args, **options: passes.append(1) or real(*args, **options))
+    passes, real = [], scoring.run_layers
+    monkeypatch.setattr(scoring, "run_layers", lambda *args, **options: passes.append(1) or real(*args, **options))
     systems = [first >> one % 2, first >> two % 4, first >> changed]
     got = pt.Experiment(systems, TOPICS, qrels, ["ndcg_cut_10"], plan="tree")["ndcg_cut_10"]
     assert len(passes) == 2
@@ -542,7 +542,7 @@ def test_a_frame_over_several_devices_is_the_same(
             for q, d, n in drawn
         ]
     )
-    arguments = RERANKERS[name]._arguments()
+    arguments = RERANKERS[name].arguments()
     one, two, three = (
         type(RERANKERS[name])(**{**arguments, "device": DEVICES[:count], "batch_size": batch_size}).transform(rows)
         for count in (1, 2, 3)
@@ -567,7 +567,9 @@ def test_devices_are_a_value() -> None:
 @pytest.mark.parametrize("value", [[], (), ["cpu", "cpu"], ["cuda:0", "cuda:1", torch.device("cuda:0")]])
 def test_devices_that_cannot_be(value: object) -> None:
     for cls in (RankLLaMAReranker, MatroyshkaReranker):
-        with pytest.raises(ValueError, match=r"device=.*; allowed: a device, or a list of at least one, each once"):
+        with pytest.raises(
+            ValueError, match=r"device=.*; allowed: a device, or a list of one or more different devices"
+        ):
             cls(device=value)
 
 
@@ -693,7 +695,7 @@ def test_inspection(reranker: LLMReranker) -> None:
     outputs = pt.inspect.transformer_outputs(reranker, ["qid", "query", "docno", "text", "more"])
     assert set(outputs) == {"qid", "query", "docno", "text", "more", "score", "rank", *reranker._columns(Scores.none())}
     attributes = {attribute.name: attribute.value for attribute in pt.inspect.transformer_attributes(reranker)}
-    assert attributes == reranker._arguments()
+    assert attributes == reranker.arguments()
     changed = pt.inspect.transformer_apply_attributes(reranker, batch_size=3)
     assert changed.batch_size == 3
     assert pt.schematic.transformer_schematic(reranker)["help_url"].startswith("https://")

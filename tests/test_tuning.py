@@ -83,7 +83,7 @@ def test_defaults() -> None:
     few = tune(FULL.at(cutoff=5, compress_layers=[3], compress_ratio=2, prune={3: 2}), RES, QRELS, timed=0).shapes
     assert sorted(set(few["cutoff"])) == [2, 3, 4, 5]
     assert set(few["compress_layers"]) == {(), (3,)}
-    assert tuning._spread(range(4, 31), 30) == [7, 10, 14, 17, 20, 24, 27, 30]
+    assert tuning.evenly_spaced(range(4, 31), 30) == [7, 10, 14, 17, 20, 24, 27, 30]
 
 
 def test_a_pooling_that_has_no_effect_is_no_shape() -> None:

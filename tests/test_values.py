@@ -10,28 +10,28 @@ from pyterrier_llmrerank.values import column, devices, integer, path_like, posi
 
 @pytest.mark.parametrize("value", [None, "cpu", "cuda", "cuda:1", "mps", ("cuda:0", "cpu")])
 def test_devices_by_torchs_names(value: object) -> None:
-    assert devices(value) == value
+    assert devices("device", value) == value
 
 
 def test_a_list_of_one_device_is_that_one() -> None:
-    assert devices(["cuda:3"]) == "cuda:3"
-    assert devices(["cpu", "cuda"]) == ("cpu", "cuda")
+    assert devices("device", ["cuda:3"]) == "cuda:3"
+    assert devices("device", ["cpu", "cuda"]) == ("cpu", "cuda")
 
 
 @pytest.mark.parametrize(
     ("value", "problem"),
     [
-        ("gpu", "device='gpu': 'gpu' is none; allowed: 'cpu'"),
-        ("cuda:x", "'cuda:x' is none"),
-        ("meta", "'meta' is none"),
-        (["cpu", "CUDA"], "'CUDA' is none"),
-        ([], "a list of at least one, each once"),
-        (["cpu", "cpu"], "a list of at least one, each once"),
+        ("gpu", "device='gpu': 'gpu' is not a device; allowed: 'cpu'"),
+        ("cuda:x", "'cuda:x' is not a device"),
+        ("meta", "'meta' is not a device"),
+        (["cpu", "CUDA"], "'CUDA' is not a device"),
+        ([], "a list of one or more different devices"),
+        (["cpu", "cpu"], "a list of one or more different devices"),
     ],
 )
 def test_other_devices(value: object, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
-        devices(value)
+        devices("device", value)
 
 
 @given(st.integers(1, 2**40))

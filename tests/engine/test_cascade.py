@@ -121,7 +121,7 @@ def test_a_query_is_one_query_whatever_the_batches(monkeypatch: pytest.MonkeyPat
 
 def test_where_memory_ends_whole_queries_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, cascade = frame(3, 6), FULL.at(prune={3: 4, 6: 2})
-    wanted, real, walks = cascade.transform(rows), scoring.walk, []
+    wanted, real, walks = cascade.transform(rows), scoring.run_layers, []
 
     def fails_in_the_second_query(*args: object, **options: object) -> object:
         walks.append(args)
@@ -130,7 +130,7 @@ def test_where_memory_ends_whole_queries_are_kept(monkeypatch: pytest.MonkeyPatc
         return real(*args, **options)
 
     monkeypatch.setattr(scoring, "CASCADE_CHUNK", 1)
-    monkeypatch.setattr(scoring, "walk", fails_in_the_second_query)
+    monkeypatch.setattr(scoring, "run_layers", fails_in_the_second_query)
     with pytest.raises(ScoringError, match="out of memory") as info:
         cascade.transform(rows)
     pd.testing.assert_frame_equal(info.value.scores, wanted[wanted["qid"] == "q0"], atol=1e-4)
@@ -180,12 +180,12 @@ def test_pairs_without_a_frame_compete_by_query() -> None:
     [
         ({"prune": {8: 50}, "cutoff": 8}, r"prune=\{8: 50\}: layer 8 is not shallower than the cutoff, 8"),
         ({"prune": {8: 50}}, r"prune=.*: layer 8 is not shallower than the cutoff, 8"),
-        ({"prune": {3: 20, 6: 50}}, "50 are to go on after layer 6, but 20 are left there"),
-        ({"prune": {0: 20}}, r"prune=\{0: 20\}; allowed: layers and how many .* integers of at least 1"),
+        ({"prune": {3: 20, 6: 50}}, "50 cannot survive layer 6: only 20 are left there"),
+        ({"prune": {0: 20}}, r"prune=\{0: 20\}; allowed: layers and the number of .* integers of at least 1"),
         ({"prune": {3: 0}}, r"prune=\{3: 0\}; allowed"),
         ({"prune": {3: 2.5}}, r"prune=2.5; allowed"),
         ({"prune": 3}, "prune=3; allowed"),
-        ({"prune": [(3, 2), (3, 1)]}, "a layer stands there twice"),
+        ({"prune": [(3, 2), (3, 1)]}, "has a layer twice"),
         ({"prune": {1: 20}}, r"prune=\{1: 20\}: model='.*' has heads at layers 2 to 8"),
     ],
 )

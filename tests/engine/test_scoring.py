@@ -43,7 +43,7 @@ def test_a_score_depends_on_its_pair_alone(name: str, drawn: list, batch_size: i
     alone = np.stack([np.asarray(reranker.compute_score(p)) for p in pairs], axis=-1)
     permutation = list(range(len(pairs)))
     order.shuffle(permutation)
-    batched = type(reranker)(**{**reranker._arguments(), "batch_size": batch_size})
+    batched = type(reranker)(**{**reranker.arguments(), "batch_size": batch_size})
     together = batched.compute_score([pairs[i] for i in permutation])
     np.testing.assert_allclose(together, alone[..., permutation], atol=1e-4, rtol=0)
 
@@ -262,7 +262,7 @@ def test_a_result_that_fails_to_come_back_is_asked_for_again(
 ) -> None:
     reranker = MatroyshkaReranker(FULL, dtype="float32", batch_size=2)
     pairs = [pair(i % 2, 9 * i, i) for i in range(8)]
-    wanted, real, calls = reranker.compute_score(pairs), scoring._brought_back, []
+    wanted, real, calls = reranker.compute_score(pairs), scoring.to_host, []
 
     def brought_back(computed: torch.Tensor) -> Callable[[], np.ndarray]:
         def result() -> np.ndarray:
@@ -273,7 +273,7 @@ def test_a_result_that_fails_to_come_back_is_asked_for_again(
 
         return result
 
-    monkeypatch.setattr(scoring, "_brought_back", brought_back)
+    monkeypatch.setattr(scoring, "to_host", brought_back)
     np.testing.assert_allclose(reranker.compute_score(pairs), wanted, atol=1e-4)
 
 
@@ -306,7 +306,7 @@ SEVERAL = settings(max_examples=10, deadline=None, suppress_health_check=[Health
 @given(PAIRS, st.none() | st.integers(1, 5))
 def test_several_devices_score_as_one(name: str, drawn: list, batch_size: int | None) -> None:
     pairs = [pair(*numbers) for numbers in drawn]
-    arguments = {**RERANKERS[name]._arguments(), "batch_size": batch_size}
+    arguments = {**RERANKERS[name].arguments(), "batch_size": batch_size}
     wanted = RERANKERS[name].compute_score(pairs)
     for device in (TWO, THREE):
         got = type(RERANKERS[name])(**{**arguments, "device": device}).compute_score(pairs)

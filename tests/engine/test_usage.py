@@ -208,14 +208,14 @@ def test_it_is_no_part_of_the_value() -> None:
 def test_what_was_done_before_scoring_stopped_counts(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    reranker, real, calls = matroyshka(batch_size=1), scoring.walk, []
+    reranker, real, calls = matroyshka(batch_size=1), scoring.run_layers, []
 
     def overflows(*args: object, **options: object) -> tuple[torch.Tensor, Row]:
         calls.append(1)
         states, row = real(*args, **options)
         return states * (np.inf if len(calls) == 3 else 1), row
 
-    monkeypatch.setattr(scoring, "walk", overflows)
+    monkeypatch.setattr(scoring, "run_layers", overflows)
     with caplog.at_level(logging.INFO, "pyterrier_llmrerank"), pytest.raises(ScoringError) as info:
         reranker.transform(frame(2, 4))
     assert reranker.usage.pairs == len(info.value.scores) > 0
