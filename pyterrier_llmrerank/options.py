@@ -17,6 +17,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import re
 import textwrap
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar, cast, dataclass_transform, overload
@@ -68,7 +69,7 @@ class Converted(Generic[Given, Kept]):
     @property
     def summary(self) -> str:
         """The first sentence of the help, as plain text that starts with a capital."""
-        sentence = self.help.replace("``", "").partition(". ")[0].rstrip(".")
+        sentence = re.sub(r"(:\w+:)?`+", "", self.help).partition(". ")[0].rstrip(".")
         return f"{sentence[0].upper()}{sentence[1:]}."
 
 

@@ -63,26 +63,24 @@ def test_lengths_are_honoured() -> None:
     usual = reranker().transform(rows)["score"]
     assert (reranker(query_max_length=3).transform(rows)["score"] != usual).sum() >= 5
     assert (reranker(passage_max_length=9).transform(rows)["score"] != usual).sum() >= 5
-    ids = reranker(query_max_length=3, passage_max_length=9)._encode(*_tokenizer_and_pair())[0]
+    (ids,) = reranker(query_max_length=3, passage_max_length=9).scorer().ids([(words(1, 9), words(2, 40))])
     assert (len(ids.prefix), len(ids.body)) == (1, 10)  # both together are held to 3 + 9 - 2
 
 
-def _tokenizer_and_pair() -> tuple:
-    return AutoTokenizer.from_pretrained(BASE), [(words(1, 9), words(2, 40))]
-
-
 def test_title_and_url_are_used_where_there_are_any() -> None:
-    plain = frame()
-    both = plain.assign(title="Title", url="u.org")
-    model = reranker(url_field="url")
-    body = "document: u.org Title " + plain["text"]
-    assert model._bodies(both) == body.tolist()
-    assert (
-        model._bodies(both.assign(url=[None, float("nan"), pd.NA, "u", "u", "u"]))[0]
-        == "document: Title " + plain["text"][0]
-    )
-    assert model._bodies(plain) == ("document: " + plain["text"]).tolist()
-    assert reranker(title_field=None)._bodies(both) == ("document: " + plain["text"]).tolist()
+    """Scores are those of passages that hold title and URL already."""
+    plain, untitled = frame(), reranker(title_field=None)
+    both = plain.assign(title="Title", url=["u.org"] * 3 + [None, float("nan"), pd.NA])
+
+    def scores_of(prefixes: list[str]) -> np.ndarray:
+        return untitled.transform(plain.assign(text=pd.Series(prefixes) + plain["text"]))["score"].to_numpy()
+
+    with_url = reranker(url_field="url")
+    wanted = scores_of(["u.org Title "] * 3 + ["Title "] * 3)
+    np.testing.assert_allclose(with_url.transform(both)["score"], wanted, atol=1e-4)
+    np.testing.assert_allclose(reranker().transform(both)["score"], scores_of(["Title "] * 6), atol=1e-4)
+    for other in (with_url.transform(plain), untitled.transform(both)):
+        np.testing.assert_allclose(other["score"], scores_of([""] * 6), atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +128,7 @@ def peft_scores(
 ) -> list[float]:
     """What PEFT gives for what ours reads."""
     opened = PeftModel.from_pretrained(base, folder).eval()
-    ids = ours._encode(ours.tokenizer, [(query, ours._body(passage)) for query, passage in pairs])
+    ids = ours.scorer().ids([(query, f"document: {passage}") for query, passage in pairs])
     with torch.inference_mode():
         return [opened(input_ids=torch.tensor([pair.flat()])).logits.item() for pair in ids]
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import json
 import pickle
 import shutil
@@ -25,7 +26,8 @@ from pyterrier.measures import nDCG
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker, ScoringError
 from pyterrier_llmrerank.engine import scoring
 from pyterrier_llmrerank.engine.packing import Row
-from pyterrier_llmrerank.reranker import Scores
+from pyterrier_llmrerank.options import options_of
+from pyterrier_llmrerank.training import fitting
 
 FULL = str(MODELS / "costwise_full")
 RERANKERS = {
@@ -34,6 +36,8 @@ RERANKERS = {
     "several cutoffs": MatroyshkaReranker(FULL, dtype="float32", cutoff=[4, 8]),
     "cascade": MatroyshkaReranker(FULL, dtype="float32", prune={3: 4, 5: 2}),
 }
+#: Columns that a reranker adds to a frame besides score and rank.
+ADDED = {"several cutoffs": {"score_4", "score_8"}, "cascade": {"score_3", "score_5", "exit_layer"}}
 EITHER = pytest.mark.parametrize("reranker", RERANKERS.values(), ids=RERANKERS)
 MATROYSHKA = RERANKERS["matroyshka"]
 
@@ -83,13 +87,14 @@ def test_any_frame_of_texts_is_ranked(drawn: list[tuple[int, int, str, int]]) ->
         assert sorted(query["rank"]) == list(range(len(query)))
 
 
-@EITHER
-def test_an_empty_frame_costs_nothing(reranker: LLMReranker) -> None:
+@pytest.mark.parametrize("name", RERANKERS)
+def test_an_empty_frame_costs_nothing(name: str) -> None:
+    reranker = RERANKERS[name]
     fresh = type(reranker)(**{**reranker.arguments(), "model": "someone/not-downloaded"})
     for columns in (["qid", "query", "docno", "text"], ["qid", "docno", "text", "query", "score", "rank", "extra"]):
         got = fresh.transform(pd.DataFrame(columns=columns))
         assert len(got) == 0
-        assert set(got.columns) == {*columns, "score", "rank", *fresh._columns(Scores.none())}
+        assert set(got.columns) == {*columns, "score", "rank", *ADDED.get(name, ())}
         assert got["score"].dtype == np.float64
 
 
@@ -245,7 +250,7 @@ def test_ctrl_c_before_anything_is_scored(monkeypatch: pytest.MonkeyPatch) -> No
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(MatroyshkaReranker, "_replicas", interrupted)
+    monkeypatch.setattr(MatroyshkaReranker, "scorer", interrupted)
     with pytest.raises(KeyboardInterrupt) as info:
         MATROYSHKA.transform(frame())
     assert info.value.scores.empty
@@ -353,24 +358,16 @@ def test_a_path_means_what_it_does_where_the_reranker_is_made(
     assert eval(repr(reranker).partition(" over ")[0], {kind.__name__: kind}) == reranker
 
 
-def test_another_process_opens_what_a_relative_path_meant_here(elsewhere: Path) -> None:
-    reranker = RankLLaMAReranker("rankllama_adapter", dtype="float32")
-    (elsewhere / "pickled").write_bytes(pickle.dumps(reranker))
-    code = "import pickle; print(pickle.load(open('pickled', 'rb')).compute_score(('a', 'b')))"
-    run = subprocess.run([sys.executable, "-c", code], cwd=elsewhere, capture_output=True, text=True, check=True)
-    assert float(run.stdout.splitlines()[-1]) == pytest.approx(reranker.compute_score(("a", "b")), abs=1e-5)
-
-
 def test_relative_and_absolute_names_share_weights_that_are_opened_anywhere(
     elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = Path.cwd()
     relative = MatroyshkaReranker("mistral_base", start_layer=2, dtype="float32", device="cpu")
-    assert relative._weights().loaded_layers == 0
+    weights = relative.scorer().weights
     monkeypatch.chdir(elsewhere)
     absolute = MatroyshkaReranker(here / "mistral_base", start_layer=2, dtype="float32", device="cpu")
     assert absolute == relative
-    assert absolute._weights() is relative._weights()
+    assert absolute.scorer().weights == relative.scorer().weights == weights
     assert absolute.compute_score(("a", "b")) == relative.compute_score(("a", "b"))
 
 
@@ -396,7 +393,7 @@ def test_another_adapter_brings_the_base_that_it_names(elsewhere: Path) -> None:
     with pytest.raises(ConnectionError, match="someone/other"):
         reranker.compute_score(("a", "b"))
     reranker.set_parameter("model", "rankllama_adapter")
-    assert reranker._weights().checkpoint.folder == Path("rankllama_base").absolute()
+    assert reranker.scorer().checkpoint.folder == Path("rankllama_base").absolute()
 
 
 def test_what_is_trained_into_a_relative_folder_is_found_anywhere(
@@ -434,12 +431,14 @@ def change(how: str, reranker: MatroyshkaReranker) -> None:
         reranker.set_parameter("cutoff", 4)
     elif how == "attribute":
         reranker.cutoff = 4
-    else:  # as fit does with what it learnt
-        reranker._take_up(str(MODELS / "adapter_sd"))
+    else:
+        rows = frame(1, 3)
+        reranker.fit(rows, rows.assign(label=[1, 0, 0])[["qid", "docno", "label"]])
 
 
 @pytest.mark.parametrize("how", ["set_parameter", "attribute", "fit"])
-def test_what_is_changed_keeps_its_hash_and_equals_itself_alone(how: str) -> None:
+def test_what_is_changed_keeps_its_hash_and_equals_itself_alone(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "fit", lambda *_, **__: MODELS / "adapter_sd")  # trains nothing
     first, second = MatroyshkaReranker(FULL, cutoff=8), MatroyshkaReranker(FULL, cutoff=8)
     other = MatroyshkaReranker(FULL, cutoff=4)
     known, before = {first: "first", other: "other"}, hash(first)
@@ -595,6 +594,51 @@ def test_devices_take_turns_at_the_progress_bar(monkeypatch: pytest.MonkeyPatch)
     assert done == [48]
 
 
+# -- options
+
+
+@pytest.mark.parametrize("kind", [LLMReranker, RankLLaMAReranker, MatroyshkaReranker])
+def test_an_option_is_in_the_signature_the_docs_and_the_table(kind: type[LLMReranker]) -> None:
+    signature = inspect.signature(kind)
+    assert list(signature.parameters) == list(inspect.signature(kind.__init__).parameters)[1:]
+    arguments = kind.__doc__.partition("\nArgs:\n")[2].partition("\nRaises:\n")[0]
+    for option, parameter in zip(options_of(kind), signature.parameters.values(), strict=True):
+        assert (option.name, option.accepts) == (parameter.name, parameter.annotation)
+        assert parameter.default == (parameter.empty if option.default is ... else option.default)
+        assert " ".join(f"{option.name}: {option.help}".split()) in " ".join(arguments.split())
+        assert option.summary.endswith(".")
+        assert "`" not in option.summary
+
+
+def test_the_signature_has_own_options_first_and_one_that_is_positional() -> None:
+    names = list(inspect.signature(RankLLaMAReranker).parameters)
+    assert names[:3] == ["model", "base_model", "query_max_length"]
+    assert names[-3:] == ["torch_compile", "attn_implementation", "verbose"]
+    with pytest.raises(TypeError, match="positional argument"):
+        RankLLaMAReranker("someone/model", "someone/base")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'cutoff'"):
+        RankLLaMAReranker(cutoff=3)
+
+
+def test_an_attribute_is_checked_and_kept_in_one_form() -> None:
+    reranker = MatroyshkaReranker(FULL)
+    reranker.cutoff = [4, 2]
+    assert reranker.cutoff == (2, 4)
+    with pytest.raises(ValueError, match="max_length=0; allowed: an integer of at least 1"):
+        reranker.max_length = 0
+    assert reranker.max_length == 512
+
+
+def test_a_subclass_has_the_signature_of_its_own_constructor() -> None:
+    class Small(RankLLaMAReranker):
+        def __init__(self, length: int = 9) -> None:
+            super().__init__(passage_max_length=length)
+            self.length = length
+
+    assert list(inspect.signature(Small).parameters) == ["length"]
+    assert Small(4) == Small(4) != Small()
+
+
 # -- pipelines
 
 
@@ -689,11 +733,12 @@ class TestRankLLaMA(pt.testing.transformer_test_class(RankLLaMAReranker)):
     """PyTerrier's own tests of inspection and schematics."""
 
 
-@EITHER
-def test_inspection(reranker: LLMReranker) -> None:
+@pytest.mark.parametrize("name", RERANKERS)
+def test_inspection(name: str) -> None:
+    reranker = RERANKERS[name]
     assert pt.inspect.transformer_inputs(reranker) == [["qid", "docno", "query", "text"]]
     outputs = pt.inspect.transformer_outputs(reranker, ["qid", "query", "docno", "text", "more"])
-    assert set(outputs) == {"qid", "query", "docno", "text", "more", "score", "rank", *reranker._columns(Scores.none())}
+    assert set(outputs) == {"qid", "query", "docno", "text", "more", "score", "rank", *ADDED.get(name, ())}
     attributes = {attribute.name: attribute.value for attribute in pt.inspect.transformer_attributes(reranker)}
     assert attributes == reranker.arguments()
     changed = pt.inspect.transformer_apply_attributes(reranker, batch_size=3)

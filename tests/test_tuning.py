@@ -38,9 +38,10 @@ def test_what_it_measured_is_what_an_experiment_measures(found: Tuning) -> None:
     judged = RES[RES["qid"] != "q4"]
     assert found.shapes["prune"].map(len).value_counts().tolist() == [54, 36, 10]
     topics, candidates = judged[["qid", "query"]].drop_duplicates(), pt.Transformer.from_df(judged)
-    systems = [candidates >> found.reranker(index) for index in found.shapes.index]
+    some = found.shapes.index[::6]
+    systems = [candidates >> found.reranker(index) for index in some]
     wanted = pt.Experiment(systems, topics, QRELS, ["ndcg_cut_10"])
-    np.testing.assert_allclose(found.shapes["nDCG@10"], wanted["ndcg_cut_10"], atol=1e-9)
+    np.testing.assert_allclose(found.shapes.loc[some, "nDCG@10"], wanted["ndcg_cut_10"], atol=1e-9)
     evaluated = pt.Evaluate(found.reranker(9)(judged), QRELS, ["ndcg_cut_10"])["ndcg_cut_10"]
     assert found.shapes.loc[9, "nDCG@10"] == pytest.approx(evaluated)
 
@@ -116,10 +117,10 @@ def test_costs(found: Tuning) -> None:
 
 def test_a_cascades_operations_are_those_of_its_run(found: Tuning) -> None:
     judged = RES[RES["qid"] != "q4"]
-    decoder, _, tokenizer = FULL._weights().at_depth(8)
-    ids = FULL._encode(tokenizer, list(zip(judged["query"], judged["text"], strict=True)))
-    operations = Operations(decoder, ids, np.repeat(np.arange(4), 9), 4)
-    for row in (row for _, row in found.shapes.iterrows() if len(row["prune"]) == 2):
+    scorer = FULL.scorer()
+    ids = scorer.ids(list(zip(judged["query"], judged["text"], strict=True)))
+    operations = Operations(scorer.open(), ids, np.repeat(np.arange(4), 9), 4)
+    for _, row in found.shapes[found.shapes["prune"].map(len) == 2].iloc[::3].iterrows():
         exit_layer = found.reranker(row)(judged)["exit_layer"].to_numpy()
         read = [*dict(row["prune"]), row["cutoff"]]
         counted = operations(read, row["compress_layers"], row["compress_ratio"], exit_layer)

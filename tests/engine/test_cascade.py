@@ -84,7 +84,7 @@ def test_a_cascade_is_the_pipeline_of_its_stages(
 
 def test_layers_run_for_what_goes_on_alone() -> None:
     rows, cascade = frame(3, 8), FULL.at(prune={3: 4, 6: 2}, cutoff=8)
-    decoder, _, tokenizer = cascade._weights().at_depth(8)
+    decoder = cascade.scorer().open()
     seen = [0] * 9
 
     def count(depth: int, module: object, args: tuple[torch.Tensor], output: object) -> None:
@@ -96,7 +96,7 @@ def test_layers_run_for_what_goes_on_alone() -> None:
         hook.remove()
 
     def tokens(left: pd.DataFrame) -> int:
-        ids = cascade._encode(tokenizer, list(zip(left["query"], left["text"], strict=True)))
+        ids = cascade.scorer().ids(list(zip(left["query"], left["text"], strict=True)))
         prefixes = {tuple(pair.prefix) for pair in ids}
         return sum(map(len, prefixes)) + sum(len(pair.body) + len(pair.suffix) for pair in ids)
 

@@ -5,6 +5,7 @@ import signal
 import threading
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -197,7 +198,7 @@ def test_a_prefix_is_computed_once_whatever_the_batches(
 
 def test_the_last_layer_is_run_for_what_is_read() -> None:
     reranker = RERANKERS["plain"]
-    decoder, _, _ = reranker._weights().at_depth(8)
+    decoder = reranker.scorer().open()
     seen: list[tuple[int, ...]] = []
     hooks = [
         decoder.layers[index].mlp.register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
@@ -212,25 +213,23 @@ def test_the_last_layer_is_run_for_what_is_read() -> None:
 
 def test_ids_are_made_while_the_chunk_before_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
     begun, scored = threading.Event(), threading.Event()
-    real_walk, reranker = scoring.run_layers, MatroyshkaReranker(FULL, dtype="float32")
-    real_encode, chunks_made = reranker._encode, []
+    real_run, scorer, chunks_made = scoring.run_layers, RERANKERS["plain"].scorer(), []
 
     def encode(tokenizer: object, pairs: list[tuple[str, str]]) -> object:
         chunks_made.append(len(pairs))
         if len(chunks_made) == 2:
             begun.set()
             assert not scored.is_set()
-        return real_encode(tokenizer, pairs)
+        return scorer.encode(tokenizer, pairs)
 
     def run_layers(*args: object, **options: object) -> object:
         assert begun.wait(10)
         scored.set()
-        return real_walk(*args, **options)
+        return real_run(*args, **options)
 
     monkeypatch.setattr(scoring, "CHUNK", 2)
     monkeypatch.setattr(scoring, "run_layers", run_layers)
-    reranker._encode = encode
-    reranker.compute_score([pair(i, 9, i) for i in range(6)])
+    replace(scorer, encode=encode).score([pair(i, 9, i) for i in range(6)])
     assert chunks_made == [2, 2, 2]
 
 
@@ -278,19 +277,17 @@ def test_a_result_that_fails_to_come_back_is_asked_for_again(
 
 
 def test_memory_running_out_between_batches_loses_no_score(monkeypatch: pytest.MonkeyPatch) -> None:
-    reranker = MatroyshkaReranker(FULL, dtype="float32")
-    real, chunks_made = reranker._encode, []
+    scorer, chunks_made = RERANKERS["plain"].scorer(), []
 
     def encode(tokenizer: object, pairs: list[tuple[str, str]]) -> object:
         chunks_made.append(1)
         if len(chunks_made) == 3:
             raise MemoryError
-        return real(tokenizer, pairs)
+        return scorer.encode(tokenizer, pairs)
 
     monkeypatch.setattr(scoring, "CHUNK", 2)
-    reranker._encode = encode
     with pytest.raises(ScoringError, match="out of memory between two batches") as info:
-        reranker.compute_score([pair(i, 9, i) for i in range(8)])
+        replace(scorer, encode=encode).score([pair(i, 9, i) for i in range(8)])
     assert np.isfinite(info.value.scores).sum() >= 2
 
 
@@ -323,9 +320,9 @@ class Devices:
         self.reranker = MatroyshkaReranker(FULL, dtype="float32", device=TWO, **options)
         self.batches = [0, 0]
         self.stopped = threading.Event()
-        models = [weights.at_depth(8)[0] for weights in self.reranker._replicas()]
+        models = [weights.at_depth(8)[0] for weights in self.reranker.scorer().weights]
         assert models[0] is not models[1]
-        run_layers, score_on = scoring.run_layers, scoring._score_on
+        run_layers, run = scoring.run_layers, scoring.DeviceScorer.run
 
         def watched(model: object, *args: object, **options: object) -> tuple[torch.Tensor, Row]:
             number = next(number for number, own in enumerate(models) if own is model)
@@ -334,12 +331,12 @@ class Devices:
             states, row = run_layers(model, *args, **options)
             return states * factor, row
 
-        def seen(*args: object, **options: object) -> None:
-            self.stopped = next(arg.__self__ for arg in args if getattr(arg, "__name__", "") == "is_set")
-            score_on(*args, **options)
+        def seen(device: scoring.DeviceScorer) -> None:
+            self.stopped = device.call.stopped
+            run(device)
 
         monkeypatch.setattr(scoring, "run_layers", watched)
-        monkeypatch.setattr(scoring, "_score_on", seen)
+        monkeypatch.setattr(scoring.DeviceScorer, "run", seen)
 
 
 @pytest.mark.usefixtures("devices")
@@ -465,19 +462,17 @@ class Panic(BaseException):
 def test_what_cannot_be_tokenised_is_named(monkeypatch: pytest.MonkeyPatch, error: BaseException, alone: bool) -> None:
     """In the second chunk; the first has been scored."""
     pairs = [(f"{i // 2} panda", words(i, 9)) for i in range(6)]
-    reranker = MatroyshkaReranker(FULL, dtype="float32")
-    real = reranker._encode
+    scorer = RERANKERS["plain"].scorer()
 
     def encode(tokenizer: object, given: list[tuple[str, str]]) -> object:
         if pairs[3] in given and (alone or len(given) > 1):
             raise error
-        return real(tokenizer, given)
+        return scorer.encode(tokenizer, given)
 
     monkeypatch.setattr(scoring, "CHUNK", 2)
-    reranker._encode = encode
     at = r"pairs\[3\]" if alone else r"pairs\[2\] and 1 more pairs together"
     with pytest.raises(ScoringError, match=rf"^cannot tokenise {at}: {type(error).__name__}: odd$") as info:
-        reranker.compute_score(pairs)
+        replace(scorer, encode=encode).score(pairs)
     assert scored_before(RERANKERS["plain"], pairs, info.value) == [True, True, False, False, False, False]
 
 
@@ -490,16 +485,15 @@ def test_what_cannot_be_tokenised_is_named(monkeypatch: pytest.MonkeyPatch, erro
 )
 def test_ids_are_checked_before_their_chunk_is_scored(monkeypatch: pytest.MonkeyPatch, ids: Ids, said: str) -> None:
     pairs = [(f"{i // 2} panda", words(i, 9)) for i in range(6)]
-    reranker = MatroyshkaReranker(FULL, dtype="float32")
-    real = reranker._encode
+    scorer = RERANKERS["plain"].scorer()
 
     def encode(tokenizer: object, given: list[tuple[str, str]]) -> list[Ids]:
-        return [ids if pair == pairs[3] else made for pair, made in zip(given, real(tokenizer, given), strict=True)]
+        encoded = scorer.encode(tokenizer, given)
+        return [ids if pair == pairs[3] else made for pair, made in zip(given, encoded, strict=True)]
 
     monkeypatch.setattr(scoring, "CHUNK", 2)
-    reranker._encode = encode
     with pytest.raises(ScoringError, match=rf"^pairs\[3\] {said}\.$") as info:
-        reranker.compute_score(pairs)
+        replace(scorer, encode=encode).score(pairs)
     assert scored_before(RERANKERS["plain"], pairs, info.value) == [True, True, False, False, False, False]
 
 
