@@ -84,10 +84,10 @@ def with_options(cls: Class) -> Class:
     The signature lists the positional options, then the class's own, then inherited ones. After the constructor has
     set all options, it calls ``__post_init__``.
     """
-    for name, annotation in cls.__annotations__.items():
-        if isinstance(option := vars(cls).get(name), Converted):
-            option.accepts = _accepted_type(annotation)
     made = cast(Any, dataclasses.dataclass(eq=False, repr=False)(cls))
+    for name, annotation in made.__annotations__.items():
+        if isinstance(option := vars(made).get(name), Converted):
+            option.accepts = made.__annotations__[name] = _accepted_type(annotation)  # Sphinx reads annotations
     own, constructor = vars(made), made.__init__
     first, *others = inspect.signature(constructor).parameters.values()
     others = [parameter.replace(annotation=_option(made, parameter.name).accepts) for parameter in others]
