@@ -34,7 +34,7 @@ class Converted(Generic[Given, Kept]):
     Args:
         default: the value if none is given; an option without a default is required.
         check: takes the option's name and a value, and returns the value to keep or raises ValueError.
-        help: what the option does, in reStructuredText. The first sentence has to stand alone.
+        help: what the option does, in reStructuredText. The first sentence has to make sense alone.
     """
 
     #: The name of the option, and the type of the values it accepts, as it is written in the source.

@@ -178,7 +178,7 @@ class LLMReranker(pt.Estimator):
     _usage_level = logging.INFO
     _has_warned = False  # of ties, once
     _made_with = cast("dict[str, Any] | None", None)  # the first arguments of a reranker that was changed since
-    _shared = cast("tuple[Hashable, tuple[Weights, ...]] | None", None)  # the weights in use, and what identifies them
+    _shared = cast("tuple[Hashable, tuple[Weights, ...]] | None", None)  # the weights in use, and their key
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Set the signature, which PyTerrier's ``__new__`` hides from some tools."""

@@ -519,7 +519,13 @@ def to_host(computed: Tensor) -> Callable[[], np.ndarray]:
 
 
 def one_ahead(make: Callable[[Item], Made], items: Iterable[Item], waiting: Stopwatch) -> Iterator[Made]:
-    """Yield what is made of each item, making the next in a thread meanwhile; ``waiting`` runs while none is ready."""
+    """Map items lazily. A thread makes the next result while the caller works on one.
+
+    Args:
+        make: the function to map.
+        items: its arguments.
+        waiting: measures the time in which the caller waits.
+    """
     thread = ThreadPoolExecutor(1)
     made: list[Made] = []
     try:
