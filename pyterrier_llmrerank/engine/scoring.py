@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import NamedTuple, NoReturn, TypeVar, cast
@@ -268,16 +268,17 @@ class Stage:
         cutoffs: layers at which it reads scores.
         is_last: whether no stage follows.
         alive: positions in the chunk of the pairs that take part.
-        states: row and place in it of each pair after the stage before, by position in the chunk.
-        left: the same after this stage, filled as batches are run; empty for the last stage.
+        states_before: where each pair's hidden states are before the stage, by position in the chunk: a row, and the
+            pair's number in it. Empty for the first stage.
+        states_after: the same after the stage, filled as batches are run. Empty for the last stage.
         prefix: the prefix at the end of the latest batch; the next batch may start with it.
     """
 
     cutoffs: tuple[int, ...]
     is_last: bool
     alive: list[int]
-    states: dict[int, tuple[Row, int]]
-    left: dict[int, tuple[Row, int]] = field(default_factory=dict)
+    states_before: dict[int, tuple[Row, int]]
+    states_after: dict[int, tuple[Row, int]] = field(default_factory=dict)
     prefix: KnownPrefix | None = None
 
 
@@ -310,26 +311,22 @@ class DeviceScorer:
         Raises:
             ScoringError, KeyboardInterrupt: as :meth:`Scorer.score`; the other devices are told to stop.
         """
-        begun, waiting = time.perf_counter(), Stopwatch()
-        try:
-            with self._current_device():
+        device = self.weights.device
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # torch keeps that per thread
+            begun, waiting = time.perf_counter(), Stopwatch()
+            try:
                 for chunk in one_ahead(self._tokenise, iter(self.call.next_chunk, None), waiting):
                     self._score_chunk(chunk)
                 self._collect()
-        except BaseException as error:
-            self.call.stopped.set()
-            with suppress(Exception):  # there is an error already
-                self._collect()
-            if not isinstance(error, Stopped):
-                self._raise(error)
-        finally:
-            seconds = time.perf_counter() - begun - waiting.seconds
-            self.call.observer.used(Usage(tokenising_seconds=self._tokenising.seconds, model_seconds=seconds))
-
-    def _current_device(self) -> AbstractContextManager[object]:
-        """Make a GPU the current one; torch keeps that setting per thread."""
-        device = self.weights.device
-        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+            except BaseException as error:
+                self.call.stopped.set()
+                with suppress(Exception):  # there is an error already
+                    self._collect()
+                if not isinstance(error, Stopped):
+                    self._raise(error)
+            finally:
+                seconds = time.perf_counter() - begun - waiting.seconds
+                self.call.observer.used(Usage(tokenising_seconds=self._tokenising.seconds, model_seconds=seconds))
 
     def _raise(self, error: BaseException) -> NoReturn:
         """Raise an error, as a ScoringError that names the latest batch if it is another library's."""
@@ -399,7 +396,7 @@ class DeviceScorer:
                 )
             if not stage.is_last and self.call.cascade is not None:
                 alive = self._survivors(chunk, stage, self.call.cascade)
-            states = {index: stage.left[index] for index in alive if index in stage.left}
+            states = {index: stage.states_after[index] for index in alive if index in stage.states_after}
 
     @torch.inference_mode()
     def _run_batch(self, chunk: Chunk, stage: Stage, batch: list[int]) -> None:
@@ -409,27 +406,28 @@ class DeviceScorer:
         members = [stage.alive[position] for position in batch]
         pairs = self._latest = [chunk.pairs[member] for member in members]
         ids = [chunk.ids[member] for member in members]
-        states = self._fallback_states(ids, stage) if isinstance(self.model, FallbackDecoder) else None
-        if states is None:
-            states = self._decoder_states(cast(Decoder, self.model), members, ids, stage)
+        if isinstance(self.model, FallbackDecoder):
+            states = self._fallback_states(self.model, ids, stage)
+        else:
+            states = self._decoder_states(self.model, members, ids, stage)
         first = self.shape.cutoffs.index(stage.cutoffs[0])
         cutoffs = slice(first, first + len(stage.cutoffs))
         logits = torch.einsum("cbw,cw->cb", states.float(), self._heads[cutoffs])
         self._pending.append(PendingBatch(pairs, cutoffs, to_host(logits)))
         self._collect(leave=1)
 
-    def _fallback_states(self, ids: list[Ids], stage: Stage) -> Tensor:
+    def _fallback_states(self, model: FallbackDecoder, ids: list[Ids], stage: Stage) -> Tensor:
         """Run a model by its own forward."""
         packed = PackedPairs(ids)
-        states = cast(FallbackDecoder, self.model)(packed, stage.cutoffs)
+        states: Tensor = model(packed, stage.cutoffs)
         self._count(packed, int(packed.real.sum()))
-        return cast(Tensor, states)
+        return states
 
     def _decoder_states(self, model: Decoder, members: list[int], ids: list[Ids], stage: Stage) -> Tensor:
         """Run a stage's layers, on from the hidden states that the stage before left."""
         known = None if stage.prefix is None else stage.prefix.ids
-        if stage.states:
-            row = regrouped([stage.states[member] for member in members], ids, known)
+        if stage.states_before:
+            row = regrouped([stage.states_before[member] for member in members], ids, known)
         else:
             row = embedded(model, PackedPairs(ids, self.shape.pad_id, known))
             self._count(row.packing, len(row.states))
@@ -441,7 +439,7 @@ class DeviceScorer:
         )  # fmt: skip
         stage.prefix = leaves
         if not stage.is_last:
-            stage.left |= {member: (row, place) for place, member in enumerate(members)}
+            stage.states_after |= {member: (row, place) for place, member in enumerate(members)}
         return states
 
     def _count(self, packing: Packing, tokens: int) -> None:
