@@ -39,7 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, MistralConfig
 
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker
-from pyterrier_llmrerank.checkpoints.files import SHIPPED, folder_of, smollm2
+from pyterrier_llmrerank.checkpoints.locate import folder_of
 from pyterrier_llmrerank.engine.batching import TOKENS
 from pyterrier_llmrerank.engine.inputs import Ids, MatroyshkaInputs, document
 
@@ -180,7 +180,7 @@ def random_model(folder: Path, layers: int, device: str) -> None:
     )
     with torch.device(device):
         AutoModelForSequenceClassification.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(folder_of(smollm2(), "model")).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(folder_of("smollm2-135m", "model")).save_pretrained(folder)
     without_chat(folder)
 
 
@@ -305,8 +305,8 @@ def main() -> None:
     parser.add_argument("--run", default="bm25", help="which of runs/*.res.gz")
     parser.add_argument("--queries", type=int, default=1, help="so many of the topics, from the first")
     parser.add_argument("--candidates", type=int, default=100, help="a query")
-    parser.add_argument("--rankllama", default=SHIPPED, help="as RankLLaMAReranker takes it")
-    parser.add_argument("--matroyshka", default=SHIPPED, help="as MatroyshkaReranker takes it; '' for none")
+    parser.add_argument("--rankllama", default="smollm2-135m", help="as RankLLaMAReranker takes it")
+    parser.add_argument("--matroyshka", default="smollm2-135m", help="as MatroyshkaReranker takes it; '' for none")
     parser.add_argument(
         "--random_layers", type=int, help="instead of --rankllama, random weights in Mistral-7B's shape, so many layers"
     )

@@ -22,7 +22,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
-from pyterrier_llmrerank.checkpoints.files import folder_of, smollm2
+from pyterrier_llmrerank.checkpoints.locate import folder_of
 from pyterrier_llmrerank.training import RankLLaMATraining
 from pyterrier_llmrerank.training.data import Batch, Collator, Groups, open_data
 from pyterrier_llmrerank.training.trainer import GroupTrainer, with_lora
@@ -70,7 +70,7 @@ class PlainTrainer(Trainer):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="JSON lines")
-    parser.add_argument("--model", default=smollm2(), help="a causal language model: folder, .gguf file or hub id")
+    parser.add_argument("--model", default="smollm2-135m", help="a causal language model: folder, .gguf file or hub id")
     parser.add_argument("--group_size", type=int, default=8)
     parser.add_argument("--queries", type=int, default=1, help="a step")
     parser.add_argument("--passage_max_length", type=int, default=196)

@@ -16,7 +16,6 @@ from pyterrier.measures import RR, nDCG
 from rerank_run import load, with_title
 
 from pyterrier_llmrerank import MatroyshkaReranker
-from pyterrier_llmrerank.checkpoints.files import SHIPPED
 
 
 def main() -> None:
@@ -25,7 +24,7 @@ def main() -> None:
     parser.add_argument("--run", default="bm25")
     parser.add_argument("--candidates", type=int, default=20, help="best so many of each query")
     parser.add_argument("--queries", type=int, help="so many of the topics, from the first; default all")
-    parser.add_argument("--model", default=SHIPPED, help="folder, .gguf file or hub id")
+    parser.add_argument("--model", default="smollm2-135m", help="folder, .gguf file or hub id")
     parser.add_argument("--cutoff", type=int, help="decoder layers; default all")
     parser.add_argument("--window", type=int, default=96, help="tokens of a window")
     parser.add_argument("--stride", type=int, default=64, help="tokens from one window's start to the next one's")

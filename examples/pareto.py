@@ -16,7 +16,6 @@ import pandas as pd
 from rerank_run import load, with_title
 
 from pyterrier_llmrerank import MatroyshkaReranker, Tuning, tune
-from pyterrier_llmrerank.checkpoints.files import SHIPPED
 
 
 def table(shapes: pd.DataFrame, measure: str) -> str:
@@ -63,7 +62,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, help="so many of the topics, from the first; default all")
     parser.add_argument("--measure", default="nDCG@10", help="of ir_measures")
     parser.add_argument("--budget", type=float, default=0.5, help="share of the full depth's operations")
-    parser.add_argument("--model", default=SHIPPED, help="folder, .gguf file or hub id")
+    parser.add_argument("--model", default="smollm2-135m", help="folder, .gguf file or hub id")
     parser.add_argument("--start_layer", type=int, help="the shallowest layer with a head of a plain language model")
     parser.add_argument("--depths", type=int, nargs="+", help="decoder layers; default eight, evenly spaced")
     parser.add_argument("--ratios", type=int, nargs="+", default=[1, 2, 4], help="passage states pooled into one")

@@ -21,7 +21,6 @@ from pyterrier.measures import RR, nDCG
 from pyterrier_pisa import PisaIndex
 
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker
-from pyterrier_llmrerank.checkpoints.files import SHIPPED
 
 COLLECTION = Path(__file__).parent / "collection"
 Collection = tuple[Iterable[dict[str, str]], pt.Transformer, pd.DataFrame, pd.DataFrame]
@@ -70,7 +69,7 @@ def main() -> None:
     parser.add_argument("--depths", type=int, nargs="+", default=[10, 20, 30], help="decoder layers (the model has 30)")
     parser.add_argument("--candidates", type=int, default=20, help="how many of BM25's results are reranked")
     parser.add_argument(
-        "--model", default=SHIPPED, help="instead, a plain causal language model: folder, .gguf file or hub id"
+        "--model", default="smollm2-135m", help="instead, a plain causal language model: folder, .gguf file or hub id"
     )
     arguments = parser.parse_args()
 
@@ -82,13 +81,13 @@ def main() -> None:
             bm25 = index.bm25(num_results=arguments.candidates)
             bm25.search("anything")  # the first search still prepares
 
-        trained = arguments.model == SHIPPED
+        trained = arguments.model == "smollm2-135m"
         start_layer = None if trained else min(arguments.depths)
         reranker = MatroyshkaReranker(arguments.model, start_layer=start_layer, verbose=True)
         # One model in memory; .at() reads it at another depth.
         rerankers: dict[str, LLMReranker] = {f"{depth} layers": reranker.at(cutoff=depth) for depth in arguments.depths}
         if trained:
-            rerankers["RankLLaMA"] = RankLLaMAReranker(SHIPPED, verbose=True)
+            rerankers["RankLLaMA"] = RankLLaMAReranker("smollm2-135m", verbose=True)
         warm_up = [("a query", f"passage {i}, to open the model before time is taken") for i in range(50)]
         for each in rerankers.values():
             each.compute_score(warm_up)

@@ -18,10 +18,9 @@ import pyterrier as pt
 from pyterrier.measures import RR, nDCG
 
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker
-from pyterrier_llmrerank.checkpoints.files import SHIPPED, SHIPPED_DISTILLED, shipped
 
 STRINGS = {"qid": str, "query": str, "docno": str, "title": str, "text": str}
-DISTILLED = [shipped(f"matroyshka-{SHIPPED}/{name}") for name in SHIPPED_DISTILLED]
+DISTILLED = ["distilled", "distilled-2"]
 
 
 def load(folder: Path, run: str, candidates: int, queries: int | None) -> tuple[pd.DataFrame, ...]:
@@ -51,7 +50,7 @@ def rerankers(arguments: argparse.Namespace) -> Iterator[tuple[str, LLMReranker]
         where = arguments.compress_layers if ratio > 1 else ()
         shape = {"cutoff": arguments.depths, "compress_layers": where, "compress_ratio": ratio}
         width = "" if ratio == 1 else f" ratio {ratio}"
-        if arguments.model != SHIPPED:
+        if arguments.model != "smollm2-135m":
             lowest = arguments.start_layer or min(arguments.depths)
             yield (
                 width,
@@ -73,14 +72,14 @@ def main() -> None:
     parser.add_argument("--run", default="bm25", help="which of runs/*.res.gz")
     parser.add_argument("--candidates", type=int, default=20, help="how many of its results are reranked")
     parser.add_argument("--queries", type=int, help="so many of the topics, from the first; default all")
-    parser.add_argument("--model", default=SHIPPED, help="for Matroyshka: folder, .gguf file, hub id; '' for none")
+    parser.add_argument("--model", default="smollm2-135m", help="a Matroyshka: folder, .gguf file, hub id; '' for none")
     parser.add_argument("--adapters", nargs="*", default=(), help="LoRA folders for another model")
     parser.add_argument("--start_layer", type=int, help="the shallowest layer with a head of another model")
     parser.add_argument("--depths", type=int, nargs="+", default=[10, 20, 30], help="decoder layers")
     parser.add_argument("--ratios", type=int, nargs="+", default=[1], help="passage states pooled into one")
     parser.add_argument("--compress_layers", type=int, nargs="+", default=[8], help="layers before which that is done")
     parser.add_argument("--compensation", choices=["with", "without", "both"], default="with")
-    parser.add_argument("--rankllama", help=f"a RankLLaMA to compare with, for example {SHIPPED}")
+    parser.add_argument("--rankllama", help="a RankLLaMA to compare with, for example smollm2-135m")
     parser.add_argument("--batch_size", type=int)
     parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
     parser.add_argument("--csv", type=Path, help="where to write the table too")

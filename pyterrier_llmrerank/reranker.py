@@ -20,7 +20,7 @@ import pandas as pd
 import pyterrier as pt
 from numpy.typing import NDArray
 
-from .checkpoints.files import located, shown
+from .checkpoints.locate import located, shown
 from .engine.cascade import Cascade
 from .engine.usage import Observer, Usage
 from .errors import ScoringError
@@ -460,7 +460,7 @@ class LLMReranker(pt.Estimator):
 
     def _replicas(self) -> tuple[Weights, ...]:
         """Return the weights for each device, shared with all living rerankers that name the same weights."""
-        from .checkpoints.files import identity
+        from .checkpoints.locate import identity
         from .engine.weights import Weights, resolve_devices, resolve_dtype, shared_weights
 
         places = resolve_devices(self.device)

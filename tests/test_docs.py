@@ -36,6 +36,7 @@ from typer.main import get_command
 
 import pyterrier_llmrerank
 from pyterrier_llmrerank import MatroyshkaReranker
+from pyterrier_llmrerank.checkpoints import bundled
 from pyterrier_llmrerank.cli import app
 from pyterrier_llmrerank.training.commands import parse
 
@@ -169,7 +170,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_adapter(home / adapter, base, config)
     for adapter in ("castorini/rankllama-v1-7b-lora-passage", "castorini/rankllama-v1-7b-lora-doc"):
         write_adapter(home / adapter, Path("meta-llama/Llama-2-7b-hf"), config, score=True)
-    write_adapter(home / "rankllama-smollm2-135m", base, config, score=True)
+    write_adapter(home / "rankllama-smollm2-135m", Path("smollm2-135m"), config, score=True)
+    for kind in ("matroyshka", "rankllama"):
+        shutil.copy(bundled.MODELS / f"{kind}-smollm2-135m" / "reranker.json", home / f"{kind}-smollm2-135m")
     collection(home / "vaswani", run="bm25")
     return home
 
@@ -182,9 +185,8 @@ def in_world(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.setenv("PYTERRIER_HOME", str(tmp_path / "home"))
-    for module in ("files", "matroyshka", "rankllama"):
-        monkeypatch.setattr(f"pyterrier_llmrerank.{module}.smollm2", lambda: "HuggingFaceTB/SmolLM2-135M-Instruct")
-        monkeypatch.setattr(f"pyterrier_llmrerank.{module}.shipped", lambda name: str(world / name))
+    monkeypatch.setattr("pyterrier_llmrerank.checkpoints.bundled._base", lambda: "HuggingFaceTB/SmolLM2-135M-Instruct")
+    monkeypatch.setattr("pyterrier_llmrerank.checkpoints.bundled.MODELS", world)
     monkeypatch.setattr(pt, "get_dataset", dataset)
     monkeypatch.setattr(
         pt.Artifact, "from_hf", lambda name: SimpleNamespace(bm25=lambda *, num_results: Everything() % num_results)

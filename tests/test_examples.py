@@ -16,6 +16,7 @@ from conftest import MODELS, RECORDS, collection
 from transformers import MistralConfig
 
 from pyterrier_llmrerank import RankLLaMAReranker
+from pyterrier_llmrerank.checkpoints import bundled
 from pyterrier_llmrerank.training.data import open_data
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -109,7 +110,7 @@ def test_benchmark_of_random_weights(
     benchmark = importlib.import_module("benchmark")
     size = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
     monkeypatch.setattr(benchmark, "MistralConfig", partial(MistralConfig, **size))
-    monkeypatch.setattr(benchmark, "smollm2", lambda: str(MODELS / "mistral_base"))
+    monkeypatch.setattr(bundled, "_base", lambda: str(MODELS / "mistral_base"))
     choice = ["--run", "first", "--candidates", "3", "--rounds", "1", "--matroyshka", "", "--peers", "b"]
     choice += ["--random_layers", "2", "--attn_implementation", "eager", "--json", str(tmp_path / "figures.json")]
     monkeypatch.setattr(sys, "argv", ["benchmark.py", str(tmp_path), *choice])
