@@ -24,10 +24,6 @@ from .kernels import Kernel, visible
 from .packing import PackedPairs, Packing, Row, on_device
 from .pooling import Pooling
 
-#: Model types whose layers may be walked as below: token embedding, layers with rotary positions, final
-#: norm, and nothing else on the way (others scale embeddings or mix kinds of positions).
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-
 #: Queries that :func:`attention` takes at a time where it has to keep the division of labour fixed.
 BLOCK = 32
 
@@ -36,7 +32,7 @@ ATTENTION = "pyterrier_llmrerank"
 
 
 class Decoder(Protocol):
-    """A headless transformers model of one of the :data:`FAMILIES`, with :data:`ATTENTION` in its layers."""
+    """A headless transformers model of one of the families, with :data:`ATTENTION` in its layers."""
 
     embed_tokens: nn.Module
     rotary_emb: nn.Module

@@ -104,8 +104,7 @@ class Worker:
 
     def open(self) -> None:
         """Read the model. An error here arrives as itself; one in the constructor of an actor would not."""
-        weights = self._reranker._weights()
-        weights.at_depth(self._reranker.deepest() or weights.checkpoint.layers)
+        self._reranker.scorer().open()
 
     def score(self, frame: pd.DataFrame) -> Scored:
         """As :func:`~pyterrier_llmrerank.runs.streaming.score_with_usage`."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.files import HUB_ID
+from ..checkpoints.locate import HUB_ID
 from ..runs.formats import malformed, objects
 from .examples import read_example
 

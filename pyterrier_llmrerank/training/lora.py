@@ -15,7 +15,7 @@ from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
 from ..checkpoints.checkpoint import SCORE, Checkpoint
-from ..checkpoints.files import without_revision
+from ..checkpoints.locate import without_revision
 from .model import RankingModel
 from .recipes import Recipe
 

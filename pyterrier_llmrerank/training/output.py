@@ -11,14 +11,16 @@ from typing import Any, cast
 
 from transformers import TrainerCallback, TrainingArguments
 
-from ..checkpoints.files import read_json
+from ..checkpoints.config import read_json
+from ..checkpoints.description import FILE
 
 logger = logging.getLogger(__name__)
 
 #: Files that prove that a run wrote into a folder, and files that it writes beside them.
 PROOFS = ("checkpoint-[0-9]*", "adapter_config.json", "adapter_model.*", "trainer_state.json", "training_args.bin")
 BESIDE = (
-    "README.md", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja",
+    "README.md", FILE, "adapter-[0-9]*",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja",
 )  # fmt: skip
 
 

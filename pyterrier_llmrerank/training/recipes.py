@@ -155,6 +155,11 @@ class Recipe(Declared, ABC):
         names = {"trained_on": [PurePath(path).name for path in paths]}  # folders may have moved
         return {"recipe": type(self).__name__, **names, **settings, **lists}
 
+    @property
+    def token_ratio(self) -> int | None:
+        """The ratio that a token compensation is trained for; None for any other adapter."""
+        return None
+
     def widths(self, seed: int) -> Widths:
         """Return the widths to train at, drawn with this seed; by default the full width alone."""
         return Widths(seed=seed)
@@ -330,7 +335,7 @@ class MatroyshkaTraining(Recipe):
         """
         from ..checkpoints.adapters import Adapter
         from ..checkpoints.checkpoint import MatroyshkaCheckpoint, is_layer_wise
-        from ..checkpoints.files import folder_of
+        from ..checkpoints.locate import folder_of
 
         continued, folder = None, folder_of(model, "model")
         if (folder / "adapter_config.json").is_file():
@@ -420,3 +425,8 @@ class CompensateTraining(MatroyshkaTraining):
             raise ValueError(
                 f"compress_ratios={list(self.compress_ratios)}: finetune_type=token allows one ratio, 2 or more."
             )
+
+    @property
+    def token_ratio(self) -> int | None:
+        """The ratio that a token compensation is trained for; None for layer compensation."""
+        return self.compress_ratios[0] if self.finetune_type == "token" else None

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.saving import describe_trained
 from ..engine.batching import Budget, run_in_batches
 from ..engine.packing import PackedPairs
 from .batches import Batch, Collator, Groups
@@ -225,7 +226,7 @@ class GroupTrainer(Trainer):
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Save the adapter under the original programs' task type, with its tokenizer and card."""
+        """Save the adapter under the original programs' task type, with its tokenizer, card and description."""
         model = self.accelerator.unwrap_model(self.model)
         trained = state_dict or {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not all(tensor.isfinite().all() for tensor in trained.values()):
@@ -247,3 +248,10 @@ class GroupTrainer(Trainer):
             steps = (best and self.state.best_global_step) or self.state.global_step
             card = self.recipe.card(self.checkpoint, folder.resolve().name, steps)
             (folder / "README.md").write_text(card, encoding="utf-8")
+            describe_trained(
+                self.checkpoint,
+                folder,
+                prompt=getattr(self.recipe, "prompt", None),
+                ratio=self.recipe.token_ratio,
+                whole=folder == Path(cast(str, self.args.output_dir)),
+            )

@@ -5,7 +5,8 @@ import torch
 from test_pooling import by_definition
 from transformers import AutoConfig, AutoModel, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from pyterrier_llmrerank.engine.decoder import ATTENTION, FAMILIES, KnownPrefix, decode, embedded, run_layers
+from pyterrier_llmrerank.checkpoints.families import FAMILIES
+from pyterrier_llmrerank.engine.decoder import ATTENTION, KnownPrefix, decode, embedded, run_layers
 from pyterrier_llmrerank.engine.inputs import Ids
 from pyterrier_llmrerank.engine.packing import PackedPairs
 
