@@ -132,7 +132,7 @@ class MatroyshkaReranker(LLMReranker):
         default=(),
         check=_adapters,
         help="LoRA folders to merge, in this order: paths, folders below the model's own "
-        '(``"compensate/layer/full"``), or hub ids as for ``model``. The default is none; for ``"smollm2-135m"``, the '
+        '(``"compensate/layer/full"``), or hub ids. The default is none; for ``"smollm2-135m"``, the '
         "adapters of distillation and layer compensation.",
     )
     token_adapters: Converted[Mapping[int, str] | Sequence[tuple[int, str]], tuple[tuple[int, str], ...]] = Converted(
