@@ -442,7 +442,8 @@ class LLMReranker(pt.Estimator):
     def _replicas(self) -> tuple[Weights, ...]:
         """The same for each device, shared with every living reranker that names the same."""
         from .checkpoints.files import identity
-        from .engine.weights import Weights, resolve_devices, resolve_dtype, shared_weights
+        from .engine.devices import resolve_devices, resolve_dtype
+        from .engine.weights import Weights, shared_weights
 
         places = resolve_devices(self.device)
         dtype = resolve_dtype(self.dtype, *places)

@@ -108,11 +108,11 @@ def collection(folder: Path, run: str = "first") -> None:
 @pytest.fixture
 def devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is named as a device is one more CPU, with weights of its own for each re-ranker."""
-    from pyterrier_llmrerank.engine import weights
+    from pyterrier_llmrerank.engine import devices, weights
 
     cpus = lambda names: (torch.device("cpu"),) * (len(names) if isinstance(names, tuple) else 1)  # noqa: E731
-    monkeypatch.setattr(weights, "resolve_devices", cpus)
-    monkeypatch.setattr(weights, "share", lambda key, create: create())
+    monkeypatch.setattr(devices, "resolve_devices", cpus)
+    monkeypatch.setattr(weights, "shared_weights", lambda key, create: create())
 
 
 @contextmanager

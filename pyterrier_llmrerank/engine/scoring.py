@@ -18,9 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ScoringError, reason
+from .attention import PrefixCache
 from .batching import Budget, query_chunks, run_in_batches
 from .cascade import Cascade
-from .decoder import Decoder, KnownPrefix, embedded, run_layers
+from .decoder import Decoder, embedded, run_layers
 from .fallback import FallbackDecoder
 from .inputs import Ids
 from .kernels import kernel_of
@@ -188,7 +189,7 @@ def _score_on(
     known = _known(model)
     in_work: list[tuple[list[int], slice, Callable[[], np.ndarray]]] = []
     running: list[int] = []  # the pairs of the batch that was begun last
-    prefix: KnownPrefix | None = None  # that with which the last batch ended: the next may begin with it
+    prefix: PrefixCache | None = None  # that with which the last batch ended: the next may begin with it
 
     def collect(leave: int = 0) -> None:
         """Wait for batches until so many are left for the device to work on."""
@@ -232,10 +233,10 @@ def _score_on(
                 row = regrouped([held[stage - 1, member] for member in members], pairs_ids, known)
             packing, tokens = row.packing, len(row.states)
             on = stage + 1 < len(stages)
-            leaves = prefix if row.packing.owner[-1] < 0 else KnownPrefix(pairs_ids[-1].prefix)
+            leaves = prefix if row.packing.owner[-1] < 0 else PrefixCache(pairs_ids[-1].prefix)
             states, row = run_layers(
                 model, row, cutoffs, compress_layers=shape.compress_layers, compress_ratio=shape.compress_ratio,
-                goes_on=on, kernel=kernel, before=prefix, leaves=leaves,
+                resumable=on, kernel=kernel, reuse_prefix=prefix, save_prefix=leaves,
             )  # fmt: skip
             prefix = leaves
             if on:

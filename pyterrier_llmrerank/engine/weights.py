@@ -13,7 +13,8 @@ from torch.nn.functional import linear
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoints.checkpoint import Checkpoint
-from .decoder import ATTENTION, Decoder
+from .attention import ATTENTION
+from .decoder import Decoder
 from .fallback import FallbackDecoder
 from .quantization import quantization_of
 
@@ -23,58 +24,6 @@ class Sharer(Protocol):
 
     def deepest(self) -> int | None:
         """The deepest layer it runs; None for the model's last."""
-
-
-def resolve_device(device: str | None) -> torch.device:
-    """The device asked for; by default the first of CUDA, Apple's MPS and CPU that is there.
-
-    Raises:
-        ValueError: no such device here.
-    """
-    if device is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-        if resolved.type == "cpu":
-            return torch.device("cpu")
-        if resolved.type == "cuda" and resolved.index is None:
-            resolved = torch.device("cuda", torch.cuda.current_device())
-        torch.zeros(1, device=resolved).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device={device!r} cannot be used here: {error}") from error
-    return resolved
-
-
-def resolve_devices(device: str | tuple[str, ...] | None) -> tuple[torch.device, ...]:
-    """As :func:`resolve_device`, of one or several.
-
-    Raises:
-        ValueError: no such device here, or one by two names.
-    """
-    devices = tuple(map(resolve_device, device if isinstance(device, tuple) else (device,)))
-    if repeated := [str(place) for number, place in enumerate(devices) if place in devices[:number]]:
-        raise ValueError(f"device={device!r}: two of these are {repeated[0]}; allowed: each device once.")
-    return devices
-
-
-def resolve_dtype(dtype: str, *devices: torch.device) -> torch.dtype:
-    """The dtype of the weights: for ``auto`` bf16 where all the devices compute in it natively, else fp32."""
-    if dtype != "auto":
-        return cast(torch.dtype, getattr(torch, dtype))
-    return torch.bfloat16 if all(map(_has_bf16, devices)) else torch.float32
-
-
-def _has_bf16(device: torch.device) -> bool:
-    """Whether it computes in bf16 natively."""
-    if device.type == "cuda":
-        with torch.cuda.device(device):  # torch says it of the current one
-            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type == "cpu":
-        capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older releases
-        return any(bool(capabilities.get(flag, False)) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
-    return False
 
 
 class Weights:

@@ -5,7 +5,8 @@ import torch
 from test_pooling import by_definition
 from transformers import AutoConfig, AutoModel, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from pyterrier_llmrerank.engine.decoder import ATTENTION, FAMILIES, KnownPrefix, decode, embedded, run_layers
+from pyterrier_llmrerank.engine.attention import ATTENTION, PrefixCache
+from pyterrier_llmrerank.engine.decoder import FAMILIES, decode, embedded, run_layers
 from pyterrier_llmrerank.engine.inputs import Ids
 from pyterrier_llmrerank.engine.packing import PackedPairs
 
@@ -108,11 +109,11 @@ def test_compression_equals_full_attention_matrices(name: str, ratio: int) -> No
 def test_what_a_batch_has_run_of_a_prefix_is_seen_by_the_next(name: str, pooling: dict) -> None:
     ours, _ = models(name)
     one, *others, two = pairs()
-    prefix = KnownPrefix(one.prefix)
-    first, _ = run_layers(ours, embedded(ours, PackedPairs([*others, one])), [2, 4], leaves=prefix, **pooling)
-    row = embedded(ours, PackedPairs([two, others[0]], known=prefix.ids))
+    prefix = PrefixCache(one.prefix)
+    first, _ = run_layers(ours, embedded(ours, PackedPairs([*others, one])), [2, 4], save_prefix=prefix, **pooling)
+    row = embedded(ours, PackedPairs([two, others[0]], cached_prefix=prefix.ids))
     assert len(row.states) == len(two.body + two.suffix) + others[0].length
-    second, _ = run_layers(ours, row, [2, 4], before=prefix, **pooling)
+    second, _ = run_layers(ours, row, [2, 4], reuse_prefix=prefix, **pooling)
     for got, pair in ((first[:, 2], one), (second[:, 0], two), (second[:, 1], others[0])):
         alone = decode(ours, PackedPairs([pair]), [2, 4], **pooling)
         torch.testing.assert_close(got, alone[:, 0], atol=2e-5, rtol=2e-5)

@@ -29,7 +29,7 @@ def test_pairs_are_read_back_as_they_were(pairs: list[Ids]) -> None:
 @given(PAIRS, st.sampled_from(PREFIXES), st.sampled_from([1, 2, 4]))
 def test_a_known_prefix_stands_after_the_row(pairs: list[Ids], known: list[int], ratio: int) -> None:
     pairs = [*pairs, Ids([6], [], [])]  # which is read at the end of its prefix
-    rows = PackedPairs(pairs, known=known)
+    rows = PackedPairs(pairs, cached_prefix=known)
     in_places = np.concatenate([rows.ids, np.array(known, dtype=int)])
     for index, pair in enumerate(pairs):
         assert in_places[rows.places[index, : pair.length]].tolist() == pair.flat()
@@ -37,7 +37,7 @@ def test_a_known_prefix_stands_after_the_row(pairs: list[Ids], known: list[int],
     distinct = {tuple(pair.prefix) for pair in pairs} - {tuple(known)}
     assert len(rows.ids) == sum(map(len, distinct)) + sum(len(pair.body) + len(pair.suffix) for pair in pairs)
     assert rows.ids[rows.last_prefix].tolist() == pairs[-1].prefix
-    assert PackedPairs(pairs, known=[6]).owner[-1] == len(pairs) - 1
+    assert PackedPairs(pairs, cached_prefix=[6]).owner[-1] == len(pairs) - 1
     pooled = rows.pooled(ratio)
     own = pooled.places[pooled.pair_of_token, pooled.positions]
     np.testing.assert_array_equal(own, np.arange(len(own)))

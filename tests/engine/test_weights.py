@@ -7,8 +7,6 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +19,8 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
 from pyterrier_llmrerank.checkpoints import checkpoint as checkpoints
+from pyterrier_llmrerank.engine import devices
 from pyterrier_llmrerank.engine import weights as module
-from pyterrier_llmrerank.engine.weights import resolve_device, resolve_dtype
 
 FULL = str(MODELS / "costwise_full")
 PAIR = ("what is panda", "a bear")
@@ -321,49 +319,6 @@ def test_all_weights_have_the_dtype_asked_for(dtype: str) -> None:
     assert heads.dtype == torch.float32
 
 
-def test_auto_is_bf16_only_where_it_is_native(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    assert resolve_dtype("auto", cpu) == torch.bfloat16
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
-    assert resolve_dtype("auto", cpu) == torch.float32
-    assert resolve_dtype("float16", cpu) == torch.float16
-    monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert resolve_dtype("auto", cpu) == torch.float32
-    assert resolve_dtype("auto", torch.device("mps")) == torch.float32
-
-
-def test_auto_asks_the_device_that_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch answers for the current one: of these, the second alone has bf16."""
-    current = [0]
-
-    @contextmanager
-    def at(device: torch.device) -> Iterator[None]:
-        current.append(device.index)
-        yield
-        current.pop()
-
-    monkeypatch.setattr(torch.cuda, "device", at)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: current[-1] == 1)
-    first, second = torch.device("cuda:0"), torch.device("cuda:1")
-    assert resolve_dtype("auto", first) == torch.float32
-    assert resolve_dtype("auto", second) == torch.bfloat16
-    assert resolve_dtype("auto", second, first) == torch.float32
-    assert current == [0]
-
-
-def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    assert resolve_device(None) == torch.device("cuda:1")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert resolve_device(None).type == "cpu"
-    for device in ("abacus", "cuda:99", "meta"):
-        with pytest.raises(ValueError, match=f"device='{device}' cannot be used here"):
-            resolve_device(device)
-
-
 def test_a_tensor_of_another_shape_than_the_configuration_says(tmp_path: Path) -> None:
     shutil.copytree(FULL, tmp_path / "model")
     path = tmp_path / "model" / "config.json"
@@ -385,7 +340,9 @@ TWO_CPUS = torch.device("cpu"), torch.device("cpu", 0)  # torch tells them apart
 
 
 def test_there_is_a_copy_a_device_shared_by_all_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "resolve_devices", lambda names: TWO_CPUS if isinstance(names, tuple) else TWO_CPUS[:1])
+    monkeypatch.setattr(
+        devices, "resolve_devices", lambda names: TWO_CPUS if isinstance(names, tuple) else TWO_CPUS[:1]
+    )
     both = MatroyshkaReranker(FULL, dtype="float32", cutoff=3, device=["cuda:0", "cuda:1"], max_length=99)
     first, second = both._replicas()
     assert (first.device, second.device) == TWO_CPUS
@@ -409,21 +366,6 @@ def test_there_is_a_copy_a_device_shared_by_all_shapes(monkeypatch: pytest.Monke
     gc.collect()
     assert second() is None
     assert first.loaded_layers >= 3
-
-
-def test_devices_by_two_names_are_named() -> None:
-    assert module.resolve_devices(None) == (resolve_device(None),)
-    assert module.resolve_devices("cpu") == (torch.device("cpu"),)
-    with pytest.raises(ValueError, match=r"device=\('cpu', 'cpu:0'\): two of these are cpu; allowed: each device once"):
-        module.resolve_devices(("cpu", "cpu:0"))
-    with pytest.raises(ValueError, match="device='abacus' cannot be used here"):
-        module.resolve_devices(("cpu", "abacus"))
-
-
-def test_auto_is_one_dtype_on_all_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    assert resolve_dtype("auto", *TWO_CPUS) == torch.bfloat16
-    assert resolve_dtype("auto", torch.device("cpu"), torch.device("mps")) == torch.float32
 
 
 def test_a_changed_argument_leaves_the_old_weights() -> None:
