@@ -115,6 +115,12 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "shared_weights", lambda key, create: create())
 
 
+def layers_in_memory(weights: Any) -> list[int]:
+    """The numbers, from 1, of a model's layers whose weights are in memory."""
+    model, _, _ = weights.at_depth(0)
+    return [n for n, layer in enumerate(model.layers, 1) if next(layer.parameters()).device.type != "meta"]
+
+
 @contextmanager
 def no_file_above(size: int) -> Iterator[None]:
     """As on a disk that is full: no file can be written beyond so many bytes."""

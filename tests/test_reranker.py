@@ -366,7 +366,7 @@ def test_relative_and_absolute_names_share_weights_that_are_opened_anywhere(
 ) -> None:
     here = Path.cwd()
     relative = MatroyshkaReranker("mistral_base", start_layer=2, dtype="float32", device="cpu")
-    assert relative._weights().loaded_layers == 0
+    relative._weights()  # made here, opened elsewhere
     monkeypatch.chdir(elsewhere)
     absolute = MatroyshkaReranker(here / "mistral_base", start_layer=2, dtype="float32", device="cpu")
     assert absolute == relative

@@ -132,7 +132,7 @@ def test_a_size_for_each_layer(tmp_path: Path) -> None:
         with torch.inference_mode():
             state = model.base_model(input_ids=torch.tensor([pair.flat()])).last_hidden_state[0, -1]
             assert score == pytest.approx((state @ head).item(), abs=1e-5)
-    with pytest.raises(ValueError, match="cutoff=2: .* is not a model of which the final norm is known; allowed: 3"):
+    with pytest.raises(ValueError, match="cutoff=2: the final norm of .* is not known; allowed: 3"):
         reranker.at(cutoff=2).compute_score(PAIRS)
     path = tmp_path / "config.json"
     for sizes in ([0, 64, 32], [48, 64, 2.5], "48"):
@@ -250,11 +250,11 @@ def test_what_the_plain_path_does_not_do_is_said(tmp_path: Path) -> None:
     )
     saved(tmp_path / "opt", opt, AutoModelForCausalLM)
     assert np.isfinite(MatroyshkaReranker(tmp_path / "opt", start_layer=1).compute_score(PAIRS[0]))
-    with pytest.raises(ValueError, match="cutoff=2: .* is not a model of which the final norm is known; allowed: 3"):
+    with pytest.raises(ValueError, match="cutoff=2: the final norm of .* is not known; allowed: 3"):
         MatroyshkaReranker(tmp_path / "opt", start_layer=1, cutoff=2).compute_score(PAIRS[0])
     bert = BertConfig(**SIZES, intermediate_size=48)
     saved(tmp_path / "bert", bert)
-    with pytest.raises(ValueError, match="model_type 'bert' lets a token see those after it"):
+    with pytest.raises(ValueError, match="in model_type 'bert' a token sees later ones"):
         RankLLaMAReranker(tmp_path / "bert").compute_score(PAIRS[0])
 
 
