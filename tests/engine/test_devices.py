@@ -1,4 +1,4 @@
-"""Device and dtype options resolve to what the machine has, or name what it does not have."""
+"""Device and dtype options resolve to what this machine has; others raise an error that names them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ import torch
 from pyterrier_llmrerank.engine.devices import resolve_device, resolve_devices, resolve_dtype
 
 
-def test_auto_is_bf16_only_where_it_is_native(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_bf16_only_on_devices_with_native_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     assert resolve_dtype("auto", cpu) == torch.bfloat16
@@ -21,8 +21,8 @@ def test_auto_is_bf16_only_where_it_is_native(monkeypatch: pytest.MonkeyPatch) -
     assert resolve_dtype("auto", torch.device("mps")) == torch.float32
 
 
-def test_auto_asks_the_device_that_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch answers for the current one: of these, the second alone has bf16."""
+def test_auto_asks_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch answers for the current device; here only the second has bf16."""
     current = [0]
 
     @contextmanager
@@ -40,7 +40,7 @@ def test_auto_asks_the_device_that_it_is_for(monkeypatch: pytest.MonkeyPatch) ->
     assert current == [0]
 
 
-def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_is_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     assert resolve_device(None) == torch.device("cuda:1")
@@ -52,7 +52,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
             resolve_device(device)
 
 
-def test_devices_by_two_names_are_named() -> None:
+def test_a_device_given_twice_is_refused() -> None:
     assert resolve_devices(None) == (resolve_device(None),)
     assert resolve_devices("cpu") == (torch.device("cpu"),)
     with pytest.raises(ValueError, match=r"device=\('cpu', 'cpu:0'\): two of these are cpu; allowed: each device once"):

@@ -1,4 +1,4 @@
-"""One copy in memory, no deeper than its living sharers need, in the dtype that the device is good at."""
+"""Rerankers share one copy of their weights, which is no deeper than they need."""
 
 import gc
 import json
@@ -39,7 +39,7 @@ def test_shapes_and_equal_rerankers_share_one_copy() -> None:
         assert other._weights().at_depth(1)[0] is first._weights().at_depth(1)[0]
 
 
-def test_the_same_said_in_another_way_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_of_the_same_meaning_share_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     first = MatroyshkaReranker(FULL)
     dtype = str(first._weights().dtype)
     monkeypatch.chdir(MODELS)
@@ -53,7 +53,7 @@ def test_the_same_said_in_another_way_is_shared(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_threads_may_share_a_reranker() -> None:
-    """All at once on the very first use: one copy, one score."""
+    """Eight threads that use it first at once get one copy and one score."""
     reranker = MatroyshkaReranker(FULL, dtype="float16", max_length=77)
     scores, start = [], threading.Barrier(8)
 
@@ -70,8 +70,8 @@ def test_threads_may_share_a_reranker() -> None:
     assert len(scores) == 8
 
 
-def test_shapes_of_a_model_from_elsewhere_open_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hub model is not opened when made, so nothing but its template holds what its shapes share."""
+def test_shapes_of_a_hub_model_open_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub model is opened on first use, so only the template keeps the weights that its shapes share."""
     monkeypatch.setattr(MatroyshkaReranker, "_is_local", lambda self: False)
     opened = []
     real = checkpoints.MatroyshkaCheckpoint.__init__
@@ -91,10 +91,10 @@ def test_shapes_of_a_model_from_elsewhere_open_it_once(monkeypatch: pytest.Monke
     for _ in range(3):
         features.transform(rows)
         assert len(layers_in_memory(features.rerankers[0]._weights())) == 8
-    assert len(opened) <= 2  # once more at most: something else may hold these already
+    assert len(opened) <= 2  # other tests may hold the second model
 
 
-def test_weights_written_anew_are_read_anew(tmp_path: Path) -> None:
+def test_overwritten_weights_are_read_again(tmp_path: Path) -> None:
     shutil.copytree(FULL, tmp_path / "model")
     before = MatroyshkaReranker(tmp_path / "model", dtype="float32")
     old = before.compute_score(PAIR)
@@ -104,7 +104,7 @@ def test_weights_written_anew_are_read_anew(tmp_path: Path) -> None:
 
 
 def compensated(model: Path = MODELS / "mistral_base", **changes: object) -> MatroyshkaReranker:
-    """A distilled model with compensation for depth, and for a ratio of 2."""
+    """A distilled model with compensation adapters for depth and for a ratio of 2."""
     return MatroyshkaReranker(
         model,
         **{
@@ -115,7 +115,7 @@ def compensated(model: Path = MODELS / "mistral_base", **changes: object) -> Mat
     )  # fmt: skip
 
 
-def test_a_token_adapter_is_laid_over_one_copy_of_the_weights() -> None:
+def test_a_token_adapter_shares_the_weights_below_it() -> None:
     plain, narrow, narrower = compensated(), compensated(compress_ratio=2), compensated(compress_ratio=4)
     merged = compensated(
         adapters=[MODELS / name for name in ("adapter_sd", "adapter_comp_layer", "adapter_comp_token2")],
@@ -133,8 +133,8 @@ def test_a_token_adapter_is_laid_over_one_copy_of_the_weights() -> None:
     assert repr(compensated(adapters=(), start_layer=None)).endswith(" over no adapter")
 
 
-def test_what_is_laid_over_goes_and_comes_with_what_is_below(tmp_path: Path) -> None:
-    own = Path(shutil.copytree(MODELS / "mistral_base", tmp_path / "own"))  # of which no other test has a re-ranker
+def test_layers_below_an_overlay_are_dropped_and_loaded_with_it(tmp_path: Path) -> None:
+    own = Path(shutil.copytree(MODELS / "mistral_base", tmp_path / "own"))  # no other test uses this copy
     deep, shallow = compensated(own, compress_ratio=2), compensated(own, compress_ratio=2, cutoff=4)
     wanted, over = deep.compute_score(PAIR), deep._weights()
     shallow.compute_score(PAIR)
@@ -150,7 +150,7 @@ def test_what_is_laid_over_goes_and_comes_with_what_is_below(tmp_path: Path) -> 
     assert layers_in_memory(below._weights()) == [1, 2]
 
 
-def test_another_shape_of_a_reranker_reads_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_shape_of_a_reranker_loads_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = Path(shutil.copytree(MODELS / "mistral_base", tmp_path / "own"))
     reranker = compensated(own)
     reranker.compute_score(PAIR)
@@ -166,8 +166,8 @@ def test_another_shape_of_a_reranker_reads_nothing_again(tmp_path: Path, monkeyp
     assert layers_in_memory(below) == []
 
 
-def test_what_is_collected_while_a_layer_is_read_stops_nobody(tmp_path: Path) -> None:
-    """A thread reads a layer and collects what shared an overlay, while another, of the overlay, wants the layer."""
+def test_garbage_collection_while_a_layer_loads_does_not_deadlock(tmp_path: Path) -> None:
+    """One thread loads a layer and collects a reranker with an overlay; another needs the layer for the overlay."""
     own = Path(shutil.copytree(MODELS / "mistral_base", tmp_path / "own"))
     reranker = compensated(own, compress_ratio=2)
     over, below = reranker._weights().stack
@@ -203,7 +203,7 @@ def test_what_is_collected_while_a_layer_is_read_stops_nobody(tmp_path: Path) ->
         ({2: "./nowhere"}, "token_adapters='./nowhere': no such model folder"),
     ],
 )
-def test_token_adapters_that_cannot_be(value: object, message: str) -> None:
+def test_invalid_token_adapters_are_refused(value: object, message: str) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         compensated(token_adapters=value)
 
@@ -222,8 +222,8 @@ def test_other_weights_are_not_shared() -> None:
     assert len({id(reranker._weights()) for reranker in (first, *others)}) == len(others) + 1
 
 
-def test_only_what_is_run_is_loaded_and_what_nobody_needs_is_dropped() -> None:
-    shallow = MatroyshkaReranker(FULL, cutoff=3, dtype="float16")  # which no other test's re-ranker keeps
+def test_layers_are_loaded_on_demand_and_dropped_when_unused() -> None:
+    shallow = MatroyshkaReranker(FULL, cutoff=3, dtype="float16")  # no other test uses these weights
     weights = shallow._weights()
     shallow.compute_score(PAIR)
     assert layers_in_memory(weights) == [1, 2, 3]
@@ -238,33 +238,9 @@ def test_only_what_is_run_is_loaded_and_what_nobody_needs_is_dropped() -> None:
     assert shallow.compute_score(PAIR) == before
 
 
-@pytest.mark.parametrize("name", ["int8", "float8"])
-def test_layers_are_quantised_one_by_one_and_again_after_they_were_dropped(name: str) -> None:
-    shallow = MatroyshkaReranker(FULL, cutoff=3, dtype="float32", quantization=name)
-    weights = shallow._weights()
-    quantize, unquantised = weights._quantize, []
-
-    def counting(layer: torch.nn.Module) -> None:
-        there = [p for other in weights._model.layers for p in other.parameters() if p.device.type != "meta"]
-        unquantised.append(sum(p.dim() == 2 and type(p.data) is torch.Tensor for p in there))
-        quantize(layer)
-
-    weights._quantize = counting
-    before = shallow.compute_score(PAIR)
-    deep = shallow.at(cutoff=7)
-    wanted = deep.compute_score(PAIR)
-    assert unquantised == [7] * 7
-    del deep
-    gc.collect()
-    assert layers_in_memory(weights) == [1, 2, 3]
-    assert shallow.compute_score(PAIR) == before
-    assert shallow.at(cutoff=7).compute_score(PAIR) == wanted
-    assert len(unquantised) == 11
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_compiled_layers_give_the_same_for_batches_of_any_shape(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
-    """The graphs that are compiled, run uncompiled, so that the test does not wait for a compiler."""
+    """Graphs are traced but run uncompiled, so that the test does not wait for a compiler."""
     real = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: real(self, backend="eager", **options))
     torch._dynamo.reset()
@@ -283,7 +259,7 @@ def test_compiled_layers_give_the_same_for_batches_of_any_shape(monkeypatch: pyt
     assert 0 < made[-1] - made[0] <= 8
 
 
-def test_a_template_that_lives_keeps_what_it_may_need() -> None:
+def test_a_living_template_keeps_the_layers_it_needs() -> None:
     template = MatroyshkaReranker(FULL)
     template.compute_score(PAIR)
     shallow = template.at(cutoff=3)
@@ -293,18 +269,17 @@ def test_a_template_that_lives_keeps_what_it_may_need() -> None:
     assert len(layers_in_memory(template._weights())) == 8
 
 
-def test_the_last_sharer_takes_the_weights_with_it() -> None:
+def test_weights_are_freed_with_the_last_reranker() -> None:
     reranker = MatroyshkaReranker(str(MODELS / "mistral_base"), max_length=100)
     reranker.compute_score(PAIR)
     weights = weakref.ref(reranker._weights())
-    assert weights() in module._shared.values()
     del reranker
     gc.collect()
     assert weights() is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_all_weights_have_the_dtype_asked_for(dtype: str) -> None:
+def test_all_weights_have_the_dtype_of_the_argument(dtype: str) -> None:
     reranker = MatroyshkaReranker(
         str(MODELS / "mistral_base"), adapters=[MODELS / "adapter_sd"], start_layer=2, dtype=dtype
     )
@@ -313,7 +288,7 @@ def test_all_weights_have_the_dtype_asked_for(dtype: str) -> None:
     assert heads.dtype == torch.float32
 
 
-def test_a_tensor_of_another_shape_than_the_configuration_says(tmp_path: Path) -> None:
+def test_a_tensor_whose_shape_contradicts_the_configuration_is_named(tmp_path: Path) -> None:
     shutil.copytree(FULL, tmp_path / "model")
     path = tmp_path / "model" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 161}))
@@ -330,10 +305,10 @@ def test_a_missing_weight_is_named(tmp_path: Path) -> None:
         MatroyshkaReranker(tmp_path / "model").compute_score(PAIR)
 
 
-TWO_CPUS = torch.device("cpu"), torch.device("cpu", 0)  # torch tells them apart
+TWO_CPUS = torch.device("cpu"), torch.device("cpu", 0)  # different devices to torch
 
 
-def test_there_is_a_copy_a_device_shared_by_all_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_device_has_one_copy_shared_by_all_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         devices, "resolve_devices", lambda names: TWO_CPUS if isinstance(names, tuple) else TWO_CPUS[:1]
     )
@@ -362,13 +337,13 @@ def test_there_is_a_copy_a_device_shared_by_all_shapes(monkeypatch: pytest.Monke
     assert len(layers_in_memory(first)) >= 3
 
 
-def test_a_changed_argument_leaves_the_old_weights() -> None:
+def test_a_changed_argument_frees_the_old_weights() -> None:
     reranker = MatroyshkaReranker(FULL, dtype="float16")
     reranker.compute_score(PAIR)
     old = reranker._weights()
     reranker.set_parameter("dtype", "float32")
     assert reranker._weights() is not old
-    assert layers_in_memory(old) == []  # nobody is left who needs them
+    assert layers_in_memory(old) == []
     reranker.compute_score(PAIR)
     assert reranker._weights().dtype == torch.float32
 
@@ -389,7 +364,7 @@ print((peak() - before) / own, layer / own)
 
 
 def test_opening_peaks_at_the_models_own_size_and_a_layer(tmp_path: Path) -> None:
-    """fp32 files to bf16 in memory, an adapter merged in fp32 on the way; more shapes of it cost nothing."""
+    """Files are fp32, memory is bf16, an adapter is merged in fp32, and more shapes need no more memory."""
     config = MistralConfig(
         vocab_size=700, hidden_size=512, intermediate_size=2048, num_hidden_layers=16, num_attention_heads=8,
         num_key_value_heads=8, dtype="float32",
