@@ -461,7 +461,8 @@ class LLMReranker(pt.Estimator):
     def _replicas(self) -> tuple[Weights, ...]:
         """Return the weights for each device, shared with all living rerankers that name the same weights."""
         from .checkpoints.locate import identity
-        from .engine.weights import Weights, resolve_devices, resolve_dtype, shared_weights
+        from .engine.devices import resolve_devices, resolve_dtype
+        from .engine.weights import Weights, shared_weights
 
         places = resolve_devices(self.device)
         dtype = resolve_dtype(self.dtype, *places)

@@ -292,7 +292,7 @@ def resolve_worker_dtype(reranker: LLMReranker, workers: int) -> tuple[str, str]
 
 
 def _found(dtype: str, device: str | tuple[str, ...] | None) -> tuple[str, str]:
-    from ..engine.weights import resolve_devices, resolve_dtype
+    from ..engine.devices import resolve_devices, resolve_dtype
 
     places = resolve_devices(device)
     return str(resolve_dtype(dtype, *places)).removeprefix("torch."), places[0].type
