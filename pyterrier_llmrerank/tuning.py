@@ -257,7 +257,7 @@ def tune(
         timed=False,
         front=pareto(operations.mean(axis=0), values.mean(axis=0)),
     )
-    tuning = Tuning(reranker, shapes, str(evaluation.measure), budget, evaluation.as_they_came(rows))
+    tuning = Tuning(reranker, shapes, str(evaluation.measure), budget, evaluation.input_mean(rows))
     if timed:
         chosen = np.flatnonzero(shapes["front"])
         first = list(dict.fromkeys(rows["qid"]))[:timed]

@@ -75,7 +75,7 @@ def test_a_run_with_what_it_ranks(folder: Path) -> None:
         ({"topics.tsv": "q1\tpanda\n"}, "run.txt, line 2: query 'q2' is not among the topics of .*topics.tsv"),
         ({"texts.tsv": "d2\tx\n"}, r"run.txt, line 3: docno 'd3' \(query 'q2'\) is not among the texts of .*texts.tsv"),
         ({"texts.tsv": "d2\tx\nd2\tx\n"}, "texts.tsv, line 2: docno 'd2' again, as in line 1"),
-        ({"run.txt": "\n"}, "run.txt: no line in it"),
+        ({"run.txt": "\n"}, "run.txt is empty"),
     ],
 )
 def test_what_is_missing_or_double_is_named(folder: Path, changed: dict[str, str], problem: str) -> None:
@@ -104,15 +104,15 @@ def test_pyterriers_datasets() -> None:
 @pytest.mark.parametrize(
     ("read", "name", "problem"),
     [
-        (queries, "docs-irds", "topics='docs-irds': the dataset has none"),
-        (judgements, "docs-irds", "qrels='docs-irds': the dataset has none"),
-        (lambda name: documents(name, {"d1"}), "qrels-irds", "texts='qrels-irds': the dataset has none"),
+        (queries, "docs-irds", "topics='docs-irds': the dataset has no topics"),
+        (judgements, "docs-irds", "qrels='docs-irds': the dataset has no qrels"),
+        (lambda name: documents(name, {"d1"}), "qrels-irds", "texts='qrels-irds': the dataset has no documents"),
         (queries, "empty-pt", "'empty-pt': the dataset has no topics"),
         (judgements, "empty-pt", "'empty-pt': the dataset has no qrels"),
         (lambda name: documents(name, {"d1"}), "empty-pt", "'empty-pt': the dataset has no corpus"),
-        (queries, "irds:none", "topics='irds:none': no such file, nor a dataset"),
+        (queries, "irds:none", "topics='irds:none': no such file or dataset"),
         (judgements, "./none.txt", "qrels='./none.txt': no such file"),
-        (judgements, "/dev/null", "qrels='/dev/null': no judgement in it"),
+        (judgements, "/dev/null", "qrels='/dev/null' is empty"),
     ],
 )
 def test_names_that_do_not_serve(read: Callable[[str], object], name: str, problem: str) -> None:
@@ -132,7 +132,7 @@ def test_a_dataset_that_cannot_be_fetched(
 
     for method in ("queries_iter", "qrels_iter", "docs_store"):
         monkeypatch.setattr(ir_datasets.registry._registered["tiny-irds"], method, failed, raising=False)
-    with pytest.raises(ConnectionError, match=f"{part}='tiny-irds' could not be fetched: .*All download sources"):
+    with pytest.raises(ConnectionError, match=f"{part}='tiny-irds' could not be downloaded: .*All download sources"):
         read("tiny-irds")
 
 
@@ -212,7 +212,7 @@ def test_every_kind_of_document(kind: Any, prepared: Callable[[Any, Any], Rerank
     document = made(kind)
     if kind.__name__ == "ToucheImageDoc":
         with pytest.raises(
-            ValueError, match="^texts='made-up': no text of doc_id 'd1', a ToucheImageDoc .*: doc_id, png"
+            ValueError, match="^texts='made-up': cannot get a text for doc_id 'd1', a ToucheImageDoc .*doc_id, png"
         ):
             prepared(document, QUERY)
         return
@@ -226,7 +226,7 @@ def test_every_kind_of_document(kind: Any, prepared: Callable[[Any, Any], Rerank
         try:
             row = prepared(made(kind, **{name: None}), QUERY)
         except ValueError as error:
-            assert f"no text of doc_id 'd1', a {kind.__name__}" in str(error)  # noqa: PT017
+            assert f"cannot get a text for doc_id 'd1', a {kind.__name__}" in str(error)  # noqa: PT017
         else:
             assert "None" not in f"{row.title or ''} {row.text}"
 
@@ -235,7 +235,7 @@ def test_every_kind_of_document(kind: Any, prepared: Callable[[Any, Any], Rerank
 def test_every_kind_of_query(kind: Any, prepared: Callable[[Any, Any], RerankRow]) -> None:
     query = made(kind)
     if kind.__name__ == "TrecBackgroundLinkingQuery":
-        with pytest.raises(ValueError, match="^topics='made-up': no text of query_id 'q1', a TrecBackgroundLinking"):
+        with pytest.raises(ValueError, match="^topics='made-up': cannot get a text for query_id 'q1', a TrecBack"):
             prepared(DOCUMENT, query)
         return
     assert prepared(DOCUMENT, query).query == (query.default_text() if hasattr(query, "default_text") else "some text")
@@ -243,7 +243,7 @@ def test_every_kind_of_query(kind: Any, prepared: Callable[[Any, Any], RerankRow
         try:
             row = prepared(DOCUMENT, made(kind, **{name: None}))
         except ValueError as error:
-            assert f"no text of query_id 'q1', a {kind.__name__}" in str(error)  # noqa: PT017
+            assert f"cannot get a text for query_id 'q1', a {kind.__name__}" in str(error)  # noqa: PT017
         else:
             assert "None" not in row.query
 
@@ -284,13 +284,13 @@ class Page(typing.NamedTuple):
 
 
 def test_a_page_that_cannot_be_decoded_is_named(prepared: Callable[[Any, Any], RerankRow]) -> None:
-    with pytest.raises(ValueError, match="^texts='made-up': no text of doc_id 'd1', a Page .*decode.*: doc_id, body"):
+    with pytest.raises(ValueError, match="^texts='made-up': cannot get a text for doc_id 'd1', a Page .*body .*decode"):
         prepared(Page("d1", b"\xff"), QUERY)
 
 
 def test_a_query_without_a_text_matters_only_to_a_run_that_has_it(prepared: Callable[[Any, Any], RerankRow]) -> None:
     kind = QUERIES["trec.TrecQuery"]
-    with pytest.raises(ValueError, match=r"no text of query_id 'q1', a TrecQuery \(nothing in title\)"):
+    with pytest.raises(ValueError, match=r"cannot get a text for query_id 'q1', a TrecQuery .*\(no value for title\)"):
         prepared(DOCUMENT, made(kind, title=None))
     with pytest.raises(ValueError, match="query 'q1' is not among the topics"):
         prepared(DOCUMENT, made(kind, query_id="q2", title=None))
@@ -305,6 +305,6 @@ def test_every_kind_of_judgement(kind: Any, monkeypatch: pytest.MonkeyPatch) -> 
     assert judgements("made-up") == [Judgement("q1", "d1", 2)] or one.doc_id != "d1"
     given = [one, one._replace(relevance=0)]
     with pytest.raises(
-        ValueError, match="qrels='made-up': docno .* is judged 2 and 0 for query 'q1'; wanted one label"
+        ValueError, match="qrels='made-up': docno .* is judged 2 and 0 for query 'q1'; expected one label"
     ):
         judgements("made-up")

@@ -8,6 +8,7 @@ import logging
 import os
 import random
 import resource
+import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
@@ -27,9 +28,9 @@ from hypothesis import strategies as st
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker, ScoringError
 from pyterrier_llmrerank.engine import scoring
 from pyterrier_llmrerank.engine.usage import Usage
-from pyterrier_llmrerank.runs import streaming
+from pyterrier_llmrerank.runs import chunks
 from pyterrier_llmrerank.runs.formats import read_rerank, read_run
-from pyterrier_llmrerank.runs.journal import JournaledFile, journal_of
+from pyterrier_llmrerank.runs.journal import JournaledFile, journal_path
 from pyterrier_llmrerank.runs.streaming import Report, rerank_file
 
 MATROYSHKA = MatroyshkaReranker(MODELS / "costwise_full", dtype="float32", cutoff=2)
@@ -155,7 +156,7 @@ def test_whole_queries_are_scored_together_and_few_are_held(source: Path, tmp_pa
 
     written: set[str] = set()
     with pytest.MonkeyPatch.context() as patch, transforming(check) as calls:
-        patch.setattr(streaming, "read_rerank", counted)
+        patch.setattr(chunks, "read_rerank", counted)
         rerank_file(MATROYSHKA, source, tmp_path / "run.tsv")
     assert tuple(calls) == CHUNKS
 
@@ -178,7 +179,7 @@ def test_the_report_is_one_line_and_logged(source: Path, tmp_path: Path, caplog:
     assert reranker.usage == before + report.usage
     assert caplog.messages[-1:] == [str(report)] == [m for m in caplog.messages if "tokens" in m]  # none a chunk
     assert str(Report(Path("run.tsv"), 2000, 20, 12.5, 1000, Usage(pairs=1990))) == (
-        "run.tsv: 2,000 pairs of 20 queries in 12.5 s (160 pairs/s), after 1,000 pairs that stood there; scored "
+        "run.tsv: 2,000 pairs of 20 queries in 12.5 s (160 pairs/s), resumed after 1,000 pairs; scored "
         "1,990 pairs, 0 tokens, padding 0.0%, seconds: tokenising 0.00, model 0.00, writing 0.00"
     )
 
@@ -199,17 +200,27 @@ def test_progress_counts_pairs_when_asked_for(source: Path, tmp_path: Path, capf
 # -- what interrupts it
 
 
-@pytest.mark.parametrize("name", ["run.tsv", "run.tsv.gz"])
+@pytest.fixture(scope="module")
+def stopped(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with runs that were interrupted before the last chunk, and their journals."""
+    folder = tmp_path_factory.mktemp("stopped")
+    for name in ("run.tsv", "run.tsv.gz"):
+        interrupted(source, folder / name, KeyboardInterrupt(), 5)
+    return folder
+
+
 @settings(max_examples=25, deadline=None)
-@given(data=st.data())
-def test_cut_anywhere_it_goes_on_to_the_same_bytes(name: str, source: Path, whole: bytes, data: st.DataObject) -> None:
+@given(name=st.sampled_from(["run.tsv", "run.tsv.gz"]), data=st.data())
+def test_a_run_truncated_anywhere_resumes_to_the_same_bytes(
+    name: str, source: Path, whole: bytes, stopped: Path, data: st.DataObject
+) -> None:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / name
-        interrupted(source, target, KeyboardInterrupt(), 5)
+        shutil.copytree(stopped, folder, dirs_exist_ok=True)
         stood = target.read_bytes()
         wanted = gzip.decompress(stood) if name.endswith(".gz") else stood
         assert whole.startswith(wanted)
-        ends = [0, *(sum(block) for block in _cumulated(journal_of(target)))]
+        ends = [0, *(sum(block) for block in _cumulated(journal_path(target)))]
         for _ in range(data.draw(st.integers(1, 3), "kills")):
             cut = data.draw(st.integers(0, target.stat().st_size), "bytes left")
             os.truncate(target, cut)
@@ -259,13 +270,15 @@ def test_killed_in_the_middle_of_any_write_it_ends_with_the_same_bytes(name: str
         status = os.waitpid(child, 0)[1]
         assert os.WIFSIGNALED(status) if fatal else os.WEXITSTATUS(status) == 0
     assert target.read_bytes() == (tmp_path / name).read_bytes()
-    assert journal_of(target).read_bytes() == journal_of(tmp_path / name).read_bytes()
+    assert journal_path(target).read_bytes() == journal_path(tmp_path / name).read_bytes()
 
 
 def test_ctrl_c_leaves_whole_queries_and_says_how_to_go_on(source: Path, whole: bytes, tmp_path: Path) -> None:
     target, stop = tmp_path / "run.tsv", KeyboardInterrupt()
     interrupted(source, target, stop, 3)
-    assert stop.__notes__ == [f"{target} holds 18 pairs, of whole queries; go on with resume (--resume)."]
+    assert stop.__notes__ == [
+        f"{target} holds 18 pairs, all of complete queries; to continue, set resume=True (--resume)."
+    ]
     assert len(list(read_run(target))) == 18
     assert whole.startswith(target.read_bytes())
     rerank_file(MATROYSHKA, source, target, resume=True)
@@ -333,7 +346,7 @@ def test_a_query_that_comes_again_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        ({"cutoff": 4}, {}, r"run\.tsv was begun with cutoff=2, not 4;"),
+        ({"cutoff": 4}, {}, r"run\.tsv was written with cutoff=2, not 4;"),
         ({"dtype": "bfloat16"}, {}, "dtype='float32', not 'bfloat16'"),
         ({"compress_layers": [1], "compress_ratio": 2}, {}, r"compress_layers=.*, not \[1\], compress_ratio=1, not 2"),
         ({}, {"form": "trec"}, "form='three', not 'trec'"),
@@ -369,9 +382,9 @@ def test_another_source_is_refused(source: Path, tmp_path: Path) -> None:
         if key == "query":
             for record in changed[7:]:
                 record["query"] = changed[8][key]
-        with pytest.raises(ValueError, match=r"rerank\.jsonl, lines 7 to 13: not those that .*run\.tsv was written"):
+        with pytest.raises(ValueError, match=r"rerank\.jsonl, lines 7 to 13: the rows have changed since .*run\.tsv"):
             rerank_file(MATROYSHKA, write_rows(other, changed), target, resume=True)
-    with pytest.raises(ValueError, match=r"rerank\.jsonl, lines 7 to 10: not those"):
+    with pytest.raises(ValueError, match=r"rerank\.jsonl, lines 7 to 10: the rows have changed"):
         rerank_file(MATROYSHKA, write_rows(other, rows()[:10]), target, resume=True)
     with pytest.raises(ValueError, match=r"rerank\.jsonl has fewer rows than .*run\.tsv was written from"):
         rerank_file(MATROYSHKA, write_rows(other, rows()[:6]), target, resume=True)
@@ -382,7 +395,7 @@ def test_a_target_that_is_there_is_not_written_over(source: Path, whole: bytes, 
     target = tmp_path / "run.tsv"
     interrupted(source, target, KeyboardInterrupt(), 2)
     before = target.read_bytes()
-    with pytest.raises(FileExistsError, match=r"go on with resume \(--resume\)"):
+    with pytest.raises(FileExistsError, match=r"set resume=True \(--resume\)"):
         rerank_file(MATROYSHKA, source, target)
     assert target.read_bytes() == before
 
@@ -396,10 +409,10 @@ def test_what_is_finished_is_left_alone_unless_there_is_more(
     with transforming(lambda *_: None) as calls:
         report = rerank_file(MATROYSHKA, grown, target, resume=True)
         assert (report.pairs, report.resumed_from) == (0, 13)
-        assert "run.tsv was finished already: nothing was scored." in caplog.text
+        assert "run.tsv is already finished; nothing was scored." in caplog.text
         assert calls == []
         other = MatroyshkaReranker(**{**MATROYSHKA._arguments(), "cutoff": 3})
-        with pytest.raises(ValueError, match="was begun with cutoff=2, not 3"):
+        with pytest.raises(ValueError, match="was written with cutoff=2, not 3"):
             rerank_file(other, grown, target, resume=True)
         rerank_file(MATROYSHKA, source, target, resume=True)
         assert tuple(calls) == CHUNKS[2:]
@@ -411,17 +424,17 @@ def test_what_is_quantised_depends_on_more(source: Path, tmp_path: Path) -> None
     target, arguments = tmp_path / "run.tsv", {**MATROYSHKA._arguments(), "quantization": "int8"}
     rerank_file(MatroyshkaReranker(**arguments), source, target)
     rerank_file(MatroyshkaReranker(**{**arguments, "device": "cpu"}), source, target, resume=True)  # which None is here
-    with pytest.raises(ValueError, match="was begun with batch_size=None, not 2"):
+    with pytest.raises(ValueError, match="was written with batch_size=None, not 2"):
         rerank_file(MatroyshkaReranker(**{**arguments, "batch_size": 2}), source, target, resume=True)
-    settings, *lines = journal_of(target).read_text().splitlines()
+    settings, *lines = journal_path(target).read_text().splitlines()
     assert json.loads(settings)["device"] == "cpu"
-    journal_of(target).write_text("\n".join([settings.replace('"cpu"', '"cuda"'), *lines, ""]))
-    with pytest.raises(ValueError, match="was begun with device='cuda', not 'cpu'"):
+    journal_path(target).write_text("\n".join([settings.replace('"cpu"', '"cuda"'), *lines, ""]))
+    with pytest.raises(ValueError, match="was written with device='cuda', not 'cpu'"):
         rerank_file(MatroyshkaReranker(**arguments), source, target, resume=True)
 
 
 def test_a_target_that_is_no_file_is_refused(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="target='/dev/null' is no file"):
+    with pytest.raises(ValueError, match="target='/dev/null' is not a file"):
         rerank_file(MATROYSHKA, source, Path("/dev/null"))
 
 
@@ -451,7 +464,7 @@ def test_the_usage_of_a_call_that_failed_counts(source: Path, tmp_path: Path, mo
     ("options", "message"),
     [
         ({"form": "two"}, "form='two'; allowed: three, trec"),
-        ({"tag": "a b"}, "tag is 'a b'; wanted no white space"),
+        ({"tag": "a b"}, "tag is 'a b'; expected no whitespace"),
         ({"workers": 0}, "workers=0; allowed: an integer of at least 1"),
     ],
 )
@@ -470,7 +483,7 @@ def test_what_fails_before_anything_is_written_leaves_nothing(source: Path, tmp_
         rerank_file(of_bodies, source, tmp_path / "run.tsv")
     stop = KeyboardInterrupt()
     interrupted(source, tmp_path / "run.tsv", stop, 0)
-    assert stop.__notes__ == ["Nothing had been written: that is done in blocks of 5 pairs or more."]
+    assert stop.__notes__ == ["Nothing was written yet: results are written in blocks of at least 5 pairs."]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -479,7 +492,7 @@ def test_a_damaged_source_does_not_keep_the_progress_bar_from_beginning(tmp_path
     cut.write_bytes(cut.read_bytes()[:-9])
     verbose = copy.copy(MATROYSHKA)
     verbose.verbose = True
-    with pytest.raises(ValueError, match=r"rerank\.jsonl\.gz, line 34: the compressed file is cut off"):
+    with pytest.raises(ValueError, match=r"rerank\.jsonl\.gz, line 34: the compressed file is truncated"):
         rerank_file(verbose, cut, tmp_path / "run.tsv")
     assert len(list(read_run(tmp_path / "run.tsv"))) == sum(CHUNKS[:-1])
 
