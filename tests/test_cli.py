@@ -1,4 +1,4 @@
-"""The commands, from a run to the evaluation of a reranked one, and what they say of what is wrong."""
+"""The commands, their options, errors and help."""
 
 import argparse
 import gzip
@@ -35,7 +35,7 @@ KINDS = {"rankllama": RankLLaMAReranker, "matroyshka": MatroyshkaReranker}
 
 @pytest.fixture(autouse=True)
 def levels() -> Iterator[None]:
-    """Loggers as they were."""
+    """Restore the levels of the loggers."""
     loggers = [logging.getLogger(name) for name in ("", "pyterrier_llmrerank")]
     before = [logger.level for logger in loggers]
     yield
@@ -45,7 +45,7 @@ def levels() -> Iterator[None]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run of three queries, six documents each, with what it ranks; the folder that commands run in."""
+    """Run commands in a folder with a run of three queries, six documents each, and its texts."""
     rows = frame(3, 6)
     with gzip.open(tmp_path / "run.gz", "wt") as lines:
         lines.writelines(f"{r.qid} Q0 {r.docno} {r.rank} {r.score} first\n" for r in rows.itertuples())
@@ -122,7 +122,7 @@ def test_vaswani_by_name_and_from_files(collections: Path, tmp_path: Path) -> No
         ["evaluate", run, "--qrels", str(there / "qrels.txt")],
     ]
     code = f"from pyterrier_llmrerank.cli import main\nfor words in {commands}:\n    assert main(words) == 0"
-    command = [sys.executable, "-c", code]  # a process of its own: ir_datasets reads its home on import
+    command = [sys.executable, "-c", code]  # a new process, since ir_datasets reads IR_DATASETS_HOME on import
     ran = subprocess.run(
         command, capture_output=True, text=True, check=True, timeout=240, cwd=tmp_path, env=environment
     )
@@ -141,7 +141,7 @@ def test_convert_orders_by_score(folder: Path) -> None:
     assert Path("three.txt").read_text() == "q\td3\t0.5\nq\td2\t0.5\nq\td1\t0.25\n"
 
 
-#: As MS MARCO has runs; q0's judged document is its second, q1's the third, q2's the first.
+#: A run in the form of MS MARCO. The relevant documents have ranks 2, 3 and 1.
 RANKS = "q0\td0\t1\nq0\td3\t2\nq1\td1\t1\nq1\td2\t2\nq1\td0\t3\nq2\td1\t1\n"
 
 
@@ -182,7 +182,7 @@ def test_ranks_are_read_as_ranks(folder: Path, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out.split()[5:8] == ["RR@10", mean, f"{1:.4f}"]
 
 
-def test_what_evaluate_measures_by_itself(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_default_measure(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("evaluate run.gz --qrels qrels.txt") == 0
     assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
         ["measure", "value"],
@@ -194,7 +194,7 @@ def test_what_evaluate_measures_by_itself(folder: Path, capsys: pytest.CaptureFi
 
 
 def reranked(monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[LLMReranker, dict[str, Any]]:
-    """The re-ranker and the arguments that a rerank command comes to."""
+    """Return the reranker and the arguments that a rerank command passes on."""
     calls: list[tuple[LLMReranker, dict[str, Any]]] = []
 
     def record(reranker: LLMReranker, source: Path, target: Path, **arguments: Any) -> None:
@@ -207,7 +207,7 @@ def reranked(monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[LLMReranker,
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_without_options_a_reranker_is_as_its_constructor_makes_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_defaults_are_those_of_the_constructor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     reranker, arguments = reranked(monkeypatch, name, "in.jsonl", "--output", "out.txt")
     assert reranker == KINDS[name]()
     assert arguments == {
@@ -216,7 +216,7 @@ def test_without_options_a_reranker_is_as_its_constructor_makes_it(name: str, mo
     }  # fmt: skip
 
 
-def test_the_options_are_the_constructors_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_are_the_arguments_of_the_constructor(monkeypatch: pytest.MonkeyPatch) -> None:
     words = (
         "matroyshka in --output out.gz --form trec --tag mine --resume --workers 2 --address auto --verbose "
         "--model smollm2-135m --cutoff 20 --cutoff 10 --compress-layers 8 --compress-layers 12 --compress-ratio 2 "
@@ -235,7 +235,7 @@ def test_the_options_are_the_constructors_arguments(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_every_argument_is_an_option_with_a_sentence_of_the_docstring(name: str) -> None:
+def test_every_argument_is_an_option_with_help(name: str) -> None:
     said = " ".join(CliRunner().invoke(app, ["rerank", name, "--help"], terminal_width=10_000).output.split())
     arguments = [one for one in inspect.signature(KINDS[name]).parameters if one not in cli._NO_OPTIONS]
     assert len(arguments) >= 12
@@ -246,7 +246,7 @@ def test_every_argument_is_an_option_with_a_sentence_of_the_docstring(name: str)
 
 
 def commands(group: Any, context: Any) -> Iterator[tuple[Any, Any]]:
-    """The commands of a group and its subgroups, each with the context of its group."""
+    """Yield the commands of a group and its subgroups, each with the context of its group."""
     for name in group.list_commands(context):
         command = group.get_command(context, name)
         if hasattr(command, "list_commands"):
@@ -304,14 +304,14 @@ def test_interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert capsys.readouterr().err == "Interrupted. out.txt holds 3 pairs.\n"
 
 
-def test_what_verbose_says(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_verbose_logs_each_step(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert run(PREPARE) == 0
     assert caplog.messages == []
     assert run(f"{PREPARE} --verbose") == 0
     assert caplog.messages == ["rerank.jsonl.gz: 12 pairs"]
 
 
-# -- what is wrong
+# -- errors
 
 
 @pytest.mark.parametrize(
@@ -371,12 +371,12 @@ def test_errors_are_one_line(folder: Path, command: str, problem: str, capfd: py
         ("train dance", "No such command 'dance'"),
     ],
 )
-def test_commands_that_are_malformed(command: str, problem: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_malformed_commands(command: str, problem: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command) == 2
     assert re.match(f"error: .*{problem}", capsys.readouterr().err)
 
 
-def test_training_without_its_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_names_missing_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "pyterrier_llmrerank.training", types.ModuleType("pyterrier_llmrerank.training"))
     monkeypatch.delitem(sys.modules, "pyterrier_llmrerank.training.commands", raising=False)  # other tests import it
     assert run("train distill --train_data x") == 1
@@ -397,7 +397,7 @@ EXAMPLES = [
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_examples_of_the_help_are_commands(example: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_in_the_help_run(example: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = shlex.split(example.partition(" > ")[0])
     assert words[0] == "llmrerank"
     monkeypatch.setattr(cli, "read_run", lambda *_: iter([RunRow("q", "d", None, 1.0, 1)]))

@@ -1,4 +1,4 @@
-"""What is written is read again; what is malformed is named by file and line, whatever it is."""
+"""Round trips of all file formats, and errors that name the file and line."""
 
 import gzip
 import json
@@ -43,7 +43,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Iterator[Any]]]] = {
     "qrels": ("qrels.txt", read_qrels),
 }
 
-#: Hypothesis and tmp_path: each example writes the same file anew.
+#: All examples of a test share its tmp_path.
 ANEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 IDS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=6).filter(
@@ -73,7 +73,7 @@ def rerank(**changed: Any) -> str:
 def test_a_run_is_read_as_it_was_written(
     tmp_path: Path, name: str, rows: list[tuple[str, str, float]], form: str
 ) -> None:
-    rows.sort(key=lambda row: (row[0], -row[2]))  # as runs are written: the best first
+    rows.sort(key=lambda row: (row[0], -row[2]))  # runs are sorted by score
     lines = [run_line(*row[:2], rank, row[2], form, "mine") for rank, row in enumerate(rows, 1)]
     path = written(tmp_path / name, *lines)
     ranks = [None if form == "three" else rank for rank in range(1, len(rows) + 1)]
@@ -92,7 +92,7 @@ def test_a_rerank_file_is_read_as_it_was_written(tmp_path: Path, row: RerankRow)
     assert list(read_rerank(written(tmp_path / "rerank.jsonl", rerank_line(row)))) == [row]
 
 
-def test_the_seeds_line_is_ours(tmp_path: Path) -> None:
+def test_a_rerank_line_may_have_other_keys(tmp_path: Path) -> None:
     assert list(read_rerank(written(tmp_path / "x", rerank(more=[1])))) == [
         RerankRow("q1", "panda", "d1", "", None, "a panda", 1.5, 1)
     ]
@@ -112,7 +112,7 @@ def test_runs_have_three_four_or_six_columns(tmp_path: Path, lines: str, rank: i
     assert second == RunRow("q1", "d2", rank and rank + 1, -0.001, 2)
 
 
-#: The last of three columns, query by query: what counts up, or counts in any order but from the best, may be ranks.
+#: The last of three columns, by query. Numbers that count up, or count in any order but descending, may be ranks.
 LIKE_RANKS = [[[1, 2, 3]], [[1, 2, 3], [1, 2]], [[1], [1, 2, 3], [1]], [[0, 1, 2]], [[1, 4, 9]], [[2, 1, 3]], [[3, 5]]]
 LIKE_SCORES = [
     [[3, 2, 1]], [[1, 2, 3], [2, 1]], [[1, 2, 3], [0.5]], [[1], [1]], [[1, 2, 2.5]], [[-3, -2, -1]], [[9, 1, 4]],
@@ -173,7 +173,7 @@ def test_equal_ranks_or_scores_contradict_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("columns", ["", "qid,docno", "qid,score", "qid,docno,scores", "qid,docno,score,qid", "docno"])
-def test_columns_that_do_not_serve(tmp_path: Path, columns: str) -> None:
+def test_invalid_columns_are_errors(tmp_path: Path, columns: str) -> None:
     path = written(tmp_path / "run", "q d 1\n")
     with pytest.raises(ValueError, match=f"^columns='{columns}'; allowed: qid, docno, and rank, score"):
         list(read_run(path, columns))
@@ -181,7 +181,7 @@ def test_columns_that_do_not_serve(tmp_path: Path, columns: str) -> None:
         list(read_run(path, "docno,qid,_,rank"))
 
 
-def test_what_is_ranked(tmp_path: Path) -> None:
+def test_topics_and_texts(tmp_path: Path) -> None:
     topics = [Topic("1", "what is\xa0a panda", 1), Topic("q2", "", 2)]
     assert list(read_topics(written(tmp_path / "a.tsv", "1\twhat is\xa0a panda\nq2\t\n"))) == topics
     lines = ['{"_id": "1", "text": "what is\\u00a0a panda"}\n', '{"query_id": "q2", "query": ""}\n']
@@ -192,7 +192,7 @@ def test_what_is_ranked(tmp_path: Path) -> None:
     assert list(read_texts(written(tmp_path / "d.jsonl", line))) == [Text("d1", "T", "u", "a", 1)]
 
 
-def test_forms_of_others(tmp_path: Path) -> None:
+def test_files_of_other_projects(tmp_path: Path) -> None:
     docs = written(tmp_path / "msmarco-docs.tsv", "D1\thttp://x\tT\ta body\n")
     assert list(read_texts(docs)) == [Text("D1", "T", "http://x", "a body", 1)]
     pyserini = written(tmp_path / "pyserini.jsonl", '{"id": 7, "contents": "a"}\n{"id": "d-2", "contents": ""}\n')
@@ -240,7 +240,7 @@ ROW = RerankRow("q1", "panda", "d1", "T", "u", "a panda", 1.5, 1)
         ({"text": "ä" * (MAX_LINE // 2)}, f"the line has 1[0-9]* bytes; allowed: up to {MAX_LINE}"),
     ],
 )
-def test_what_rerank_would_refuse_is_not_written(changed: dict[str, Any], problem: str) -> None:
+def test_invalid_rerank_lines_are_not_written(changed: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         rerank_line(ROW._replace(**changed))
 
@@ -271,7 +271,7 @@ def test_best_first() -> None:
     assert [row.docno for row in best_first(rows)] == ["b", "a"]
 
 
-def test_lines_are_given_as_they_are_read(tmp_path: Path) -> None:
+def test_rows_are_yielded_as_they_are_read(tmp_path: Path) -> None:
     rows = read_rerank(written(tmp_path / "rerank.jsonl", rerank(), rerank(docid="d2"), "{"))
     assert next(rows).docno == "d1"
     assert next(rows).docno == "d2"
@@ -279,7 +279,7 @@ def test_lines_are_given_as_they_are_read(tmp_path: Path) -> None:
         next(rows)
 
 
-def test_rows_of_a_query_come_together(tmp_path: Path) -> None:
+def test_rows_are_grouped_by_query(tmp_path: Path) -> None:
     path = written(tmp_path / "run", "q1 d1 2\nq1 d2 1\nq0 d1 1\n")
     assert [(qid, [row.docno for row in rows]) for qid, rows in by_query(read_run(path))] == [
         ("q1", ["d1", "d2"]), ("q0", ["d1"]),
@@ -367,7 +367,7 @@ EACH = pytest.mark.parametrize(("name", "reader"), READERS.values(), ids=READERS
 
 
 @EACH
-def test_bytes_that_are_no_text_are_named(tmp_path: Path, name: str, reader: Callable[[Path], Iterator[Any]]) -> None:
+def test_invalid_bytes_are_named(tmp_path: Path, name: str, reader: Callable[[Path], Iterator[Any]]) -> None:
     path = tmp_path / name
     for raw, problem in ((b"q\xff", r"byte 2 \(0xff\) is not valid UTF-8"), (b"ab\0", "byte 3 is NUL")):
         path.write_bytes(b"\n" + raw)
@@ -378,7 +378,7 @@ def test_bytes_that_are_no_text_are_named(tmp_path: Path, name: str, reader: Cal
 @EACH
 @ANEW
 @given(lines=st.lists(st.binary(max_size=30) | st.text('q1d \t\n{}[]":,.-e0\\u', max_size=30).map(str.encode)))
-def test_whatever_is_in_a_file_it_is_read_or_named(
+def test_any_bytes_are_read_or_named(
     tmp_path: Path, name: str, reader: Callable[[Path], Iterator[Any]], lines: list[bytes]
 ) -> None:
     path = tmp_path / name
@@ -415,7 +415,7 @@ def test_long_lines_are_read_and_longer_ones_named(tmp_path: Path) -> None:
     assert peak < 4 * MAX_LINE
 
 
-def test_files_that_are_not_there(tmp_path: Path) -> None:
+def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="none.gz"):
         list(read_run(tmp_path / "none.gz"))
 
@@ -430,7 +430,7 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
         ({"form": "four"}, "form='four'; allowed: three, trec"),
     ],
 )
-def test_what_no_run_can_hold_is_not_written(change: dict[str, Any], problem: str) -> None:
+def test_invalid_run_lines_are_not_written(change: dict[str, Any], problem: str) -> None:
     values = {"qid": "q", "docno": "d", "rank": 1, "score": 1.0, "form": "trec", "tag": "t", **change}
     with pytest.raises(ValueError, match=problem):
         run_line(**values)
@@ -439,7 +439,7 @@ def test_what_no_run_can_hold_is_not_written(change: dict[str, Any], problem: st
 # -- writing
 
 
-def test_a_file_appears_when_all_is_written(tmp_path: Path) -> None:
+def test_a_file_appears_once_it_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "run.txt"
     path.write_text("before")
     with pytest.raises(KeyError), writing(path) as file:  # noqa: PT012
@@ -451,7 +451,7 @@ def test_a_file_appears_when_all_is_written(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["run.txt"]
 
 
-def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_the_previous_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path / "run.gz", "before")
 
     def full(descriptor: int) -> None:
@@ -472,7 +472,7 @@ def test_equal_texts_give_equal_gz(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert gzip.decompress(one) == b"q1 d1 1\n"
 
 
-def test_links_and_devices_stay_what_they_are(tmp_path: Path) -> None:
+def test_links_devices_and_pipes_are_kept(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "target")
     written(tmp_path / "link", "x")
     assert (tmp_path / "link").is_symlink()

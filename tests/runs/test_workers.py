@@ -1,4 +1,4 @@
-"""WorkerPool on Ray: what they give is what one process gives, also where some are lost."""
+"""Workers on Ray give the results of one process, even if some are lost."""
 
 import logging
 import sys
@@ -37,7 +37,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scoring, "CHUNK", 5)
 
 
-# -- Ray itself
+# -- with Ray
 
 
 @pytest.fixture(scope="module")
@@ -78,36 +78,36 @@ def test_results_equal_those_of_one_process_up_to_an_error(
     assert cluster.is_initialized()  # it was connected before
 
 
-# -- losses and order, with a stand-in for Ray: what is ready, and what is lost, is drawn
+# -- losses and order, with a fake of Ray
 
 
 class LostError(Exception):
-    """A worker is no more."""
+    """Stands for RayError: a worker was lost."""
 
 
 class RaisedError(Exception):
-    """A worker raised something."""
+    """Stands for RayTaskError: a task raised an error."""
 
     def __init__(self, cause: Exception) -> None:
         self.cause = cause
 
 
-class Promise:
-    """What a call will give."""
+class Reference:
+    """A reference to the result of a call."""
 
     def __init__(self, name: str, frame: pd.DataFrame | None = None) -> None:
         self.name, self.frame = name, frame
 
 
 class Handle:
-    """Of a worker."""
+    """A handle of an actor."""
 
     def __init__(self) -> None:
-        self.open, self.score = (SimpleNamespace(remote=partial(Promise, name)) for name in ("open", "score"))
+        self.open, self.score = (SimpleNamespace(remote=partial(Reference, name)) for name in ("open", "score"))
 
 
-class Stand:
-    """A cluster that does one thing at a time."""
+class FakeRay:
+    """A fake of the ``ray`` module. ``choose`` picks the task to finish next, ``lost`` whether its worker is lost."""
 
     exceptions = SimpleNamespace(RayError=LostError, RayTaskError=RaisedError)
 
@@ -141,13 +141,13 @@ class Stand:
 
         return SimpleNamespace(options=options)
 
-    def wait(self, busy: list[Promise], timeout: float | None = None) -> tuple[list[Promise], list[Promise]]:
+    def wait(self, busy: list[Reference], timeout: float | None = None) -> tuple[list[Reference], list[Reference]]:
         assert busy
         if self.slow and timeout is not None:
             return [], busy
         return [self.choose(busy)], []
 
-    def get(self, ready: Promise) -> Any:
+    def get(self, ready: Reference) -> Any:
         if self.lost(ready.name, ready.frame):
             raise LostError
         if ready.frame is None:
@@ -171,11 +171,11 @@ def chunks(names: list[str]) -> Iterator[Chunk]:
         yield Chunk(pd.DataFrame({"qid": [name]}), 1, 0, 1, 1)
 
 
-def run(stand: Stand, coming: Iterator[Chunk], count: int) -> tuple[list[str], Exception | None]:
-    """What was given out, and what was raised after that."""
+def run(fake: FakeRay, coming: Iterator[Chunk], count: int) -> tuple[list[str], Exception | None]:
+    """Return the queries yielded, and the error raised after them."""
     got: list[str] = []
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setitem(sys.modules, "ray", stand)
+        monkeypatch.setitem(sys.modules, "ray", fake)
         try:
             for chunk, (result, _) in score_on_workers(MATROYSHKA, coming, workers=count):
                 pd.testing.assert_frame_equal(result, chunk.frame.assign(score=1.0))
@@ -187,8 +187,8 @@ def run(stand: Stand, coming: Iterator[Chunk], count: int) -> tuple[list[str], E
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), count=st.integers(1, 4), size=st.integers(0, 20), wrong=st.integers(0, 40))
-def test_in_order_whatever_is_ready_and_whatever_is_lost(data: Any, count: int, size: int, wrong: int) -> None:
-    """Results come in the source's order, until what is wrong; few chunks are held; all workers are ended."""
+def test_results_keep_their_order_for_any_schedule_and_losses(data: Any, count: int, size: int, wrong: int) -> None:
+    """Results stop at the first error; few chunks are held; all workers are killed at the end."""
     names = [f"q{n}" if n != wrong else "wrong" for n in range(size)]
     lost: dict[str, int] = {}
 
@@ -199,7 +199,7 @@ def test_in_order_whatever_is_ready_and_whatever_is_lost(data: Any, count: int, 
             return True
         return False
 
-    stand = Stand(lambda busy: data.draw(st.sampled_from(busy), "ready"), loses)
+    fake = FakeRay(lambda busy: data.draw(st.sampled_from(busy), "ready"), loses)
     taken: list[str] = []
 
     def coming() -> Iterator[Chunk]:
@@ -207,19 +207,18 @@ def test_in_order_whatever_is_ready_and_whatever_is_lost(data: Any, count: int, 
             taken.append(_qid(chunk.frame))
             yield chunk
 
-    got, error = run(stand, coming(), count)
+    got, error = run(fake, coming(), count)
     if wrong < size:
         assert got == names[:wrong]
         assert isinstance(error, ScoringError)
         assert len(taken) <= len(got) + CHUNKS_AHEAD * count
     else:
         assert (got, error) == (names, None)
-    assert stand.alive == set()
-    assert stand.most <= count
+    assert fake.alive == set()
+    assert fake.most <= count
 
 
-def test_few_are_held_where_the_first_takes_long() -> None:
-    """Until it is there, no more are read than may wait for it."""
+def test_few_chunks_are_held_while_the_first_is_slow() -> None:
     taken = []
 
     def coming() -> Iterator[Chunk]:
@@ -227,51 +226,51 @@ def test_few_are_held_where_the_first_takes_long() -> None:
             taken.append(number)
             yield chunk
 
-    def last_but_first(busy: list[Promise]) -> Promise:
+    def last_but_first(busy: list[Reference]) -> Reference:
         if others := [promise for promise in busy if _qid(promise.frame) != "q0"]:
             return others[-1]
         assert len(taken) == 2 * CHUNKS_AHEAD
         return busy[0]
 
-    assert run(Stand(last_but_first, lambda *_: False), coming(), 2)[0] == [f"q{n}" for n in range(20)]
+    assert run(FakeRay(last_but_first, lambda *_: False), coming(), 2)[0] == [f"q{n}" for n in range(20)]
 
 
 @pytest.mark.parametrize(
     ("what", "over", "replaced"),
     [
-        ("open", "opening the model", 2 * (MAX_LOSSES - 1)),  # two places, in turns
+        ("open", "opening the model", 2 * (MAX_LOSSES - 1)),  # of two workers alternately
         ("score", "scoring queries 'q1' to 'q1'", MAX_LOSSES - 1),
     ],
 )
-def test_too_many_losses_over_one_thing_are_an_error(
+def test_too_many_losses_over_a_task_are_an_error(
     what: str, over: str, replaced: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     def loses(name: str, frame: pd.DataFrame | None) -> bool:
         return name == what and _qid(frame) in ("", "q1")
 
-    stand = Stand(lambda busy: busy[0], loses)
+    fake = FakeRay(lambda busy: busy[0], loses)
     with caplog.at_level(logging.WARNING):
-        got, error = run(stand, chunks(["q0", "q1", "q2"]), 2)
+        got, error = run(fake, chunks(["q0", "q1", "q2"]), 2)
     assert isinstance(error, ConnectionError)
     assert f"{MAX_LOSSES} workers were lost while {over}" in str(error)
     assert got == (["q0"] if what == "score" else [])
     assert caplog.text.count(f"A worker was lost while {over} and is replaced") == replaced
-    assert stand.alive == set()
+    assert fake.alive == set()
 
 
-def test_a_model_that_cannot_be_opened_is_named() -> None:
-    stand = Stand(lambda busy: busy[0], lambda *_: False)
-    stand.broken = FileNotFoundError("no such model")
-    assert run(stand, chunks(["q0"]), 2) == ([], stand.broken)
+def test_an_error_from_opening_the_model_is_raised() -> None:
+    fake = FakeRay(lambda busy: busy[0], lambda *_: False)
+    fake.broken = FileNotFoundError("no such model")
+    assert run(fake, chunks(["q0"]), 2) == ([], fake.broken)
 
 
-def test_where_there_is_nothing_to_score_no_worker_is_started() -> None:
-    stand = Stand(lambda busy: busy[0], lambda *_: False)
-    assert run(stand, iter([]), 2) == ([], None)
-    assert stand.most == 0
+def test_no_worker_starts_if_there_is_nothing_to_score() -> None:
+    fake = FakeRay(lambda busy: busy[0], lambda *_: False)
+    assert run(fake, iter([]), 2) == ([], None)
+    assert fake.most == 0
 
 
-def test_what_needs_no_cluster_starts_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_are_checked_before_a_cluster_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "ray_cluster", None)
     source, target = write_rows(tmp_path / "rerank.jsonl", rows()), tmp_path / "run.tsv"
     target.write_text("mine")
@@ -279,14 +278,14 @@ def test_what_needs_no_cluster_starts_none(tmp_path: Path, monkeypatch: pytest.M
         rerank_file(MATROYSHKA, source, target, workers=2)
 
 
-def test_a_bad_line_waits_for_what_was_read_before_it() -> None:
+def test_an_error_from_reading_comes_after_earlier_results() -> None:
     bad = ValueError("rerank.jsonl, line 3: not JSON")
 
     def coming() -> Iterator[Chunk]:
         yield from chunks(["q0", "q1"])
         raise bad
 
-    assert run(Stand(lambda busy: busy[-1], lambda *_: False), coming(), 2) == (["q0", "q1"], bad)
+    assert run(FakeRay(lambda busy: busy[-1], lambda *_: False), coming(), 2) == (["q0", "q1"], bad)
 
 
 @pytest.mark.parametrize(
@@ -294,8 +293,8 @@ def test_a_bad_line_waits_for_what_was_read_before_it() -> None:
     [
         ([{"CPU": 8.0}], None, 3, {"num_cpus": 2}),
         ([{"CPU": 2.0}], None, 3, {"num_cpus": 0}),
-        ([{"CPU": 6.0}, {"CPU": 6.0}, {"CPU": 3.0}], None, 4, {"num_cpus": 3}),  # 15 / 4, which is on none
-        ([{"CPU": 4.0}, {"CPU": 4.0}, {"CPU": 4.0}], None, 2, {"num_cpus": 4}),  # no more than one has
+        ([{"CPU": 6.0}, {"CPU": 6.0}, {"CPU": 3.0}], None, 4, {"num_cpus": 3}),  # not 15 // 4
+        ([{"CPU": 4.0}, {"CPU": 4.0}, {"CPU": 4.0}], None, 2, {"num_cpus": 4}),  # at most those of one machine
         ([{"CPU": 8.0, "GPU": 2.0}], None, 2, {"num_cpus": 1, "num_gpus": 1}),
         ([{"CPU": 8.0, "GPU": 2.0}], "cuda", 2, {"num_cpus": 1, "num_gpus": 1}),
         ([{"CPU": 8.0, "GPU": 4.0}], ("cuda:0", "cuda:1"), 2, {"num_cpus": 1, "num_gpus": 2}),
@@ -306,14 +305,14 @@ def test_a_bad_line_waits_for_what_was_read_before_it() -> None:
         ([{"CPU": 8.0, "GPU": 2.0}], ("cuda", "cpu"), 2, {"num_cpus": 1, "num_gpus": 1}),
     ],
 )
-def test_each_has_its_share(
+def test_resources_of_each_worker(
     machines: list[dict[str, float]], device: object, count: int, wanted: dict[str, int]
 ) -> None:
-    stand = Stand(None, None, *machines)
-    with WorkerPool(stand, SimpleNamespace(device=device), count):
-        assert stand.options == wanted
-        assert len(stand.alive) == count
-    assert stand.alive == set()
+    fake = FakeRay(None, None, *machines)
+    with WorkerPool(fake, SimpleNamespace(device=device), count):
+        assert fake.options == wanted
+        assert len(fake.alive) == count
+    assert fake.alive == set()
 
 
 @pytest.mark.parametrize(
@@ -335,25 +334,24 @@ def test_each_has_its_share(
         ),
     ],
 )
-def test_gpus_that_a_worker_cannot_have_are_refused(
+def test_impossible_gpus_are_refused(
     machines: list[dict[str, float]], device: object, count: int, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        WorkerPool(Stand(None, None, *machines), SimpleNamespace(device=device), count)
+        WorkerPool(FakeRay(None, None, *machines), SimpleNamespace(device=device), count)
 
 
-def test_while_none_opens_it_says_what_is_free(caplog: pytest.LogCaptureFixture) -> None:
-    stand = Stand(lambda busy: busy[0], lambda *_: False)
-    stand.slow = True
-    assert run(stand, chunks(["q0", "q1"]), 2) == (["q0", "q1"], None)
+def test_a_warning_lists_free_resources_while_no_worker_starts(caplog: pytest.LogCaptureFixture) -> None:
+    fake = FakeRay(lambda busy: busy[0], lambda *_: False)
+    fake.slow = True
+    assert run(fake, chunks(["q0", "q1"]), 2) == (["q0", "q1"], None)
     assert caplog.messages == [
         "No worker has opened the model after 120 s; still waiting. Free on the cluster: {'CPU': 1.0}"
     ]
 
 
-def test_the_dtype_is_what_a_worker_finds(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process may have no such device."""
-    monkeypatch.setattr(weights, "resolve_dtype", None)  # here, not there
+def test_the_dtype_is_resolved_on_a_worker(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "resolve_dtype", None)  # in this process, which may have another device
     assert resolve_worker_dtype(RankLLaMAReranker(dtype="float16"), 2) == ("float16", "")  # asks no worker
     assert resolve_worker_dtype(RankLLaMAReranker(dtype="float16", quantization="int8"), 2) == ("float16", "cpu")
 
@@ -373,7 +371,7 @@ def test_an_error_in_resolving_the_dtype_is_raised_here(
 
     submitted = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda *_: "reference"))
     ray = SimpleNamespace(
-        nodes=list, remote=lambda max_calls: lambda function: submitted, get=get, exceptions=Stand.exceptions,
+        nodes=list, remote=lambda max_calls: lambda function: submitted, get=get, exceptions=FakeRay.exceptions,
         wait=lambda references, timeout: (references, []),
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "ray", ray)
@@ -381,7 +379,7 @@ def test_an_error_in_resolving_the_dtype_is_raised_here(
         resolve_worker_dtype(RankLLaMAReranker(), 2)
 
 
-def test_without_ray_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_ray_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     source = write_rows(tmp_path / "rerank.jsonl", rows())
     with pytest.raises(ImportError, match=r"workers=2 needs Ray: pip install 'pyterrier-llmrerank\[ray\]'"):
@@ -393,7 +391,7 @@ def test_without_ray_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest
     ("address", "environment", "wanted"),
     [(None, None, "local"), ("ray://head:10001", "other", "ray://head:10001"), (None, "head:6379", "head:6379")],
 )
-def test_the_cluster_is_the_one_that_is_named(
+def test_the_address_of_the_cluster(
     address: str | None, environment: str | None, wanted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[Any] = []
