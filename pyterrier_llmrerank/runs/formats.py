@@ -127,7 +127,7 @@ def read_run(path: Path, columns: str | None = None) -> Iterator[RunRow]:
     """
     names = None if columns is None else _names(columns)
     hint = " (sort -s -k1,1 groups them)"
-    like_ranks: bool | None = None  # None as long as each query has a single document
+    like_ranks: bool | None = None  # None until a query has several documents
     line = 0
     for _, rows in by_query(_check_unique(path, _run_rows(path, names), hint)):
         _check_agreement(path, rows)

@@ -43,8 +43,8 @@ def score_on_workers(
     last bit on the same hardware with as many threads.
 
     Args:
-        reranker: the reranker. Each machine needs this package and the model, under the same name. If some machines
-            do not compute in bf16, name a ``dtype``: each resolves ``"auto"`` by itself.
+        reranker: the reranker. Each machine needs this package and the model, under the same name. With a ``dtype``
+            of ``"auto"``, each worker chooses its own: resolve it first (:func:`resolve_worker_dtype`).
         chunks: the chunks.
         workers: number of workers.
 
