@@ -17,6 +17,7 @@ import typer
 
 from .errors import ScoringError
 from .matroyshka import MatroyshkaReranker
+from .options import options_of
 from .rankllama import RankLLaMAReranker
 from .reranker import LLMReranker
 from .runs.evaluation import compare, parse_measure
@@ -247,24 +248,13 @@ def _show(table: Any) -> None:
 _NO_OPTIONS = ("self", "text_field", "training", "verbose")
 
 
-def _argument_help(kind: type[LLMReranker]) -> dict[str, str]:
-    """Return the first sentence of the docstring on each constructor argument."""
-    _, _, arguments = (inspect.getdoc(kind) or "").partition("\nArgs:\n")
-    arguments = re.split(r"^\S", arguments, maxsplit=1, flags=re.M)[0]
-    entries = re.findall(r"^    (\w[\w, ]*): (.*?)(?=^    \S|\Z)", arguments, re.M | re.S)
-    sentences = {names: re.split(r"(?<=\.) ", " ".join(text.split()))[0].replace("``", "") for names, text in entries}
-    return {name: text[0].upper() + text[1:] for names, text in sentences.items() for name in names.split(", ")}
-
-
 def _options(kind: type[LLMReranker]) -> list[inspect.Parameter]:
-    """Return the options of a ``rerank`` command: the arguments of the constructor."""
-    module = vars(sys.modules[kind.__module__])
-    help = _argument_help(RankLLaMAReranker)
-    help |= {name: text for name, text in _argument_help(kind).items() if not text.startswith("As for")}
+    """Return the options of a ``rerank`` command: the options of the reranker."""
+    names = vars(sys.modules[kind.__module__]) | globals()
     return [
-        _option(name, eval(parameter.annotation, module), parameter.default, help[name])
-        for name, parameter in inspect.signature(kind.__init__).parameters.items()
-        if name not in _NO_OPTIONS
+        _option(option.name, eval(option.accepts, names), option.default, option.summary)
+        for option in options_of(kind)
+        if option.name not in _NO_OPTIONS
     ]
 
 
