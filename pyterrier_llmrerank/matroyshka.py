@@ -14,21 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import numpy as np
 import pyterrier as pt
 
-from .checkpoints.files import (
-    SHIPPED_DISTILLED,
-    SHIPPED_LAYERS,
-    SHIPPED_RATIOS,
-    SHIPPED_START_LAYER,
-    adapter_folder,
-    bare,
-    is_hub_id,
-    is_shipped,
-    located,
-    require,
-    shipped,
-    shown,
-    smollm2,
-)
+from .checkpoints import bundled
+from .checkpoints.description import Description, assembled, fitting
+from .checkpoints.locate import folder_of, is_hub_id, located, require, shown
 from .engine.inputs import PROMPT, Ids, MatroyshkaInputs
 from .features import PAPER, AtDepth, MatroyshkaFeatures
 from .frames import sigmoid
@@ -132,15 +120,15 @@ class MatroyshkaReranker(LLMReranker):
         default=(),
         check=_adapters,
         help="LoRA folders to merge, in this order: paths, folders below the model's own "
-        '(``"compensate/layer/full"``), or hub ids. The default is none; for ``"smollm2-135m"``, the '
-        "adapters of distillation and layer compensation.",
+        '(``"compensate/layer/full"``), or hub ids. The default is the adapters in the model\'s '
+        "``reranker.json``, if it has one.",
     )
     token_adapters: Converted[Mapping[int, str] | Sequence[tuple[int, str]], tuple[tuple[int, str], ...]] = Converted(
         default=(),
         check=_token_adapters,
         help="token compensation adapters by ratio, ``{2: folder, 4: folder}``. In a shape with ``compress_layers``, "
         "the adapter for its ratio, or else for the next lower ratio, is laid over the shared weights. The default is "
-        'none; for ``"smollm2-135m"``, those that come with it. They are kept as a tuple of pairs, and the '
+        "the adapters in the model's ``reranker.json``, if it has one. They are kept as a tuple of pairs, and the "
         "reranker's ``repr`` shows the one in use.",
     )
     cutoff: Converted[int | Sequence[int] | None, int | tuple[int, ...] | None] = Converted(
@@ -172,7 +160,12 @@ class MatroyshkaReranker(LLMReranker):
         "``score_8`` and ``score_16`` are its scores there. Layers are shallower than the cutoff and have heads; the "
         "numbers must not increase with depth. They are kept as a tuple of pairs.",
     )
-    prompt: Option[str] = Option(default=PROMPT, check=string, help="the question that ends every input.")
+    prompt: Option[str | None] = Option(
+        default=None,
+        check=optional(string),
+        help="the question that ends every input; None for the one in the model's ``reranker.json``, or else the "
+        "original one.",
+    )
     query_max_length: Option[int | None] = Option(
         default=None,
         check=optional(positive),
@@ -201,11 +194,14 @@ class MatroyshkaReranker(LLMReranker):
         default=None,
         check=optional(positive),
         help="the shallowest layer with a head, for a causal language model without layer-wise heads; its heads start "
-        "as the LM head's row for ``Yes``. None for the checkpoint's own; a plain model then has one head, at its last "
-        "layer.",
+        "as the LM head's row for ``Yes``. None for the value in ``reranker.json`` or the checkpoint; a plain model "
+        "then has one head, at its last layer.",
     )
     layer_sep: Option[int | None] = Option(
-        default=None, check=optional(positive), help="layers between two such heads; None for 1."
+        default=None,
+        check=optional(positive),
+        help="layers between two such heads; None for the value in ``reranker.json`` or the checkpoint, or 1 for a "
+        "plain model.",
     )
     training: Option[MatroyshkaTraining | None] = Option(
         default=None,
@@ -215,26 +211,25 @@ class MatroyshkaReranker(LLMReranker):
     )
 
     def __post_init__(self) -> None:
+        source = self._source()
         vars(self).update(  # not an assignment, which would count as a change of the reranker
-            adapters=tuple(located(name, self.model) for name in self.adapters),
-            token_adapters=tuple((ratio, located(name, self.model)) for ratio, name in self.token_adapters),
+            adapters=tuple(located(name, source) for name in self.adapters),
+            token_adapters=tuple((ratio, located(name, source)) for ratio, name in self.token_adapters),
         )
         self._check_stages(self.deepest())
         if self.released and self.prune:
             raise ValueError(
                 f"prune={dict(self.prune)}: released=True reads heads of other layers than the cutoffs; allowed: ()."
             )
-        self._check_training()
         require(self.model, "model")
         for role, names in {"adapters": self.adapters, "token_adapters": dict(self.token_adapters).values()}.items():
             for name in names:
-                if not (Path(self.model).expanduser() / name).is_dir():
+                if not (Path(source).expanduser() / name).is_dir():
                     require(name, role)
+        parts = self._parts()
+        self._check_training(parts)
         self._warn_without_effect()
-        if is_shipped(self.model):
-            self._check_shipped()
-        elif self._is_local():  # fail now, not after a first stage has run
-            self._shape(self._weights().checkpoint)
+        self._check_early(parts)
 
     @classmethod
     def untrained(cls, base: str, *, start_layer: int | None = None, **options: Any) -> MatroyshkaReranker:
@@ -254,17 +249,28 @@ class MatroyshkaReranker(LLMReranker):
         4
         """
         training = options.get("training")
-        return cls(bare(base), start_layer=start_layer or getattr(training, "start_layer", 4), **options)
+        return cls(bundled.base(str(base)), start_layer=start_layer or getattr(training, "start_layer", 4), **options)
 
-    def _check_training(self) -> None:
+    def _check_training(self, parts: Description) -> None:
         """Raise ValueError if the recipe and the other arguments disagree."""
         if self.training is None:
             return
         fields = type(self.training).__dataclass_fields__
         for name in ("start_layer", "layer_sep", "prompt"):
-            own, other = getattr(self, name), getattr(self.training, name)
-            if other not in (own, fields[name].default) and (own is not None or name == "prompt"):
+            own, other = getattr(parts, name), getattr(self.training, name)
+            own = PROMPT if name == "prompt" and own is None else own
+            if other not in (own, fields[name].default) and own is not None:
                 raise ValueError(f"{name}={own!r}, but training has {other!r}; the two must agree.")
+
+    def _check_early(self, parts: Description) -> None:
+        """Raise ValueError for a shape that the model does not allow, as far as that is known without a download."""
+        if parts.layers is not None and parts.start_layer is not None:
+            if parts.start_layer > parts.layers:
+                raise ValueError(f"start_layer={parts.start_layer}: model={self.model!r} has {parts.layers} layers.")
+            heads = range(parts.start_layer, parts.layers + 1, parts.layer_sep or 1)
+            self._check_layers(f"model={self.model!r}", heads, parts.layers)
+        if self._is_local(parts):
+            self._shape(self._weights().checkpoint)
 
     def _warn_without_effect(self) -> None:
         """Warn of compression that does nothing. It is no error because grids set one argument at a time."""
@@ -358,27 +364,30 @@ class MatroyshkaReranker(LLMReranker):
     def _overlaid(self) -> partial[Any] | None:
         from .checkpoints.checkpoint import MatroyshkaCheckpoint
 
-        overlay = self._token_adapter()
-        return partial(MatroyshkaCheckpoint, *self._opened(), overlay) if overlay else None
+        parts = self._parts()
+        if overlay := self._token_adapter(parts):
+            return partial(MatroyshkaCheckpoint, *self._opened(), overlay)
+        if self._pools() and is_hub_id(self._source()) and not self.adapters and not self.token_adapters:
+            return partial(MatroyshkaCheckpoint, *self._opened(), (), self.compress_ratio)  # if it has one of its own
+        return None
 
-    def _token_adapter(self) -> tuple[str, ...]:
-        """The token compensation that fits the shape, if there is one."""
-        by_ratio = dict(self.token_adapters)
-        if is_shipped(self.model) and not self.adapters and not by_ratio:
-            by_ratio = {ratio: shipped(f"matroyshka-{self.model}/token-{ratio}") for ratio in SHIPPED_RATIOS}
-        # Whatever the cutoff: a shallow score is the same alone and on the way to a deeper one.
-        pools = any(layer > 0 for layer in self.compress_layers)
-        fitting = [name for ratio, name in by_ratio.items() if pools and ratio <= self.compress_ratio]
-        return tuple(fitting[-1:])
+    def _pools(self) -> bool:
+        """Return whether the shape compresses, regardless of the cutoff, which must not affect shallower scores."""
+        return self.compress_ratio > 1 and any(layer > 0 for layer in self.compress_layers)
+
+    def _token_adapter(self, parts: Description) -> tuple[str, ...]:
+        """Return the token compensation that fits the shape, if there is one."""
+        return fitting(parts.token_adapters, self.compress_ratio) if self._pools() else ()
 
     def __repr__(self) -> str:
-        call = super().__repr__()
-        if not self.token_adapters and (self.adapters or not is_shipped(self.model)):
+        call, source, parts = super().__repr__(), self._source(), self._parts()
+        names = (*parts.adapters, *self._token_adapter(parts))
+        if not self.token_adapters and (self.adapters or parts.base == source or names == (source,)):
             return call
-        _, adapters, _, _ = self._opened()
-        names = [*adapters, *self._token_adapter()]
-        named = [Path(name).name if is_shipped(self.model) else shown(name, self.model) for name in names]
-        return f"{call} over {', '.join(named) or 'no adapter'}"
+        folder = Path(source).expanduser()
+        own = {name: str(Path(name).relative_to(folder)) for name in names if folder in Path(name).parents}
+        own[source] = folder.name
+        return f"{call} over {', '.join(own.get(name) or shown(name, source) for name in names) or 'no adapter'}"
 
     def _shown(self, name: str) -> Any:
         value = getattr(self, name)
@@ -388,23 +397,39 @@ class MatroyshkaReranker(LLMReranker):
             return tuple((ratio, shown(adapter, self.model)) for ratio, adapter in value)
         return value
 
-    def _opened(self) -> tuple[str, tuple[str, ...], int | None, int | None]:
-        """Model, adapters to merge, and where the heads are, that are opened."""
-        if not is_shipped(self.model):
-            return self.model, self.adapters, self.start_layer, self.layer_sep
-        roles = [*SHIPPED_DISTILLED, "layer"]
-        adapters = self.adapters or tuple(shipped(f"matroyshka-{self.model}/{role}") for role in roles)
-        return smollm2(), adapters, self.start_layer or SHIPPED_START_LAYER, self.layer_sep
+    def _source(self) -> str:
+        """Return the folder, ``.gguf`` file or hub id of the model."""
+        return bundled.reranker(self.model, "matroyshka")
 
-    def _is_local(self) -> bool:
-        """Whether the checkpoint can be looked into without downloading or converting anything."""
-        model = Path(self.model).expanduser()
-        names = (*self.adapters, *dict(self.token_adapters).values())
-        return model.is_dir() and all(not is_hub_id(name) or (model / name).is_dir() for name in names)
+    def _parts(self, *, fetch: bool = False) -> Description:
+        """Return the parts of this reranker, from its arguments and the model's own description.
+
+        Args:
+            fetch: download a hub model to read its description; else a hub model counts as having none.
+        """
+        source = self._source()
+        folder: Path | None = Path(source).expanduser()
+        if is_hub_id(source):
+            folder = folder_of(source, "model") if fetch else None
+        argument = f"model={self.model!r}"
+        return assembled(
+            source, folder, self.adapters, self.token_adapters, self.start_layer, self.layer_sep, self.prompt, argument
+        )
+
+    def _opened(self) -> tuple[str, tuple[str, ...], int | None, int | None]:
+        """Return the base model, the adapters to merge, and ``start_layer`` and ``layer_sep`` if known."""
+        parts = self._parts()
+        return cast(str, parts.base), parts.adapters, parts.start_layer, parts.layer_sep
+
+    def _is_local(self, parts: Description) -> bool:
+        """Return whether the checkpoint can be opened without downloading or converting anything."""
+        model = Path(cast(str, parts.base)).expanduser()
+        return model.is_dir() and all(not is_hub_id(name) or (model / name).is_dir() for name in parts.folders)
 
     def _shape(self, checkpoint: Checkpoint) -> Shape:
         from .engine.scoring import Shape
 
+        self._parts().check_layers(checkpoint.layers, f"model={self.model!r}")
         self._check_layerwise(checkpoint)
         with_head = checkpoint.head_layers
         cutoffs = self._check_layers(checkpoint.argument, with_head, checkpoint.layers)
@@ -454,55 +479,50 @@ class MatroyshkaReranker(LLMReranker):
         if deepest is not None and self.prune and (layer := self.prune[-1][0]) >= deepest:
             raise ValueError(f"prune={dict(self.prune)}: layer {layer} is not shallower than the cutoff, {deepest}.")
 
-    def _check_shipped(self) -> None:
-        """Raise ValueError on what the shipped model does not allow: what that is is known before it is opened."""
-        model = f"model={self.model!r}"
-        start, step = self.start_layer or SHIPPED_START_LAYER, self.layer_sep or 1
-        if start > SHIPPED_LAYERS:
-            raise ValueError(f"start_layer={start}: {model} has {SHIPPED_LAYERS} layers.")
-        if not self.adapters and (start, step) != (SHIPPED_START_LAYER, 1):
-            raise ValueError(
-                f"start_layer={start}, layer_sep={step}: {model} was trained with {SHIPPED_START_LAYER} and 1; "
-                "allowed: these, or adapters of your own, or MatroyshkaReranker.untrained."
-            )
-        self._check_layers(model, range(start, SHIPPED_LAYERS + 1, step), SHIPPED_LAYERS)
-
     def _encode(self, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Ids]:
-        return MatroyshkaInputs(self.prompt, self.query_max_length, self.max_length)(tokenizer, pairs)
+        return MatroyshkaInputs(self._question(), self.query_max_length, self.max_length)(tokenizer, pairs)
+
+    def _question(self) -> str:
+        """Return the question that ends every input: the argument, the model's own, or the original one."""
+        prompt = self._parts().prompt
+        if prompt is None and is_hub_id(self._source()):
+            prompt = cast("MatroyshkaCheckpoint", self._weights().checkpoint).prompt
+        return PROMPT if prompt is None else prompt
 
     def _recipe(self) -> MatroyshkaTraining:
         """Return the recipe in ``training``, with this reranker's heads and prompt."""
         from .training.recipes import DistillTraining
 
-        recipe = self.training or DistillTraining()
-        _, _, start_layer, layer_sep = self._opened()
-        start = recipe.start_layer if start_layer is None else start_layer
-        step = recipe.layer_sep if layer_sep is None else layer_sep
-        return replace(recipe, start_layer=start, layer_sep=step, prompt=self.prompt)
+        recipe, parts = self.training or DistillTraining(), self._parts(fetch=True)
+        start = recipe.start_layer if parts.start_layer is None else parts.start_layer
+        step = recipe.layer_sep if parts.layer_sep is None else parts.layer_sep
+        return replace(
+            recipe, start_layer=start, layer_sep=step, prompt=PROMPT if parts.prompt is None else parts.prompt
+        )
 
     def _train(self, training: Frames, validation: Frames | None) -> Path:
         from .training.fitting import fit
 
-        model, adapters, _, _ = self._opened()
+        parts = self._parts(fetch=True)
         return fit(
-            self._recipe(), model, (*adapters, *self._token_adapter()), training, validation,
+            self._recipe(), cast(str, parts.base), (*parts.adapters, *self._token_adapter(parts)), training, validation,
             device=self.device, dtype=self.dtype, verbose=self.verbose,
         )  # fmt: skip
 
     def _take_up(self, adapter: str) -> None:
         from .checkpoints.checkpoint import is_layer_wise
 
-        recipe, overlay = self._recipe(), self._token_adapter()
-        self.model, adapters, _, _ = self._opened()
+        recipe, parts = self._recipe(), self._parts(fetch=True)
+        self.model, self.prompt = cast(str, parts.base), parts.prompt
         if not is_layer_wise(self.model):
             self.start_layer, self.layer_sep = recipe.start_layer, recipe.layer_sep
-        self.adapters, self.token_adapters = (*adapters, *overlay, adapter), ()
+        self.adapters, self.token_adapters = (*parts.adapters, *self._token_adapter(parts), adapter), ()
 
     def save(self, folder: str | Path, *, merged: bool = False) -> list[Path]:
-        """Write what was trained, in the form that the original programs, PEFT and the constructor open.
+        """Write the trained model, in the form that the original programs, PEFT and the constructor open.
 
-        Adapters do not say with which ``start_layer``, ``layer_sep`` and ``prompt`` they were trained: give those
-        to the constructor again.
+        A file ``reranker.json`` at the top describes it, with ``start_layer``, ``layer_sep`` and ``prompt``, so that
+        ``MatroyshkaReranker(folder)`` opens it.
 
         Args:
             folder: where to; new or empty.
@@ -510,27 +530,25 @@ class MatroyshkaReranker(LLMReranker):
                 PEFT adapters. Weights are in ``dtype``, not quantised, heads are fp32.
 
         Returns:
-            What to give as ``adapters`` when opening them, which is the folder where there is one adapter, else a
-            numbered folder in it for each; nothing where merged, which is opened as ``model``.
+            The folders of the adapters that this shape uses, in order: they open as ``adapters`` too. A single adapter
+            is in the folder itself, several in numbered folders below it, token compensations in ``token-<ratio>``.
+            Empty if ``merged``.
 
         Raises:
-            FileExistsError: there is something in the folder.
+            FileExistsError: the folder is not empty.
             ValueError: there is no adapter to write.
         """
-        from .checkpoints.saving import copy_adapter, write_merged, written_whole
+        from .checkpoints.saving import write_adapters, write_merged, written_whole
+        from .engine.weights import build_decoder
 
-        model, adapters, _, _ = self._opened()
-        adapters = (*adapters, *self._token_adapter())
-        if not merged and not adapters:
-            raise ValueError("adapters=(): there is none to write; allowed: merged=True.")
-        target = Path(folder).expanduser()
+        target, parts = Path(folder).expanduser(), self._parts(fetch=True)
+        parts = replace(parts, prompt=PROMPT if parts.prompt is None else parts.prompt)
         if not merged:
-            targets = [target / str(n) for n in range(1, len(adapters) + 1)] if len(adapters) > 1 else [target]
+            if not parts.folders:
+                raise ValueError("adapters=(): there is no adapter to write; allowed: merged=True.")
             with written_whole(target):
-                for name, place in zip(adapters, targets, strict=True):
-                    place.mkdir(exist_ok=True)
-                    copy_adapter(adapter_folder(name, model), place)
-            return targets
+                saved = write_adapters(parts, target)
+            return [target / name for name in (*saved.adapters, *self._token_adapter(saved))]
         weights = self._weights()
         checkpoint = cast("MatroyshkaCheckpoint", weights.checkpoint)
         heads = checkpoint.heads(checkpoint.tokenizer())
@@ -541,7 +559,8 @@ class MatroyshkaReranker(LLMReranker):
         }  # fmt: skip
         named = {f"{checkpoint.head_module(k)}.weight": head[None] for k, head in enumerate(heads)}
         with written_whole(target):
-            write_merged(checkpoint, named, settings, weights.dtype, target)
+            description = replace(checkpoint.description(), prompt=parts.prompt)
+            write_merged(checkpoint, build_decoder(checkpoint), named, settings, weights.dtype, target, description)
         return []
 
     def _columns(self, scores: Scores) -> dict[str, np.ndarray]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY
+from dataclasses import KW_ONLY, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import pandas as pd
 
-from .checkpoints.files import bare, folder_of, is_shipped, located, named_base, require, shipped, shown, smollm2
+from .checkpoints import bundled
+from .checkpoints.description import described
+from .checkpoints.locate import folder_of, located, named_base, require, shown
 from .engine.inputs import Ids, RankLLaMAInputs, document
 from .frames import row_name
 from .options import Option, with_options
@@ -99,7 +101,9 @@ class RankLLaMAReranker(LLMReranker):
         if self.base_model is not None:
             require(self.base_model, "base_model")
         #: The base that the adapter names. If that is a relative path, it is resolved now, not when it is opened.
-        self.named_base = named_base(self.model)
+        self.named_base = named_base(self._source())
+        if (folder := Path(self._source()).expanduser()).is_dir():  # fail now, not after a first stage has run
+            described(self.model, folder, "rankllama", f"model={self.model!r}")
 
     @classmethod
     def untrained(cls, base: str, **options: Any) -> RankLLaMAReranker:
@@ -119,18 +123,20 @@ class RankLLaMAReranker(LLMReranker):
         """
         if (Path(base).expanduser() / "adapter_config.json").is_file():
             raise ValueError(f"base={str(base)!r} is an adapter, which is trained already; give it to the constructor.")
-        return cls(bare(base), **options)
+        return cls(bundled.base(str(base)), **options)
 
     def _checkpoint(self) -> partial[Any]:
         from .checkpoints.checkpoint import RankLLaMACheckpoint
 
         return partial(RankLLaMACheckpoint, *self._opened())
 
+    def _source(self) -> str:
+        """Return the folder, ``.gguf`` file or hub id of the model."""
+        return bundled.reranker(self.model, "rankllama")
+
     def _opened(self) -> tuple[str, str | None]:
-        """Model and base model that are opened."""
-        if is_shipped(self.model):
-            return shipped(f"rankllama-{self.model}"), self.base_model or smollm2()
-        return self.model, self.base_model or self.named_base
+        """Return the model and its base."""
+        return self._source(), self.base_model or self.named_base
 
     def _shape(self, checkpoint: Checkpoint) -> Shape:
         from .engine.scoring import Shape
@@ -178,20 +184,22 @@ class RankLLaMAReranker(LLMReranker):
         before = self.model
         super().set_parameter(name, value)
         if self.model != before:  # another adapter may name another base
-            self.named_base = named_base(self.model)
+            self.named_base = named_base(self._source())
 
     def _shown(self, name: str) -> Any:
         value = getattr(self, name)
         return shown(value) if name == "base_model" and value is not None else value
 
     def _is_adapter(self) -> bool:
-        return (folder_of(self._opened()[0], "model") / "adapter_config.json").is_file()
+        return (folder_of(self._source(), "model") / "adapter_config.json").is_file()
 
     def save(self, folder: str | Path, *, merged: bool = False) -> None:
-        """Write what was trained, in the form that the original programs, PEFT and the constructor open.
+        """Write the trained model, in the form that the original programs, PEFT and the constructor open.
+
+        A file ``reranker.json`` describes it, so that ``RankLLaMAReranker(folder)`` opens it.
 
         Args:
-            folder: where to; new or empty.
+            folder: a new or an empty folder.
             merged: write one ``*ForSequenceClassification`` model, rather than the PEFT ``SEQ_CLS`` adapter
                 with its score head. Weights are in ``dtype``, not quantised, the head is fp32.
 
@@ -200,6 +208,7 @@ class RankLLaMAReranker(LLMReranker):
             ValueError: there is no adapter, or it is untrained.
         """
         from .checkpoints.saving import copy_adapter, write_merged, written_whole
+        from .engine.weights import build_decoder
 
         weights = self._weights()
         checkpoint = weights.checkpoint
@@ -211,9 +220,12 @@ class RankLLaMAReranker(LLMReranker):
         settings |= {"label2id": {"LABEL_0": 0}}
         with written_whole(Path(folder).expanduser()) as target:
             if merged:
-                write_merged(checkpoint, {"score.weight": heads}, settings, weights.dtype, target)
+                head = {"score.weight": heads}
+                decoder, description = build_decoder(checkpoint), checkpoint.description()
+                write_merged(checkpoint, decoder, head, settings, weights.dtype, target, description)
             else:
-                copy_adapter(folder_of(self._opened()[0], "model"), target, self._base(), checkpoint.tokenizer())
+                copy_adapter(folder_of(self._source(), "model"), target, checkpoint.base, checkpoint.tokenizer())
+                replace(checkpoint.description(), base=checkpoint.base, adapters=(".",)).write(target)
 
 
 def _optional_texts(frame: pd.DataFrame, field: str | None) -> list[str | None]:

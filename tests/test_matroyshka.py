@@ -241,7 +241,7 @@ def test_normalize_is_the_sigmoid_and_never_overflows() -> None:
         ("start_layer", 0),
         ("batch_size", 0),
         ("batch_size", True),
-        ("prompt", None),
+        ("prompt", 5),
         ("text_field", ""),
         ("adapters", [""]),
         ("adapters", None),

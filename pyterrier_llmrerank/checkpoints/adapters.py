@@ -9,7 +9,9 @@ from pathlib import Path
 from torch import Tensor
 
 from ..errors import short
-from .files import SHIPPED, TensorFiles, at_revision, folder_of, is_of_package, read_json
+from .config import read_json
+from .locate import at_revision, folder_of
+from .tensors import TensorFiles
 
 
 def canonical(name: str) -> str:
@@ -128,13 +130,11 @@ class Adapter:
 
     @property
     def base(self) -> str:
-        """The model it says it belongs to, at the revision it says; the shipped one for an adapter of this package.
+        """The model that it names as its base, at the revision that it names.
 
         Raises:
             ValueError: it names none.
         """
-        if is_of_package(self.folder):
-            return SHIPPED
         base = self.config.get("base_model_name_or_path")
         if not isinstance(base, str) or not 0 < len(base) < 4096:
             raise ValueError(
@@ -148,7 +148,7 @@ class Adapter:
 
         Raises:
             FileNotFoundError, PermissionError, ConnectionError: as
-                :func:`~pyterrier_llmrerank.checkpoints.files.folder_of`.
+                :func:`~pyterrier_llmrerank.checkpoints.locate.folder_of`.
             ValueError: it names none.
         """
         try:

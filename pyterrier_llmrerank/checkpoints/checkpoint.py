@@ -7,9 +7,10 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -18,10 +19,13 @@ from transformers import logging as transformers_logging
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..engine.decoder import FAMILIES
 from ..errors import reason, short
 from .adapters import Adapter, canonical
-from .files import TensorFiles, adapter_folder, check_sizes, folder_of, portable, read_json, refuse_pointer
+from .config import check_sizes, model_settings, read_json, refuse_pointer
+from .description import FILE, Description, assembled, described, fitting
+from .families import FAMILIES
+from .locate import adapter_folder, folder_of, portable
+from .tensors import TensorFiles
 from .tokenizer import open_tokenizer, vocabulary_of
 
 #: A Matroyshka model_type is this and the family of its decoder.
@@ -36,28 +40,12 @@ SCORE = "score.weight"
 #: A decoder's input embeddings.
 EMBEDDINGS = "embed_tokens.weight"
 
-#: What a checkpoint's configuration may say and is not listened to: what is of no account for a headless decoder in a
-#: dtype of our choice, and what could have code fetched.
-IGNORED = {
-    "model_type", "auto_map", "architectures", "transformers_version", "dtype", "torch_dtype", "num_labels", "id2label",
-    "label2id", "problem_type", "attn_implementation", "experts_implementation",
-}  # fmt: skip
-
-
-def model_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """A configuration without what is :data:`IGNORED` and what is private to transformers, at any depth."""
-    return {
-        key: model_settings(value) if isinstance(value, dict) else value
-        for key, value in settings.items()
-        if key not in IGNORED and not key.startswith("_")
-    }
-
 
 def is_layer_wise(model: str) -> bool:
     """Whether a model brings layer-wise heads of its own.
 
     Raises:
-        FileNotFoundError, ConnectionError: as :func:`~pyterrier_llmrerank.checkpoints.files.folder_of`.
+        FileNotFoundError, ConnectionError: as :func:`~pyterrier_llmrerank.checkpoints.locate.folder_of`.
     """
     config = folder_of(model, "model") / "config.json"
     return config.is_file() and str(read_json(config).get("model_type")).startswith(LAYER_WISE)
@@ -153,6 +141,13 @@ class Checkpoint(ABC):
             raise ValueError(
                 f"{self.argument}: config.json does not describe a model_type {family}: {reason(error)}"
             ) from error
+
+    #: The kind of reranker that it is for.
+    kind: ClassVar[str]
+
+    def description(self) -> Description:
+        """Describe the model with all its adapters merged in: one that needs no base."""
+        return Description(kind=self.kind, layers=self.layers)
 
     @property
     def layer_wise(self) -> bool:
@@ -349,26 +344,38 @@ class RankLLaMACheckpoint(Checkpoint):
         base_model: what the adapter is put on, instead of the base that it names.
 
     Raises:
-        FileNotFoundError, ConnectionError: as :func:`~pyterrier_llmrerank.checkpoints.files.folder_of`.
+        FileNotFoundError, ConnectionError: as :func:`~pyterrier_llmrerank.checkpoints.locate.folder_of`.
         ValueError: ``base_model`` is given but ``model`` is no adapter, or as :class:`Checkpoint`.
     """
+
+    kind = "rankllama"
 
     def __init__(self, model: str, base_model: str | None) -> None:
         folder = folder_of(model, "model")
         argument = f"model={model!r}"
         adapter, base = None, model
+        own = described(model, folder, "rankllama", argument)
         self._adapter_folder = folder
         if (folder / "adapter_config.json").is_file():
             adapter = Adapter(folder, argument)
+            if own is not None and own.base != adapter.base:
+                raise ValueError(
+                    f"{argument}: base is {short(own.base)} in {FILE}, but {short(adapter.base)} in "
+                    "adapter_config.json; the two must agree."
+                )
             base = base_model or adapter.base
             folder = folder_of(base_model, "base_model") if base_model else adapter.base_folder()
             argument = f"base_model={base!r}"
+        elif own is not None and own.adapters:
+            raise FileNotFoundError(f"{argument}: {folder / FILE} describes an adapter, but no adapter_config.json.")
         elif base_model is not None:
             raise ValueError(
                 f"base_model={base_model!r} is given, but {argument} is no adapter (no adapter_config.json)."
             )
         super().__init__(folder, argument)
         self.base = portable(base)
+        if own is not None:
+            own.check_layers(self.layers, f"model={model!r}")
         if adapter is not None:
             self.adapter, self.adapters = adapter, (adapter,)
             if self.supports_layerwise and EMBEDDINGS in adapter.whole:  # of perhaps more tokens than the base knows
@@ -419,11 +426,14 @@ class MatroyshkaCheckpoint(Checkpoint):
         layer_sep: layers from one head to the next; 1 by default.
         overlay: more LoRA folders, which are to be laid over the weights with ``adapters`` merged in, so that these
             can serve without them too.
+        ratio: lay the model's own token compensation for this ratio over the weights, if it has one.
 
     Raises:
-        FileNotFoundError, ConnectionError: as :func:`~pyterrier_llmrerank.checkpoints.files.folder_of`.
+        FileNotFoundError, ConnectionError: as :func:`~pyterrier_llmrerank.checkpoints.locate.folder_of`.
         ValueError: ``start_layer`` or ``layer_sep`` does not fit the model, or as :class:`Checkpoint`.
     """
+
+    kind = "matroyshka"
 
     def __init__(
         self,
@@ -432,12 +442,22 @@ class MatroyshkaCheckpoint(Checkpoint):
         start_layer: int | None,
         layer_sep: int | None = None,
         overlay: Sequence[str] = (),
+        ratio: int | None = None,
     ) -> None:
-        super().__init__(folder_of(model, "model"), f"model={model!r}")
-        self.base = portable(model)
-        self.start_layer, self.layer_sep = self._heads_at(start_layer, layer_sep)
+        folder, argument = folder_of(model, "model"), f"model={model!r}"
+        parts = assembled(model, folder, adapters, (), start_layer, layer_sep)
+        if (base := cast(str, parts.base)) != model:
+            folder, argument = folder_of(base, f"base of {argument}"), f"base={base!r}"
+        super().__init__(folder, argument)
+        parts.check_layers(self.layers, f"model={model!r}")
+        self.base = portable(base)
+        #: The question that the model's description names; None if it names none.
+        self.prompt = parts.prompt
+        adapters, start_layer = parts.adapters, parts.start_layer
+        overlay = (*overlay, *(fitting(parts.token_adapters, ratio) if ratio else ()))
+        self.start_layer, self.layer_sep = self._heads_at(start_layer, parts.layer_sep)
         names = [("adapters", name) for name in adapters] + [("token_adapters", name) for name in overlay]
-        self.adapters = [Adapter(adapter_folder(name, model), f"{role}: {name!r}", name) for role, name in names]
+        self.adapters = [Adapter(adapter_folder(name, base), f"{role}: {name!r}", name) for role, name in names]
         self.overlay = self.adapters[len(adapters) :]
         for adapter in self.adapters:
             if adapter.whole:
@@ -468,6 +488,10 @@ class MatroyshkaCheckpoint(Checkpoint):
                 f"allowed: integers, from 1 to {self.layers} and from 1 on."
             )
         return start, step
+
+    def description(self) -> Description:
+        """Describe the model with all its adapters merged in; the prompt is the caller's."""
+        return replace(super().description(), start_layer=self.start_layer, layer_sep=self.layer_sep)
 
     def pad_id(self) -> int:
         """The tokenizer's pad token, which the released code's scores depend on.

@@ -22,8 +22,8 @@ from transformers import (
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available
 
-from ..errors import short
-from .files import read_json
+from ..errors import reason, short
+from .config import read_json
 
 #: The files that a vocabulary may be in, the first that are there count.
 VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
@@ -141,3 +141,15 @@ def _sentencepiece(
         **{token: piece for token, piece in tokens.items() if token not in settings | special},
     )
     return opened
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer's files.
+
+    Raises:
+        OSError: they cannot be written; names the folder.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the tokenizers library has no kind of error of its own
+        raise OSError(f"{folder}: the tokenizer cannot be written: {reason(error)}") from error

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker, ScoringError
 from pyterrier_llmrerank.checkpoints.checkpoint import MatroyshkaCheckpoint, RankLLaMACheckpoint
-from pyterrier_llmrerank.checkpoints.files import located
+from pyterrier_llmrerank.checkpoints.locate import located
 from pyterrier_llmrerank.engine.weights import build_decoder
 
 RAW, FULL, SD = (str(MODELS / name) for name in ("mistral_base", "costwise_full", "adapter_sd"))

@@ -25,8 +25,7 @@ from transformers import (
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
 from pyterrier_llmrerank.checkpoints.checkpoint import MatroyshkaCheckpoint, RankLLaMACheckpoint
-from pyterrier_llmrerank.checkpoints.files import save_tokenizer
-from pyterrier_llmrerank.checkpoints.tokenizer import open_tokenizer
+from pyterrier_llmrerank.checkpoints.tokenizer import open_tokenizer, save_tokenizer
 
 FULL, RAW = MODELS / "costwise_full", MODELS / "mistral_base"
 BASE, ADAPTER = MODELS / "rankllama_base", MODELS / "rankllama_adapter"
