@@ -167,7 +167,7 @@ class MatroyshkaReranker(LLMReranker):
                 raise ValueError(f"start_layer={parts.start_layer}: model={self.model!r} has {parts.layers} layers.")
             heads = range(parts.start_layer, parts.layers + 1, parts.layer_sep or 1)
             self._read_at(f"model={self.model!r}", heads, parts.layers)
-        if self._is_local(parts):
+        if self._is_local():
             self._shape(self._weights().checkpoint)
 
     @classmethod
@@ -341,8 +341,9 @@ class MatroyshkaReranker(LLMReranker):
         parts = self._parts()
         return cast(str, parts.base), parts.adapters, parts.start_layer, parts.layer_sep
 
-    def _is_local(self, parts: Description) -> bool:
+    def _is_local(self) -> bool:
         """Whether the checkpoint can be looked into without downloading or converting anything."""
+        parts = self._parts()
         model = Path(cast(str, parts.base)).expanduser()
         return model.is_dir() and all(not is_hub_id(name) or (model / name).is_dir() for name in parts.folders)
 

@@ -299,7 +299,7 @@ def test_a_head_that_is_missing(changed: Callable[..., str]) -> None:
 
 
 def test_a_head_of_two_labels(changed: Callable[..., str]) -> None:
-    with pytest.raises(ValueError, match=r"'score\.weight' is \[2, 64\]; wanted \[1, 64\]"):
+    with pytest.raises(ValueError, match=r"'score\.weight' is \[2, 64\]; expected \[1, 64\]"):
         heads(RankLLaMACheckpoint(changed(BASE, **{"score.weight": torch.ones(2, 64)}), None))
 
 

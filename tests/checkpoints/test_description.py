@@ -211,6 +211,11 @@ def test_what_training_writes_opens_by_its_folder(tmp_path: Path) -> None:
     again = MatroyshkaReranker(tmp_path / "distilled", training=token, dtype="float32")
     train(again)
     shutil.rmtree(tmp_path / "distilled")  # the later one has a copy
+    resumed = token.open(str(tmp_path / "token"))  # and training continues over it
+    assert [Path(str(adapter.name)).name for adapter in resumed.adapters] == ["adapter-1"]
+    with pytest.raises(FileNotFoundError, match="adapters: .*folder' has no adapter_config.json; is a saved reranker"):
+        reranker().save(tmp_path / "folder")
+        reranker(adapters=str(tmp_path / "folder"))
     compensated = MatroyshkaReranker(tmp_path / "token", dtype="float32")
     same(compensated, reranker(adapters=[str(tmp_path / "token" / "adapter-1")], token_adapters={}))
     assert repr(compensated.at(**POOLED)).endswith(" over adapter-1, token")

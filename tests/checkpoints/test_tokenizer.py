@@ -186,7 +186,7 @@ def test_the_first_token_may_be_its_classes(tmp_path: Path) -> None:
         assert open_tokenizer(folder, config).bos_token_id == 1
     (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": "</s>"}))
     assert open_tokenizer(folder, LlamaConfig()).bos_token_id == 2
-    with pytest.raises(ValueError, match="says neither bos_token nor tokenizer_class"):
+    with pytest.raises(ValueError, match="has neither bos_token nor tokenizer_class"):
         open_tokenizer(folder_of(tmp_path / "m", None, None, tokenizer__json=content), LlamaConfig())
 
 
@@ -217,7 +217,7 @@ def test_no_vocabulary_is_no_tokenizer(tmp_path: Path, model: Path, missing: str
         byte_level().model.save(str(folder))
         (folder / "merges.txt").unlink()
     with pytest.raises(
-        ValueError, match=r"no usable tokenizer in .*m: it has no vocabulary; wanted tokenizer\.json, tok"
+        ValueError, match=r"no usable tokenizer in .*m: it has no vocabulary; expected tokenizer\.json, tok"
     ):
         MatroyshkaReranker(folder).compute_score(("a", "b"))
 
