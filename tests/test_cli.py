@@ -282,7 +282,7 @@ def test_what_verbose_says(folder: Path, caplog: pytest.LogCaptureFixture) -> No
         ),
         (
             "rerank rankllama topics.tsv --output o --device gpu",
-            "--device=.*'gpu' is none; allowed: 'cpu', 'cuda'",
+            "--device=.*'gpu' is not a device; allowed: 'cpu', 'cuda'",
         ),
         ("rerank rankllama x/device=3/y --output o --model smollm2-135m", "No such file .*: 'x/device=3/y'"),
         ("rerank rankllama topics.tsv --output /dev/null --model smollm2-135m", "--output='/dev/null' is no file"),

@@ -74,7 +74,11 @@ class Adapter:
     def __init__(self, folder: Path, argument: str, name: str | None = None) -> None:
         config = folder / "adapter_config.json"
         if not config.is_file():
-            hint = "is a saved reranker: open it as model" if (folder / FILE).is_file() else "expected a PEFT LoRA folder"
+            hint = (
+                "it is a saved reranker: open it as model"
+                if (folder / FILE).is_file()
+                else "expected a PEFT LoRA folder"
+            )
             raise FileNotFoundError(f"{argument}: {folder} has no adapter_config.json; {hint}.")
         self.folder = folder
         self.argument = argument
@@ -233,7 +237,7 @@ class Adapter:
 
     def _fits(self, pattern: str, module: str) -> bool:
         if len(pattern) > 1000 or len(WILD.findall(pattern)) > 2:  # a match could take forever
-            raise ValueError(f"{self.argument}: alpha_pattern {short(pattern)} has too many alternatives.")
+            raise ValueError(f"{self.argument}: alpha_pattern {short(pattern)} is too intricate.")
         try:
             return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None
         except (re.error, OverflowError, RecursionError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gzip
 import logging
 import time
@@ -153,16 +152,13 @@ def rerank_file(
     begun, writing = time.perf_counter(), Stopwatch()
     pairs = queries = stood = 0
     usage = Usage()
-    quiet = copy.copy(reranker)  # the whole run has one progress bar, and one log line
-    quiet.verbose = False
-    quiet._usage_level = logging.DEBUG
-    quiet._usage = Usage()
+    quiet = reranker.quiet()  # the whole run has one progress bar, and one log line
     compress = partial(gzip.compress, mtime=0) if target.suffix == ".gz" else bytes
     total = _count(source) if reranker.verbose and source.is_file() else None  # a pipe is read once
     with ExitStack() as stack:
         if workers == 1 and address is None:
-            weights = reranker._weights()  # it keeps them for its next call
-            quiet.dtype, kind = str(weights.dtype).removeprefix("torch."), weights.device.type
+            scorer = reranker.scorer()  # the reranker keeps the weights for its next call
+            quiet.dtype, kind = str(scorer.dtype).removeprefix("torch."), scorer.device.type
             scored = partial(_scored, quiet)
         else:
             from .workers import connected, resolve_worker_dtype, scored_by
@@ -199,7 +195,7 @@ def rerank_file(
             raise
         finally:
             usage += Usage(writing_seconds=writing.seconds)
-            reranker._add_up(usage)
+            reranker.add_usage(usage)
     report = Report(target, pairs, queries, time.perf_counter() - begun, stood, usage)
     if stood and not pairs:
         logger.warning("%s was finished already: nothing was scored.", target)
@@ -267,8 +263,7 @@ def _scored(reranker: LLMReranker, chunks: Iterator[Chunk]) -> Generator[tuple[C
 def score_with_usage(reranker: LLMReranker, frame: pd.DataFrame) -> tuple[pd.DataFrame, Usage]:
     """A frame's scores and ranks without its texts, and what they took; the re-ranker's usage begins anew."""
     result = reranker.transform(frame)[["qid", "docno", "rank", "score"]]
-    used, reranker._usage = reranker.usage, Usage()
-    return result, used
+    return result, reranker.take_usage()
 
 
 # -- writing
@@ -285,7 +280,7 @@ def _written(result: pd.DataFrame, form: str, tag: str) -> bytes:
 
 def _settings(reranker: LLMReranker, kind: str, form: str, tag: str) -> dict[str, Any]:
     """What a run is the same by: the arguments that its scores depend on; where it is quantised, the kind of device."""
-    arguments = {name: value for name, value in reranker._arguments().items() if name not in FREE}
+    arguments = {name: value for name, value in reranker.arguments().items() if name not in FREE}
     if reranker.quantization:
         arguments |= {"batch_size": reranker.batch_size, "device": kind}
     return {"reranker": type(reranker).__name__, **arguments, "form": form, "tag": tag}

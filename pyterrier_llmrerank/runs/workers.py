@@ -104,8 +104,7 @@ class Worker:
 
     def open(self) -> None:
         """Read the model. An error here arrives as itself; one in the constructor of an actor would not."""
-        weights = self._reranker._weights()
-        weights.at_depth(self._reranker.deepest() or weights.checkpoint.layers)
+        self._reranker.scorer().open()
 
     def score(self, frame: pd.DataFrame) -> Scored:
         """As :func:`~pyterrier_llmrerank.runs.streaming.score_with_usage`."""
@@ -293,7 +292,7 @@ def resolve_worker_dtype(reranker: LLMReranker, workers: int) -> tuple[str, str]
 
 
 def _found(dtype: str, device: str | tuple[str, ...] | None) -> tuple[str, str]:
-    from ..engine.weights import resolve_devices, resolve_dtype
+    from ..engine.devices import resolve_devices, resolve_dtype
 
     places = resolve_devices(device)
     return str(resolve_dtype(dtype, *places)).removeprefix("torch."), places[0].type

@@ -372,8 +372,8 @@ class MatroyshkaTraining(Recipe):
         if (folder / "adapter_config.json").is_file():
             started = Adapter(folder, f"model={model!r}")
             started.base_folder()  # raises, where it is not there, in the adapter's name
-            own = described(model, folder, "matroyshka", f"model={model!r}")
-            earlier = [name for name in own.adapters if name != model] if own is not None else []
+            description = described(model, folder, "matroyshka", f"model={model!r}")
+            earlier = [name for name in description.adapters if name != model] if description is not None else []
             model, adapters = started.base, [*(adapters or earlier), str(folder)]
         own = is_layer_wise(model)  # then the checkpoint says where its heads are
         at = (None, None) if own else (self.start_layer, self.layer_sep)

@@ -345,7 +345,7 @@ def test_another_reranker_or_form_is_refused(
 ) -> None:
     target = tmp_path / "run.tsv"
     interrupted(source, target, KeyboardInterrupt(), 2)
-    other = MatroyshkaReranker(**{**MATROYSHKA._arguments(), **change})
+    other = MatroyshkaReranker(**{**MATROYSHKA.arguments(), **change})
     with pytest.raises(ValueError, match=message):
         rerank_file(other, source, target, resume=True, **options)
     rerank_file(MATROYSHKA, source, target, resume=True)  # nothing came of it
@@ -355,7 +355,7 @@ def test_another_reranker_or_form_is_refused(
 def test_what_does_not_change_scores_may_be_another(source: Path, tmp_path: Path) -> None:
     target = tmp_path / "run.tsv"
     interrupted(source, target, KeyboardInterrupt(), 2)
-    other = MatroyshkaReranker(**{**MATROYSHKA._arguments(), "batch_size": 2, "device": "cpu"})
+    other = MatroyshkaReranker(**{**MATROYSHKA.arguments(), "batch_size": 2, "device": "cpu"})
     assert rerank_file(other, source, target, resume=True).resumed_from == 13
 
 
@@ -398,7 +398,7 @@ def test_what_is_finished_is_left_alone_unless_there_is_more(
         assert (report.pairs, report.resumed_from) == (0, 13)
         assert "run.tsv was finished already: nothing was scored." in caplog.text
         assert calls == []
-        other = MatroyshkaReranker(**{**MATROYSHKA._arguments(), "cutoff": 3})
+        other = MatroyshkaReranker(**{**MATROYSHKA.arguments(), "cutoff": 3})
         with pytest.raises(ValueError, match="was begun with cutoff=2, not 3"):
             rerank_file(other, grown, target, resume=True)
         rerank_file(MATROYSHKA, source, target, resume=True)
@@ -408,7 +408,7 @@ def test_what_is_finished_is_left_alone_unless_there_is_more(
 
 def test_what_is_quantised_depends_on_more(source: Path, tmp_path: Path) -> None:
     pytest.importorskip("torchao")
-    target, arguments = tmp_path / "run.tsv", {**MATROYSHKA._arguments(), "quantization": "int8"}
+    target, arguments = tmp_path / "run.tsv", {**MATROYSHKA.arguments(), "quantization": "int8"}
     rerank_file(MatroyshkaReranker(**arguments), source, target)
     rerank_file(MatroyshkaReranker(**{**arguments, "device": "cpu"}), source, target, resume=True)  # which None is here
     with pytest.raises(ValueError, match="was begun with batch_size=None, not 2"):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from test_streaming import CHUNKS, MATROYSHKA, QUERIES, rows, write_rows
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker, ScoringError
-from pyterrier_llmrerank.engine import scoring, weights
+from pyterrier_llmrerank.engine import devices, scoring
 from pyterrier_llmrerank.engine.usage import Usage
 from pyterrier_llmrerank.runs import workers
 from pyterrier_llmrerank.runs.formats import read_run
@@ -346,7 +346,7 @@ def test_while_none_opens_it_says_what_is_free(caplog: pytest.LogCaptureFixture)
 
 def test_the_dtype_is_what_a_worker_finds(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """This process may have no such device."""
-    monkeypatch.setattr(weights, "resolve_dtype", None)  # here, not there
+    monkeypatch.setattr(devices, "resolve_dtype", None)  # here, not there
     assert resolve_worker_dtype(RankLLaMAReranker(), 2) in (("float32", "cpu"), ("bfloat16", "cpu"))
     assert resolve_worker_dtype(RankLLaMAReranker(dtype="float16"), 2) == ("float16", "")
     assert resolve_worker_dtype(RankLLaMAReranker(dtype="float16", quantization="int8"), 2) == ("float16", "cpu")

@@ -1,11 +1,11 @@
-"""Tokens trained per second: RankLLaMA's recipe here, and a plain Trainer loop over transformers and PEFT.
+"""Measure tokens trained per second, beside a plain Trainer loop over transformers and PEFT.
 
-    python examples/benchmark_training.py DATA.jsonl --model FOLDER_OR_HUB_ID
+    python examples/benchmarks/training.py DATA.jsonl --model FOLDER_OR_HUB_ID
 
-Both train the same LoRA modules and score head on the same groups in the same order, with transformers' Trainer,
-in the same precision. The plain loop is what one would write: AutoModelForSequenceClassification, padded
-batches with their attention masks, cross-entropy over each group. They take turns, so that both meet what else the
-machine does; printed are medians over the rounds. Padding is not counted as tokens.
+Both use RankLLaMA's recipe and train the same LoRA modules and score head on the same groups in the same order,
+with transformers' Trainer, in the same precision. The plain loop uses AutoModelForSequenceClassification, padded
+batches with attention masks, and cross-entropy over each group. The two take turns, so that other load on the
+machine affects both. Medians over the rounds are printed. Padding does not count as tokens.
 """
 
 from __future__ import annotations
