@@ -365,13 +365,16 @@ class MatroyshkaTraining(Recipe):
         """A causal language model or layer-wise checkpoint with adapters merged in, or one more to train on."""
         from ..checkpoints.adapters import Adapter
         from ..checkpoints.checkpoint import MatroyshkaCheckpoint, is_layer_wise
+        from ..checkpoints.description import described
         from ..checkpoints.locate import folder_of
 
         started, folder = None, folder_of(model, "model")
         if (folder / "adapter_config.json").is_file():
             started = Adapter(folder, f"model={model!r}")
             started.base_folder()  # raises, where it is not there, in the adapter's name
-            model, adapters = started.base, [*adapters, str(folder)]
+            description = described(model, folder, "matroyshka", f"model={model!r}")
+            earlier = [name for name in description.adapters if name != model] if description is not None else []
+            model, adapters = started.base, [*(adapters or earlier), str(folder)]
         own = is_layer_wise(model)  # then the checkpoint says where its heads are
         at = (None, None) if own else (self.start_layer, self.layer_sep)
         checkpoint = MatroyshkaCheckpoint(model, adapters, *at)
