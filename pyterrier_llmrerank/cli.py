@@ -289,6 +289,15 @@ def _pair(key: Callable[[str], Any], value: Callable[[str], Any]) -> Callable[[s
     return parse
 
 
+def _with_options(command: Callable[..., None], options: list[inspect.Parameter]) -> None:
+    """Give a command options in place of its ``**arguments``."""
+    signature = inspect.signature(command, eval_str=True)
+    own = [parameter for parameter in signature.parameters.values() if parameter.kind != parameter.VAR_KEYWORD]
+    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in own] + options
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+
+
 def _rerank_command(name: str, kind: type[LLMReranker], *examples: str) -> None:
     def command(
         source: Annotated[Path, typer.Argument(metavar="RERANK_FILE", help="A rerank file, as written by prepare.")],
@@ -326,11 +335,7 @@ def _rerank_command(name: str, kind: type[LLMReranker], *examples: str) -> None:
         except ERRORS as error:
             raise _OptionError(error, [*arguments, "form", "workers"]) from error
 
-    signature = inspect.signature(command, eval_str=True)
-    own = [parameter for parameter in signature.parameters.values() if parameter.kind != parameter.VAR_KEYWORD]
-    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in own] + _options(kind)
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    _with_options(command, _options(kind))
     summary = (kind.__doc__ or "").split("\n")[0]
     help = f"{summary}\n\nOmit an option to use its default."
     rerank.command(name, help=help, epilog=_examples(*examples))(command)
@@ -352,6 +357,48 @@ _rerank_command(
     "    --compress-ratio 2 --prune 8:50 --prune 16:20",
     "llmrerank rerank matroyshka rerank.jsonl.gz --output small.txt --model smollm2-135m --cutoff 20",
 )
+
+
+# -- teaching: options are the constructors' arguments, as in reranking
+
+TEACHERS: dict[str, type[LLMReranker]] = {"rankllama": RankLLaMAReranker, "matroyshka": MatroyshkaReranker}
+
+
+def _teach(
+    source: Annotated[Path, typer.Argument(metavar="TRAIN_FILE", help="JSON lines for training; also .gz.")],
+    target: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The file to write; compressed if it ends in .gz.")],
+    reranker: Annotated[Literal["rankllama", "matroyshka"], typer.Option(help="The teacher.")] = "rankllama",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace scores that lines have already.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted output.")] = False,
+    verbose: Verbose = False,
+    **arguments: Any,
+) -> None:
+    from .training.teaching import join_titles, teach
+
+    given = {name: value for name, value in arguments.items() if value not in (None, [], ())}
+    kind = TEACHERS[reranker]
+    if others := given.keys() - {option.name for option in options_of(kind)}:
+        raise ValueError(f"--{min(others).replace('_', '-')} is no option of --reranker={reranker}.")
+    teacher = kind(**given)
+    pipeline = teacher if isinstance(teacher, RankLLaMAReranker) else join_titles() >> teacher
+    teach(source, target, pipeline, overwrite=overwrite, resume=resume, verbose=verbose)
+
+
+def _teach_command() -> None:
+    known = {p.name: p.replace(default=None) for kind in reversed(TEACHERS.values()) for p in _options(kind)}
+    _with_options(_teach, list(known.values()))
+    app.command(
+        "teach",
+        help="Add a teacher's scores, pos_scores and neg_scores, to each line of a training file.\n\n"
+        "Omit an option to use the reranker's default.",
+        epilog=_examples(
+            "llmrerank teach train.jsonl taught.jsonl --model smollm2-135m",
+            "llmrerank teach train.jsonl taught.jsonl.gz --reranker matroyshka --model smollm2-135m --resume",
+        ),
+    )(_teach)
+
+
+_teach_command()
 
 
 # -- training: the training package parses the options
