@@ -20,10 +20,9 @@ from pathlib import Path
 import pandas as pd
 import pyterrier as pt
 import torch
+from dense import BiEncoder
 from pyterrier.measures import nDCG
 from rerank_run import load, with_title
-from torch.nn.functional import normalize
-from transformers import AutoModel, AutoTokenizer
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
 
@@ -32,41 +31,6 @@ CANDIDATES = {"dev-insuranceqa": 20}
 
 #: From candidates to the runs of one or several systems, by name.
 Pass = Callable[[pd.DataFrame], dict[str, pd.DataFrame]]
-
-
-class BiEncoder(pt.Transformer):
-    """Score by the cosine of mean-pooled embeddings, as sentence-transformers does.
-
-    Args:
-        folder: the model's.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModel.from_pretrained(folder).eval()
-
-    @torch.inference_mode()
-    def encode(self, texts: list[str]) -> torch.Tensor:
-        """Unit vectors, ``[texts, width]``."""
-        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-        vectors = torch.empty(len(texts), self.model.config.hidden_size)
-        for start in range(0, len(order), 32):
-            batch = order[start : start + 32]
-            ids = self.tokenizer(
-                [texts[i] for i in batch], padding=True, truncation=True, max_length=256, return_tensors="pt"
-            )
-            mask = ids["attention_mask"][..., None]
-            states = self.model(**ids).last_hidden_state
-            vectors[batch] = normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
-        return vectors
-
-    def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
-        """Score and rank every row."""
-        queries, documents = inp["query"].drop_duplicates(), inp["text"].drop_duplicates()
-        by_query = dict(zip(queries, self.encode(list(queries)), strict=True))
-        by_text = dict(zip(documents, self.encode(list(documents)), strict=True))
-        scores = [float(by_query[q] @ by_text[t]) for q, t in zip(inp["query"], inp["text"], strict=True)]
-        return pt.model.add_ranks(inp.assign(score=scores))
 
 
 def passes(arguments: argparse.Namespace) -> Iterator[tuple[list[str], Pass]]:
@@ -110,6 +74,13 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    settings = json.dumps({**vars(arguments), "folders": None}, default=str, indent=2)
+    remembered = arguments.output / "arguments.json"
+    if remembered.is_file() and remembered.read_text(encoding="utf-8") != settings:
+        parser.error(f"--output {arguments.output}: the runs there were made with other arguments, see {remembered}")
+    remembered.write_text(settings, encoding="utf-8")
+
     tables = []
     systems = list(passes(arguments))
     for folder in arguments.folders:
@@ -122,7 +93,9 @@ def main() -> None:
             if not all(file.is_file() for file in files.values()):
                 for name, run in rerank(first).items():
                     files[name].parent.mkdir(parents=True, exist_ok=True)
-                    pt.io.write_results(run, str(files[name]))
+                    partial = files[name].with_name(f"partial.{files[name].name}")
+                    pt.io.write_results(run, str(partial))
+                    partial.replace(files[name])
             for name, file in files.items():
                 runs[name] = pt.io.read_results(str(file))
         table = pt.Experiment(
@@ -143,7 +116,6 @@ def main() -> None:
     lines = ["| nDCG@10 | " + " | ".join(wide.columns) + " |", "|---" * (len(wide.columns) + 1) + "|"]
     lines += [f"| {name} | " + " | ".join(row) + " |" for name, row in zip(wide.index, wide.to_numpy(), strict=True)]
     (arguments.output / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (arguments.output / "arguments.json").write_text(json.dumps(vars(arguments), default=str, indent=2))
     print("\n" + "\n".join(lines))
 
 

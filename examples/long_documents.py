@@ -1,8 +1,8 @@
-"""Long documents: their first tokens, all of them in one passage, or windows of which the best counts.
+"""Compare three ways to rerank long documents: their first tokens, the whole text, and the best of their windows.
 
     python examples/long_documents.py FOLDER [FOLDER ...] --run bm25 --window 96 --stride 64
 
-FOLDER is as for rerank_run.py. Windows are cut by the model's own tokenizer; those of a query go through the
+FOLDER is as for rerank_run.py. The model's own tokenizer cuts the windows. All windows of a query go through the
 model together, so that the query's prefix is computed once for all of them.
 """
 
@@ -16,16 +16,15 @@ from pyterrier.measures import RR, nDCG
 from rerank_run import load, with_title
 
 from pyterrier_llmrerank import MatroyshkaReranker
-from pyterrier_llmrerank.checkpoints.files import SHIPPED
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--run", default="bm25")
-    parser.add_argument("--candidates", type=int, default=20, help="best so many of each query")
-    parser.add_argument("--queries", type=int, help="so many of the topics, from the first; default all")
-    parser.add_argument("--model", default=SHIPPED, help="folder, .gguf file or hub id")
+    parser.add_argument("--candidates", type=int, default=20, help="passages to rerank for each query")
+    parser.add_argument("--queries", type=int, help="number of topics, from the first; default all")
+    parser.add_argument("--model", default="smollm2-135m", help="folder, .gguf file or hub id")
     parser.add_argument("--cutoff", type=int, help="decoder layers; default all")
     parser.add_argument("--window", type=int, default=96, help="tokens of a window")
     parser.add_argument("--stride", type=int, default=64, help="tokens from one window's start to the next one's")
@@ -33,7 +32,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     shared = {"cutoff": arguments.cutoff, "dtype": arguments.dtype}
-    # Passage and query share the room for a pair: a window has to fit beside the longest query's 64 tokens.
+    # Query and passage share max_length: a window has to fit beside a query of up to 64 tokens.
     short = MatroyshkaReranker(arguments.model, max_length=arguments.window + 64, **shared)
     whole = MatroyshkaReranker(arguments.model, max_length=2048, **shared)
     first_tokens = pt.apply.text(

@@ -1,9 +1,9 @@
-"""What each shape of a Matroyshka costs and how well it ranks, and which of them are worth it.
+"""Measure the cost and the effectiveness of every shape of a Matroyshka, and draw the Pareto front.
 
     python examples/pareto.py FOLDER [FOLDER ...] --run bm25 --candidates 100 --queries 50 --output pareto.png
 
-FOLDER is as for rerank_run.py. One pass a ratio gives every depth and every cascade; what is on the front is timed.
-The best of many shapes looks a little better than it is: choose on some queries, and report on others.
+FOLDER is as for rerank_run.py. One forward pass for each ratio gives every depth and every cascade. Shapes on the
+front are timed. The best of many shapes looks better than it is: choose on some queries, and report on others.
 """
 
 from __future__ import annotations
@@ -16,29 +16,18 @@ import pandas as pd
 from rerank_run import load, with_title
 
 from pyterrier_llmrerank import MatroyshkaReranker, Tuning, tune
-from pyterrier_llmrerank.checkpoints.files import SHIPPED
 
 
 def table(shapes: pd.DataFrame, measure: str) -> str:
-    """Shapes as lines to read."""
-    shown = shapes.assign(
-        width=[f"1/{ratio} from {layers}" if ratio > 1 else "" for layers, ratio in widths(shapes)],
-        cascade=[", ".join(f"{keep} after {layer}" for layer, keep in stages) for stages in shapes["prune"]],
-        GFLOP=shapes["operations"] / 1e9,
-    )
-    columns = ["cutoff", "width", "cascade", measure, "low", "high", "share", "GFLOP", "milliseconds"]
+    """Format shapes as lines of a table."""
+    shown = shapes.assign(GFLOP=shapes["operations"] / 1e9)
+    shape = ["cutoff", "compress_layers", "compress_ratio", "prune"]
     rounding = {measure: 4, "low": 4, "high": 4, "share": 3, "GFLOP": 1, "milliseconds": 0}
-    return shown[columns].round(rounding).to_string(index=False)
-
-
-def widths(shapes: pd.DataFrame) -> list[tuple[str, int]]:
-    """Where each shape pools, and how much."""
-    layers = shapes["compress_layers"].map(lambda at: " ".join(map(str, at)))
-    return list(zip(layers, shapes["compress_ratio"], strict=True))
+    return shown[[*shape, *rounding]].round(rounding).to_string(index=False)
 
 
 def within(found: Tuning, share: float) -> str:
-    """The best cascade and the best shape without one in a share of the operations, beside the full depth."""
+    """Describe the best cascade and the best other shape within a share of the full depth's operations."""
     shapes, measure = found.shapes.sort_values("operations"), found.measure
     alone = shapes["prune"].str.len() == 0
     full = shapes[alone & (shapes["share"] == 1)]
@@ -58,20 +47,22 @@ def within(found: Tuning, share: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+")
-    parser.add_argument("--run", default="bm25", help="which of runs/*.res.gz")
-    parser.add_argument("--candidates", type=int, default=100, help="how many of its results are reranked")
-    parser.add_argument("--queries", type=int, help="so many of the topics, from the first; default all")
+    parser.add_argument("--run", default="bm25", help="name of the run in runs/*.res.gz")
+    parser.add_argument("--candidates", type=int, default=100, help="passages to rerank for each query")
+    parser.add_argument("--queries", type=int, help="number of topics, from the first; default all")
     parser.add_argument("--measure", default="nDCG@10", help="of ir_measures")
     parser.add_argument("--budget", type=float, default=0.5, help="share of the full depth's operations")
-    parser.add_argument("--model", default=SHIPPED, help="folder, .gguf file or hub id")
-    parser.add_argument("--start_layer", type=int, help="the shallowest layer with a head of a plain language model")
+    parser.add_argument("--model", default="smollm2-135m", help="folder, .gguf file or hub id")
+    parser.add_argument("--start_layer", type=int, help="shallowest layer with a head, for a plain language model")
     parser.add_argument("--depths", type=int, nargs="+", help="decoder layers; default eight, evenly spaced")
-    parser.add_argument("--ratios", type=int, nargs="+", default=[1, 2, 4], help="passage states pooled into one")
-    parser.add_argument("--keep", type=int, nargs="+", default=[10, 20, 50], help="candidates that go on after a stage")
-    parser.add_argument("--timed", type=int, default=4, help="queries on which the front is timed")
+    parser.add_argument("--ratios", type=int, nargs="+", default=[1, 2, 4], help="passage states pooled into one state")
+    parser.add_argument(
+        "--keep", type=int, nargs="+", default=[10, 20, 50], help="candidates kept by a stage of a cascade"
+    )
+    parser.add_argument("--timed", type=int, default=4, help="number of queries to time the front on")
     parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
-    parser.add_argument("--csv", type=Path, help="where to write all shapes too")
-    parser.add_argument("--output", type=Path, default=Path("pareto.png"), help="where to draw them")
+    parser.add_argument("--csv", type=Path, help="file for all shapes")
+    parser.add_argument("--output", type=Path, default=Path("pareto.png"), help="file for the plot")
     arguments = parser.parse_args()
 
     matplotlib.use("Agg")

@@ -1,9 +1,9 @@
-"""BM25 against the same BM25 reranked by small trained models at several depths, as one experiment.
+"""Compare BM25 with small rerankers on top of it, Matroyshka at several depths, in one experiment.
 
     python examples/quickstart.py
     python examples/quickstart.py --dataset irds:vaswani --depths 10 20 30
 
-Without --dataset it uses the little collection beside this file. The index is PISA's, so no Java is needed.
+Without --dataset it uses the small collection beside this file. PISA builds the index, so no Java is needed.
 """
 
 from __future__ import annotations
@@ -21,14 +21,13 @@ from pyterrier.measures import RR, nDCG
 from pyterrier_pisa import PisaIndex
 
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker
-from pyterrier_llmrerank.checkpoints.files import SHIPPED
 
 COLLECTION = Path(__file__).parent / "collection"
 Collection = tuple[Iterable[dict[str, str]], pt.Transformer, pd.DataFrame, pd.DataFrame]
 
 
 def little_collection() -> Collection:
-    """Documents, a transformer that adds their text to results, topics and judgements: 150 short passages."""
+    """Return 150 short documents, a transformer that adds their text to results, topics and qrels."""
     documents = pd.read_json(COLLECTION / "docs.jsonl", lines=True)
     topics = pd.read_csv(COLLECTION / "topics.tsv", sep="\t", names=["qid", "query"])
     qrels = pt.io.read_qrels(str(COLLECTION / "qrels.txt"))
@@ -37,7 +36,7 @@ def little_collection() -> Collection:
 
 
 def irds_collection(name: str) -> Collection:
-    """The same four of a collection that ir_datasets knows, by a name such as ``irds:vaswani``."""
+    """Return the same of an ir_datasets collection, by a name such as ``irds:vaswani``."""
     dataset = pt.get_dataset(name)
     topics = dataset.get_topics()
     if "query" not in topics:  # topics of several fields
@@ -51,7 +50,7 @@ def irds_collection(name: str) -> Collection:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """PISA reports on each per cent of each step, from C++: keep that out of the terminal."""
+    """Keep PISA's progress reports out of the terminal; they come from C++."""
     kept = os.dup(1), os.dup(2)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
@@ -64,32 +63,38 @@ def quiet() -> Iterator[None]:
                 os.close(copy)
 
 
+@contextmanager
+def bm25_of(corpus: Iterable[dict[str, str]], num_results: int) -> Iterator[pt.Transformer]:
+    """BM25 over a corpus, whose index lives as long as the block."""
+    with tempfile.TemporaryDirectory() as temporary:
+        index = PisaIndex(str(Path(temporary) / "index"))
+        with quiet():
+            index.index(corpus)
+            bm25 = index.bm25(num_results=num_results)
+            bm25.search("anything")  # the first search still prepares
+        yield bm25
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", help="an ir_datasets collection, for example irds:vaswani")
     parser.add_argument("--depths", type=int, nargs="+", default=[10, 20, 30], help="decoder layers (the model has 30)")
     parser.add_argument("--candidates", type=int, default=20, help="how many of BM25's results are reranked")
     parser.add_argument(
-        "--model", default=SHIPPED, help="instead, a plain causal language model: folder, .gguf file or hub id"
+        "--model", default="smollm2-135m", help="instead, a plain causal language model: folder, .gguf file or hub id"
     )
     arguments = parser.parse_args()
 
     corpus, with_text, topics, qrels = irds_collection(arguments.dataset) if arguments.dataset else little_collection()
-    with tempfile.TemporaryDirectory() as temporary:
-        index = PisaIndex(str(Path(temporary) / "index"))
-        with quiet():
-            index.index(corpus)
-            bm25 = index.bm25(num_results=arguments.candidates)
-            bm25.search("anything")  # the first search still prepares
-
-        trained = arguments.model == SHIPPED
+    with bm25_of(corpus, arguments.candidates) as bm25:
+        trained = arguments.model == "smollm2-135m"
         start_layer = None if trained else min(arguments.depths)
         reranker = MatroyshkaReranker(arguments.model, start_layer=start_layer, verbose=True)
-        # One model in memory; .at() reads it at another depth.
+        # All depths share one model in memory.
         rerankers: dict[str, LLMReranker] = {f"{depth} layers": reranker.at(cutoff=depth) for depth in arguments.depths}
         if trained:
-            rerankers["RankLLaMA"] = RankLLaMAReranker(SHIPPED, verbose=True)
-        warm_up = [("a query", f"passage {i}, to open the model before time is taken") for i in range(50)]
+            rerankers["RankLLaMA"] = RankLLaMAReranker("smollm2-135m", verbose=True)
+        warm_up = [("a query", f"passage {i}, to load the model before timing") for i in range(50)]
         for each in rerankers.values():
             each.compute_score(warm_up)
         systems = {"BM25": bm25} | {f"BM25 >> {name}": bm25 >> with_text >> each for name, each in rerankers.items()}
@@ -100,7 +105,7 @@ def main() -> None:
             [nDCG @ 10, RR @ 10, "mrt"],
             names=list(systems),
             round=4,
-            plan="tree",  # BM25 is run once for all systems
+            plan="tree",  # BM25 runs once for all systems
             verbose=False,
         )
 
@@ -111,7 +116,7 @@ def main() -> None:
     print(table.to_string(index=False))
     if not trained:
         print(
-            f"\nNot trained for ranking: {Path(arguments.model).name} is asked zero-shot, through the word 'Yes' of its"
+            f"\n{Path(arguments.model).name} is not trained for ranking. It scores zero-shot, by the word 'Yes' of its"
             "\nlanguage-model head. Expect it to reorder results, not to improve them."
         )
 

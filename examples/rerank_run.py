@@ -1,10 +1,10 @@
-"""Rerank runs that some other system made, in many shapes, and test the differences for significance.
+"""Rerank the runs of another system in many shapes, and test the differences for significance.
 
     python examples/rerank_run.py FOLDER [FOLDER ...] --run bm25 --depths 10 15 20 30 --ratios 1 2 4
 
 FOLDER holds topics.tsv (qid, query), qrels.txt (TREC), docs.jsonl.gz (docno, title, text) and
-runs/NAME.res.gz (TREC). All depths of a ratio come out of one pass over the model. Small models of this package
-are compared with and without their compensation adapters by --compensation both.
+runs/NAME.res.gz (TREC). All depths of a ratio come from one forward pass. --compensation both compares the small
+models of this package with and without their compensation adapters.
 """
 
 from __future__ import annotations
@@ -18,30 +18,29 @@ import pyterrier as pt
 from pyterrier.measures import RR, nDCG
 
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker
-from pyterrier_llmrerank.checkpoints.files import SHIPPED, SHIPPED_DISTILLED, shipped
 
 STRINGS = {"qid": str, "query": str, "docno": str, "title": str, "text": str}
-DISTILLED = [shipped(f"matroyshka-{SHIPPED}/{name}") for name in SHIPPED_DISTILLED]
+DISTILLED = ["distilled", "distilled-2"]
 
 
 def load(folder: Path, run: str, candidates: int, queries: int | None) -> tuple[pd.DataFrame, ...]:
-    """Topics, judgements and the run's best candidates with their texts."""
+    """Return topics, qrels and the run's best candidates with their texts."""
     topics = pd.read_csv(folder / "topics.tsv", sep="\t", names=["qid", "query"], dtype=STRINGS, quoting=3)
     documents = pd.read_json(folder / "docs.jsonl.gz", lines=True, dtype=STRINGS)
     qrels = pt.io.read_qrels(str(folder / "qrels.txt"))
     topics = topics[topics["qid"].isin(qrels["qid"])].head(queries)
     results = pt.io.read_results(str(folder / "runs" / f"{run}.res.gz"))
-    results["score"] = -results["rank"]  # files round scores until they tie, and ties would be broken by docno
+    results["score"] = -results["rank"]  # scores in files are rounded, and docnos would break the ties
     return topics, qrels, results[results["rank"] < candidates].merge(topics, on="qid").merge(documents, on="docno")
 
 
 def with_title(results: pd.DataFrame) -> pd.DataFrame:
-    """Titles before their texts: Matroyshka reads one column."""
+    """Put titles before their texts, because Matroyshka reads one column."""
     return results.assign(text=(results["title"] + " " + results["text"]).str.strip())
 
 
 def rerankers(arguments: argparse.Namespace) -> Iterator[tuple[str, LLMReranker]]:
-    """What is compared, by name: for each ratio one re-ranker that reads all depths."""
+    """Yield the rerankers to compare, with a name: one for each ratio, which scores at all depths."""
     shared = {"dtype": arguments.dtype, "verbose": True, "batch_size": arguments.batch_size}
     if arguments.rankllama:
         yield "RankLLaMA", RankLLaMAReranker(arguments.rankllama, **shared)
@@ -51,7 +50,7 @@ def rerankers(arguments: argparse.Namespace) -> Iterator[tuple[str, LLMReranker]
         where = arguments.compress_layers if ratio > 1 else ()
         shape = {"cutoff": arguments.depths, "compress_layers": where, "compress_ratio": ratio}
         width = "" if ratio == 1 else f" ratio {ratio}"
-        if arguments.model != SHIPPED:
+        if arguments.model != "smollm2-135m":
             lowest = arguments.start_layer or min(arguments.depths)
             yield (
                 width,
@@ -70,20 +69,24 @@ def rerankers(arguments: argparse.Namespace) -> Iterator[tuple[str, LLMReranker]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+")
-    parser.add_argument("--run", default="bm25", help="which of runs/*.res.gz")
-    parser.add_argument("--candidates", type=int, default=20, help="how many of its results are reranked")
-    parser.add_argument("--queries", type=int, help="so many of the topics, from the first; default all")
-    parser.add_argument("--model", default=SHIPPED, help="for Matroyshka: folder, .gguf file, hub id; '' for none")
+    parser.add_argument("--run", default="bm25", help="name of the run in runs/*.res.gz")
+    parser.add_argument("--candidates", type=int, default=20, help="passages to rerank for each query")
+    parser.add_argument("--queries", type=int, help="number of topics, from the first; default all")
+    parser.add_argument(
+        "--model", default="smollm2-135m", help="Matroyshka model: folder, .gguf file, hub id; '' for none"
+    )
     parser.add_argument("--adapters", nargs="*", default=(), help="LoRA folders for another model")
-    parser.add_argument("--start_layer", type=int, help="the shallowest layer with a head of another model")
+    parser.add_argument("--start_layer", type=int, help="shallowest layer with a head, for another model")
     parser.add_argument("--depths", type=int, nargs="+", default=[10, 20, 30], help="decoder layers")
-    parser.add_argument("--ratios", type=int, nargs="+", default=[1], help="passage states pooled into one")
-    parser.add_argument("--compress_layers", type=int, nargs="+", default=[8], help="layers before which that is done")
+    parser.add_argument("--ratios", type=int, nargs="+", default=[1], help="passage states pooled into one state")
+    parser.add_argument(
+        "--compress_layers", type=int, nargs="+", default=[8], help="layers before which they are pooled"
+    )
     parser.add_argument("--compensation", choices=["with", "without", "both"], default="with")
-    parser.add_argument("--rankllama", help=f"a RankLLaMA to compare with, for example {SHIPPED}")
+    parser.add_argument("--rankllama", help="a RankLLaMA to compare with, for example smollm2-135m")
     parser.add_argument("--batch_size", type=int)
     parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
-    parser.add_argument("--csv", type=Path, help="where to write the table too")
+    parser.add_argument("--csv", type=Path, help="file for the table")
     arguments = parser.parse_args()
 
     tables = []

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A Matroyshka Re-Ranker as its authors trained it: Mistral-7B on eight GPUs, first distilled into all its layers,
+# Train a Matroyshka Re-Ranker as its authors did: Mistral-7B on eight GPUs, first distilled into all its layers,
 # then compensated for depth and for each ratio. DATA holds JSON lines: query, pos, neg, pos_scores, neg_scores.
 # Needs: pip install "pyterrier-llmrerank[train]" deepspeed
 set -euo pipefail

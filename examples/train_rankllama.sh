@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# RankLLaMA as its authors trained it: Llama-2-7B on MS MARCO passages, on four GPUs of 48 GB.
+# Train RankLLaMA as its authors did: Llama-2-7B on MS MARCO passages, on four GPUs of 48 GB.
 # Needs: pip install "pyterrier-llmrerank[train]" deepspeed
 set -euo pipefail
 cd "$(dirname "$0")"

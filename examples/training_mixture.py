@@ -1,14 +1,14 @@
-"""Make one training file out of several sources: so many queries of each, with their hardest negatives.
+"""Make one training file from several sources, with a number of queries from each and their hardest negatives.
 
     python examples/training_mixture.py train.jsonl FOLDER [FOLDER ...] --take msmarco=7000 insuranceqa=3600
 
 Each FOLDER holds docs.jsonl.gz (docid, title, text) and train.ids.jsonl.gz (query_id, source, query, positive
-and negative: lists of docid). Of a query's negatives those stay that share most with it, by BM25 over the passages
-here. Queries whose ids --held_out lists go to a second file, to validate on, and never to the first.
+and negative: lists of docid). A query keeps the negatives with the highest BM25 scores over these passages. Queries
+whose ids are in --held_out go to a second file for validation, and never to the first.
 
-With --teacher, a file of another model's scores (query_id, pos_scores, neg_scores, dense: more candidates,
-dense_scores), two thirds of a query's negatives are those that the teacher scores highest without scoring them above
-the positive; the others are drawn from the rest. The scores are written too, to distil from.
+--teacher names a file of another model's scores (query_id, pos_scores, neg_scores, dense: more candidates,
+dense_scores). Two thirds of a query's negatives are then the highest in these scores, among those not above the
+positive. The others are drawn from the rest. The training file contains the scores too, for distillation.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 
 
 def terms(text: str) -> list[str]:
-    """Lower-case words and numbers."""
+    """Return lower-case words and numbers."""
     return re.findall(r"\w+", text.lower())
 
 
@@ -33,9 +33,9 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--take", nargs="+", required=True, metavar="SOURCE=QUERIES")
-    parser.add_argument("--negatives", type=int, default=8, help="how many stay of each query's")
+    parser.add_argument("--negatives", type=int, default=8, help="negatives kept for each query")
     parser.add_argument("--teacher", type=Path, help="scores of another model, in JSON lines")
-    parser.add_argument("--held_out", type=Path, help="ids of queries to validate on, one a line")
+    parser.add_argument("--held_out", type=Path, help="file with ids of validation queries, one a line")
     parser.add_argument("--seed", type=int, default=17)
     arguments = parser.parse_args()
 
@@ -70,7 +70,7 @@ def main() -> None:
         )
 
     def hardest(record: dict[str, object]) -> tuple[list[str], dict[str, list[float]]]:
-        """A query's negatives, and the teacher's scores of its passages."""
+        """Return a query's negatives, and the teacher's scores of its passages."""
         if not taught:
             query = terms(record["query"])
             by_bm25 = sorted(record["negative"], key=lambda docid: (-bm25(query, docid), docid))

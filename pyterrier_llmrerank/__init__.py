@@ -1,4 +1,4 @@
-"""RankLLaMA and Matroyshka re-rankers as PyTerrier transformers."""
+"""RankLLaMA and Matroyshka rerankers as PyTerrier transformers."""
 
 from .errors import ScoringError
 from .matroyshka import MatroyshkaReranker

@@ -1,4 +1,4 @@
-"""What can go wrong after work has begun, and how values that came from outside are shown in messages."""
+"""Errors of the package, and how messages show values and errors from outside."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import pandas as pd
 
 
 class ScoringError(RuntimeError):
-    """Scoring had to stop: at a pair, or because of something else that went wrong on the way.
+    """Raised when scoring has to stop. It carries the scores computed so far.
 
-    Where it is Ctrl-C that stops it, the KeyboardInterrupt has the same attribute.
+    A KeyboardInterrupt that stops scoring has the same attribute ``scores``.
 
     Args:
-        message: at which pair, and why.
-        scores: what was scored until then, kept as the attribute: from ``transform`` a frame with the rows that
-            have a score; from ``compute_score`` an array ``[cutoffs, pairs]``, NaN where there is none.
+        message: the pair at which scoring stopped, and why.
+        scores: the scores so far, kept as an attribute: from ``transform``, a frame of the rows that have a score;
+            from ``compute_score``, an array ``[cutoffs, pairs]`` with NaN for missing scores.
     """
 
     def __init__(self, message: str, scores: np.ndarray | pd.DataFrame) -> None:
@@ -24,17 +24,17 @@ class ScoringError(RuntimeError):
         self.scores: Any = scores
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle whole, so that it reaches the caller out of a worker process."""
+        """Pickle the scores too, so that they survive the way out of a worker process."""
         return type(self), (str(self), self.scores)
 
 
 def short(value: object, length: int = 60) -> str:
-    """A value as a message shows it: what comes from outside may be of any length."""
+    """Return the repr of a value, shortened to fit a message."""
     shown = repr(value)
     return shown if len(shown) <= length else shown[: length - 3] + "..."
 
 
 def reason(error: BaseException, length: int = 300) -> str:
-    """What another library says went wrong, as far as a message of ours repeats it."""
-    said = f"{error}" or type(error).__name__
-    return said if len(said) <= length else said[: length - 3] + "..."
+    """Return the text of another library's error, shortened to fit a message."""
+    message = f"{error}" or type(error).__name__
+    return message if len(message) <= length else message[: length - 3] + "..."

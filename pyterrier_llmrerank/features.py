@@ -1,58 +1,78 @@
-"""Several depths of one Matroyshka as features: a union that is one pass."""
+"""Several depths of one Matroyshka reranker in a single pass: as features, or as pipelines of an experiment."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 import pandas as pd
 import pyterrier as pt
 
-from .matroyshka import MatroyshkaReranker, sigmoid
-from .reranker import ranked, warn_of_ties
+from .frames import ranked, sigmoid, warn_of_ties
+
+if TYPE_CHECKING:
+    from .matroyshka import MatroyshkaReranker
+
+#: The paper on Matroyshka rerankers.
+PAPER = "https://doi.org/10.1145/3696410.3714620"
 
 
 class MatroyshkaFeatures(pt.Transformer):
-    """The scores of one reranker at several depths as features, out of one pass.
+    """Adds one reranker's scores at several depths as features, computed in one pass.
 
-    What ``m.at(cutoff=8) ** m.at(cutoff=16)`` compiles to.
+    ``m.at(cutoff=8) ** m.at(cutoff=16)`` compiles to it.
 
     Args:
-        rerankers: equal but for their cutoff, which is one layer or None; a feature each, in this order.
+        rerankers: one for each feature, in order. They are equal except for their cutoff, a single layer or None.
     """
 
-    schematic: ClassVar = {"label": "Matroyshka **", "help_url": MatroyshkaReranker.schematic["help_url"]}
+    schematic: ClassVar = {"label": "Matroyshka **", "help_url": PAPER}
 
     def __init__(self, rerankers: Sequence[MatroyshkaReranker]) -> None:
         self.rerankers = tuple(rerankers)
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
-        """Add ``features``, an array with a score a depth for each row, as the union of the re-rankers would."""
+        """Add ``features``, an array of scores for each row, as the union of the rerankers would."""
         first = self.rerankers[0]
         if len(inp) == 0:
             features: Any = pd.Series(dtype=object)
             ranks = first.transform(inp)["rank"]
         else:
             for reranker in self.rerankers:
-                reranker._weights()  # keeps them, and as many layers as this one needs, for the next frame
-            layers = [first._last_layer() if r.cutoff is None else cast(int, r.cutoff) for r in self.rerankers]
+                reranker.scorer()  # keeps the layers that this one needs in memory for the next frame
+            layers = [reranker.cutoffs()[0] for reranker in self.rerankers]
             together = first.at(cutoff=layers, normalize=False)
             try:
                 scored = together.transform(inp)
             finally:
-                first._add_up(together.usage)
+                first.add_usage(together.usage)
             scores = [scored.get(f"score_{layer}", scored["score"]).to_numpy() for layer in layers]
             ranks = ranked(inp.assign(score=scores[0]))["rank"]
-            features = list(first._finish(np.stack(scores, axis=1)))
+            columns = np.stack(scores, axis=1)
+            features = list(sigmoid(columns) if first.normalize else columns)
         return inp.assign(**({} if "rank" in inp else {"rank": ranks}), features=features)
 
     def fuse_feature_union(self, other: pt.Transformer, is_left: bool) -> pt.Transformer | None:
-        """Take in one more depth of the same reranker."""
-        return fused(self, other) if is_left else fused(other, self)
+        """Merge the union with another depth, or other depths, of the same reranker; None if that is impossible."""
+        others = other.rerankers if isinstance(other, MatroyshkaFeatures) else (other,)
+        rerankers = (*self.rerankers, *others) if is_left else (*others, *self.rerankers)
+        return MatroyshkaFeatures(cast(Any, rerankers)) if self._are_depths(rerankers) else None
+
+    def _are_depths(self, rerankers: Sequence[pt.Transformer]) -> bool:
+        """Return whether one pass can give the scores of all rerankers."""
+        first = self.rerankers[0]
+        if first.released or first.prune:  # its head at a layer depends on all cutoffs; not all rows reach all depths
+            return False
+        return all(
+            isinstance(reranker, type(first))
+            and not isinstance(reranker.cutoff, tuple)
+            and reranker.at(cutoff=None) == first.at(cutoff=None)
+            for reranker in rerankers
+        )
 
     def subtransformers(self) -> dict[str, pt.Transformer]:
-        """None to draw: they are one."""
+        """Return none: the rerankers are drawn as one transformer."""
         return {}
 
     def __repr__(self) -> str:
@@ -66,12 +86,12 @@ class MatroyshkaFeatures(pt.Transformer):
 
 
 class AtDepth(pt.Transformer):
-    """One of the depths that a reranker read on its way, as the score.
+    """Takes the score at one of several cutoffs of a pass as the score.
 
     Args:
-        layer: which of its cutoffs.
-        cutoffs: all of them: their columns are dropped.
-        normalize: give the sigmoid of what was read there, after ranking by it.
+        layer: the cutoff.
+        cutoffs: all cutoffs of the pass; their columns are dropped.
+        normalize: return the sigmoid of the score, after ranking by the score itself.
     """
 
     schematic: ClassVar = {"label": "at depth"}
@@ -83,10 +103,10 @@ class AtDepth(pt.Transformer):
         self._has_warned = False
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
-        """Score by ``score_<layer>``, rank, and drop the columns of the cutoffs.
+        """Score by ``score_<layer>``, rank, and drop the columns of all cutoffs.
 
         Raises:
-            pyterrier.validate.InputValidationError: that column is missing.
+            pyterrier.validate.InputValidationError: the column is missing.
         """
         name = f"score_{self.layer}"
         pt.validate.result_frame(inp, extra_columns=[name], context=self)
@@ -99,26 +119,11 @@ class AtDepth(pt.Transformer):
     def __repr__(self) -> str:
         return f"AtDepth({self.layer}, {self.cutoffs}{', normalize=True' if self.normalize else ''})"
 
-    def _arguments(self) -> tuple[int, tuple[int, ...], bool]:
-        return self.layer, self.cutoffs, self.normalize
-
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, AtDepth) and self._arguments() == other._arguments()
+        return isinstance(other, AtDepth) and self._key() == other._key()
 
     def __hash__(self) -> int:
-        return hash((AtDepth, self._arguments()))
+        return hash(self._key())
 
-
-def fused(left: pt.Transformer, right: pt.Transformer) -> MatroyshkaFeatures | None:
-    """Both sides' depths in one pass, or None where they differ in more than depth."""
-    rerankers: list[MatroyshkaReranker] = []
-    for side in (left, right):
-        if isinstance(side, MatroyshkaFeatures):
-            rerankers += side.rerankers
-        elif isinstance(side, MatroyshkaReranker) and not isinstance(side.cutoff, tuple):
-            rerankers.append(side)
-        else:
-            return None
-    if len({reranker.at(cutoff=None) for reranker in rerankers}) > 1 or rerankers[0].released or rerankers[0].prune:
-        return None  # the released code reads other heads when asked for several depths; what was pruned has no depths
-    return MatroyshkaFeatures(rerankers)
+    def _key(self) -> tuple[int, tuple[int, ...], bool]:
+        return self.layer, self.cutoffs, self.normalize

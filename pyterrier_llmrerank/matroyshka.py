@@ -1,10 +1,10 @@
-"""Matroyshka Re-Ranker: one language model, trained to be read at any depth and any width."""
+"""Matroyshka rerankers: one language model, trained to be cut off at any depth and compressed to any width."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -14,24 +14,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import numpy as np
 import pyterrier as pt
 
-from .checkpoints.files import (
-    SHIPPED_DISTILLED,
-    SHIPPED_LAYERS,
-    SHIPPED_RATIOS,
-    SHIPPED_START_LAYER,
-    adapter_folder,
-    bare,
-    is_hub_id,
-    is_shipped,
-    located,
-    require,
-    shipped,
-    shown,
-    smollm2,
-)
+from .checkpoints import bundled
+from .checkpoints.description import Description, assembled, fitting
+from .checkpoints.locate import folder_of, is_hub_id, located, require, shown
 from .engine.inputs import PROMPT, Ids, MatroyshkaInputs
-from .reranker import LLMReranker, Scores
-from .values import integer, path_like, positive
+from .features import PAPER, AtDepth, MatroyshkaFeatures
+from .frames import sigmoid
+from .options import Converted, Option, with_options
+from .reranker import LLMReranker, Scores, model_path, require_layerwise
+from .values import flag, integer, items, layers, optional, path_like, positive, refuse, string
 
 if TYPE_CHECKING:
     from .checkpoints.checkpoint import Checkpoint, MatroyshkaCheckpoint
@@ -42,59 +33,70 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+def _adapters(name: str, value: object) -> tuple[str, ...]:
+    return tuple(path_like(name, folder) for folder in (value if isinstance(value, list | tuple) else [value]))
+
+
+def _token_adapters(name: str, value: object) -> tuple[tuple[int, str], ...]:
+    """Return adapters by the ratio they compensate for, ascending."""
+    allowed = "a folder for each ratio, {2: folder, 4: folder}, ratios from 2 on"
+    by_ratio = {integer(name, ratio, allowed): path_like(name, folder) for ratio, folder in items(name, value, allowed)}
+    if any(ratio < 2 for ratio in by_ratio):
+        refuse(name, value, allowed)
+    return tuple(sorted(by_ratio.items()))
+
+
+def _cutoff(name: str, value: object) -> int | tuple[int, ...] | None:
+    """Return one layer as an int, several as an ascending tuple."""
+    if value is None:
+        return None
+    cutoffs = layers(name, value, 1)
+    if not cutoffs:
+        refuse(name, value, "a layer, several layers, or None")
+    return cutoffs[0] if len(cutoffs) == 1 else cutoffs
+
+
+def _compress_ratio(name: str, value: object) -> int:
+    if (ratio := positive(name, value)) not in (1, 2, 4, 8, 16, 32, 64):
+        refuse(name, value, "1, 2, 4, 8 (or a power of two up to 64)")
+    return ratio
+
+
+def _prune(name: str, value: object) -> tuple[tuple[int, int], ...]:
+    """Return a cascade's layers and the number of candidates that survive each, ascending by layer."""
+    allowed = "layers and the number of candidates that survive each, {8: 50, 16: 20}"
+    stages = items(name, value, allowed)
+    checked = sorted((integer(name, layer, allowed), integer(name, keep, allowed)) for layer, keep in stages)
+    if any(layer < 1 or keep < 1 for layer, keep in checked):
+        refuse(name, value, f"{allowed}, integers of at least 1")
+    if len(dict(checked)) < len(checked):
+        raise ValueError(f"{name}={value!r} has a layer twice; allowed: {allowed}.")
+    for (_, before), (layer, keep) in pairwise(checked):
+        if keep > before:
+            raise ValueError(f"{name}={value!r}: {keep} cannot survive layer {layer}: only {before} are left there.")
+    return tuple(checked)
+
+
+def _training(name: str, value: object) -> MatroyshkaTraining | None:
+    if value is None:
+        return None
+    from .training.recipes import CompensateTraining, DistillTraining
+
+    if not isinstance(value, DistillTraining | CompensateTraining):
+        refuse(name, value, "DistillTraining(...), CompensateTraining(...) or None")
+    return value
+
+
+@with_options
 class MatroyshkaReranker(LLMReranker):
     r"""Rerank with a Matroyshka Re-Ranker (Liu et al., 2025: Fitting Into Any Shape).
 
-    A pair reads ``<s> A: {query}\n B: {passage}\n {prompt}`` and is scored by the head of the layer at
-    which it is cut off, on the last token's state.
-
-    Args:
-        model: a layer-wise checkpoint (``cost_wise_*``), or any causal language model of a supported
-            family, to which ``adapters`` and ``start_layer`` belong: a folder, ``.gguf`` file or hub id, which may
-            name a revision (``"owner/name@v1"``); paths are kept absolute.
-            ``"smollm2-135m"`` is SmolLM2-135M-Instruct with the adapters that come with this package.
-        adapters: LoRA folders to merge, in this order: paths, folders below the model's own
-            (``"compensate/layer/full"``), or hub ids, as for ``model``. By default none; of ``"smollm2-135m"`` those
-            of distillation and layer compensation.
-        token_adapters: token compensations by ratio, ``{2: folder, 4: folder}``: where a shape has
-            ``compress_layers``, the one for its ratio, else for the next lower, is laid over the same weights. By
-            default none; of ``"smollm2-135m"`` those that come with it. Kept as a tuple of pairs; what is in use
-            stands in the re-ranker's ``repr``.
-        cutoff: the layer whose score is wanted, or several: then ``score`` is the deepest's, and each has
-            a column ``score_<layer>``, all out of one pass. None for the model's last layer. Layers
-            deeper than that are neither run nor, unless another reranker needs them, kept in memory.
-        compress_layers: layer indices, from 0, before which the passage's states are pooled. Index 0 and
-            indices from the cutoff on have no effect.
-        compress_ratio: passage states pooled into one each time: 1 (off), 2, 4 or 8; larger powers of two
-            (up to 64) work, but models are not trained for them.
-        prune: a cascade: after so many layers (the key) only so many candidates of each query (the value) go on,
-            the best by the score there: ``{8: 50, 16: 20}``. What goes on is not computed anew, and is scored as
-            without. What leaves stands below it, in the order of its last score: ``score`` is lowered for that.
-            ``exit_layer`` says after which layer each left, ``score_8`` and ``score_16`` what was read there. Layers
-            are shallower than the cutoff and have heads; numbers do not grow with them. Kept as a tuple of pairs.
-        prompt: the question that ends every input.
-        query_max_length: tokens kept of ``A: {query}``; None for three quarters of ``max_length``.
-        max_length: tokens kept of ``B: {passage}``; prefix and passage together are held to about that.
-        normalize: give scores as their sigmoid, between 0 and 1. Ranks are by the logits all the same. Where large
-            logits become the same number in single precision, in which evaluators compare them, a warning says so.
-        released: reproduce the released inference code as it runs on one pair at a time: the i-th cutoff
-            is read by the i-th head rather than by the head trained for it, and the first pooling is
-            weighted by a padding token. For comparing with published runs only.
-        start_layer: the shallowest layer with a head, for a causal language model without layer-wise
-            heads of its own: heads then start as the LM head's row of ``Yes``. None for what the
-            checkpoint says; a plain model has just one head then, at its last layer.
-        layer_sep: layers from one such head to the next; None for 1.
-        text_field, batch_size, device, dtype, quantization, torch_compile, verbose: as for
-            :class:`~pyterrier_llmrerank.RankLLaMAReranker`.
-        attn_implementation: as for :class:`~pyterrier_llmrerank.RankLLaMAReranker`; where ``released`` masks padding,
-            attention is SDPA's whatever it says.
-        training: how :meth:`fit` trains: ``DistillTraining`` (the default, with the original's settings)
-            or ``CompensateTraining``. What it learns becomes one more of ``adapters``.
+    The input is ``<s> A: {query}\n B: {passage}\n {prompt}``. The head of the cutoff layer scores the hidden state of
+    its last token.
 
     Raises:
-        ValueError: an argument is not what is allowed, or not what a local checkpoint allows.
-        FileNotFoundError: a local checkpoint is not there. What is to come from the hub is looked for, and
-            may fail, on first use.
+        ValueError: an argument is not allowed, or a local checkpoint does not allow it.
+        FileNotFoundError: a local checkpoint does not exist. Models on the hub are looked up on first use.
         ImportError: a package that an option needs is not installed.
 
     >>> from pyterrier_llmrerank import MatroyshkaReranker
@@ -103,111 +105,183 @@ class MatroyshkaReranker(LLMReranker):
     MatroyshkaReranker('BAAI/Matroyshka-ReRanker-passage', cutoff=16, compress_layers=(8,), compress_ratio=2)
     """
 
-    training: MatroyshkaTraining | None
-    schematic: ClassVar = {"label": "Matroyshka", "help_url": "https://doi.org/10.1145/3696410.3714620"}
+    schematic: ClassVar = {"label": "Matroyshka", "help_url": PAPER}
 
-    def __init__(
-        self,
-        model: str = "BAAI/Matroyshka-ReRanker-passage",
-        *,
-        adapters: str | Sequence[str] = (),
-        token_adapters: Mapping[int, str] | Sequence[tuple[int, str]] = (),
-        cutoff: int | Sequence[int] | None = None,
-        compress_layers: int | Sequence[int] = (),
-        compress_ratio: int = 1,
-        prune: Mapping[int, int] | Sequence[tuple[int, int]] = (),
-        prompt: str = PROMPT,
-        query_max_length: int | None = None,
-        max_length: int = 512,
-        normalize: bool = False,
-        released: bool = False,
-        start_layer: int | None = None,
-        layer_sep: int | None = None,
-        text_field: str = "text",
-        batch_size: int | None = None,
-        device: str | Sequence[str] | None = None,
-        dtype: str = "auto",
-        quantization: str | None = None,
-        torch_compile: bool = False,
-        attn_implementation: str | None = None,
-        verbose: bool = False,
-        training: MatroyshkaTraining | None = None,
-    ) -> None:
-        self._set_shared(
-            model, text_field, batch_size, device, dtype, quantization, torch_compile, attn_implementation, verbose,
-            training,
-        )  # fmt: skip
-        folders = adapters if isinstance(adapters, list | tuple) else [adapters]
-        self.adapters = tuple(located(path_like("adapters", folder), self.model) for folder in folders)
-        self.token_adapters = tuple((r, located(name, self.model)) for r, name in _by_ratio(token_adapters))
-        self.cutoff = _cutoff(cutoff)
-        self.compress_layers = _layers("compress_layers", compress_layers, at_least=0)
-        self.compress_ratio = positive("compress_ratio", compress_ratio)
-        if self.compress_ratio not in (1, 2, 4, 8, 16, 32, 64):
-            raise ValueError(f"compress_ratio={compress_ratio!r}; allowed: 1, 2, 4, 8 (or a power of two up to 64).")
-        self.prune = _prune(prune, self.deepest())
-        if self.compress_ratio > 1 and not self.compress_layers:  # no error: grids set one after the other
-            logger.warning("compress_ratio=%d has no effect without compress_layers", self.compress_ratio)
-        deepest = self.deepest()
-        if self.compress_ratio > 1 and deepest is not None and min(self.compress_layers, default=0) >= deepest:
-            logger.warning(
-                "compress_layers=%s: none lies below the cutoff, %d, so that nothing is pooled; the adapter for "
-                "compression is used all the same.", list(self.compress_layers), deepest,
-            )  # fmt: skip
-        if not isinstance(prompt, str):
-            raise ValueError(f"prompt={prompt!r}; allowed: a string.")
-        self.prompt = prompt
-        self.query_max_length = None if query_max_length is None else positive("query_max_length", query_max_length)
-        self.max_length = positive("max_length", max_length)
-        self.normalize = bool(normalize)
-        self.released = bool(released)
+    model: Option[str] = Option(
+        default="BAAI/Matroyshka-ReRanker-passage",
+        check=model_path,
+        help="a layer-wise checkpoint (``cost_wise_*``), or any causal language model of a supported family, together "
+        "with ``adapters`` and ``start_layer``. It is a folder, ``.gguf`` file or hub id, which may include a revision "
+        '(``"owner/name@v1"``); paths are kept absolute. ``"smollm2-135m"`` is SmolLM2-135M-Instruct with the adapters '
+        "that come with this package.",
+    )
+    _: KW_ONLY
+    adapters: Converted[str | Sequence[str], tuple[str, ...]] = Converted(
+        default=(),
+        check=_adapters,
+        help="LoRA folders to merge, in this order: paths, folders below the model's own "
+        '(``"compensate/layer/full"``), or hub ids. The default is the adapters in the model\'s '
+        "``reranker.json``, if it has one.",
+    )
+    token_adapters: Converted[Mapping[int, str] | Sequence[tuple[int, str]], tuple[tuple[int, str], ...]] = Converted(
+        default=(),
+        check=_token_adapters,
+        help="token compensation adapters by ratio, ``{2: folder, 4: folder}``. In a shape with ``compress_layers``, "
+        "the adapter for its ratio, or else for the next lower ratio, is laid over the shared weights. The default is "
+        "the adapters in the model's ``reranker.json``, if it has one. They are kept as a tuple of pairs, and the "
+        "reranker's ``repr`` shows the one in use.",
+    )
+    cutoff: Converted[int | Sequence[int] | None, int | tuple[int, ...] | None] = Converted(
+        default=None,
+        check=_cutoff,
+        help="the layer that scores, or several; None for the model's last layer. With several, ``score`` is the "
+        "deepest's, and each has a column ``score_<layer>``; all are computed in one pass. Deeper layers are not run, "
+        "and not kept in memory unless another reranker needs them.",
+    )
+    compress_layers: Converted[int | Sequence[int], tuple[int, ...]] = Converted(
+        default=(),
+        check=lambda name, value: layers(name, value, 0),
+        help="layer indices, from 0, before which the passage's hidden states are pooled. Index 0 and indices from the "
+        "cutoff on have no effect.",
+    )
+    compress_ratio: Option[int] = Option(
+        default=1,
+        check=_compress_ratio,
+        help="hidden states that are pooled into one each time: 1 (off), 2, 4 or 8. Larger powers of two, up to 64, "
+        "work too, but models are not trained for them.",
+    )
+    prune: Converted[Mapping[int, int] | Sequence[tuple[int, int]], tuple[tuple[int, int], ...]] = Converted(
+        default=(),
+        check=_prune,
+        help="a cascade: after a layer (the key), only this many candidates of each query (the value) survive, the "
+        "best by the layer's score, for example ``{8: 50, 16: 20}``. Survivors reuse their hidden states and get the "
+        "same score as without a cascade. Dropped passages rank below all survivors, in order of their last score; "
+        "``score`` is lowered for that. ``exit_layer`` is the layer after which a passage was dropped, and "
+        "``score_8`` and ``score_16`` are its scores there. Layers are shallower than the cutoff and have heads; the "
+        "numbers must not increase with depth. They are kept as a tuple of pairs.",
+    )
+    prompt: Option[str | None] = Option(
+        default=None,
+        check=optional(string),
+        help="the question that ends every input; None for the one in the model's ``reranker.json``, or else the "
+        "original one.",
+    )
+    query_max_length: Option[int | None] = Option(
+        default=None,
+        check=optional(positive),
+        help="tokens kept of ``A: {query}``; None for three quarters of ``max_length``.",
+    )
+    max_length: Option[int] = Option(
+        default=512,
+        check=positive,
+        help="tokens kept of ``B: {passage}``. Prefix and passage together are limited to about this length too.",
+    )
+    normalize: Option[bool] = Option(
+        default=False,
+        check=flag,
+        help="return the sigmoid of the scores, between 0 and 1. Ranks still follow the logits. A warning says so if "
+        "different logits become equal in single precision, in which evaluators compare scores.",
+    )
+    released: Option[bool] = Option(
+        default=False,
+        check=flag,
+        help="reproduce the released inference code as it runs on one pair at a time; for comparisons with published "
+        "runs only. The i-th cutoff is read by the i-th head instead of the head trained for that layer, and the first "
+        "pooling is weighted by a padding token. Where padding is masked, attention runs on SDPA whatever "
+        "``attn_implementation`` says.",
+    )
+    start_layer: Option[int | None] = Option(
+        default=None,
+        check=optional(positive),
+        help="the shallowest layer with a head, for a causal language model without layer-wise heads; its heads start "
+        "as the LM head's row for ``Yes``. None for the value in ``reranker.json`` or the checkpoint; a plain model "
+        "then has one head, at its last layer.",
+    )
+    layer_sep: Option[int | None] = Option(
+        default=None,
+        check=optional(positive),
+        help="layers between two such heads; None for the value in ``reranker.json`` or the checkpoint, or 1 for a "
+        "plain model.",
+    )
+    training: Option[MatroyshkaTraining | None] = Option(
+        default=None,
+        check=_training,
+        help="the recipe that :meth:`fit` trains by: ``DistillTraining`` (the default, with the original settings) or "
+        "``CompensateTraining``. The result becomes one more of ``adapters``.",
+    )
+
+    def __post_init__(self) -> None:
+        source = self._source()
+        vars(self).update(  # not an assignment, which would count as a change of the reranker
+            adapters=tuple(located(name, source) for name in self.adapters),
+            token_adapters=tuple((ratio, located(name, source)) for ratio, name in self.token_adapters),
+        )
+        self._check_stages(self.deepest())
         if self.released and self.prune:
-            raise ValueError(f"prune={prune!r}: released=True reads other heads than those of the layers; allowed: ().")
-        self.start_layer = None if start_layer is None else positive("start_layer", start_layer)
-        self.layer_sep = None if layer_sep is None else positive("layer_sep", layer_sep)
-        if training is not None:
-            self._check_training(training)
+            raise ValueError(
+                f"prune={dict(self.prune)}: released=True reads heads of other layers than the cutoffs; allowed: ()."
+            )
         require(self.model, "model")
         for role, names in {"adapters": self.adapters, "token_adapters": dict(self.token_adapters).values()}.items():
             for name in names:
-                if not (Path(self.model).expanduser() / name).is_dir():
+                if not (Path(source).expanduser() / name).is_dir():
                     require(name, role)
-        if is_shipped(self.model):
-            self._check_shipped()
-        elif self._is_local():  # fail now, not after a first stage has run
-            self._shape(self._weights().checkpoint)
+        parts = self._parts()
+        self._check_training(parts)
+        self._warn_without_effect()
+        self._check_early(parts)
 
     @classmethod
     def untrained(cls, base: str, *, start_layer: int | None = None, **options: Any) -> MatroyshkaReranker:
-        """A re-ranker to :meth:`fit`, from a causal language model. Before, it scores by the word ``Yes``.
+        """Make a reranker from a causal language model, to be trained by :meth:`fit`. Until then it scores by ``Yes``.
 
         Args:
             base: a folder, ``.gguf`` file or hub id; ``"smollm2-135m"`` is the small model without its adapters.
-            start_layer: the shallowest layer that is to have a head; None for the one in ``training``, or 4.
-            options: any of the constructor's other arguments; ``training`` holds the settings.
+            start_layer: the shallowest layer to have a head; None for the one in ``training``, or 4.
+            options: any other arguments of the constructor; ``training`` holds the training settings.
 
         Raises:
-            ValueError: as the constructor.
-            FileNotFoundError: likewise.
+            ValueError: as for the constructor.
+            FileNotFoundError: as for the constructor.
 
         >>> from pyterrier_llmrerank import MatroyshkaReranker
         >>> MatroyshkaReranker.untrained("mistralai/Mistral-7B-v0.1").start_layer
         4
         """
         training = options.get("training")
-        return cls(bare(base), start_layer=start_layer or getattr(training, "start_layer", 4), **options)
+        return cls(bundled.base(str(base)), start_layer=start_layer or getattr(training, "start_layer", 4), **options)
 
-    def _check_training(self, training: object) -> None:
-        """Raise ValueError on what is no recipe of this re-ranker, or one that says otherwise than its arguments."""
-        from .training.recipes import CompensateTraining, DistillTraining
-
-        if not isinstance(training, DistillTraining | CompensateTraining):
-            raise ValueError(f"training={training!r}; allowed: DistillTraining(...), CompensateTraining(...) or None.")
-        usual = type(training).__dataclass_fields__
+    def _check_training(self, parts: Description) -> None:
+        """Raise ValueError if the recipe and the other arguments disagree."""
+        if self.training is None:
+            return
+        fields = type(self.training).__dataclass_fields__
         for name in ("start_layer", "layer_sep", "prompt"):
-            own, other = getattr(self, name), getattr(training, name)
-            if other not in (own, usual[name].default) and (own is not None or name == "prompt"):
+            own, other = getattr(parts, name), getattr(self.training, name)
+            own = PROMPT if name == "prompt" and own is None else own
+            if other not in (own, fields[name].default) and own is not None:
                 raise ValueError(f"{name}={own!r}, but training has {other!r}; the two must agree.")
+
+    def _check_early(self, parts: Description) -> None:
+        """Raise ValueError for a shape that the model does not allow, as far as that is known without a download."""
+        if parts.layers is not None and parts.start_layer is not None:
+            if parts.start_layer > parts.layers:
+                raise ValueError(f"start_layer={parts.start_layer}: model={self.model!r} has {parts.layers} layers.")
+            heads = range(parts.start_layer, parts.layers + 1, parts.layer_sep or 1)
+            self._check_layers(f"model={self.model!r}", heads, parts.layers)
+        if self._is_local(parts):
+            self._shape(self._weights().checkpoint)
+
+    def _warn_without_effect(self) -> None:
+        """Warn of compression that does nothing. It is no error because grids set one argument at a time."""
+        if self.compress_ratio > 1 and not self.compress_layers:
+            logger.warning("compress_ratio=%d has no effect without compress_layers", self.compress_ratio)
+        deepest = self.deepest()
+        if self.compress_ratio > 1 and deepest is not None and min(self.compress_layers, default=0) >= deepest:
+            logger.warning(
+                "compress_layers=%s: all are at or above the cutoff, %d, so nothing is pooled, but the compression "
+                "adapter is still used.", list(self.compress_layers), deepest,
+            )  # fmt: skip
 
     def at(
         self,
@@ -218,19 +292,19 @@ class MatroyshkaReranker(LLMReranker):
         prune: Mapping[int, int] | Sequence[tuple[int, int]] | EllipsisType = ...,
         normalize: bool | EllipsisType = ...,
     ) -> MatroyshkaReranker:
-        """The same reranker in another shape, over the same weights in memory.
+        """Return this reranker in another shape, over the same weights in memory.
 
-        A token adapter that fits the shape is laid over them; one that was given among ``adapters`` stays merged in.
+        The token adapter for the new shape is laid over the weights. Adapters in ``adapters`` stay merged.
 
         Args:
-            cutoff: as for the constructor, like all others here; ``...``, the default, leaves it as it is.
-            compress_layers: likewise.
-            compress_ratio: likewise.
-            prune: likewise.
-            normalize: likewise.
+            cutoff: as for the constructor, like the arguments below; ``...``, the default, keeps the present value.
+            compress_layers: as for the constructor.
+            compress_ratio: as for the constructor.
+            prune: as for the constructor.
+            normalize: as for the constructor.
 
         Raises:
-            ValueError: not a value for an argument.
+            ValueError: a value is not allowed.
         """
         shape = {
             "cutoff": cutoff,
@@ -240,46 +314,46 @@ class MatroyshkaReranker(LLMReranker):
             "normalize": normalize,
         }
         changed = {name: value for name, value in shape.items() if value is not ...}
-        self._weights()  # opens nothing yet, but from now on the shapes have one copy to share
-        return type(self)(**{**self._arguments(), **changed})
+        self._replicas()  # opens nothing yet, but lets the shapes share one copy from now on
+        return type(self)(**{**self.arguments(), **changed})
 
     def depths(self) -> dict[int, pt.Transformer]:
-        """Each of several cutoffs as a pipeline of its own, all of which begin with the same pass; of one, itself.
+        """Return a pipeline for each cutoff; all of them start with the same pass. A single cutoff gives the reranker.
 
-        An experiment that shares what pipelines begin with makes that pass once:
+        An experiment that shares common prefixes of pipelines makes the pass once:
         ``pt.Experiment([bm25 >> depth for depth in m.at(cutoff=[8, 16, 24]).depths().values()], ..., plan="tree")``.
-        The time that it says each takes (``mrt``) is then that pass's. The pass is the first stage of each pipeline,
-        which may be cached (``pyterrier_caching.KeyValueCache``); with ``normalize`` it gives logits, and the second
-        stage their sigmoid.
+        The time that it reports for each pipeline (``mrt``) is then that of the whole pass. The pass is the first
+        stage of each pipeline, and may be cached (``pyterrier_caching.KeyValueCache``). With ``normalize``, the pass
+        returns logits and the second stage their sigmoid.
 
         Raises:
-            ValueError: there is a cascade, in which not every candidate comes to every depth.
+            ValueError: the reranker has a cascade, in which not every candidate reaches every depth.
 
         >>> from pyterrier_llmrerank import MatroyshkaReranker
         >>> MatroyshkaReranker(cutoff=[8, 16]).depths()[16][1]
         AtDepth(16, (8, 16))
         """
-        from .features import AtDepth
-
         if self.prune:
-            raise ValueError(f"prune={dict(self.prune)}: not every candidate comes to every depth; allowed: none.")
+            raise ValueError(f"prune={dict(self.prune)}: not every candidate reaches every depth; allowed: ().")
         if not isinstance(self.cutoff, tuple):
-            return {self.cutoff or self._last_layer(): self}
-        logits = self.at(normalize=False) if self.normalize else self  # by which each depth is ranked
+            return {self.cutoffs()[0]: self}
+        logits = self.at(normalize=False) if self.normalize else self  # each depth is ranked by them
         return {layer: logits >> AtDepth(layer, self.cutoff, self.normalize) for layer in self.cutoff}
 
     def fuse_feature_union(self, other: pt.Transformer, is_left: bool) -> pt.Transformer | None:
-        """Make ``self ** other`` one pass where they differ in ``cutoff`` alone; PyTerrier calls it to compile."""
-        from .features import fused
+        """Compute ``self ** other`` in one pass if only ``cutoff`` differs. PyTerrier calls it to compile pipelines."""
+        if isinstance(self.cutoff, tuple):
+            return None
+        return MatroyshkaFeatures([self]).fuse_feature_union(other, is_left)
 
-        return fused(self, other) if is_left else fused(other, self)
-
-    def _last_layer(self) -> int:
-        """The model's deepest layer with a head."""
-        return self._weights().checkpoint.head_layers[-1]
+    def cutoffs(self) -> tuple[int, ...]:
+        """Return the cutoff layers, ascending; the model's last layer with a head if ``cutoff`` is None."""
+        if self.cutoff is None:
+            return (self._weights().checkpoint.head_layers[-1],)
+        return self.cutoff if isinstance(self.cutoff, tuple) else (self.cutoff,)
 
     def deepest(self) -> int | None:
-        """The deepest cutoff; None for the model's last layer."""
+        """Return the deepest cutoff; None for the model's last layer."""
         return self.cutoff[-1] if isinstance(self.cutoff, tuple) else self.cutoff
 
     def _checkpoint(self) -> partial[Any]:
@@ -290,27 +364,30 @@ class MatroyshkaReranker(LLMReranker):
     def _overlaid(self) -> partial[Any] | None:
         from .checkpoints.checkpoint import MatroyshkaCheckpoint
 
-        overlay = self._token_adapter()
-        return partial(MatroyshkaCheckpoint, *self._opened(), overlay) if overlay else None
+        parts = self._parts()
+        if overlay := self._token_adapter(parts):
+            return partial(MatroyshkaCheckpoint, *self._opened(), overlay)
+        if self._pools() and is_hub_id(self._source()) and not self.adapters and not self.token_adapters:
+            return partial(MatroyshkaCheckpoint, *self._opened(), (), self.compress_ratio)  # if it has one of its own
+        return None
 
-    def _token_adapter(self) -> tuple[str, ...]:
-        """The token compensation that fits the shape, if there is one."""
-        by_ratio = dict(self.token_adapters)
-        if is_shipped(self.model) and not self.adapters and not by_ratio:
-            by_ratio = {ratio: shipped(f"matroyshka-{self.model}/token-{ratio}") for ratio in SHIPPED_RATIOS}
-        # Whatever the cutoff: a shallow score is the same alone and on the way to a deeper one.
-        pools = any(layer > 0 for layer in self.compress_layers)
-        fitting = [name for ratio, name in by_ratio.items() if pools and ratio <= self.compress_ratio]
-        return tuple(fitting[-1:])
+    def _pools(self) -> bool:
+        """Return whether the shape compresses, regardless of the cutoff, which must not affect shallower scores."""
+        return self.compress_ratio > 1 and any(layer > 0 for layer in self.compress_layers)
+
+    def _token_adapter(self, parts: Description) -> tuple[str, ...]:
+        """Return the token compensation that fits the shape, if there is one."""
+        return fitting(parts.token_adapters, self.compress_ratio) if self._pools() else ()
 
     def __repr__(self) -> str:
-        call = super().__repr__()
-        if not self.token_adapters and (self.adapters or not is_shipped(self.model)):
+        call, source, parts = super().__repr__(), self._source(), self._parts()
+        names = (*parts.adapters, *self._token_adapter(parts))
+        if not self.token_adapters and (self.adapters or parts.base == source or names == (source,)):
             return call
-        _, adapters, _, _ = self._opened()
-        names = [*adapters, *self._token_adapter()]
-        named = [Path(name).name if is_shipped(self.model) else shown(name, self.model) for name in names]
-        return f"{call} over {', '.join(named) or 'no adapter'}"
+        folder = Path(source).expanduser()
+        own = {name: str(Path(name).relative_to(folder)) for name in names if folder in Path(name).parents}
+        own[source] = folder.name
+        return f"{call} over {', '.join(own.get(name) or shown(name, source) for name in names) or 'no adapter'}"
 
     def _shown(self, name: str) -> Any:
         value = getattr(self, name)
@@ -320,113 +397,133 @@ class MatroyshkaReranker(LLMReranker):
             return tuple((ratio, shown(adapter, self.model)) for ratio, adapter in value)
         return value
 
-    def _opened(self) -> tuple[str, tuple[str, ...], int | None, int | None]:
-        """Model, adapters to merge, and where the heads are, that are opened."""
-        if not is_shipped(self.model):
-            return self.model, self.adapters, self.start_layer, self.layer_sep
-        roles = [*SHIPPED_DISTILLED, "layer"]
-        adapters = self.adapters or tuple(shipped(f"matroyshka-{self.model}/{role}") for role in roles)
-        return smollm2(), adapters, self.start_layer or SHIPPED_START_LAYER, self.layer_sep
+    def _source(self) -> str:
+        """Return the folder, ``.gguf`` file or hub id of the model."""
+        return bundled.reranker(self.model, "matroyshka")
 
-    def _is_local(self) -> bool:
-        """Whether the checkpoint can be looked into without downloading or converting anything."""
-        model = Path(self.model).expanduser()
-        names = (*self.adapters, *dict(self.token_adapters).values())
-        return model.is_dir() and all(not is_hub_id(name) or (model / name).is_dir() for name in names)
+    def _parts(self, *, fetch: bool = False) -> Description:
+        """Return the parts of this reranker, from its arguments and the model's own description.
+
+        Args:
+            fetch: download a hub model to read its description; else a hub model counts as having none.
+        """
+        source = self._source()
+        folder: Path | None = Path(source).expanduser()
+        if is_hub_id(source):
+            folder = folder_of(source, "model") if fetch else None
+        given = Description(
+            kind="matroyshka", base=source, start_layer=self.start_layer, layer_sep=self.layer_sep, prompt=self.prompt,
+            adapters=self.adapters, token_adapters=self.token_adapters,
+        )  # fmt: skip
+        return assembled(given, folder, f"model={self.model!r}")
+
+    def _opened(self) -> tuple[str, tuple[str, ...], int | None, int | None]:
+        """Return the base model, the adapters to merge, and ``start_layer`` and ``layer_sep`` if known."""
+        parts = self._parts()
+        return cast(str, parts.base), parts.adapters, parts.start_layer, parts.layer_sep
+
+    def _is_local(self, parts: Description) -> bool:
+        """Return whether the checkpoint can be opened without downloading or converting anything."""
+        model = Path(cast(str, parts.base)).expanduser()
+        return model.is_dir() and all(not is_hub_id(name) or (model / name).is_dir() for name in parts.folders)
 
     def _shape(self, checkpoint: Checkpoint) -> Shape:
         from .engine.scoring import Shape
 
+        self._parts().check_layers(checkpoint.layers, f"model={self.model!r}")
         self._check_layerwise(checkpoint)
         with_head = checkpoint.head_layers
-        cutoffs, stages = self._read_at(checkpoint.argument, with_head, checkpoint.layers)
+        cutoffs = self._check_layers(checkpoint.argument, with_head, checkpoint.layers)
         pools = self.compress_ratio > 1 and any(0 < layer < cutoffs[-1] for layer in self.compress_layers)
-        if pools and not checkpoint.supports_layerwise:
-            raise ValueError(
-                f"compress_ratio={self.compress_ratio}: the layers of {checkpoint.argument} (model_type "
-                f"{checkpoint.config.model_type!r}) cannot be walked one by one; allowed: 1, no compression."
-            )
-        if stages and not checkpoint.supports_layerwise:
-            raise ValueError(
-                f"prune={dict(stages)}: the layers of {checkpoint.argument} (model_type "
-                f"{checkpoint.config.model_type!r}) cannot be walked one by one; allowed: {{}}, no cascade."
-            )
-        pad_id = cast("MatroyshkaCheckpoint", checkpoint).pad_id() if self.released and pools else None
-        read = tuple(sorted({*cutoffs, *dict(stages)}))
-        heads = range(len(cutoffs)) if self.released else [with_head.index(layer) for layer in read]
+        if pools:
+            require_layerwise(checkpoint, "compress_ratio", self.compress_ratio, "1, no compression")
+        if self.prune:
+            require_layerwise(checkpoint, "prune", dict(self.prune), "{}, no cascade")
+        read, pad_id = tuple(sorted({*cutoffs, *dict(self.prune)})), None
+        heads = tuple(with_head.index(layer) for layer in read)
+        if self.released:
+            heads = tuple(range(len(cutoffs)))
+            pad_id = cast("MatroyshkaCheckpoint", checkpoint).pad_id() if pools else None
         return Shape(
-            read, tuple(heads), self.compress_layers, self.compress_ratio, pad_id, stages, self.attn_implementation
+            read, heads, self.compress_layers, self.compress_ratio, pad_id, self.prune, self.attn_implementation
         )
 
-    def _read_at(
-        self, model: str, with_head: Sequence[int], layers: int
-    ) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
-        """Cutoffs and stages; ValueError where a model with these heads and so many layers does not allow the shape."""
+    def _check_layers(self, model: str, with_head: Sequence[int], depth: int) -> tuple[int, ...]:
+        """Check the shape against a model, and return its cutoffs.
+
+        Args:
+            model: the argument that names the model.
+            with_head: its layers with a head, ascending.
+            depth: its number of layers.
+
+        Raises:
+            ValueError: a layer has no head, or does not exist.
+        """
         cutoffs = self.cutoff if isinstance(self.cutoff, tuple) else (self.cutoff or with_head[-1],)
-        stages = _prune(self.prune, cutoffs[-1])
-        for argument, value, wanted in (
+        self._check_stages(cutoffs[-1])
+        for argument, value, layer in (
             *(("cutoff", cutoff, cutoff) for cutoff in cutoffs),
-            *(("prune", dict(stages), layer) for layer, _ in stages),
+            *(("prune", dict(self.prune), layer) for layer, _ in self.prune),
         ):
-            if wanted not in with_head:
+            if layer not in with_head:
                 raise ValueError(f"{argument}={value}: {model} has heads at layers {_listed(with_head)}.")
         for layer in self.compress_layers:
-            if layer >= layers:
+            if layer >= depth:
                 raise ValueError(
                     f"compress_layers={list(self.compress_layers)}: layer index {layer} is beyond {model}; "
-                    f"allowed: 0 to {layers - 1}."
+                    f"allowed: 0 to {depth - 1}."
                 )
-        return cutoffs, stages
+        return cutoffs
 
-    def _check_shipped(self) -> None:
-        """Raise ValueError on what the shipped model does not allow: what that is is known before it is opened."""
-        model = f"model={self.model!r}"
-        start, step = self.start_layer or SHIPPED_START_LAYER, self.layer_sep or 1
-        if start > SHIPPED_LAYERS:
-            raise ValueError(f"start_layer={start}: {model} has {SHIPPED_LAYERS} layers.")
-        if not self.adapters and (start, step) != (SHIPPED_START_LAYER, 1):
-            raise ValueError(
-                f"start_layer={start}, layer_sep={step}: {model} was trained with {SHIPPED_START_LAYER} and 1; "
-                "allowed: these, or adapters of your own, or MatroyshkaReranker.untrained."
-            )
-        self._read_at(model, range(start, SHIPPED_LAYERS + 1, step), SHIPPED_LAYERS)
+    def _check_stages(self, deepest: int | None) -> None:
+        """Raise ValueError if a cascade does not end above the deepest cutoff; None if that is not known yet."""
+        if deepest is not None and self.prune and (layer := self.prune[-1][0]) >= deepest:
+            raise ValueError(f"prune={dict(self.prune)}: layer {layer} is not shallower than the cutoff, {deepest}.")
 
     def _encode(self, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Ids]:
-        return MatroyshkaInputs(self.prompt, self.query_max_length, self.max_length)(tokenizer, pairs)
+        return MatroyshkaInputs(self._question(), self.query_max_length, self.max_length)(tokenizer, pairs)
+
+    def _question(self) -> str:
+        """Return the question that ends every input: the argument, the model's own, or the original one."""
+        prompt = self._parts().prompt
+        if prompt is None and is_hub_id(self._source()):
+            prompt = cast("MatroyshkaCheckpoint", self._weights().checkpoint).prompt
+        return PROMPT if prompt is None else prompt
 
     def _recipe(self) -> MatroyshkaTraining:
-        """As ``training`` says, with this re-ranker's heads and prompt."""
+        """Return the recipe in ``training``, with this reranker's heads and prompt."""
         from .training.recipes import DistillTraining
 
-        recipe = self.training or DistillTraining()
-        _, _, start_layer, layer_sep = self._opened()
-        start = recipe.start_layer if start_layer is None else start_layer
-        step = recipe.layer_sep if layer_sep is None else layer_sep
-        return replace(recipe, start_layer=start, layer_sep=step, prompt=self.prompt)
+        recipe, parts = self.training or DistillTraining(), self._parts(fetch=True)
+        start = recipe.start_layer if parts.start_layer is None else parts.start_layer
+        step = recipe.layer_sep if parts.layer_sep is None else parts.layer_sep
+        return replace(
+            recipe, start_layer=start, layer_sep=step, prompt=PROMPT if parts.prompt is None else parts.prompt
+        )
 
     def _train(self, training: Frames, validation: Frames | None) -> Path:
         from .training.fitting import fit
 
-        model, adapters, _, _ = self._opened()
+        parts = self._parts(fetch=True)
         return fit(
-            self._recipe(), model, (*adapters, *self._token_adapter()), training, validation,
+            self._recipe(), cast(str, parts.base), (*parts.adapters, *self._token_adapter(parts)), training, validation,
             device=self.device, dtype=self.dtype, verbose=self.verbose,
         )  # fmt: skip
 
     def _take_up(self, adapter: str) -> None:
         from .checkpoints.checkpoint import is_layer_wise
 
-        recipe, overlay = self._recipe(), self._token_adapter()
-        self.model, adapters, _, _ = self._opened()
+        recipe, parts = self._recipe(), self._parts(fetch=True)
+        self.model, self.prompt = cast(str, parts.base), parts.prompt
         if not is_layer_wise(self.model):
             self.start_layer, self.layer_sep = recipe.start_layer, recipe.layer_sep
-        self.adapters, self.token_adapters = (*adapters, *overlay, adapter), ()
+        self.adapters, self.token_adapters = (*parts.adapters, *self._token_adapter(parts), adapter), ()
 
     def save(self, folder: str | Path, *, merged: bool = False) -> list[Path]:
-        """Write what was trained, in the form that the original programs, PEFT and the constructor open.
+        """Write the trained model, in the form that the original programs, PEFT and the constructor open.
 
-        Adapters do not say with which ``start_layer``, ``layer_sep`` and ``prompt`` they were trained: give those
-        to the constructor again.
+        A file ``reranker.json`` at the top describes it, with ``start_layer``, ``layer_sep`` and ``prompt``, so that
+        ``MatroyshkaReranker(folder)`` opens it.
 
         Args:
             folder: where to; new or empty.
@@ -434,27 +531,25 @@ class MatroyshkaReranker(LLMReranker):
                 PEFT adapters. Weights are in ``dtype``, not quantised, heads are fp32.
 
         Returns:
-            What to give as ``adapters`` when opening them, which is the folder where there is one adapter, else a
-            numbered folder in it for each; nothing where merged, which is opened as ``model``.
+            The folders of the adapters that this shape uses, in order: they open as ``adapters`` too. A single adapter
+            is in the folder itself, several in numbered folders below it, token compensations in ``token-<ratio>``.
+            Empty if ``merged``.
 
         Raises:
-            FileExistsError: there is something in the folder.
+            FileExistsError: the folder is not empty.
             ValueError: there is no adapter to write.
         """
-        from .checkpoints.saving import copy_adapter, write_merged, written_whole
+        from .checkpoints.saving import write_adapters, write_merged, written_whole
+        from .engine.weights import build_decoder
 
-        model, adapters, _, _ = self._opened()
-        adapters = (*adapters, *self._token_adapter())
-        if not merged and not adapters:
-            raise ValueError("adapters=(): there is none to write; allowed: merged=True.")
-        target = Path(folder).expanduser()
+        target, parts = Path(folder).expanduser(), self._parts(fetch=True)
+        parts = replace(parts, prompt=PROMPT if parts.prompt is None else parts.prompt)
         if not merged:
-            targets = [target / str(n) for n in range(1, len(adapters) + 1)] if len(adapters) > 1 else [target]
+            if not parts.folders:
+                raise ValueError("adapters=(): there is no adapter to write; allowed: merged=True.")
             with written_whole(target):
-                for name, place in zip(adapters, targets, strict=True):
-                    place.mkdir(exist_ok=True)
-                    copy_adapter(adapter_folder(name, model), place)
-            return targets
+                saved = write_adapters(parts, target)
+            return [target / name for name in (*saved.adapters, *self._token_adapter(saved))]
         weights = self._weights()
         checkpoint = cast("MatroyshkaCheckpoint", weights.checkpoint)
         heads = checkpoint.heads(checkpoint.tokenizer())
@@ -465,7 +560,8 @@ class MatroyshkaReranker(LLMReranker):
         }  # fmt: skip
         named = {f"{checkpoint.head_module(k)}.weight": head[None] for k, head in enumerate(heads)}
         with written_whole(target):
-            write_merged(checkpoint, named, settings, weights.dtype, target)
+            description = replace(checkpoint.description(), prompt=parts.prompt)
+            write_merged(checkpoint, build_decoder(checkpoint), named, settings, weights.dtype, target, description)
         return []
 
     def _columns(self, scores: Scores) -> dict[str, np.ndarray]:
@@ -477,69 +573,12 @@ class MatroyshkaReranker(LLMReranker):
         shallower = self.cutoff[:-1] if isinstance(self.cutoff, tuple) else ()
         return np.stack([*(scores.by_layer[layer] for layer in shallower), scores.final])
 
-    def _finish(self, scores: np.ndarray) -> np.ndarray:
-        return sigmoid(scores) if self.normalize else scores
-
-
-def sigmoid(logits: np.ndarray) -> np.ndarray:
-    """Logits as numbers between 0 and 1."""
-    tail = np.exp(-np.abs(logits))  # of the smaller side, so that nothing overflows
-    return cast(np.ndarray, np.where(logits < 0, tail, 1.0) / (1.0 + tail))
-
-
-def _cutoff(value: object) -> int | tuple[int, ...] | None:
-    """One layer as an int, several as an ascending tuple."""
-    if value is None:
-        return None
-    layers = _layers("cutoff", value, at_least=1)
-    if not layers:
-        raise ValueError(f"cutoff={value!r}; allowed: a layer, several layers, or None.")
-    return layers[0] if len(layers) == 1 else layers
-
-
-def _prune(value: object, deepest: int | None) -> tuple[tuple[int, int], ...]:
-    """Layers and how many go on after each, ascending by layer; the deepest cutoff as far as it is known."""
-    allowed = "layers and how many candidates go on after each, {8: 50, 16: 20}"
-    stages = list(value.items()) if isinstance(value, Mapping) else value
-    if not isinstance(stages, list | tuple) or not all(isinstance(s, list | tuple) and len(s) == 2 for s in stages):
-        raise ValueError(f"prune={value!r}; allowed: {allowed}.")
-    checked = sorted((integer("prune", layer, allowed), integer("prune", keep, allowed)) for layer, keep in stages)
-    if any(layer < 1 or keep < 1 for layer, keep in checked):
-        raise ValueError(f"prune={value!r}; allowed: {allowed}, integers of at least 1.")
-    if len(dict(checked)) < len(checked):
-        raise ValueError(f"prune={value!r}: a layer stands there twice; allowed: {allowed}.")
-    if deepest is not None and checked and checked[-1][0] >= deepest:
-        raise ValueError(f"prune={value!r}: layer {checked[-1][0]} is not shallower than the cutoff, {deepest}.")
-    for (_, before), (layer, keep) in pairwise(checked):
-        if keep > before:
-            raise ValueError(f"prune={value!r}: {keep} are to go on after layer {layer}, but {before} are left there.")
-    return tuple(checked)
-
-
-def _by_ratio(value: object) -> tuple[tuple[int, str], ...]:
-    """Adapters by the ratio they compensate for, ascending."""
-    allowed = "a folder for each ratio, {2: folder, 4: folder}"
-    roles = list(value.items()) if isinstance(value, Mapping) else value
-    if not isinstance(roles, list | tuple) or not all(isinstance(r, list | tuple) and len(r) == 2 for r in roles):
-        raise ValueError(f"token_adapters={value!r}; allowed: {allowed}.")
-    by_ratio = {integer("token_adapters", ratio, allowed): path_like("token_adapters", name) for ratio, name in roles}
-    if any(ratio < 2 for ratio in by_ratio):
-        raise ValueError(f"token_adapters={value!r}; allowed: {allowed}, ratios from 2 on.")
-    return tuple(sorted(by_ratio.items()))
-
-
-def _layers(name: str, value: object, *, at_least: int) -> tuple[int, ...]:
-    """Layer numbers, ascending and once each."""
-    allowed = f"a layer from {at_least} on, or a list of them"
-    value = value.tolist() if isinstance(value, np.ndarray) else value
-    several = isinstance(value, Iterable) and not isinstance(value, str | bytes)
-    layers = [integer(name, layer, allowed) for layer in (cast("Iterable[object]", value) if several else [value])]
-    if any(layer < at_least for layer in layers):
-        raise ValueError(f"{name}={value!r}; allowed: {allowed}.")
-    return tuple(sorted(set(layers)))
+    def _finish(self, logits: np.ndarray) -> np.ndarray:
+        return sigmoid(logits) if self.normalize else logits
 
 
 def _listed(layers: Sequence[int]) -> str:
+    """Return layers in words."""
     if len(layers) == 1:
         return f"{layers[0]} only; start_layer gives a plain language model more"
     step = layers[1] - layers[0]

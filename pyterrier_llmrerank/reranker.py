@@ -1,55 +1,71 @@
-"""What both rerankers share: a frame goes in, the same frame comes out with scores and ranks."""
+"""The base of all rerankers: takes a frame, and returns it with scores and ranks."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import threading
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Hashable, ItemsView, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import KW_ONLY
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, cast
 
 import numpy as np
 import pandas as pd
 import pyterrier as pt
+from numpy.typing import NDArray
 
-from .checkpoints.files import located, shown
-from .engine.usage import Usage
-from .errors import ScoringError, short
-from .values import as_list, column, devices, one_of, path_like, positive, problem_of, problem_of_id
+from .checkpoints.locate import located, shown
+from .engine.cascade import Cascade
+from .engine.usage import Observer, Usage
+from .errors import ScoringError
+from .frames import check_columns, check_rows, distinct, ranked, row_name, warn_of_ties
+from .options import Converted, Option, constructor_signature, with_options
+from .values import as_pairs, column, devices, flag, one_of, optional, path_like, positive, refuse
 
-# Torch and transformers take seconds to import: that waits until weights are asked for.
+# Torch and transformers take seconds to import; they are imported when weights are needed.
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from .checkpoints.checkpoint import Checkpoint
     from .engine.inputs import Ids
-    from .engine.scoring import Shape
+    from .engine.scoring import Scorer, Shape
     from .engine.weights import Weights
     from .training.fitting import Frames
     from .training.recipes import Recipe
 
 logger = logging.getLogger(__name__)
 
-_LOCK = threading.RLock()  # held while a reranker finds its weights or adds up its usage, so that threads may share it
+_LOCK = threading.RLock()  # held while weights are found or usage is added up: threads may share a reranker
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("int8", "float8")
 ATTENTIONS = ("sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3")
 
 
+def model_path(name: str, value: object) -> str:
+    """Return a folder or file as an absolute path, or a hub id as it is."""
+    return located(path_like(name, value))
+
+
+def _dtype(name: str, value: object) -> str:
+    dtype = str(value).removeprefix("torch.")
+    return dtype if dtype in DTYPES else refuse(name, value, ", ".join(DTYPES))
+
+
 class Scores(NamedTuple):
-    """What came of scoring some rows.
+    """Scores of some rows.
 
     Args:
-        final: the score of each, ``[rows]``; NaN where scoring stopped before.
-        by_layer: those at each layer that was read; NaN where a row did not come so far.
-        exit_layer: the layer after which each left a cascade; None without one.
-        logits: by which they are ranked, ``[rows]``: the final scores before they were normalised.
+        final: score of each row, ``[rows]``; NaN for rows that were not scored.
+        by_layer: scores at each cutoff layer, ``[rows]``; NaN for rows that did not reach it.
+        exit_layer: the layer after which a cascade dropped each row; None without a cascade.
+        logits: the final scores before normalisation, ``[rows]``, by which rows are ranked.
     """
 
     final: np.ndarray
@@ -59,161 +75,196 @@ class Scores(NamedTuple):
 
     @classmethod
     def none(cls, rows: int = 0) -> Scores:
-        """Those of rows of which none has been scored."""
+        """Return the scores of rows before any is scored."""
         missing = np.full(rows, np.nan)
         return cls(missing, defaultdict(lambda: missing), np.zeros(rows, dtype=int), missing)
 
     @classmethod
     def of(cls, error: BaseException, rows: int) -> Scores:
-        """Those that stand on what stopped scoring, if it had come to that."""
+        """Return the scores that an error carries, or none."""
         scores = getattr(error, "scores", None)
         return scores if isinstance(scores, cls) else cls.none(rows)
 
 
+class Reporter(Observer):
+    """Names the rows of a call in errors, moves its progress bar, and collects its usage.
+
+    Args:
+        name: names a row.
+        pair_of_row: index of the distinct pair in each row, ``[rows]``.
+        bar: the progress bar.
+    """
+
+    def __init__(self, name: Callable[[int], str], pair_of_row: NDArray[np.intp], bar: Any) -> None:
+        self.parts: list[Usage] = []
+        self._name, self._pair_of_row, self._bar = name, pair_of_row, bar
+
+    def label(self, pair: int) -> str:
+        """Name the first row that holds a pair."""
+        return self._name(int(np.argmax(self._pair_of_row == pair)))
+
+    def progress(self, pairs: int) -> None:
+        """Move the progress bar."""
+        self._bar.update(pairs)
+
+    def used(self, usage: Usage) -> None:
+        """Collect a part of the usage."""
+        self.parts.append(usage)
+
+
+@with_options
 class LLMReranker(pt.Estimator):
     """A pointwise cross-encoder on a decoder-only language model, as a PyTerrier transformer.
 
-    Subclasses say how a pair becomes ids, where the heads sit and how much of the model is run. Every
-    constructor argument is kept as the attribute of its name. Weights are opened on first use, and
-    rerankers over the same ones share a single copy in memory.
+    Subclasses define the input format, the heads and how much of the model is run. Each constructor argument is kept
+    as an attribute of the same name. Weights are opened on first use, and rerankers over the same weights share one
+    copy in memory.
 
-    Rerankers that were made with equal arguments are equal, so that experiments share their work. One that is changed
-    afterwards (:meth:`set_parameter`, :meth:`fit`, an attribute) equals itself alone from then on, and keeps its hash:
-    a dict still finds it, and the keys of a grid stay as many as they were, whatever it sets them to. (Two that are
-    equal from the start are one key, as in any dict: give one of them another ``batch_size``, for example.)
+    Rerankers made with equal arguments are equal, so experiments share their work. A reranker that is changed later
+    (:meth:`set_parameter`, :meth:`fit`, an attribute) equals only itself from then on and keeps its hash. Dicts still
+    find it, and the keys of a grid stay distinct whatever values it sets. (Two rerankers that are equal from the start
+    are one key, as in any dict: give one of them another ``batch_size``, for example.)
     """
 
     schematic: ClassVar[Mapping[str, str]]
-
-    model: str
-    text_field: str
-    batch_size: int | None
-    device: str | tuple[str, ...] | None
-    dtype: str
-    quantization: str | None
-    torch_compile: bool
-    attn_implementation: str | None
-    verbose: bool
-    training: Recipe | None
-    _usage: Usage = Usage()
-    _usage_level: int = logging.INFO  # at which each call's is logged
-    _has_warned: bool = False  # of ties, which it does once
-    _made_with: dict[str, Any] | None = None  # the arguments of one that was changed, as they were before
-    _shared_key: Hashable
-    _shared_weights: tuple[Weights, ...]
     __signature__: ClassVar[inspect.Signature]
 
+    model: Option[str] = Option(check=model_path, help="a folder, file or hub id. Paths are kept absolute.")
+    _: KW_ONLY
+    text_field: Option[str] = Option(default="text", check=column, help="the column with the text.")
+    batch_size: Option[int | None] = Option(
+        default=None,
+        check=optional(positive),
+        help="pairs per batch; None for as many as fit a token budget.",
+    )
+    device: Converted[str | Sequence[str] | None, str | tuple[str, ...] | None] = Converted(
+        default=None,
+        check=devices,
+        help='for example ``"cuda:1"``; None for CUDA or MPS if available, else the CPU. With several devices, '
+        '``["cuda:0", "cuda:1"]``, each holds a copy of the weights and takes some queries at a time, with all their '
+        "candidates. They are kept as a tuple. :meth:`fit` takes one device.",
+    )
+    dtype: Option[str] = Option(
+        default="auto",
+        check=_dtype,
+        help='``"auto"`` for bfloat16 where the device computes in it natively, else float32; or ``"float32"``, '
+        '``"bfloat16"`` or ``"float16"``.',
+    )
+    quantization: Option[str | None] = Option(
+        default=None,
+        check=one_of(*QUANTIZATIONS),
+        help='hold the linear projections of the layers in eight bits: ``"int8"`` or ``"float8"``; None for no '
+        "quantization. It needs torchao (``pip install 'pyterrier-llmrerank[quantization]'``) and changes scores. "
+        "Activations are quantised too where that is fast: to int8 on CUDA, and on a CPU in fp32; to float8 in bf16 on "
+        "CUDA of capability 8.9 or higher. Training and merged models are not quantised.",
+    )
+    torch_compile: Option[bool] = Option(
+        default=False,
+        check=flag,
+        help="compile the layers with torch.compile on first use. Batches of other shapes are not compiled again. "
+        "On a CPU this needs a C++ compiler. (It is not named ``compile``, which PyTerrier's pipelines call.)",
+    )
+    attn_implementation: Option[str | None] = Option(
+        default=None,
+        check=one_of(*ATTENTIONS),
+        help='the attention kernel: ``"sdpa"``, ``"eager"``, ``"flex_attention"`` (compiled on first use, on CUDA and '
+        'CPUs), ``"flash_attention_2"`` or ``"flash_attention_3"`` (on CUDA in bf16 or fp16, if their packages are '
+        'installed); None for ``"sdpa"``.',
+    )
+    verbose: Option[bool] = Option(default=False, check=flag, help="show a progress bar.")
+
+    # Without annotations, which would make them options.
+    _usage = Usage()
+    _usage_level = logging.INFO
+    _has_warned = False  # of ties, once
+    _made_with = cast("dict[str, Any] | None", None)  # the first arguments of a reranker that was changed since
+    _shared = cast("tuple[Hashable, tuple[Weights, ...]] | None", None)  # the weights in use, and their key
+
     def __init_subclass__(cls, **options: Any) -> None:
-        """Say what the constructor takes: PyTerrier's ``__new__``, which takes anything, hides it from some tools."""
+        """Set the signature, which PyTerrier's ``__new__`` hides from some tools."""
         super().__init_subclass__(**options)
-        cls.__signature__ = inspect.signature(cls)
+        cls.__signature__ = constructor_signature(cls)
 
-    def _set_shared(
-        self,
-        model: object,
-        text_field: str,
-        batch_size: int | None,
-        device: object,
-        dtype: object,
-        quantization: str | None,
-        torch_compile: bool,
-        attn_implementation: str | None,
-        verbose: bool,
-        training: Recipe | None,
-    ) -> None:
-        """Check and keep the arguments that every reranker has."""
-        self.model = located(path_like("model", model))
-        self.text_field = column("text_field", text_field)
-        self.batch_size = None if batch_size is None else positive("batch_size", batch_size)
-        self.device = devices(device)
-        self.dtype = str(dtype).removeprefix("torch.")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype={dtype!r}; allowed: {', '.join(DTYPES)}.")
-        self.quantization = one_of("quantization", quantization, QUANTIZATIONS)
-        self.torch_compile = bool(torch_compile)
-        self.attn_implementation = one_of("attn_implementation", attn_implementation, ATTENTIONS)
-        self.verbose = bool(verbose)
-        self.training = training
-
-    # -- what subclasses say
+    # -- for subclasses
 
     @abstractmethod
     def _checkpoint(self) -> partial[Any]:
-        """What opens the checkpoint that the arguments name; the same call means the same weights."""
+        """Return a call that opens the checkpoint; equal calls mean equal weights."""
 
     def _overlaid(self) -> partial[Any] | None:
-        """What opens the checkpoint with adapters laid over the weights of :meth:`_checkpoint`; None for none."""
+        """Return a call that opens the checkpoint with adapters laid over its weights; None for no such adapters."""
         return None
 
     @abstractmethod
     def _shape(self, checkpoint: Checkpoint) -> Shape:
-        """How much of it is run; ValueError where the checkpoint does not allow what the arguments ask."""
+        """Return how much of a checkpoint is run; ValueError if it does not allow the arguments."""
 
     @abstractmethod
     def _encode(self, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Ids]:
-        """Ids of ``(query, body)`` pairs."""
+        """Return the token ids of ``(query, passage)`` pairs."""
 
     @abstractmethod
     def deepest(self) -> int | None:
-        """The deepest decoder layer that this reranker runs; None for the model's last."""
+        """Return the deepest decoder layer that is run; None for the model's last layer."""
 
-    def _bodies(self, inp: pd.DataFrame) -> list[str]:
-        """The text of each row as the model reads it."""
-        return list(inp[self.text_field])
+    def _bodies(self, frame: pd.DataFrame) -> list[str]:
+        """Return the text of each row as the model reads it."""
+        return list(frame[self.text_field])
+
+    def _body(self, text: str) -> str:
+        """Return a text that comes without a frame as the model reads it."""
+        return text
 
     def _columns(self, scores: Scores) -> dict[str, np.ndarray]:
-        """What is added to a frame, rank apart."""
+        """Return the columns to add to a frame, except the rank."""
         return {"score": scores.final}
 
     def _at_cutoffs(self, scores: Scores) -> np.ndarray:
-        """What is given without a frame, ``[cutoffs, pairs]``."""
+        """Return the scores of pairs without a frame, ``[cutoffs, pairs]``."""
         return scores.final[None]
 
-    def _finish(self, scores: np.ndarray) -> np.ndarray:
-        """What is done to the logits last."""
-        return scores
+    def _finish(self, logits: np.ndarray) -> np.ndarray:
+        """Turn logits into scores."""
+        return logits
 
     def _check_layerwise(self, checkpoint: Checkpoint) -> None:
-        """Raise ValueError on what only layers that are walked one by one allow."""
+        """Raise ValueError for options that need a model whose layers can be run one by one."""
         for name, allowed in (("torch_compile", [False]), ("attn_implementation", [None, "sdpa"])):
             value = getattr(self, name)
-            if not checkpoint.supports_layerwise and value not in allowed:
-                raise ValueError(
-                    f"{name}={value!r}: the layers of {checkpoint.argument} (model_type "
-                    f"{checkpoint.config.model_type!r}) cannot be walked one by one; allowed: {allowed[0]}."
-                )
+            if value not in allowed:
+                require_layerwise(checkpoint, name, value, str(allowed[0]))
 
-    # -- the PyTerrier contract
+    # -- frames and pairs
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
-        """Score and rank every row.
+        """Score and rank the rows of a frame.
 
         Args:
-            inp: a result frame: ``qid``, ``query``, ``docno`` and the text column. Whatever else it holds
-                passes through; rows keep their order. Rows with the same query and text are scored once.
+            inp: a result frame with ``qid``, ``query``, ``docno`` and the text column. Other columns pass through,
+                and rows keep their order. Rows with the same query and text are scored once.
 
         Returns:
             A copy with ``score`` (float64) and ``rank`` (from 0 within each query).
 
         Raises:
             pyterrier.validate.InputValidationError: a column is missing.
-            ValueError: a qid, docno, query or text is missing, or the model does not allow what was asked.
-            ScoringError: scoring had to stop; its ``scores`` are the rows already scored.
-            KeyboardInterrupt: Ctrl-C; likewise.
+            ValueError: a qid, docno, query or text is missing, or the model does not allow the arguments.
+            ScoringError: scoring had to stop; ``scores`` holds the rows scored so far.
+            KeyboardInterrupt: Ctrl-C, with ``scores`` as above.
         """
         pt.validate.result_frame(inp, extra_columns=["query", self.text_field], context=self)
-        self._check_rows(inp)
+        check_rows(inp, self.text_field)
         if len(inp) == 0:
             none = {name: pd.Series(values) for name, values in self._columns(Scores.none()).items()}
             return ranked(inp.assign(**none))
         pairs = list(zip(inp["query"], self._bodies(inp), strict=True))
         try:
-            scores = self._score(pairs, inp["qid"], lambda row: self._label(inp, row))
+            scores = self._score(pairs, inp["qid"], lambda row: row_name(inp, row))
         except (ScoringError, KeyboardInterrupt) as error:
             so_far = Scores.of(error, len(inp))
-            there = ~np.isnan(so_far.logits)
-            scored = inp.assign(**self._columns(so_far))[there]
-            error.scores = ranked(scored, so_far.logits[there])  # type: ignore[union-attr]
+            is_scored = ~np.isnan(so_far.logits)
+            scored = inp.assign(**self._columns(so_far))[is_scored]
+            error.scores = ranked(scored, so_far.logits[is_scored])  # type: ignore[union-attr]
             raise
         result = ranked(inp.assign(**self._columns(scores)), scores.logits)
         self._has_warned = self._has_warned or warn_of_ties(self, inp["qid"], scores.final, scores.logits)
@@ -223,155 +274,103 @@ class LLMReranker(pt.Estimator):
         """Score pairs without a frame.
 
         Args:
-            pairs: one ``(query, passage)`` pair, or an iterable of them: tuples, lists, or the rows of an array
-                ``[n, 2]``. Two strings in a list are one pair too.
+            pairs: one ``(query, passage)`` pair, or an iterable of pairs: tuples, lists, or the rows of an array
+                ``[n, 2]``. A list of two strings is one pair.
 
         Returns:
-            A float for one pair, an array ``[n]`` for a list. With several cutoffs, one per cutoff, shallowest
-            first, ``[cutoffs]`` and ``[cutoffs, n]``.
+            A float for one pair, an array ``[n]`` for several. With several cutoffs, one score for each, from the
+            shallowest: ``[cutoffs]`` and ``[cutoffs, n]``.
 
         Raises:
             ValueError: something is not a pair of strings.
-            ScoringError: as :meth:`transform`; its ``scores`` are an array ``[cutoffs, n]``, NaN where there is none.
-            KeyboardInterrupt: likewise.
+            ScoringError: as for :meth:`transform`; ``scores`` is an array ``[cutoffs, n]``, NaN for missing scores.
+            KeyboardInterrupt: Ctrl-C, with ``scores`` as above.
         """
-        pairs = as_list(pairs)
-        is_unordered = isinstance(pairs, Set) and not isinstance(pairs, ItemsView)
-        if is_unordered or isinstance(pairs, Mapping | pd.DataFrame) or not isinstance(pairs, Iterable):
-            raise ValueError(
-                f"pairs={short(pairs)} ({type(pairs).__name__}); allowed: a pair of strings, (query, passage), a list "
-                "of pairs, or an array with a row for each."
-            )
-        given = [pairs] if isinstance(pairs, str) else list(pairs)  # a string is no iterable of pairs
-        single = len(given) == 2 and all(isinstance(text, str) for text in given)
-        checked = []
-        for number, pair in enumerate([given] if single else map(as_list, given)):
-            if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-                raise ValueError(f"pairs[{number}] is {short(pair)}; wanted two strings, (query, passage).")
-            for name, text in zip(("query", "passage"), pair, strict=True):
-                if problem := problem_of(text):
-                    raise ValueError(f"the {name} of pairs[{number}] is {problem}.")
-            checked.append((pair[0], self._body(pair[1])))
+        texts, is_single = as_pairs(pairs)
+        read = [(query, self._body(passage)) for query, passage in texts]
         try:
-            scores = self._at_cutoffs(self._score(checked, [None] * len(checked), "pairs[{}]".format))
+            scores = self._at_cutoffs(self._score(read, [None] * len(read), "pairs[{}]".format))
         except (ScoringError, KeyboardInterrupt) as error:
-            error.scores = self._at_cutoffs(Scores.of(error, len(checked)))  # type: ignore[union-attr]
+            error.scores = self._at_cutoffs(Scores.of(error, len(read)))  # type: ignore[union-attr]
             raise
         if len(scores) == 1:
-            return float(scores[0, 0]) if single else scores[0]
-        return scores[:, 0] if single else scores
+            return float(scores[0, 0]) if is_single else scores[0]
+        return scores[:, 0] if is_single else scores
 
-    def _body(self, passage: str) -> str:
-        """A passage that came without a frame."""
-        return passage
+    def _score(self, pairs: list[tuple[str, str]], qids: Iterable[Hashable], name: Callable[[int], str]) -> Scores:
+        """Score pairs; each distinct pair goes through the model once.
 
-    def _check_rows(self, inp: pd.DataFrame) -> None:
-        """Raise ValueError on what would only show as something obscure, or not at all, further on."""
-        if repeated := list(inp.columns[inp.columns.duplicated()]):
-            raise ValueError(f"the frame has several columns {repeated[0]!r}; wanted one.")
-        for name in ("qid", "docno"):
-            if inp[name].isna().any():
-                raise ValueError(f"{name} is missing in row {int(inp[name].isna().argmax())} of the frame.")
-            for row, value in enumerate(inp[name]):
-                if problem := problem_of_id(value):
-                    raise ValueError(f"{name} is {problem} in row {row} of the frame.")
-        for name in ("query", self.text_field):
-            problems = [(row, problem) for row, value in enumerate(inp[name]) if (problem := problem_of(value))]
-            if not problems:
-                continue
-            row, problem = problems[0]
-            if isinstance(inp[name].dtype, pd.StringDtype) and pd.isna(inp[name].iloc[row]):  # a None comes out as nan
-                problem = problem_of(None)
-            more = f" and {len(problems) - 1} more rows" if len(problems) > 1 else ""
-            raise ValueError(f"{name!r} is {problem} for {self._label(inp, row)}{more}.")
-
-    @staticmethod
-    def _label(inp: pd.DataFrame, row: int) -> str:
-        """A row by what its user knows it by."""
-        qid, docno = (getattr(value, "item", lambda value=value: value)() for value in inp[["qid", "docno"]].iloc[row])
-        return f"qid {qid!r}, docno {docno!r}"
-
-    def _score(self, pairs: list[tuple[str, str]], qids: Iterable[Hashable], label: Callable[[int], str]) -> Scores:
-        """Score pairs, of which those of one qid and query compete; each distinct one goes through the model once."""
-        from .engine.cascade import Cascade
-        from .engine.scoring import score
-
-        replicas = self._replicas()
-        shape = self._shape(replicas[0].checkpoint)
+        Args:
+            pairs: the query and passage of each row.
+            qids: of each row; rows with the same qid and query compete.
+            name: names a row in errors.
+        """
+        scorer = self.scorer()
+        shape = scorer.shape
         if not pairs:
             return Scores.none()
-        at: dict[tuple[str, str], int] = {}
-        inverse = np.array([at.setdefault(pair, len(at)) for pair in pairs])
-        distinct = list(at)
+        texts, pair_of_row = distinct(pairs)
         cascade = None
         if shape.prune:
             queries = list(zip(qids, (query for query, _ in pairs), strict=True))
-            cascade = Cascade(dict(shape.prune), queries, inverse, shape.cutoffs[-1])
-
-        def of_rows(scores: np.ndarray) -> Scores:
-            by_layer = dict(zip(shape.cutoffs, scores[:, inverse], strict=True))
-            if cascade is None:
-                final = by_layer[shape.cutoffs[-1]]
-            else:
-                final = cascade.ordered(by_layer)
-                for layer, here in by_layer.items():  # a row may have left where another with its text went on
-                    here[cascade.exit_layer < layer] = np.nan
-            finished = {layer: self._finish(here) for layer, here in by_layer.items()}
-            return Scores(self._finish(final), finished, None if cascade is None else cascade.exit_layer, final)
-
-        used: list[Usage] = []
-        with pt.tqdm(total=len(distinct), desc=type(self).__name__, unit="pair", disable=not self.verbose) as bar:
+            cascade = Cascade(dict(shape.prune), queries, pair_of_row, shape.cutoffs[-1])
+        with pt.tqdm(total=len(texts), desc=type(self).__name__, unit="pair", disable=not self.verbose) as bar:
+            reporter = Reporter(name, pair_of_row, bar)
             try:
-                scores = score(
-                    replicas,
-                    shape,
-                    distinct,
-                    self._encode,
-                    batch_size=self.batch_size,
-                    label=lambda index: label(pairs.index(distinct[index])),
-                    progress=bar.update,
-                    used=used.append,
-                    cascade=cascade,
-                )
+                logits = scorer.score(texts, reporter, cascade)
             except (ScoringError, KeyboardInterrupt) as error:
                 if hasattr(error, "scores"):
-                    error.scores = of_rows(error.scores)
+                    error.scores = self._of_rows(error.scores[:, pair_of_row], shape, cascade)
                 raise
             finally:
-                if used:  # it came as far as that
-                    took = sum(used, Usage())
-                    self._add_up(took)
-                    logger.log(self._usage_level, "%r: %s", self, took)
-        return of_rows(scores)
+                if reporter.parts:  # scoring began
+                    usage = sum(reporter.parts, Usage())
+                    self.add_usage(usage)
+                    logger.log(self._usage_level, "%r: %s", self, usage)
+        return self._of_rows(logits[:, pair_of_row], shape, cascade)
 
-    def _add_up(self, used: Usage) -> None:
-        """Take some usage into the sum."""
-        with _LOCK:
-            self._usage += used
+    def _of_rows(self, logits: np.ndarray, shape: Shape, cascade: Cascade | None) -> Scores:
+        """Turn the logits of rows, ``[cutoffs, rows]``, into their scores."""
+        by_layer = dict(zip(shape.cutoffs, logits, strict=True))
+        if cascade is None:
+            final, exit_layer = by_layer[shape.cutoffs[-1]], None
+        else:
+            final, exit_layer = cascade.ordered(by_layer), cascade.exit_layer
+            for layer, here in by_layer.items():  # another row with the same text may have survived
+                here[exit_layer < layer] = np.nan
+        return Scores(self._finish(final), {k: self._finish(v) for k, v in by_layer.items()}, exit_layer, final)
+
+    # -- usage
 
     @property
     def usage(self) -> Usage:
-        """What all calls so far took together; one log line (INFO) after each says what that call did."""
+        """The total usage of all calls so far. After each call, a log line (INFO) says the usage of that call."""
         return self._usage
 
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """A copy of the model's tokenizer; no weight is read for it. For ``pt.text.sliding(..., tokenizer=...)``.
+    def add_usage(self, usage: Usage) -> None:
+        """Add to :attr:`usage`; for work that was done on behalf of this reranker."""
+        with _LOCK:
+            self._usage += usage
 
-        Padding, truncation and tokens that are set on it change no scores.
+    def take_usage(self) -> Usage:
+        """Return :attr:`usage`, and start again from zero."""
+        with _LOCK:
+            usage, self._usage = self._usage, Usage()
+        return usage
 
-        Raises:
-            ValueError: the model is not what is allowed.
-            FileNotFoundError: it is not there.
-            ConnectionError: it is to come from the hub, which cannot be reached.
-        """
-        return self._weights().checkpoint.public_tokenizer
+    def quiet(self) -> Self:
+        """Return a copy without usage that shows no progress bar and logs its usage at DEBUG level only."""
+        quiet = copy.copy(self)
+        quiet._usage = Usage()
+        quiet.verbose = False
+        quiet._usage_level = logging.DEBUG
+        return quiet
 
     # -- training
 
     @abstractmethod
     def _recipe(self) -> Recipe:
-        """How it is trained: as its arguments say."""
+        """Return the recipe to train by."""
 
     @abstractmethod
     def _train(self, training: Frames, validation: Frames | None) -> Path:
@@ -388,28 +387,29 @@ class LLMReranker(pt.Estimator):
         topics_or_res_va: pd.DataFrame | None = None,
         qrels_va: pd.DataFrame | None = None,
     ) -> None:
-        """Train on results with judgements; in a pipeline those of the stages before: ``(bm25 >> reranker).fit(...)``.
+        """Train on results and qrels. In a pipeline, ``(bm25 >> reranker).fit(...)`` trains on the first stage's.
 
-        Each query's relevant results compete with its other results, judged or not. A query with no relevant
-        result gets what is judged relevant from the other queries' results or from the recipe's ``text``, or
-        is left out; one log line counts these. Losses are logged too (INFO), or shown in a progress bar where
-        ``verbose``. With validation given, nDCG@10 is measured on it every
-        ``eval_steps``, the best checkpoint is kept, and ``patience`` stops early. From then on the re-ranker
-        scores with what it learnt, which lies, with its checkpoints, in the recipe's ``output_dir`` (by default a
-        new folder in PyTerrier's home); :meth:`save` writes it elsewhere. Fitting again goes on from there: a
-        RankLLaMA's adapter learns on, a Matroyshka gets one more. Texts are cut to the lengths that the recipe
-        says. A re-ranker that was fit equals none but itself.
+        For each query, the relevant results compete with its other results, judged or not. A query without relevant
+        results takes the documents judged relevant from other queries' results or from the recipe's ``text``, or is
+        left out; a log line counts these queries. Losses are logged (INFO), or shown in a progress bar if ``verbose``.
+        With validation data, nDCG@10 is measured every ``eval_steps``, the best checkpoint is kept, and ``patience``
+        stops training early.
+
+        Afterwards the reranker scores with the new adapter. The adapter and its checkpoints are in the recipe's
+        ``output_dir`` (by default a new folder in PyTerrier's home); :meth:`save` writes it elsewhere. Another fit
+        starts from it: RankLLaMA continues to train the adapter, Matroyshka adds another one. Texts are cut to the
+        lengths in the recipe. A reranker that was fitted equals only itself.
 
         Args:
-            topics_or_res_tr: results with texts: the columns that :meth:`transform` takes, and perhaps
-                ``teacher``, another model's scores to distil from (Matroyshka).
+            topics_or_res_tr: results with texts, in the columns that :meth:`transform` takes. A column ``teacher``, if
+                present, holds another model's scores to distil from (Matroyshka).
             qrels_tr: columns ``qid``, ``docno`` and ``label``.
-            topics_or_res_va: results to validate on; with ``qrels_va`` or not at all.
-            qrels_va: likewise.
+            topics_or_res_va: results to validate on; give it together with ``qrels_va``.
+            qrels_va: their qrels.
 
         Raises:
-            ValueError: a frame is not what is allowed, or leaves nothing to train on.
-            FileExistsError: there is something in the recipe's ``output_dir``.
+            ValueError: a frame is invalid, or leaves nothing to train on.
+            FileExistsError: the recipe's ``output_dir`` is not empty.
             FloatingPointError: the loss is not finite; names the step, learning rate and queries.
         """
         from .training.fitting import Frames
@@ -418,30 +418,50 @@ class LLMReranker(pt.Estimator):
             given, missing = ("topics_or_res_va", "qrels_va")[:: 1 if qrels_va is None else -1]
             raise ValueError(f"{given} is given without {missing}; wanted both or neither.")
         for name, results in (("topics_or_res_tr", topics_or_res_tr), ("topics_or_res_va", topics_or_res_va)):
-            if results is None:
-                continue
-            if missing_columns := [c for c in ("qid", "query", "docno", self.text_field) if c not in results.columns]:
-                raise ValueError(f"{name} has columns {list(results.columns)}; missing: {', '.join(missing_columns)}.")
-            self._check_rows(results)
+            if results is not None:
+                check_columns(name, results, ["qid", "query", "docno", self.text_field])
+                check_rows(results, self.text_field)
         validation = None
         if topics_or_res_va is not None and qrels_va is not None:
             validation = Frames(topics_or_res_va, qrels_va, self._bodies, self.text_field)
-        if "_shared_weights" in self.__dict__:  # not needed while another copy is trained
-            for weights in stacked(self._shared_weights):
+        if self._shared is not None:  # not needed while another copy is trained
+            for weights in stacked(self._shared[1]):
                 weights.leave(self)
-            del self._shared_weights, self._shared_key
+            self._shared = None
         adapter = self._train(Frames(topics_or_res_tr, qrels_tr, self._bodies, self.text_field), validation)
         self._take_up(located(str(adapter)))
 
-    # -- one copy of the weights, or one a device
+    # -- weights: one copy for all rerankers, or one per device
+
+    def scorer(self) -> Scorer:
+        """Return the object that scores pairs for this reranker. It opens files only when they are needed.
+
+        As long as this reranker lives, the weights stay in memory, as deep as it needs them.
+        """
+        from .engine.scoring import Scorer
+
+        return Scorer(self._replicas(), self._shape, self._encode, self.batch_size)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """A copy of the model's tokenizer, for ``pt.text.sliding(..., tokenizer=...)``; reads no weights.
+
+        Padding, truncation and tokens that are set on it change no scores.
+
+        Raises:
+            ValueError: the model is invalid.
+            FileNotFoundError: the model does not exist.
+            ConnectionError: the hub cannot be reached.
+        """
+        return self.scorer().checkpoint.public_tokenizer
 
     def _weights(self) -> Weights:
-        """The weights that the arguments name; of several devices those on the first."""
+        """Return the weights on the first device."""
         return self._replicas()[0]
 
     def _replicas(self) -> tuple[Weights, ...]:
-        """The same for each device, shared with every living reranker that names the same."""
-        from .checkpoints.files import identity
+        """Return the weights for each device, shared with all living rerankers that name the same weights."""
+        from .checkpoints.locate import identity
         from .engine.devices import resolve_devices, resolve_dtype
         from .engine.weights import Weights, shared_weights
 
@@ -449,51 +469,51 @@ class LLMReranker(pt.Estimator):
         dtype = resolve_dtype(self.dtype, *places)
         openers = [opener for opener in (self._checkpoint(), self._overlaid()) if opener is not None]
         files = [(opener.func, identity(opener.args)) for opener in openers]
-        options = [(place, dtype, self.quantization, self.torch_compile) for place in places]
-        key = tuple((*named, *of_place) for of_place in options for named in files)
+        settings = [(place, dtype, self.quantization, self.torch_compile) for place in places]
+        key = tuple((*named, *setting) for setting in settings for named in files)
         with _LOCK:
-            if self.__dict__.get("_shared_key") != key:
+            if self._shared is None or self._shared[0] != key:
                 replicas = []
-                for of_place in options:
+                for setting in settings:
                     weights: Weights | None = None
                     for named, opener in zip(files, openers, strict=True):
-                        weights = shared_weights(
-                            (*named, *of_place), partial(Weights, opener, *of_place, below=weights)
-                        )
+                        create = partial(Weights, opener, *setting, below=weights)
+                        weights = shared_weights((*named, *setting), create)
                     assert weights is not None
                     replicas.append(weights)
                 kept = stacked(replicas)
-                for joined in kept:  # first, so that what is still needed is not dropped
+                for joined in kept:  # before leaving, so that layers needed by both are not dropped
                     joined.join(self)
-                for left in stacked(self.__dict__.get("_shared_weights", ())):
+                for left in stacked(() if self._shared is None else self._shared[1]):
                     if left not in kept:
                         left.leave(self)
-                self._shared_key, self._shared_weights = key, tuple(replicas)
-            return self._shared_weights
+                self._shared = key, tuple(replicas)
+            return self._shared[1]
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
 
-    # -- a value: equal, hashable and printed by its arguments
+    # -- value semantics: equality, hash and repr by the arguments
 
-    def _arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
+        """Return the constructor arguments of this reranker, with the values in use."""
         return {name: getattr(self, name) for name in list(inspect.signature(type(self).__init__).parameters)[1:]}
 
     def subtransformers(self) -> dict[str, pt.Transformer]:
-        """None: PyTerrier would take an empty tuple among the arguments for a list of them."""
+        """Return none: PyTerrier would take an empty tuple among the arguments for a list of transformers."""
         return {}
 
     def set_parameter(self, name: str, value: Any) -> None:
-        """Change a constructor argument, as ``pt.GridScan`` does; it is checked as if given to the constructor.
+        """Change a constructor argument, as ``pt.GridScan`` does. The value is checked as by the constructor.
 
         Args:
             name: of the argument.
-            value: what it is to be.
+            value: the new value.
 
         Raises:
-            ValueError: no such argument, or not a value for it.
+            ValueError: there is no such argument, or the value is not allowed.
         """
-        arguments = self._arguments()
+        arguments = self.arguments()
         if name not in arguments:
             raise ValueError(f"no argument {name!r}; allowed: {', '.join(arguments)}.")
         changed = type(self)(**{**arguments, name: value})
@@ -503,8 +523,8 @@ class LLMReranker(pt.Estimator):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if self._made_with is None and name in self.__dict__ and not name.startswith("_"):
-            with suppress(AttributeError):  # a constructor that sets something twice has not made it yet
-                self._made_with = self._arguments()
+            with suppress(AttributeError):  # a subclass's constructor that is still setting its arguments
+                self._made_with = self.arguments()
         super().__setattr__(name, value)
 
     def __eq__(self, other: object) -> bool:
@@ -512,10 +532,10 @@ class LLMReranker(pt.Estimator):
             return True
         if not isinstance(other, LLMReranker) or type(self) is not type(other):
             return False
-        return self._made_with is other._made_with is None and self._arguments() == other._arguments()
+        return self._made_with is other._made_with is None and self.arguments() == other.arguments()
 
     def __hash__(self) -> int:
-        return hash((type(self), *(self._made_with or self._arguments()).values()))
+        return hash((type(self), *(self._made_with or self.arguments()).values()))
 
     def __repr__(self) -> str:
         parameters = list(inspect.signature(type(self).__init__).parameters.values())[1:]
@@ -524,55 +544,19 @@ class LLMReranker(pt.Estimator):
         return f"{type(self).__name__}({', '.join(given)})"
 
     def _shown(self, name: str) -> Any:
-        """An argument's value as it is printed."""
+        """Return an argument's value as ``repr`` prints it."""
         return getattr(self, name)
 
 
+def require_layerwise(checkpoint: Checkpoint, name: str, value: object, allowed: str) -> None:
+    """Raise ValueError for an option's value if the checkpoint's layers cannot be run one by one."""
+    if not checkpoint.supports_layerwise:
+        raise ValueError(
+            f"{name}={value!r}: the layers of {checkpoint.argument} (model_type {checkpoint.config.model_type!r}) "
+            f"cannot be run one by one; allowed: {allowed}."
+        )
+
+
 def stacked(replicas: Iterable[Weights]) -> list[Weights]:
-    """Weights of several devices, with all that they are laid over."""
+    """Return the weights of several devices, each with the weights it is laid over."""
     return [weights for replica in replicas for weights in replica.stack]
-
-
-def ranked(scored: pd.DataFrame, logits: np.ndarray | None = None) -> pd.DataFrame:
-    """A copy of a frame with PyTerrier's ranks added, whatever its index is called and holds.
-
-    Args:
-        scored: the frame, with ``score``.
-        logits: by which it is ranked, ``[rows]``; None for the score.
-    """
-    numbered = scored.reset_index(drop=True)  # an index named qid would hide the column
-    if logits is not None:
-        numbered["score"] = logits
-    numbered = pt.model.add_ranks(numbered)
-    order = numbered.index.to_numpy()
-    numbered["score"] = scored["score"].to_numpy()[order]
-    numbered.index = scored.index.take(order)
-    return numbered
-
-
-def warn_of_ties(scored_by: object, qids: pd.Series[Any], scores: np.ndarray, logits: np.ndarray) -> bool:
-    """Warn where an evaluator cannot tell apart what differs before it is normalised.
-
-    Args:
-        scored_by: named in the warning.
-        qids: of each row, ``[rows]``.
-        scores: finished, ``[rows]``.
-        logits: what was finished, ``[rows]``.
-
-    Returns:
-        Whether there was something to warn of.
-    """
-    if scores is logits:
-        return False
-    query = pd.factorize(qids)[0]
-    order = np.lexsort((logits, query))
-    single = scores[order].astype(np.float32)
-    same_score, same_logit, same_query = (column[1:] == column[:-1] for column in (single, logits[order], query[order]))
-    count = int((same_query & same_score & ~same_logit).sum())
-    if count:
-        logger.warning(
-            "%r: normalize=True makes %d scores the same as another one of their query in single precision, in which "
-            "trec_eval compares them, though their logits differ. Ranks follow the logits; for measures by score use "
-            "normalize=False.", scored_by, count,
-        )  # fmt: skip
-    return bool(count)

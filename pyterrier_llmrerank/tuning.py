@@ -1,4 +1,4 @@
-"""Choosing a shape: what each of a grid costs and how well it ranks, measured in as few passes as possible."""
+"""Choose a shape: measure the cost and effectiveness of each shape in a grid, in as few passes as possible."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from .engine.cascade import Cascade
+from .frames import check_columns, check_rows, distinct
 from .matroyshka import MatroyshkaReranker
 from .runs.evaluation import Evaluation, Floats
-from .values import integer, positive
+from .values import natural, positive, refuse
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from .engine.operations import Operations
 
-#: Cutoffs that are tried where none are named.
+#: The number of cutoffs to try if none are named.
 CUTOFFS = 8
 
-#: Times that the queries are drawn anew for an interval.
+#: Bootstrap samples of the queries for an interval.
 DRAWS = 1000
 
-#: Times that the shapes on the front take turns when they are timed.
+#: Rounds in which the shapes on the front take turns to be timed.
 ROUNDS = 2
 
-#: What a budget may be of, by its column.
+#: The costs that a budget may limit, by their column.
 COSTS = {"share": "of the full shape's operations", "milliseconds": "milliseconds a query"}
 
 
@@ -48,18 +49,19 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Tuning:
-    """What :func:`tune` measured.
+    """The measurements of :func:`tune`.
 
     Args:
-        base: the reranker of which the shapes are.
-        shapes: a row a shape: ``cutoff``, ``compress_layers``, ``compress_ratio`` and ``prune``, as ``base.at`` takes
-            them; the mean measure, in a column of its name, and ``low`` and ``high``, its 95 % interval;
-            ``operations`` a query (multiplications and additions) and their ``share`` of the full shape's;
-            ``milliseconds`` a query, and whether they were ``timed`` or follow from the operations; whether the shape
-            is on the ``front``: none does at least as well for less, or better for as much.
+        base: the reranker whose shapes were measured.
+        shapes: a row for each shape. ``cutoff``, ``compress_layers``, ``compress_ratio`` and ``prune`` are arguments
+            of ``base.at``. A column named after the measure has its mean, and ``low`` and ``high`` its 95 % interval.
+            ``operations`` (multiplications and additions per query), their ``share`` of the full shape's, and
+            ``milliseconds`` per query are its cost. ``timed`` says whether the milliseconds were measured or are
+            predicted from the operations. ``front`` says whether the shape is on the Pareto front: no other shape is
+            at least as good for less, or better for the same.
         measure: the name of the measure.
         budget: as given to :func:`tune`.
-        first_stage: the measure of the candidates as they came; None where they had neither score nor rank.
+        first_stage: the measure of the candidates as given; None if they have neither score nor rank.
     """
 
     base: MatroyshkaReranker
@@ -70,15 +72,15 @@ class Tuning:
 
     @property
     def front(self) -> pd.DataFrame:
-        """The rows on the front, cheapest first."""
+        """The shapes on the Pareto front, cheapest first."""
         return self.shapes[self.shapes["front"]].sort_values("operations")
 
     @property
     def best(self) -> MatroyshkaReranker:
-        """The most effective of the front within the budget; of equals the cheaper.
+        """The most effective shape on the front within the budget; of equally effective ones, the cheapest.
 
         Raises:
-            ValueError: the budget is too small for any.
+            ValueError: no shape is within the budget.
         """
         front, (cost, limit) = self.front, limit_of(self.budget)
         within = front[front[cost] <= limit]
@@ -88,7 +90,7 @@ class Tuning:
         return self.reranker(within.iloc[int(within[self.measure].argmax())])
 
     def reranker(self, shape: int | pd.Series[Any]) -> MatroyshkaReranker:
-        """One of the shapes, over the same weights.
+        """Return the reranker in one of the shapes, over the same weights.
 
         Args:
             shape: a row of ``shapes`` or ``front``, or its index there.
@@ -101,27 +103,22 @@ class Tuning:
         return self.base.at(**choice)
 
     def plot(self, ax: Axes | None = None, cost: str = "share") -> Axes:
-        """Draw what each shape costs and how well it ranks, and the front with its intervals.
+        """Plot effectiveness against cost for all shapes, and the front with its intervals.
 
         Args:
-            ax: where to; None for a new figure.
-            cost: ``"share"`` of the full shape's operations, or ``"milliseconds"`` a query.
+            ax: the axes; None for a new figure.
+            cost: ``"share"`` of the full shape's operations, or ``"milliseconds"`` per query.
 
         Returns:
             The axes.
 
         Raises:
-            ValueError: no such cost.
+            ValueError: there is no such cost.
             ImportError: matplotlib is not installed.
         """
         if cost not in COSTS:
-            raise ValueError(f"cost={cost!r}; allowed: {', '.join(COSTS)}.")
-        if ax is None:
-            try:
-                from matplotlib import pyplot
-            except ImportError as error:
-                raise ImportError("plot needs matplotlib: pip install 'pyterrier-llmrerank[plot]'.") from error
-            ax = pyplot.subplots()[1]
+            refuse("cost", cost, ", ".join(COSTS))
+        ax = _new_axes() if ax is None else ax
         for marker, color, label, kind in (
             ("D", "tab:orange", "without a cascade", self.shapes["prune"].str.len() == 0),
             (".", "tab:blue", "cascade", self.shapes["prune"].str.len() > 0),
@@ -148,6 +145,14 @@ class Tuning:
         return f"Tuning of {self.base!r}: {len(self.shapes)} shapes, {len(self.front)} on the front by {self.measure}"
 
 
+def _new_axes() -> Axes:
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ImportError("plot needs matplotlib: pip install 'pyterrier-llmrerank[plot]'.") from error
+    return pyplot.subplots()[1]
+
+
 def tune(
     reranker: MatroyshkaReranker,
     res: pd.DataFrame,
@@ -162,40 +167,38 @@ def tune(
     stages: int = 2,
     timed: int = 4,
 ) -> Tuning:
-    """Measure a grid of shapes and cascades, one pass a width.
+    """Measure a grid of shapes and cascades, with one pass for each width.
 
-    A pass reads the scores at all cutoffs. What survives a cascade's stage is scored as without it, so that every
-    cascade's ranking follows from these: it takes no pass of its own. (In bf16 a cutoff read on the way differs from
-    the same one asked for alone in the last digits, as the README says.)
+    A pass reads the scores at all cutoffs. Survivors of a cascade get the same scores as without it, so the ranking of
+    every cascade follows from the pass. (In bf16, a cutoff that is read in a deeper pass differs in the last digits
+    from the same cutoff alone.)
 
     Args:
-        reranker: whose shapes; its own cutoff bounds the depth, its own cascade is set aside.
-        res: candidates to validate on: ``qid``, ``query``, ``docno`` and the text column. Queries without
-            judgements are left out. ``score``, or else ``rank``, tells what the first stage does.
-        qrels: judgements: ``qid``, ``docno`` and ``label``.
-        measure: of ir_measures, by name or itself; a mean over queries, of which more is better.
-        budget: what :attr:`Tuning.best` may cost: a share of the full shape's operations (0.5), or milliseconds a
-            query (``"150ms"``); None for all there is. The full shape is the deepest cutoff, uncompressed and
+        reranker: its cutoff bounds the depth of the shapes; its own cascade is ignored.
+        res: candidates to validate on, with ``qid``, ``query``, ``docno`` and the text column. Queries without
+            judgements are left out. ``score``, or else ``rank``, gives the effectiveness of the first stage.
+        qrels: judgements, with ``qid``, ``docno`` and ``label``.
+        measure: of ir_measures, by name or as an object; a mean over queries, of which more is better.
+        budget: limits the cost of :attr:`Tuning.best`: a share of the full shape's operations (0.5) or milliseconds
+            per query (``"150ms"``); None for no limit. The full shape is the deepest cutoff, without compression and
             without a cascade.
-        cutoffs: layers to cut off at, and of cascades' stages; None for up to 8 evenly spaced ones that have heads.
-        compress_ratios: widths, as for the reranker; just 1 for a model whose layers cannot be walked.
-        compress_layers: where passages are pooled in the widths above 1; None for the reranker's own, or if it has
-            none the layer after a quarter of the depth.
-        keep: how many candidates may go on after a stage; those below the longest list are tried.
-        stages: stages of a cascade at most, keeping fewer each; 0 for no cascades, nor has a model any whose layers
-            cannot be walked.
-        timed: the shapes on the front are timed on so many queries, the first ones, in two rounds in which they
-            take turns; their median is scaled from these queries' operations to those of all. All other
-            milliseconds are predicted, from the operations and what the pass of that width took. 0 for predicted
-            ones alone.
+        cutoffs: layers for cutoffs and the stages of cascades; None for up to 8 evenly spaced layers with heads.
+        compress_ratios: the widths. Only 1 is used for models whose layers cannot be run one by one.
+        compress_layers: layers before which widths above 1 pool passages; None for the reranker's own, or if it has
+            none, the layer after a quarter of the depth.
+        keep: numbers of candidates that survive a stage. Numbers below the longest candidate list are tried.
+        stages: the most stages in a cascade, each of which keeps fewer candidates; 0 for no cascades. Models whose
+            layers cannot be run one by one get none.
+        timed: the number of queries, from the first, on which the shapes on the front are timed. The shapes take turns
+            for two rounds; their median is scaled to all queries by operations. All other milliseconds are predicted
+            from the operations and the time of their width's pass. 0 to predict all.
 
     Returns:
-        The measurements, the front, and the best within the budget. Intervals are percentiles of 1000 draws of the
-        queries, the same for all shapes.
+        The measurements. Intervals are percentiles of 1000 bootstrap samples of the queries, the same for all shapes.
 
     Raises:
-        ValueError: an argument is not what is allowed; nothing was run then.
-        ScoringError: as :meth:`~pyterrier_llmrerank.LLMReranker.transform`.
+        ValueError: an argument is not allowed; raised before anything is run.
+        ScoringError: as for :meth:`~pyterrier_llmrerank.LLMReranker.transform`.
 
     >>> import pandas as pd
     >>> from pyterrier_llmrerank import MatroyshkaReranker, tune
@@ -208,64 +211,86 @@ def tune(
     'smollm2-135m'
     """
     if not isinstance(reranker, MatroyshkaReranker) or reranker.released:
-        raise ValueError(f"reranker={reranker!r}; allowed: a MatroyshkaReranker, without released=True.")
+        refuse("reranker", reranker, "a MatroyshkaReranker, without released=True")
     limit_of(budget)
-    stages, timed = _natural("stages", stages), _natural("timed", timed)
+    stages, timed = natural("stages", stages), natural("timed", timed)
     numbers = sorted({positive("keep", number) for number in np.atleast_1d(keep).tolist()}, reverse=True)
     rows = _judged(reranker, res, qrels)
     evaluation = Evaluation(measure, rows, qrels)
-
-    checkpoint = reranker._weights().checkpoint
-    if cutoffs is None:
-        cutoffs = _spread(checkpoint.head_layers, reranker.deepest() or checkpoint.layers)
-    if compress_layers is None:
-        compress_layers = reranker.compress_layers or (-(-checkpoint.layers // 4),)
+    checkpoint = reranker.scorer().checkpoint
     if not checkpoint.supports_layerwise:
         compress_ratios, stages = 1, 0
-    ratios = sorted(set(np.atleast_1d(compress_ratios).tolist()))
+    widths = _widths(reranker, cutoffs, compress_ratios, compress_layers)
+    longest = rows["qid"].value_counts().max()
+    grid = [list(choices(width, [number for number in numbers if number < longest], stages)) for width in widths]
+    if not any(grid):
+        ratios = [width.compress_ratio for width in widths]
+        allowed = "ratio 1 too, or compress_layers before the deepest cutoff"
+        raise ValueError(f"compress_ratios={ratios}: no shape is left; allowed: {allowed}.")
+    candidates = Candidates(rows, reranker.text_field)
+    full = candidates.operations(reranker.at(compress_layers=(), compress_ratio=1, prune=()), depth=0)
+    full_operations = full(widths[0].cutoffs()[-1:]).mean()
+    measurements: list[Measurement] = []
+    while widths:  # each width may have weights of its own, which are released after its pass
+        measurements += one_pass(widths.pop(0), grid.pop(0), candidates, evaluation)
+    shapes = _table(measurements, str(evaluation.measure), full_operations)
+    tuning = Tuning(reranker, shapes, str(evaluation.measure), budget, evaluation.input_mean(rows))
+    if timed:
+        _time_front(tuning, rows, measurements, timed)
+    return tuning
+
+
+def _widths(
+    reranker: MatroyshkaReranker,
+    cutoffs: int | Sequence[int] | None,
+    compress_ratios: int | Sequence[int],
+    compress_layers: int | Sequence[int] | None,
+) -> list[MatroyshkaReranker]:
+    """Return a reranker for each ratio that reads logits at all cutoffs; ValueError if the model does not allow it."""
+    checkpoint = reranker.scorer().checkpoint
+    if cutoffs is None:
+        cutoffs = evenly_spaced(checkpoint.head_layers, reranker.deepest() or checkpoint.layers)
+    if compress_layers is None:
+        compress_layers = reranker.compress_layers or (-(-checkpoint.layers // 4),)
     widths = [
         reranker.at(
             cutoff=cutoffs, compress_layers=compress_layers if ratio != 1 else (), compress_ratio=ratio,
             prune=(), normalize=False,
         )
-        for ratio in ratios
+        for ratio in sorted(set(np.atleast_1d(compress_ratios).tolist()))
     ]  # fmt: skip
-    for width in widths:  # what the model does not allow shows before the first pass
-        width._shape(checkpoint)
-    longest = rows["qid"].value_counts().max()
-    grid = [list(choices(width, [number for number in numbers if number < longest], stages)) for width in widths]
-    if not any(grid):
-        asked = f"compress_ratios={ratios}, compress_layers={compress_layers}"
-        raise ValueError(f"{asked}: no shape is left; allowed: ratio 1 too, or a pooling before the deepest cutoff.")
+    for width in widths:
+        _ = width.scorer().shape  # raises now rather than after other widths have been measured
+    return widths
 
-    candidates = Candidates(rows, reranker.text_field)
-    whole = reranker.at(compress_layers=(), compress_ratio=1, prune=())
-    full = candidates.operations(whole, 0)(_depths(widths[0])[-1:]).mean()
-    measured: list[Measured] = []
-    while widths:  # each may have weights of its own: held no longer than its pass
-        measured += one_pass(widths.pop(0), grid.pop(0), candidates, evaluation)
-    values = np.stack([each.values for each in measured], axis=1)
-    operations = np.stack([each.operations for each in measured], axis=1)
+
+def _table(measurements: Sequence[Measurement], measure: str, full_operations: float) -> pd.DataFrame:
+    """Return :attr:`Tuning.shapes`, with predicted times."""
+    values = np.stack([each.values for each in measurements], axis=1)
+    operations = np.stack([each.operations for each in measurements], axis=1).mean(axis=0)
     low, high = interval(values)
-    shapes = pd.DataFrame([each.choice for each in measured], columns=list(Choice._fields)).assign(
-        **{str(evaluation.measure): values.mean(axis=0)},
+    return pd.DataFrame([each.choice for each in measurements], columns=list(Choice._fields)).assign(
+        **{measure: values.mean(axis=0)},
         low=low,
         high=high,
-        operations=operations.mean(axis=0),
-        share=operations.mean(axis=0) / full,
-        milliseconds=[each.milliseconds for each in measured],
+        operations=operations,
+        share=operations / full_operations,
+        milliseconds=[each.milliseconds for each in measurements],
         timed=False,
-        front=pareto(operations.mean(axis=0), values.mean(axis=0)),
+        front=pareto(operations, values.mean(axis=0)),
     )
-    tuning = Tuning(reranker, shapes, str(evaluation.measure), budget, evaluation.as_they_came(rows))
-    if timed:
-        chosen = np.flatnonzero(shapes["front"])
-        first = list(dict.fromkeys(rows["qid"]))[:timed]
-        seconds = in_turns([tuning.reranker(int(index)) for index in chosen], rows[rows["qid"].isin(first)])
-        whole = operations[:, chosen].mean(axis=0) / operations[: len(first), chosen].sum(axis=0)
-        shapes.loc[chosen, "milliseconds"] = 1000 * seconds * whole
-        shapes.loc[chosen, "timed"] = True
-    return tuning
+
+
+def _time_front(tuning: Tuning, rows: pd.DataFrame, measurements: Sequence[Measurement], queries: int) -> None:
+    """Replace the predicted times of the shapes on the front by times measured on the first queries."""
+    shapes = tuning.shapes
+    front = np.flatnonzero(shapes["front"]).tolist()
+    first = list(dict.fromkeys(rows["qid"]))[:queries]
+    seconds = in_turns([tuning.reranker(index) for index in front], rows[rows["qid"].isin(first)])
+    operations = np.stack([measurements[index].operations for index in front], axis=1)
+    scale = operations.mean(axis=0) / operations[: len(first)].sum(axis=0)
+    shapes.loc[front, "milliseconds"] = 1000 * seconds * scale
+    shapes.loc[front, "timed"] = True
 
 
 # -- the grid
@@ -274,12 +299,12 @@ def tune(
 def cascades(
     cutoffs: Sequence[int], keep: Sequence[int], stages: int
 ) -> Iterator[tuple[int, tuple[tuple[int, int], ...]]]:
-    """Every cutoff with every cascade before it: none first, then one stage, and so on.
+    """Yield every cutoff with every cascade that ends before it: no stage first, then one stage, and so on.
 
     Args:
         cutoffs: layers, ascending.
-        keep: how many go on, descending.
-        stages: at most.
+        keep: numbers of survivors, descending.
+        stages: the most stages in a cascade.
     """
     for number, cutoff in enumerate(cutoffs):
         for count in range(stages + 1):
@@ -289,70 +314,60 @@ def cascades(
 
 
 def choices(width: MatroyshkaReranker, keep: Sequence[int], stages: int) -> Iterator[Choice]:
-    """The shapes of a width, but for those that end before its first pooling: they cost what the full width does."""
+    """Yield the shapes of a width. Shapes that end before its first pooling are left to the full width."""
     layers, ratio = width.compress_layers, width.compress_ratio
-    full = 0 if ratio == 1 else min((layer for layer in layers if layer > 0), default=np.inf)
-    for cutoff, prune in cascades(_depths(width), keep, stages):
-        if cutoff > full:
+    first_pooling = 0 if ratio == 1 else min((layer for layer in layers if layer > 0), default=np.inf)
+    for cutoff, prune in cascades(width.cutoffs(), keep, stages):
+        if cutoff > first_pooling:
             yield Choice(cutoff, layers, ratio, prune)
 
 
-def _spread(with_head: Sequence[int], deepest: int) -> list[int]:
-    """Some of the layers with a head, at even distances up from the deepest."""
+def evenly_spaced(with_head: Sequence[int], deepest: int) -> list[int]:
+    """Return up to :data:`CUTOFFS` evenly spaced layers with a head, the last one not below ``deepest``."""
     layers = [layer for layer in with_head if layer <= deepest]
     count = min(CUTOFFS, len(layers))
     return [layers[-(-len(layers) * number // count) - 1] for number in range(1, count + 1)]
 
 
-def _depths(reranker: MatroyshkaReranker) -> tuple[int, ...]:
-    """A reranker's cutoffs, of which none is None."""
-    cutoff = reranker.cutoff
-    return cutoff if isinstance(cutoff, tuple) else (reranker._last_layer() if cutoff is None else cutoff,)
-
-
-# -- what is measured
+# -- measurements
 
 
 class Candidates:
-    """Rows to rank, and the distinct pairs that they hold.
+    """Rows to rank, and their distinct pairs.
 
     Args:
         rows: a result frame.
-        text_field: the column of its texts.
+        text_field: the column with the text.
     """
 
     def __init__(self, rows: pd.DataFrame, text_field: str) -> None:
-        #: What a reranker needs of the rows.
+        #: The columns that a reranker needs.
         self.rows = rows[["qid", "query", "docno", text_field]]
-        #: What tells apart who competes, ``[rows]``.
-        self.competing = list(zip(rows["qid"], rows["query"], strict=True))
-        numbers: dict[tuple[str, str], int] = {}
-        texts = zip(rows["query"], rows[text_field], strict=True)
-        #: The distinct pair that each row holds, ``[rows]``.
-        self.pair_of_row = np.array([numbers.setdefault(pair, len(numbers)) for pair in texts])
-        #: A row that holds each pair, ``[pairs]``.
+        #: The query of each row, by qid and text, ``[rows]``.
+        self.queries = list(zip(rows["qid"], rows["query"], strict=True))
+        #: The distinct pairs of query and passage, and the index of each row's pair, ``[rows]``.
+        self.pairs, self.pair_of_row = distinct(list(zip(rows["query"], rows[text_field], strict=True)))
+        #: The first row with each pair, ``[pairs]``.
         self.row_of_pair = np.unique(self.pair_of_row, return_index=True)[1]
-        #: Query and passage of each pair.
-        self.pairs = list(numbers)
         self._query_of_row = pd.factorize(rows["qid"])[0]
 
     def operations(self, reranker: MatroyshkaReranker, depth: int) -> Operations:
-        """What scoring the pairs takes on this reranker's weights, of which so many layers are opened for it."""
+        """Return a counter of the operations that the pairs take; ``depth`` layers of the weights are opened for it."""
         from .engine.operations import Operations
 
-        (decoder, _, tokenizer), *_ = (weights.at_depth(depth) for weights in reranker._replicas())
+        scorer = reranker.scorer()
         queries = self._query_of_row[self.row_of_pair]
-        return Operations(decoder, reranker._encode(tokenizer, self.pairs), queries, int(self._query_of_row.max()) + 1)
+        return Operations(scorer.open(depth), scorer.ids(self.pairs), queries, int(self._query_of_row.max()) + 1)
 
 
-class Measured(NamedTuple):
-    """A shape and what was measured of it.
+class Measurement(NamedTuple):
+    """The measurements of one shape.
 
     Args:
         choice: the shape.
-        values: the measure of each query, ``[queries]``.
-        operations: those of each query, ``[queries]``.
-        milliseconds: a query, predicted.
+        values: the measure, ``[queries]``.
+        operations: multiplications and additions, ``[queries]``.
+        milliseconds: predicted, per query.
     """
 
     choice: Choice
@@ -366,44 +381,43 @@ def one_pass(
     grid: Sequence[Choice],
     candidates: Candidates,
     evaluation: Evaluation,
-) -> Iterator[Measured]:
-    """All depths and cascades of one width.
+) -> Iterator[Measurement]:
+    """Measure all shapes of one width.
 
     Args:
-        width: reads logits at all cutoffs.
-        grid: shapes of this width; none, and nothing is run.
-        candidates: to rank.
-        evaluation: of their rows.
+        width: a reranker that reads logits at all cutoffs.
+        grid: shapes of this width; nothing is run if there are none.
+        candidates: the rows to rank.
+        evaluation: measures rankings of these rows.
 
     Yields:
-        Each of the grid.
+        A measurement for each shape in the grid.
     """
     if not grid:
         return
-    cutoffs, layers, ratio = _depths(width), width.compress_layers, width.compress_ratio
-    operations = candidates.operations(width, cutoffs[-1])  # opened before time is taken
+    cutoffs, layers, ratio = width.cutoffs(), width.compress_layers, width.compress_ratio
+    operations = candidates.operations(width, cutoffs[-1])  # opens the weights before the pass is timed
     begun = time.perf_counter()
     scored = width.transform(candidates.rows)
     seconds = time.perf_counter() - begun
     rate = seconds / operations(cutoffs, layers, ratio).sum()
     logits = {cutoff: scored.get(f"score_{cutoff}", scored["score"]).to_numpy() for cutoff in cutoffs}
     for choice in grid:
-        cascade = Cascade(dict(choice.prune), candidates.competing, candidates.pair_of_row, choice.cutoff)
-        alive: Sequence[int] = range(len(candidates.pairs))
+        cascade = Cascade(dict(choice.prune), candidates.queries, candidates.pair_of_row, choice.cutoff)
+        survivors: Sequence[int] = range(len(candidates.pairs))
         for layer, _ in choice.prune:
-            alive = cascade.survivors(layer, alive, logits[layer][candidates.row_of_pair])
-        left = np.zeros(len(candidates.pairs), dtype=int)
-        np.maximum.at(left, candidates.pair_of_row, cascade.exit_layer)  # a pair goes as far as one of its rows
-        counted = operations([*dict(choice.prune), choice.cutoff], layers, ratio, left)
+            survivors = cascade.survivors(layer, survivors, logits[layer][candidates.row_of_pair])
+        exit_layer = np.zeros(len(candidates.pairs), dtype=int)
+        np.maximum.at(exit_layer, candidates.pair_of_row, cascade.exit_layer)  # the deepest of its rows
+        counted = operations([*dict(choice.prune), choice.cutoff], layers, ratio, exit_layer)
         values = evaluation(cascade.ordered(logits))
-        yield Measured(choice, values, counted, 1000 * rate * counted.mean())
+        yield Measurement(choice, values, counted, 1000 * rate * counted.mean())
 
 
 def in_turns(rerankers: Sequence[MatroyshkaReranker], rows: pd.DataFrame) -> Floats:
-    """Median seconds of each for these rows; they take turns, so that all meet what else the machine does."""
+    """Return each reranker's median seconds for some rows. They take turns, so that other load affects all alike."""
     for reranker in rerankers:
-        for weights in reranker._replicas():
-            weights.at_depth(_depths(reranker)[-1])
+        reranker.scorer().open()
     taken = np.empty((ROUNDS, len(rerankers)))
     for turn in taken:
         for number, reranker in enumerate(rerankers):
@@ -414,28 +428,28 @@ def in_turns(rerankers: Sequence[MatroyshkaReranker], rows: pd.DataFrame) -> Flo
 
 
 def pareto(cost: Floats, value: Floats) -> NDArray[np.bool_]:
-    """Which points are on the front: none has at least their value for less cost, or more for the same."""
+    """Return which points are on the front: no other has at least their value for less cost, or more for the same."""
     costs, place = np.unique(cost, return_inverse=True)
     best = np.full(len(costs), -np.inf)
     np.maximum.at(best, place, value)
     cheaper = np.concatenate([[-np.inf], np.maximum.accumulate(best)[:-1]])
-    on_it: NDArray[np.bool_] = (value == best[place]) & (value > cheaper[place])
-    return on_it
+    on_front: NDArray[np.bool_] = (value == best[place]) & (value > cheaper[place])
+    return on_front
 
 
 def interval(values: Floats) -> tuple[Floats, Floats]:
-    """The 95 % bootstrap interval of each column's mean, ``[queries, columns]``; the same draws for all."""
+    """Return the 95 % bootstrap interval of each column's mean, ``[queries, columns]``, from the same samples."""
     queries = len(values)
     drawn = np.random.default_rng(0).multinomial(queries, np.full(queries, 1 / queries), size=DRAWS)
     low, high = np.percentile(drawn @ values / queries, [2.5, 97.5], axis=0)
     return low, high
 
 
-# -- values
+# -- arguments
 
 
 def limit_of(budget: object) -> tuple[str, float]:
-    """What is limited, as a column of the shapes, and to how much.
+    """Return the cost that a budget limits, as a column of the shapes, and the limit.
 
     >>> limit_of("150ms")
     ('milliseconds', 150.0)
@@ -444,28 +458,18 @@ def limit_of(budget: object) -> tuple[str, float]:
         return "share", np.inf
     if isinstance(budget, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*ms\s*", budget)):
         return "milliseconds", float(match[1])
-    number = isinstance(budget, int | float | np.number) and not isinstance(budget, bool)
-    if number and 0 < budget <= 1:  # type: ignore[operator]
+    is_number = isinstance(budget, int | float | np.number) and not isinstance(budget, bool)
+    if is_number and 0 < budget <= 1:  # type: ignore[operator]
         return "share", float(budget)  # type: ignore[arg-type]
     allowed = "a share of the full shape's operations, above 0 and up to 1; milliseconds a query, '150ms'; None"
-    raise ValueError(f"budget={budget!r}; allowed: {allowed}.")
-
-
-def _natural(name: str, value: object) -> int:
-    """The value as an int of at least 0, or ValueError with the argument's name."""
-    allowed = "an integer of at least 0"
-    if (number := integer(name, value, allowed)) < 0:
-        raise ValueError(f"{name}={value!r}; allowed: {allowed}.")
-    return number
+    refuse("budget", budget, allowed)
 
 
 def _judged(reranker: MatroyshkaReranker, res: pd.DataFrame, qrels: pd.DataFrame) -> pd.DataFrame:
-    """The candidates of queries that have judgements."""
-    wanted = {"res": (res, ["qid", "query", "docno", reranker.text_field]), "qrels": (qrels, ["qid", "docno", "label"])}
-    for name, (frame, columns) in wanted.items():
-        if missing := [column for column in columns if column not in frame.columns]:
-            raise ValueError(f"{name} has columns {list(frame.columns)}; missing: {', '.join(missing)}.")
-    reranker._check_rows(res)
+    """Return the candidates of queries with judgements; ValueError if there are none, or a column is missing."""
+    check_columns("res", res, ["qid", "query", "docno", reranker.text_field])
+    check_columns("qrels", qrels, ["qid", "docno", "label"])
+    check_rows(res, reranker.text_field)
     rows = res[res["qid"].astype(str).isin(set(qrels["qid"].astype(str)))].reset_index(drop=True)
     if rows.empty:
         raise ValueError("res and qrels have no query in common; wanted candidates of queries with judgements.")

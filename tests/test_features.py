@@ -1,4 +1,4 @@
-"""A union of depths is one pass with the same features, and only of depths."""
+"""Several depths in one pass: as features, and as systems of an experiment."""
 
 import shutil
 from pathlib import Path
@@ -27,8 +27,8 @@ def test_a_union_of_depths_is_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = union.compile()
     assert isinstance(compiled, MatroyshkaFeatures)
     passes = []
-    real = scoring.walk
-    monkeypatch.setattr(scoring, "walk", lambda *args, **options: passes.append(1) or real(*args, **options))
+    real = scoring.run_layers
+    monkeypatch.setattr(scoring, "run_layers", lambda *args, **options: passes.append(1) or real(*args, **options))
     got = compiled.transform(rows)
     assert len(passes) == 1
     np.testing.assert_allclose(np.stack(got["features"]), np.stack(wanted["features"]), atol=1e-4)
@@ -39,7 +39,7 @@ def test_a_union_of_depths_is_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class LeastSquares:
-    """A learner as scikit-learn's are called."""
+    """A learner with the interface of scikit-learn."""
 
     def fit(self, features: np.ndarray, labels: np.ndarray) -> None:
         self.weights = np.linalg.lstsq(features, labels, rcond=None)[0]
@@ -48,8 +48,8 @@ class LeastSquares:
         return features @ self.weights
 
 
-def test_a_fused_union_is_learnt_from() -> None:
-    """By pt.ltr, and what it learnt ranks as it does over the union that is not fused."""
+def test_learning_to_rank_over_a_fused_union() -> None:
+    """A learner over the fused union ranks as one over the union that is not fused."""
     rows, first = frame(4, 5), pt.Transformer.from_df(frame(4, 5))
     topics = rows[["qid", "query"]].drop_duplicates()
     qrels = rows[["qid", "docno"]].assign(label=[0, 1, 0, 2, 0] * 4)
@@ -64,7 +64,7 @@ def test_a_fused_union_is_learnt_from() -> None:
     assert ranked[1]["score"].nunique() == len(rows)
 
 
-def test_what_differs_in_more_than_depth_stays_apart() -> None:
+def test_rerankers_that_differ_in_more_than_depth_are_not_fused() -> None:
     shallow, other = full().at(cutoff=4), full().at(cutoff=8, normalize=True)
     several, released = full().at(cutoff=[3, 4]), MatroyshkaReranker(FULL, released=True, cutoff=4)
     for union in (
@@ -93,8 +93,8 @@ def test_an_experiment_over_depths_makes_one_pass(monkeypatch: pytest.MonkeyPatc
     several = full().at(cutoff=[2, 4, 8])
     alone = [first >> full().at(cutoff=layer) for layer in (2, 4, 8)]
     wanted = pt.Experiment(alone, topics, qrels, [nDCG @ 10])
-    passes, real = [], scoring.walk
-    monkeypatch.setattr(scoring, "walk", lambda *args, **options: passes.append(1) or real(*args, **options))
+    passes, real = [], scoring.run_layers
+    monkeypatch.setattr(scoring, "run_layers", lambda *args, **options: passes.append(1) or real(*args, **options))
     pipelines = [first, *(first >> depth for depth in several.depths().values())]
     got = pt.Experiment(pipelines, topics, qrels, [nDCG @ 10], plan="tree")
     assert len(passes) == 1
@@ -103,14 +103,14 @@ def test_an_experiment_over_depths_makes_one_pass(monkeypatch: pytest.MonkeyPatc
     pd.testing.assert_frame_equal(scored, full().at(cutoff=4).transform(rows), check_like=True, atol=1e-4)
 
 
-def test_depths_are_values_and_not_of_a_cascade() -> None:
+def test_depths_are_values_and_exclude_cascades() -> None:
     assert AtDepth(4, (4, 8)) == AtDepth(4, [4, 8]) != AtDepth(8, (4, 8))
     assert AtDepth(4, (4, 8)) != AtDepth(4, (2, 4)) != AtDepth(4, (2, 4), normalize=True)
     assert hash(AtDepth(4, (4, 8))) == hash(AtDepth(4, [4, 8]))
     assert eval(repr(AtDepth(4, (4, 8), normalize=True))) == AtDepth(4, (4, 8), normalize=True)
     assert full().depths() == {8: full()}
     assert full().at(cutoff=4).depths() == {4: full().at(cutoff=4)}
-    with pytest.raises(ValueError, match=r"prune=\{3: 2\}: not every candidate comes to every depth"):
+    with pytest.raises(ValueError, match=r"prune=\{3: 2\}: not every candidate reaches every depth"):
         full().at(cutoff=[4, 8], prune={3: 2}).depths()
     with pytest.raises(pt.validate.InputValidationError, match="score_4"):
         AtDepth(4, (4, 8)).transform(frame(1, 1))
@@ -138,7 +138,7 @@ def test_depths_leave_the_users_own_columns() -> None:
 
 @pytest.fixture(scope="module")
 def loud(tmp_path_factory: pytest.TempPathFactory) -> MatroyshkaReranker:
-    """Normalised scores of logits so large that many become 1 or, in single precision, 0."""
+    """A reranker with logits so large that many normalised scores become 1 or, in single precision, 0."""
     folder = tmp_path_factory.mktemp("loud") / "model"
     shutil.copytree(FULL, folder)
     tensors = load_file(folder / "model.safetensors")
@@ -152,7 +152,7 @@ def test_ranks_follow_the_logits_where_scores_are_normalised(loud: MatroyshkaRer
     rows = frame(3, 9).sort_values("docno", kind="stable").reset_index(drop=True)
     logits = loud.at(normalize=False).transform(rows)
     normalised = loud.transform(rows)
-    assert normalised["score"].eq(1).sum() > 5  # that tie
+    assert normalised["score"].eq(1).sum() > 5  # ties
     assert normalised["rank"].equals(logits["rank"])
     np.testing.assert_allclose(normalised["score"], expit(logits["score"]))
     for layer, depth in loud.depths().items():
@@ -178,19 +178,19 @@ def test_scores_that_evaluators_cannot_tell_apart_are_warned_of_once(
     scores = fresh.transform(rows)["score"].astype(np.float32).groupby(rows["qid"])
     tied = sum(len(of_query) - of_query.nunique() for _, of_query in scores)
     (said,) = caplog.messages
-    assert f"normalize=True makes {tied} scores the same as another one of their query in single" in said
+    assert f"normalize=True makes {tied} scores equal to another score of their query in single" in said
     caplog.clear()
     loud.depths()[4].transform(rows)
     (said,) = caplog.messages
     assert said.startswith("AtDepth(4, (2, 4, 8), normalize=True): normalize=True makes")
     caplog.clear()
     loud.at(normalize=False).transform(rows)
-    MatroyshkaReranker(FULL, dtype="float32", normalize=True).transform(rows)  # of moderate logits
+    MatroyshkaReranker(FULL, dtype="float32", normalize=True).transform(rows)  # logits are moderate
     loud.at().transform(rows.assign(text="the same text"))
     assert caplog.messages == []
 
 
-def test_a_run_that_is_written_normalised_stands_by_logits(loud: MatroyshkaReranker, tmp_path: Path) -> None:
+def test_a_normalised_run_is_ordered_by_logits(loud: MatroyshkaReranker, tmp_path: Path) -> None:
     rows = frame(2, 9).rename(columns={"qid": "query_id", "docno": "docid"})
     rows[["query_id", "query", "docid", "text"]].to_json(tmp_path / "in.jsonl", orient="records", lines=True)
     docnos = {}
@@ -210,7 +210,7 @@ def test_tune_measures_by_logits(loud: MatroyshkaReranker) -> None:
 
 
 def test_several_depths_are_cached_by_key_and_value(loud: MatroyshkaReranker, tmp_path: Path) -> None:
-    """As the documentation has it: one pass, of which each depth is a system."""
+    """As in the documentation: one cached pass, and a system for each depth."""
     rows = frame(3, 9)
     several = MatroyshkaReranker(FULL, dtype="float32", cutoff=[2, 4, 8])
     values = ["score_2", "score_4", "score_8"]
@@ -220,4 +220,4 @@ def test_several_depths_are_cached_by_key_and_value(loud: MatroyshkaReranker, tm
         for layer, depth in several.depths().items():
             got = (cache >> depth[1]).transform(rows)
             pd.testing.assert_frame_equal(got, full().at(cutoff=layer).transform(rows), check_like=True, atol=1e-4)
-        assert several.usage.pairs == some + 3  # the rest of them, once
+        assert several.usage.pairs == some + 3  # the missing ones, once

@@ -1,6 +1,6 @@
-"""Whatever comes in: right results or a clear error; nothing is executed, nothing changed that was there.
+"""Random input gives right results or a clear error. Nothing is executed, and no input is changed.
 
-``LLMRERANK_FUZZ`` says how many random inputs each test makes, 40 by default.
+``LLMRERANK_FUZZ`` sets the number of random inputs per test, 40 by default.
 """
 
 import gzip
@@ -34,7 +34,7 @@ RERANKERS: dict[str, LLMReranker] = {
     "several cutoffs": MatroyshkaReranker(FULL, dtype="float32", cutoff=[2, 3], normalize=True),
     "cascade": MatroyshkaReranker(FULL, dtype="float32", cutoff=3, prune={2: 1}),
 }
-#: What some of them add beside score and rank.
+#: Columns that they add besides score and rank.
 ADDED = {"several cutoffs": ["score_2", "score_3"], "cascade": ["score_2", "exit_layer"]}
 INPUTS = int(os.environ.get("LLMRERANK_FUZZ", "40"))
 FUZZED = settings(
@@ -43,14 +43,14 @@ FUZZED = settings(
 
 # -- frames
 
-#: Strings that are harder than most: empty, other scripts and directions, emoji that are several characters, NULs, line
-#: ends, tokens of the model, and what is long enough to be cut.
+#: Difficult strings: empty, in other scripts and directions, emoji of several characters, NULs, line ends, special
+#: tokens, and texts long enough to be truncated.
 ODD_TEXTS = (
     "", " ", "\0", "a\0b", "\r\n\u2028\x85", "\ufeffbom", "e\u0301\u0301\u0301", "\u202eright to left", "大熊猫",
     "\U0001f469\u200d\U0001f469\u200d\U0001f467", "\U0010ffff", "\uffff", "<s></s><unk>", "query: document: A: B: \n",
     "nan", "None", "1e400", "%s {0}", "panda " * 300, "\u0600" * 500,
 )  # fmt: skip
-#: What is no text.
+#: Values that are not texts.
 NO_TEXTS = ("\ud83d", "ok \udfff", None, np.nan, pd.NA, pd.NaT, 3, -0.5, True, b"bytes", ("a",), ["a"], {"a": 1})
 TEXTS = st.text(max_size=12) | st.sampled_from(ODD_TEXTS)
 IDS = st.sampled_from(["q1", "q2", "1", "", "\0", "大", " q1"])
@@ -78,7 +78,7 @@ NAMES = (
 
 
 def column(values: list[Any], dtype: Any) -> pd.Series:
-    """A column of a dtype, where the dtype can hold these values."""
+    """A column of a dtype, if the dtype can hold the values."""
     series = pd.Series(values, dtype=object)
     try:
         return series.astype(dtype)
@@ -88,7 +88,7 @@ def column(values: list[Any], dtype: Any) -> pd.Series:
 
 @st.composite
 def frames(draw: st.DrawFn) -> pd.DataFrame:
-    """A frame that may or may not be one of results."""
+    """A frame that may or may not be a result frame."""
     count = draw(st.integers(0, 4))
 
     def drawn(values: st.SearchStrategy[Any]) -> list[Any]:
@@ -127,7 +127,7 @@ def is_text(value: object) -> bool:
 
 
 def is_sound(frame: pd.DataFrame, reranker: LLMReranker) -> bool:
-    """Whether a frame is one of results, by the words of ``transform``'s documentation."""
+    """Whether a frame is a result frame, according to the documentation of ``transform``."""
     if not {"qid", "docno", "query", "text"} <= set(frame.columns) or frame.columns.has_duplicates:
         return False
     titles = [v for v in frame.get("title", ()) if not (pd.api.types.is_scalar(v) and pd.isna(v))]
@@ -171,7 +171,7 @@ def test_any_frame_is_ranked_or_refused(name: str, rows: pd.DataFrame) -> None:
 
 # -- files
 
-#: What a key of a JSON object may say instead.
+#: Values to put in place of a key's in a JSON object.
 VALUES = st.sampled_from(
     [None, True, False, 0, -1, 1, 2, 3, 64, 10**12, -(10**12), 2**70, 0.5, -1.5, 1e308, float("nan"), float("inf"), "",
      "x", "64", "../../etc", "/etc/passwd", "\0", "\ud83d", "y" * 100_000, [], [1], {}, {"a": 1}, [[[[]]]],
@@ -187,7 +187,7 @@ KEYS = st.sampled_from(
 
 @st.composite
 def broken(draw: st.DrawFn, sound: bytes) -> bytes:
-    """A file's bytes with something done to them: a key's value, or some bytes, wherever they stand."""
+    """A file's bytes after a change: another value for a key, or some other bytes anywhere."""
     how = draw(st.sampled_from(["key", "key", "key", "cut", "flip", "flip", "insert", "repeat", "all"]))
     try:
         said = json.loads(sound)
@@ -201,7 +201,7 @@ def broken(draw: st.DrawFn, sound: bytes) -> bytes:
             place = place[draw(st.sampled_from(nested))]
         place[draw(st.sampled_from([*place]) | KEYS)] = draw(VALUES)
         return json.dumps(said).encode()
-    ends = [8, 200, len(sound)]  # where a header begins, is, and anywhere
+    ends = [8, 200, len(sound)]  # up to the header, in it, and anywhere
     at = draw(st.integers(0, draw(st.sampled_from(ends))))
     some = draw(st.binary(min_size=1, max_size=9) | st.sampled_from([b"\0", b"\xff" * 8, b"[" * 5000, b"9" * 5000]))
     if how == "cut":
@@ -216,14 +216,14 @@ def broken(draw: st.DrawFn, sound: bytes) -> bytes:
 
 
 def binned(folder: Path) -> bytes:
-    """An adapter's tensors as torch saves them."""
+    """An adapter's tensors in torch's format."""
     into = io.BytesIO()
     torch.save(load_file(folder / "adapter_model.safetensors"), into)
     return into.getvalue()
 
 
 ADAPTER, BASE = MODELS / "rankllama_adapter", MODELS / "rankllama_base"
-#: How a checkpoint is opened of which a file is broken, by what it is.
+#: By kind of checkpoint: its folder, and how to open a copy with a broken file.
 OPENED: dict[str, tuple[Path, Callable[[Path], LLMReranker]]] = {
     "model": (Path(FULL), lambda folder: MatroyshkaReranker(folder, dtype="float32", cutoff=2)),
     "adapter": (ADAPTER, lambda folder: RankLLaMAReranker(folder, base_model=BASE, dtype="float32")),
@@ -244,17 +244,17 @@ BROKEN = [
 
 
 def refused(message: str, named: bool) -> None:
-    """An error has to say where it is, and be short enough to be read."""
+    """An error has to name its place, and be short."""
     event("refused")
     assert named, message
     assert len(message) < 2000
 
 
-@pytest.mark.parametrize(("what", "file"), BROKEN)
+@pytest.mark.parametrize(("kind", "file"), BROKEN)
 @FUZZED
 @given(st.data())
-def test_a_broken_checkpoint_scores_or_is_named(what: str, file: str, data: st.DataObject) -> None:
-    folder, opened = OPENED[what]
+def test_a_broken_checkpoint_scores_or_is_named(kind: str, file: str, data: st.DataObject) -> None:
+    folder, opened = OPENED[kind]
     content = binned(folder) if file.endswith(".bin") else (folder / file).read_bytes()
     with tempfile.TemporaryDirectory() as temporary:
         for other in folder.iterdir():
@@ -265,7 +265,7 @@ def test_a_broken_checkpoint_scores_or_is_named(what: str, file: str, data: st.D
             score = opened(Path(temporary)).compute_score(("a query", "a passage"))
         except (ValueError, OSError) as error:
             refused(str(error), temporary in str(error) or "the tokenizer makes" in str(error))
-        except ScoringError as error:  # numbers that are no weights of anything
+        except ScoringError as error:  # weights of random numbers
             refused(str(error), "is the checkpoint sound?" in str(error))
         else:
             event("scored")

@@ -1,4 +1,4 @@
-"""RankLLaMA scores what the original scores, out of any layout, with the columns that a frame happens to have."""
+"""RankLLaMA gives the original scores, from every checkpoint layout and with any optional columns."""
 
 import shutil
 import warnings
@@ -33,7 +33,7 @@ def scores(run: str) -> np.ndarray:
 
 @pytest.fixture(params=["adapter", "adapter in .bin", "merged"])
 def layout(request: pytest.FixtureRequest, tmp_path: Path) -> RankLLaMAReranker:
-    """The same model in each of the layouts that it comes in."""
+    """The same model in each checkpoint layout."""
     if request.param == "adapter":
         return reranker()
     if request.param == "adapter in .bin":
@@ -63,32 +63,30 @@ def test_lengths_are_honoured() -> None:
     usual = reranker().transform(rows)["score"]
     assert (reranker(query_max_length=3).transform(rows)["score"] != usual).sum() >= 5
     assert (reranker(passage_max_length=9).transform(rows)["score"] != usual).sum() >= 5
-    ids = reranker(query_max_length=3, passage_max_length=9)._encode(*_tokenizer_and_pair())[0]
-    assert (len(ids.prefix), len(ids.body)) == (1, 10)  # both together are held to 3 + 9 - 2
-
-
-def _tokenizer_and_pair() -> tuple:
-    return AutoTokenizer.from_pretrained(BASE), [(words(1, 9), words(2, 40))]
+    (ids,) = reranker(query_max_length=3, passage_max_length=9).scorer().ids([(words(1, 9), words(2, 40))])
+    assert (len(ids.prefix), len(ids.body)) == (1, 10)  # 3 + 9 - 2 tokens in all
 
 
 def test_title_and_url_are_used_where_there_are_any() -> None:
-    plain = frame()
-    both = plain.assign(title="Title", url="u.org")
-    model = reranker(url_field="url")
-    body = "document: u.org Title " + plain["text"]
-    assert model._bodies(both) == body.tolist()
-    assert (
-        model._bodies(both.assign(url=[None, float("nan"), pd.NA, "u", "u", "u"]))[0]
-        == "document: Title " + plain["text"][0]
-    )
-    assert model._bodies(plain) == ("document: " + plain["text"]).tolist()
-    assert reranker(title_field=None)._bodies(both) == ("document: " + plain["text"]).tolist()
+    """The scores equal those of texts that already include title and URL."""
+    plain, untitled = frame(), reranker(title_field=None)
+    both = plain.assign(title="Title", url=["u.org"] * 3 + [None, float("nan"), pd.NA])
+
+    def scores_of(prefixes: list[str]) -> np.ndarray:
+        return untitled.transform(plain.assign(text=pd.Series(prefixes) + plain["text"]))["score"].to_numpy()
+
+    with_url = reranker(url_field="url")
+    wanted = scores_of(["u.org Title "] * 3 + ["Title "] * 3)
+    np.testing.assert_allclose(with_url.transform(both)["score"], wanted, atol=1e-4)
+    np.testing.assert_allclose(reranker().transform(both)["score"], scores_of(["Title "] * 6), atol=1e-4)
+    for other in (with_url.transform(plain), untitled.transform(both)):
+        np.testing.assert_allclose(other["score"], scores_of([""] * 6), atol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("title", "problem"), [("\ud800", "not valid Unicode"), (["a"], "not a string"), (3, "not a string")]
 )
-def test_a_title_that_is_no_text_is_named(title: object, problem: str) -> None:
+def test_an_invalid_title_is_named(title: object, problem: str) -> None:
     rows = frame().assign(title=pd.Series(["t", None, float("nan"), title, "", "t"], dtype=object))
     with pytest.raises(ValueError, match=rf"'title' is .*{problem}.* for qid 'q1', docno 'd0'"):
         reranker().transform(rows)
@@ -128,9 +126,9 @@ def test_the_default_is_the_published_passage_model() -> None:
 def peft_scores(
     folder: Path, base: torch.nn.Module, pairs: list[tuple[str, str]], ours: RankLLaMAReranker
 ) -> list[float]:
-    """What PEFT gives for what ours reads."""
+    """PEFT's scores for the token ids that our reranker reads."""
     opened = PeftModel.from_pretrained(base, folder).eval()
-    ids = ours._encode(ours.tokenizer, [(query, ours._body(passage)) for query, passage in pairs])
+    ids = ours.scorer().ids([(query, f"document: {passage}") for query, passage in pairs])
     with torch.inference_mode():
         return [opened(input_ids=torch.tensor([pair.flat()])).logits.item() for pair in ids]
 
@@ -143,7 +141,7 @@ def classifier(folder: Path | str = BASE) -> torch.nn.Module:
     return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
 
 
-def test_an_adapter_that_kept_the_head_from_before_training_scores_as_pefts(tmp_path: Path) -> None:
+def test_an_adapter_with_the_untrained_head_beside_its_own_scores_as_in_peft(tmp_path: Path) -> None:
     tuned = get_peft_model(classifier(), LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], r=4))
     for parameter in tuned.parameters():
         if parameter.requires_grad:
@@ -158,8 +156,8 @@ def test_an_adapter_that_kept_the_head_from_before_training_scores_as_pefts(tmp_
 
 @pytest.mark.parametrize("family", ["walked", "plain"])
 @pytest.mark.parametrize("more", ["tokens", "weights"])
-def test_an_adapter_with_embeddings_of_its_own_scores_as_pefts(tmp_path: Path, family: str, more: str) -> None:
-    """Four more tokens, which PEFT then saves with all others; or whole tensors by name."""
+def test_an_adapter_with_its_own_embeddings_scores_as_in_peft(tmp_path: Path, family: str, more: str) -> None:
+    """With four added tokens, for which PEFT saves the whole embedding, or with whole tensors by name."""
     base, folder = tmp_path / "base", tmp_path / "adapter"
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 48}
     kind = LlamaConfig if family == "walked" else PhiConfig
@@ -210,20 +208,20 @@ def test_an_adapter_with_embeddings_of_its_own_scores_as_pefts(tmp_path: Path, f
         ("classifier", torch.ones(1, 64), r"'classifier.weight', \[1, 64\]; the model has none"),
     ],
 )
-def test_a_whole_tensor_that_does_not_fit_blames_the_adapter(
+def test_a_whole_tensor_of_the_wrong_shape_is_named(
     tmp_path: Path, key: str, tensor: torch.Tensor, message: str
 ) -> None:
     with pytest.raises(ValueError, match=rf"^model='{tmp_path}': holds the whole tensor {message}"):
         RankLLaMAReranker(with_tensor(tmp_path, key, tensor), base_model=BASE).compute_score(PAIRS)
 
 
-def test_an_adapter_with_two_labels_is_blamed_for_them(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"^model='{tmp_path}': head 'score.weight' is \[2, 64\]; wanted \[1, 64\]"):
+def test_an_adapter_with_two_labels_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"^model='{tmp_path}': head 'score.weight' is \[2, 64\]; expected \[1, 64\]"):
         RankLLaMAReranker(with_tensor(tmp_path, "score", torch.ones(2, 64)), base_model=BASE).compute_score(PAIRS)
 
 
 def with_tensor(folder: Path, name: str, tensor: torch.Tensor) -> Path:
-    """A copy of the adapter with a tensor put in."""
+    """A copy of the adapter with one more tensor."""
     shutil.copy(ADAPTER / "adapter_config.json", folder)
     stored = load_file(ADAPTER / "adapter_model.safetensors")
     save_file(stored | {f"base_model.model.{name}.weight": tensor}, folder / "adapter_model.safetensors")

@@ -11,7 +11,7 @@ from pyterrier.measures import nDCG
 from transformers import AutoModelForCausalLM
 
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker
-from pyterrier_llmrerank.checkpoints.files import shipped
+from pyterrier_llmrerank.checkpoints.bundled import MODELS
 
 PASSAGES = {
     "what do pandas eat": "The giant panda feeds almost entirely on bamboo, and eats up to fifteen kilograms a day.",
@@ -63,7 +63,9 @@ def test_the_shipped_models_rank(smollm2: str, reranker: LLMReranker) -> None:
 
 def test_a_shipped_model_is_its_adapters_over_the_base(smollm2: str) -> None:
     """In fp32: in bf16 what is merged is rounded once more than what is laid over."""
-    folders = [shipped(f"matroyshka-smollm2-135m/{role}") for role in ("distilled", "distilled-2", "layer", "token-2")]
+    folders = [
+        str(MODELS / "matroyshka-smollm2-135m" / role) for role in ("distilled", "distilled-2", "layer", "token-2")
+    ]
     shape = {"cutoff": 16, "compress_layers": [8], "compress_ratio": 2}
     np.testing.assert_allclose(
         MatroyshkaReranker("smollm2-135m", dtype="float32", **shape).compute_score(PAIRS),

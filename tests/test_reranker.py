@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import json
 import pickle
 import shutil
@@ -25,7 +26,8 @@ from pyterrier.measures import nDCG
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker, ScoringError
 from pyterrier_llmrerank.engine import scoring
 from pyterrier_llmrerank.engine.packing import Row
-from pyterrier_llmrerank.reranker import Scores
+from pyterrier_llmrerank.options import options_of
+from pyterrier_llmrerank.training import fitting
 
 FULL = str(MODELS / "costwise_full")
 RERANKERS = {
@@ -34,6 +36,8 @@ RERANKERS = {
     "several cutoffs": MatroyshkaReranker(FULL, dtype="float32", cutoff=[4, 8]),
     "cascade": MatroyshkaReranker(FULL, dtype="float32", prune={3: 4, 5: 2}),
 }
+#: Columns that a reranker adds to a frame besides score and rank.
+ADDED = {"several cutoffs": {"score_4", "score_8"}, "cascade": {"score_3", "score_5", "exit_layer"}}
 EITHER = pytest.mark.parametrize("reranker", RERANKERS.values(), ids=RERANKERS)
 MATROYSHKA = RERANKERS["matroyshka"]
 
@@ -44,7 +48,7 @@ MATROYSHKA = RERANKERS["matroyshka"]
 @EITHER
 def test_scores_and_ranks_are_added_and_nothing_else_is_touched(reranker: LLMReranker) -> None:
     rows = frame().assign(extra=range(6))
-    rows.index = [7, 3, 3, 100, -1, 0]  # a cache hands over what is left of an index
+    rows.index = [7, 3, 3, 100, -1, 0]  # caches pass on frames with any index
     before = rows.copy()
     got = reranker.transform(rows)
     pd.testing.assert_frame_equal(rows, before)
@@ -56,7 +60,7 @@ def test_scores_and_ranks_are_added_and_nothing_else_is_touched(reranker: LLMRer
         assert query.sort_values("rank")["score"].is_monotonic_decreasing
 
 
-def test_an_index_may_be_named_as_a_column() -> None:
+def test_the_index_may_have_the_name_of_a_column() -> None:
     rows = frame().set_index("qid", drop=False)
     got = MATROYSHKA.transform(rows)
     assert got.index.equals(rows.index)
@@ -72,7 +76,7 @@ ROWS = st.lists(
 @settings(max_examples=25, deadline=None)
 @given(ROWS)
 def test_any_frame_of_texts_is_ranked(drawn: list[tuple[int, int, str, int]]) -> None:
-    """Whatever the characters, the order and the repetitions of qids and docnos."""
+    """With any characters, in any order, with repeated qids and docnos."""
     rows = pd.DataFrame(
         [{"qid": f"q{q}", "docno": f"d{d}", "query": text, "text": words(n, n)} for q, d, text, n in drawn]
     )
@@ -83,26 +87,27 @@ def test_any_frame_of_texts_is_ranked(drawn: list[tuple[int, int, str, int]]) ->
         assert sorted(query["rank"]) == list(range(len(query)))
 
 
-@EITHER
-def test_an_empty_frame_costs_nothing(reranker: LLMReranker) -> None:
-    fresh = type(reranker)(**{**reranker._arguments(), "model": "someone/not-downloaded"})
+@pytest.mark.parametrize("name", RERANKERS)
+def test_an_empty_frame_costs_nothing(name: str) -> None:
+    reranker = RERANKERS[name]
+    fresh = type(reranker)(**{**reranker.arguments(), "model": "someone/not-downloaded"})
     for columns in (["qid", "query", "docno", "text"], ["qid", "docno", "text", "query", "score", "rank", "extra"]):
         got = fresh.transform(pd.DataFrame(columns=columns))
         assert len(got) == 0
-        assert set(got.columns) == {*columns, "score", "rank", *fresh._columns(Scores.none())}
+        assert set(got.columns) == {*columns, "score", "rank", *ADDED.get(name, ())}
         assert got["score"].dtype == np.float64
 
 
 def test_duplicate_rows_are_each_scored_and_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = pd.concat([frame(1, 2)] * 3)
     seen = []
-    real = scoring.walk
+    real = scoring.run_layers
 
     def counting(model: object, row: Row, *args: object, **options: object) -> object:
         seen.append(len(row.packing))
         return real(model, row, *args, **options)
 
-    monkeypatch.setattr(scoring, "walk", counting)
+    monkeypatch.setattr(scoring, "run_layers", counting)
     got = MATROYSHKA.transform(rows)
     assert sum(seen) == 2
     assert got["score"].nunique() == 2
@@ -138,21 +143,21 @@ def test_a_missing_column_is_named(reranker: LLMReranker, missing: str) -> None:
 
 @pytest.mark.parametrize("value", [None, float("nan"), pd.NA, 3, b"bytes"])
 @pytest.mark.parametrize("column", ["query", "text"])
-def test_a_value_that_is_no_text_is_named_by_qid_and_docno(column: str, value: object) -> None:
+def test_an_invalid_text_is_named_by_qid_and_docno(column: str, value: object) -> None:
     rows = frame().astype(object)
     rows.loc[4, column] = value
     with pytest.raises(ValueError, match=rf"'{column}' is .*, not a string .* for qid 'q1', docno 'd1'"):
         MATROYSHKA.transform(rows)
 
 
-def test_rows_without_text_are_counted_and_none_is_none() -> None:
+def test_missing_texts_are_counted_and_shown_as_none() -> None:
     for dtype in (object, "str"):
         rows = frame().assign(text=pd.Series(["a", None, "c", "d", None, None], dtype=dtype))
         with pytest.raises(ValueError, match=r"'text' is None, .* for qid 'q0', docno 'd1' and 2 more rows\.$"):
             MATROYSHKA.transform(rows)
 
 
-def test_a_text_that_is_no_unicode_is_named() -> None:
+def test_invalid_unicode_is_named() -> None:
     rows = frame().assign(text=pd.Series(["a", "b", "c", "bad \ud83d", "e", "f"], dtype=object))
     with pytest.raises(
         ValueError, match=r"'text' is not valid Unicode \(a lone surrogate at character 4\) for qid 'q1'"
@@ -170,7 +175,7 @@ def test_a_repeated_column_is_named(column: str) -> None:
 
 
 @pytest.mark.parametrize("column", ["qid", "docno"])
-def test_a_row_without_identity_is_named(column: str) -> None:
+def test_a_row_without_qid_or_docno_is_named(column: str) -> None:
     rows = frame().astype(object)
     rows.loc[2, column] = None
     with pytest.raises(ValueError, match=f"{column} is missing in row 2"):
@@ -181,17 +186,17 @@ def test_a_row_without_identity_is_named(column: str) -> None:
 @pytest.mark.parametrize(
     ("value", "problem"), [(["a"], r"\['a'\], neither a string nor a number"), ("\ud83d", "not valid Unicode")]
 )
-def test_an_identity_that_is_no_value_is_named(column: str, value: object, problem: str) -> None:
+def test_an_invalid_qid_or_docno_is_named(column: str, value: object, problem: str) -> None:
     rows = frame().astype(object)
     rows.at[2, column] = value
     with pytest.raises(ValueError, match=rf"{column} is {problem}.* in row 2 of the frame"):
         MATROYSHKA.transform(rows)
 
 
-def test_what_was_scored_before_a_failure_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_from_before_a_failure_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     reranker = MatroyshkaReranker(FULL, dtype="float32", batch_size=1)
     rows = frame()
-    real = scoring.walk
+    real = scoring.run_layers
     calls = []
 
     def fails_at_the_third(*args: object, **options: object) -> object:
@@ -199,7 +204,7 @@ def test_what_was_scored_before_a_failure_is_not_lost(monkeypatch: pytest.Monkey
         states, row = real(*args, **options)
         return states * (np.inf if len(calls) == 3 else 1), row
 
-    monkeypatch.setattr(scoring, "walk", fails_at_the_third)
+    monkeypatch.setattr(scoring, "run_layers", fails_at_the_third)
     with pytest.raises(ScoringError, match=r"score of qid 'q\d', docno 'd\d' is not finite") as info:
         reranker.transform(rows)
     kept = info.value.scores
@@ -208,19 +213,19 @@ def test_what_was_scored_before_a_failure_is_not_lost(monkeypatch: pytest.Monkey
     np.testing.assert_allclose(kept["score"], wanted["score"], atol=1e-4)
     for _, rows_of_query in kept.groupby("qid"):
         assert sorted(rows_of_query["rank"]) == list(range(len(rows_of_query)))
-    again = pickle.loads(pickle.dumps(info.value))  # out of a worker process
+    again = pickle.loads(pickle.dumps(info.value))  # as on the way out of a worker process
     assert str(again) == str(info.value)
     pd.testing.assert_frame_equal(again.scores, kept)
 
 
 @EITHER
 def test_ctrl_c_leaves_the_ranked_rows_on_the_exception(monkeypatch: pytest.MonkeyPatch, reranker: LLMReranker) -> None:
-    """Of a cascade the queries of which each row has a score."""
+    """A cascade keeps only queries of which every row has a score."""
     is_cascade = reranker == RERANKERS["cascade"]
-    reranker = type(reranker)(**{**reranker._arguments(), "batch_size": 1})
+    reranker = type(reranker)(**{**reranker.arguments(), "batch_size": 1})
     monkeypatch.setattr(scoring, "CHUNK", 3)
     monkeypatch.setattr(scoring, "CASCADE_CHUNK", 3)
-    rows, calls, real = frame(2, 3).assign(extra=range(6)), [], scoring._brought_back
+    rows, calls, real = frame(2, 3).assign(extra=range(6)), [], scoring.to_host
 
     def interrupted_in_the_second_query(computed: torch.Tensor) -> object:
         calls.append(1)
@@ -228,7 +233,7 @@ def test_ctrl_c_leaves_the_ranked_rows_on_the_exception(monkeypatch: pytest.Monk
             signal.raise_signal(signal.SIGINT)
         return real(computed)
 
-    monkeypatch.setattr(scoring, "_brought_back", interrupted_in_the_second_query)
+    monkeypatch.setattr(scoring, "to_host", interrupted_in_the_second_query)
     with pytest.raises(KeyboardInterrupt) as info:
         reranker.transform(rows)
     monkeypatch.undo()
@@ -245,7 +250,7 @@ def test_ctrl_c_before_anything_is_scored(monkeypatch: pytest.MonkeyPatch) -> No
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(MatroyshkaReranker, "_replicas", interrupted)
+    monkeypatch.setattr(MatroyshkaReranker, "scorer", interrupted)
     with pytest.raises(KeyboardInterrupt) as info:
         MATROYSHKA.transform(frame())
     assert info.value.scores.empty
@@ -279,7 +284,7 @@ def test_a_hub_out_of_reach_shows_on_use_only() -> None:
     reranker = RankLLaMAReranker()
     with pytest.raises(ConnectionError, match="castorini/rankllama-v1-7b-lora-passage.*offline"):
         reranker.transform(frame())
-    local_adapter = RankLLaMAReranker(MODELS / "rankllama_adapter")  # whose base is on the hub
+    local_adapter = RankLLaMAReranker(MODELS / "rankllama_adapter")  # its base is on the hub
     with pytest.raises(ConnectionError, match="rankllama_base"):
         local_adapter.transform(frame())
     hub_adapter = MatroyshkaReranker(MODELS / "mistral_base", adapters="someone/adapter", cutoff=99)
@@ -287,7 +292,7 @@ def test_a_hub_out_of_reach_shows_on_use_only() -> None:
         hub_adapter.transform(frame())
 
 
-# -- a value
+# -- value semantics
 
 
 @EITHER
@@ -296,7 +301,7 @@ def test_repr_is_the_call_and_equal_arguments_make_equal_rerankers(reranker: LLM
     assert again == reranker
     assert hash(again) == hash(reranker)
     assert again is not reranker
-    other = type(reranker)(**{**reranker._arguments(), "text_field": "body"})
+    other = type(reranker)(**{**reranker.arguments(), "text_field": "body"})
     assert other != reranker
     assert reranker != "something else"
 
@@ -313,7 +318,7 @@ def test_copies_and_pickles_hold_no_weights(reranker: LLMReranker) -> None:
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder has a model and adapters; the returned one has nothing."""
+    """Models and adapters in the current folder; the returned folder is empty."""
     for name in ("rankllama_adapter", "rankllama_base", "mistral_base", "adapter_sd", "adapter_comp_token2"):
         shutil.copytree(MODELS / name, tmp_path / "here" / name)
     shutil.copytree(MODELS / "adapter_comp_layer", tmp_path / "here" / "mistral_base" / "layer")
@@ -337,7 +342,7 @@ RELATIVE = {
 
 
 @pytest.mark.parametrize("name", RELATIVE)
-def test_a_path_means_what_it_does_where_the_reranker_is_made(
+def test_relative_paths_are_resolved_when_the_reranker_is_made(
     name: str, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kind, model, options = RELATIVE[name]
@@ -349,45 +354,35 @@ def test_a_path_means_what_it_does_where_the_reranker_is_made(
     changed.set_parameter("batch_size", 3)
     for other in (reranker, changed, pickle.loads(pickled), copy.deepcopy(reranker), *fresh):
         assert other.compute_score(("a", "b")) == pytest.approx(wanted, abs=1e-5)
-    assert said != repr(reranker)  # which is the call that makes it here
+    assert said != repr(reranker)  # paths are relative to the current folder
     assert eval(repr(reranker).partition(" over ")[0], {kind.__name__: kind}) == reranker
 
 
-def test_another_process_opens_what_a_relative_path_meant_here(elsewhere: Path) -> None:
-    reranker = RankLLaMAReranker("rankllama_adapter", dtype="float32")
-    (elsewhere / "pickled").write_bytes(pickle.dumps(reranker))
-    code = "import pickle; print(pickle.load(open('pickled', 'rb')).compute_score(('a', 'b')))"
-    run = subprocess.run([sys.executable, "-c", code], cwd=elsewhere, capture_output=True, text=True, check=True)
-    assert float(run.stdout.splitlines()[-1]) == pytest.approx(reranker.compute_score(("a", "b")), abs=1e-5)
-
-
-def test_relative_and_absolute_names_share_weights_that_are_opened_anywhere(
-    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_relative_and_absolute_paths_share_weights(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = Path.cwd()
     relative = MatroyshkaReranker("mistral_base", start_layer=2, dtype="float32", device="cpu")
-    relative._weights()  # made here, opened elsewhere
+    weights = relative.scorer().weights
     monkeypatch.chdir(elsewhere)
     absolute = MatroyshkaReranker(here / "mistral_base", start_layer=2, dtype="float32", device="cpu")
     assert absolute == relative
-    assert absolute._weights() is relative._weights()
+    assert absolute.scorer().weights == relative.scorer().weights == weights
     assert absolute.compute_score(("a", "b")) == relative.compute_score(("a", "b"))
 
 
 @pytest.mark.usefixtures("elsewhere")
-def test_paths_are_printed_as_short_as_they_may_be() -> None:
+def test_repr_shortens_paths() -> None:
     rankllama = RankLLaMAReranker(Path.cwd() / "rankllama_adapter", base_model="./rankllama_base")
     assert repr(rankllama) == "RankLLaMAReranker('rankllama_adapter', base_model='rankllama_base')"
     matroyshka = MatroyshkaReranker("mistral_base", start_layer=2, adapters=["layer", Path.cwd() / "adapter_sd"])
     assert repr(matroyshka) == "MatroyshkaReranker('mistral_base', adapters=('layer', 'adapter_sd'), start_layer=2)"
-    shutil.copytree("adapter_sd", "layer")  # by that name one below the model would be meant
+    shutil.copytree("adapter_sd", "layer")  # the bare name means the folder below the model
     above = MatroyshkaReranker("mistral_base", start_layer=2, adapters=Path("layer").absolute())
     assert f"adapters=({str(Path.cwd() / 'layer')!r},)" in repr(above)
     assert eval(repr(above)) == above
     assert above != MatroyshkaReranker("mistral_base", start_layer=2, adapters="layer")
 
 
-def test_another_adapter_brings_the_base_that_it_names(elsewhere: Path) -> None:
+def test_a_new_adapter_brings_its_own_base(elsewhere: Path) -> None:
     shutil.copytree("rankllama_adapter", "other")
     config = json.loads(Path("other/adapter_config.json").read_text())
     Path("other/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "someone/other"}))
@@ -396,12 +391,10 @@ def test_another_adapter_brings_the_base_that_it_names(elsewhere: Path) -> None:
     with pytest.raises(ConnectionError, match="someone/other"):
         reranker.compute_score(("a", "b"))
     reranker.set_parameter("model", "rankllama_adapter")
-    assert reranker._weights().checkpoint.folder == Path("rankllama_base").absolute()
+    assert reranker.scorer().checkpoint.folder == Path("rankllama_base").absolute()
 
 
-def test_what_is_trained_into_a_relative_folder_is_found_anywhere(
-    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_relative_output_dir_is_found_from_anywhere(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pyterrier_llmrerank.training import RankLLaMATraining
 
     settings = RankLLaMATraining(group_size=2, max_steps=1, output_dir="run")
@@ -411,7 +404,7 @@ def test_what_is_trained_into_a_relative_folder_is_found_anywhere(
     run = Path("run").absolute()
     monkeypatch.chdir(elsewhere)
     assert reranker.model == str(run)
-    again = RankLLaMAReranker(run, dtype="float32")  # and names its base in full
+    again = RankLLaMAReranker(run, dtype="float32")  # the adapter names its base by its full path
     assert again.compute_score(("a", "b")) == pytest.approx(reranker.compute_score(("a", "b")), abs=1e-5)
 
 
@@ -424,7 +417,7 @@ def test_set_parameter_checks_as_the_constructor_does() -> None:
         reranker.set_parameter("cutoff", 1)
     with pytest.raises(FileNotFoundError):
         reranker.set_parameter("model", "./nowhere")
-    assert reranker._arguments() == MatroyshkaReranker(FULL, cutoff=[2, 4])._arguments()  # as it was
+    assert reranker.arguments() == MatroyshkaReranker(FULL, cutoff=[2, 4]).arguments()
     with pytest.raises(ValueError, match="no argument 'depth'; allowed: model, adapters"):
         reranker.set_parameter("depth", 1)
 
@@ -434,33 +427,35 @@ def change(how: str, reranker: MatroyshkaReranker) -> None:
         reranker.set_parameter("cutoff", 4)
     elif how == "attribute":
         reranker.cutoff = 4
-    else:  # as fit does with what it learnt
-        reranker._take_up(str(MODELS / "adapter_sd"))
+    else:
+        rows = frame(1, 3)
+        reranker.fit(rows, rows.assign(label=[1, 0, 0])[["qid", "docno", "label"]])
 
 
 @pytest.mark.parametrize("how", ["set_parameter", "attribute", "fit"])
-def test_what_is_changed_keeps_its_hash_and_equals_itself_alone(how: str) -> None:
+def test_a_changed_reranker_keeps_its_hash_and_equals_only_itself(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "fit", lambda *_, **__: MODELS / "adapter_sd")  # trains nothing
     first, second = MatroyshkaReranker(FULL, cutoff=8), MatroyshkaReranker(FULL, cutoff=8)
     other = MatroyshkaReranker(FULL, cutoff=4)
     known, before = {first: "first", other: "other"}, hash(first)
     assert known[second] == "first"
-    first.set_parameter("cutoff", 8)  # is no change
+    first.set_parameter("cutoff", 8)  # no change
     assert first == second
     change(how, first)
     assert hash(first) == before
     assert known == {first: "first", other: "other"}
     assert first == first
-    assert first not in (second, other)  # of which the second has what this was made with, the other what it has now
+    assert first not in (second, other)  # second has the original arguments, other the new ones
     assert second not in known
     first.set_parameter("cutoff", 8)
-    assert first != second  # nor does it become another key once it is set back
+    assert first != second  # changing it back makes no difference
     made_anew = pickle.loads(pickle.dumps(first))
-    assert made_anew == type(first)(**first._arguments())
-    assert hash(made_anew) == hash(type(first)(**first._arguments()))
+    assert made_anew == type(first)(**first.arguments())
+    assert hash(made_anew) == hash(type(first)(**first.arguments()))
 
 
-def test_the_keys_of_a_grid_stay_apart() -> None:
-    """Two rerankers of one pipeline, each of which is at times set to what the other is."""
+def test_the_keys_of_a_grid_stay_distinct() -> None:
+    """Two rerankers of one pipeline that at times have the same arguments."""
     rows = frame(2, 6)
     one, other = (MatroyshkaReranker(FULL, dtype="float32", cutoff=cutoff) for cutoff in (3, 5))
     pipeline = first_stage(rows) >> one % 3 >> other
@@ -487,14 +482,14 @@ def test_a_subclass_may_set_an_argument_again() -> None:
 
 
 def test_equal_rerankers_share_their_work_in_an_experiment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of the tree plan's systems has a reranker of its own; that which was changed is run by itself."""
+    """Equal rerankers in three systems run once; a changed one runs by itself."""
     rows = frame(2, 5)
     first = first_stage(rows)
     qrels = rows.assign(label=lambda r: (r["rank"] == 3).astype(int))[["qid", "docno", "label"]]
     one, two, changed = (MatroyshkaReranker(FULL, dtype="float32", cutoff=8) for _ in range(3))
     changed.set_parameter("cutoff", 4)
-    passes, real = [], scoring.walk
-    monkeypatch.setattr(scoring, "walk", lambda *args, **options: passes.append(1) or real(*args, **options))
+    passes, real = [], scoring.run_layers
+    monkeypatch.setattr(scoring, "run_layers", lambda *args, **options: passes.append(1) or real(*args, **options))
     systems = [first >> one % 2, first >> two % 4, first >> changed]
     got = pt.Experiment(systems, TOPICS, qrels, ["ndcg_cut_10"], plan="tree")["ndcg_cut_10"]
     assert len(passes) == 2
@@ -509,13 +504,13 @@ def test_equal_rerankers_share_their_work_in_an_experiment(monkeypatch: pytest.M
         ("attn_implementation", "flash", "sdpa, eager, flex_attention, flash_attention_2, flash_attention_3, or None"),
     ],
 )
-def test_an_option_that_there_is_not(name: str, value: str, allowed: str) -> None:
+def test_unknown_names_are_refused(name: str, value: str, allowed: str) -> None:
     for cls in (RankLLaMAReranker, MatroyshkaReranker):
         with pytest.raises(ValueError, match=f"{name}='{value}'; allowed: {allowed}."):
             cls(**{name: value})
 
 
-def test_options_are_printed_and_are_no_pipelines_compilation() -> None:
+def test_repr_shows_options_and_pipelines_still_compile() -> None:
     reranker = RankLLaMAReranker("a/b", quantization="int8", torch_compile=True, attn_implementation="eager")
     options = "quantization='int8', torch_compile=True, attn_implementation='eager'"
     assert repr(reranker) == f"RankLLaMAReranker('a/b', {options})"
@@ -535,14 +530,14 @@ DEVICES = ("cuda:0", "cuda:1", "cuda:2")
 def test_a_frame_over_several_devices_is_the_same(
     name: str, drawn: list[tuple[int, int, int]], batch_size: int | None
 ) -> None:
-    """Qids may share a query's text, and queries a passage; a cascade's queries stay whole."""
+    """Also if qids share a query text, queries share a passage, or a cascade keeps queries whole."""
     rows = pd.DataFrame(
         [
             {"qid": f"q{q}", "docno": f"d{d}", "query": words(q // 2, 3), "text": f"{words(n, 5)} {d}"}
             for q, d, n in drawn
         ]
     )
-    arguments = RERANKERS[name]._arguments()
+    arguments = RERANKERS[name].arguments()
     one, two, three = (
         type(RERANKERS[name])(**{**arguments, "device": DEVICES[:count], "batch_size": batch_size}).transform(rows)
         for count in (1, 2, 3)
@@ -565,9 +560,11 @@ def test_devices_are_a_value() -> None:
 
 
 @pytest.mark.parametrize("value", [[], (), ["cpu", "cpu"], ["cuda:0", "cuda:1", torch.device("cuda:0")]])
-def test_devices_that_cannot_be(value: object) -> None:
+def test_invalid_lists_of_devices(value: object) -> None:
     for cls in (RankLLaMAReranker, MatroyshkaReranker):
-        with pytest.raises(ValueError, match=r"device=.*; allowed: a device, or a list of at least one, each once"):
+        with pytest.raises(
+            ValueError, match=r"device=.*; allowed: a device, or a list of one or more different devices"
+        ):
             cls(device=value)
 
 
@@ -593,6 +590,51 @@ def test_devices_take_turns_at_the_progress_bar(monkeypatch: pytest.MonkeyPatch)
     assert done == [48]
 
 
+# -- options
+
+
+@pytest.mark.parametrize("kind", [LLMReranker, RankLLaMAReranker, MatroyshkaReranker])
+def test_an_option_is_in_the_signature_the_docs_and_the_table(kind: type[LLMReranker]) -> None:
+    signature = inspect.signature(kind)
+    assert list(signature.parameters) == list(inspect.signature(kind.__init__).parameters)[1:]
+    arguments = kind.__doc__.partition("\nArgs:\n")[2].partition("\nRaises:\n")[0]
+    for option, parameter in zip(options_of(kind), signature.parameters.values(), strict=True):
+        assert (option.name, option.accepts) == (parameter.name, parameter.annotation)
+        assert parameter.default == (parameter.empty if option.default is ... else option.default)
+        assert " ".join(f"{option.name}: {option.help}".split()) in " ".join(arguments.split())
+        assert option.summary.endswith(".")
+        assert "`" not in option.summary
+
+
+def test_the_signature_has_own_options_first_and_one_that_is_positional() -> None:
+    names = list(inspect.signature(RankLLaMAReranker).parameters)
+    assert names[:3] == ["model", "base_model", "query_max_length"]
+    assert names[-3:] == ["torch_compile", "attn_implementation", "verbose"]
+    with pytest.raises(TypeError, match="positional argument"):
+        RankLLaMAReranker("someone/model", "someone/base")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'cutoff'"):
+        RankLLaMAReranker(cutoff=3)
+
+
+def test_an_attribute_is_checked_and_kept_in_one_form() -> None:
+    reranker = MatroyshkaReranker(FULL)
+    reranker.cutoff = [4, 2]
+    assert reranker.cutoff == (2, 4)
+    with pytest.raises(ValueError, match="max_length=0; allowed: an integer of at least 1"):
+        reranker.max_length = 0
+    assert reranker.max_length == 512
+
+
+def test_a_subclass_has_the_signature_of_its_own_constructor() -> None:
+    class Small(RankLLaMAReranker):
+        def __init__(self, length: int = 9) -> None:
+            super().__init__(passage_max_length=length)
+            self.length = length
+
+    assert list(inspect.signature(Small).parameters) == ["length"]
+    assert Small(4) == Small(4) != Small()
+
+
 # -- pipelines
 
 
@@ -603,7 +645,7 @@ def first_stage(rows: pd.DataFrame) -> pt.Transformer:
 TOPICS = frame()[["qid", "query"]].drop_duplicates()
 
 
-def test_it_composes() -> None:
+def test_it_works_in_pipelines() -> None:
     rows = frame(2, 8)
     got = (first_stage(rows) >> MATROYSHKA % 3).transform(TOPICS)
     assert len(got) == 6
@@ -687,13 +729,14 @@ class TestRankLLaMA(pt.testing.transformer_test_class(RankLLaMAReranker)):
     """PyTerrier's own tests of inspection and schematics."""
 
 
-@EITHER
-def test_inspection(reranker: LLMReranker) -> None:
+@pytest.mark.parametrize("name", RERANKERS)
+def test_inspection(name: str) -> None:
+    reranker = RERANKERS[name]
     assert pt.inspect.transformer_inputs(reranker) == [["qid", "docno", "query", "text"]]
     outputs = pt.inspect.transformer_outputs(reranker, ["qid", "query", "docno", "text", "more"])
-    assert set(outputs) == {"qid", "query", "docno", "text", "more", "score", "rank", *reranker._columns(Scores.none())}
+    assert set(outputs) == {"qid", "query", "docno", "text", "more", "score", "rank", *ADDED.get(name, ())}
     attributes = {attribute.name: attribute.value for attribute in pt.inspect.transformer_attributes(reranker)}
-    assert attributes == reranker._arguments()
+    assert attributes == reranker.arguments()
     changed = pt.inspect.transformer_apply_attributes(reranker, batch_size=3)
     assert changed.batch_size == 3
     assert pt.schematic.transformer_schematic(reranker)["help_url"].startswith("https://")

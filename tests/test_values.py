@@ -1,4 +1,4 @@
-"""What arguments and cells may be; what is said of others names the argument, the value and what is allowed."""
+"""Checks of arguments and cells: errors name the argument, its value and what is allowed."""
 
 import numpy as np
 import pytest
@@ -9,29 +9,29 @@ from pyterrier_llmrerank.values import column, devices, integer, path_like, posi
 
 
 @pytest.mark.parametrize("value", [None, "cpu", "cuda", "cuda:1", "mps", ("cuda:0", "cpu")])
-def test_devices_by_torchs_names(value: object) -> None:
-    assert devices(value) == value
+def test_devices_have_torchs_names(value: object) -> None:
+    assert devices("device", value) == value
 
 
-def test_a_list_of_one_device_is_that_one() -> None:
-    assert devices(["cuda:3"]) == "cuda:3"
-    assert devices(["cpu", "cuda"]) == ("cpu", "cuda")
+def test_a_list_of_one_device_is_that_device() -> None:
+    assert devices("device", ["cuda:3"]) == "cuda:3"
+    assert devices("device", ["cpu", "cuda"]) == ("cpu", "cuda")
 
 
 @pytest.mark.parametrize(
     ("value", "problem"),
     [
-        ("gpu", "device='gpu': 'gpu' is none; allowed: 'cpu'"),
-        ("cuda:x", "'cuda:x' is none"),
-        ("meta", "'meta' is none"),
-        (["cpu", "CUDA"], "'CUDA' is none"),
-        ([], "a list of at least one, each once"),
-        (["cpu", "cpu"], "a list of at least one, each once"),
+        ("gpu", "device='gpu': 'gpu' is not a device; allowed: 'cpu'"),
+        ("cuda:x", "'cuda:x' is not a device"),
+        ("meta", "'meta' is not a device"),
+        (["cpu", "CUDA"], "'CUDA' is not a device"),
+        ([], "a list of one or more different devices"),
+        (["cpu", "cpu"], "a list of one or more different devices"),
     ],
 )
-def test_other_devices(value: object, problem: str) -> None:
+def test_unknown_devices(value: object, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
-        devices(value)
+        devices("device", value)
 
 
 @given(st.integers(1, 2**40))
@@ -41,7 +41,7 @@ def test_integers_of_numpy_are_integers(number: int) -> None:
 
 
 @given(st.one_of(st.integers(max_value=0), st.booleans(), st.floats(), st.text(), st.none()))
-def test_no_positive_integers(value: object) -> None:
+def test_other_values_are_no_positive_integers(value: object) -> None:
     with pytest.raises(ValueError, match=r"^n=.*; allowed: an integer of at least 1\.$"):
         positive("n", value)
 
@@ -63,7 +63,7 @@ def test_a_lone_surrogate_is_found(before: str, after: str) -> None:
 
 
 @pytest.mark.parametrize("value", [None, 3, b"bytes", float("nan")])
-def test_what_is_no_text(value: object) -> None:
+def test_invalid_texts(value: object) -> None:
     assert problem_of(value) == f"{value!r}, not a string (an empty one is scored)"
 
 

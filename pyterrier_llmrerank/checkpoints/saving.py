@@ -1,4 +1,4 @@
-"""Re-rankers written to disk in the forms that the original programs read."""
+"""Rerankers written to disk in the forms that the original programs read, each with its description."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,26 +14,28 @@ from typing import Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..engine.weights import build_decoder
 from .checkpoint import Checkpoint
-from .files import read_json, save_tensors, save_tokenizer, without_revision
-from .tokenizer import VOCABULARIES
+from .config import read_json
+from .description import FILE, Description
+from .locate import adapter_folder, portable, without_revision
+from .tensors import save_tensors
+from .tokenizer import VOCABULARIES, save_tokenizer
 
-#: What a copy of an adapter gets last of all, and what it does not get.
-LAST_OR_NOT = ("adapter_config.json", "trainer_state.json", "begun_with.json")
+#: Files that are not copied with an adapter: those of its training run, and those that are written anew.
+NOT_COPIED = ("adapter_config.json", "trainer_state.json", "begun_with.json", FILE)
 
 
 def empty_folder(folder: Path, argument: str = "folder") -> Path:
-    """The folder, made where it is not there.
+    """Return a folder, made if it does not exist.
 
     Args:
         folder: the folder.
-        argument: what the caller calls it, for messages.
+        argument: the caller's name for it, for messages.
 
     Raises:
-        FileExistsError: there is something in it.
+        FileExistsError: the folder is not empty.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(
@@ -44,10 +47,9 @@ def empty_folder(folder: Path, argument: str = "folder") -> Path:
 
 @contextmanager
 def written_whole(folder: Path, argument: str = "folder") -> Iterator[Path]:
-    """A new or empty folder to write into; what was written is removed again where not all of it could be.
+    """Write into a new or empty folder, and empty it again if an error interrupts the writing.
 
-    So that nothing half-written opens later. What makes a folder a model is still to be written last, for a process
-    may end before it can tidy up.
+    A killed process cannot tidy up: write the file that makes the folder a model last.
 
     Raises:
         FileExistsError: as :func:`empty_folder`.
@@ -64,26 +66,25 @@ def written_whole(folder: Path, argument: str = "folder") -> Iterator[Path]:
         raise
 
 
-#: What describes a tokenizer; beside another one's files they would change it.
+#: The files of a tokenizer; beside those of another one they would change it.
 TOKENIZER_FILES = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", *chain(*VOCABULARIES)}
 
 
 def copy_adapter(
     source: Path, target: Path, base: str | None = None, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> None:
-    """Copy a PEFT folder: the adapter and the tokenizer beside it, not what a training run left there.
+    """Copy a PEFT folder: the adapter, its tokenizer and its model card, without the files of its training run.
 
     Args:
         source: the folder.
-        target: where to.
-        base: what the copy calls its base; None for what the adapter calls it.
-        tokenizer: what is written beside it, rather than what lies there; None for that.
+        target: the folder to copy into.
+        base: the base that the copy names; None for the one that the adapter names.
+        tokenizer: the tokenizer to write beside the copy; None for the files in the folder.
     """
     for file in source.iterdir():
-        weights = file.name.startswith("adapter_model.")
-        wanted = weights or (file.suffix in (".json", ".model", ".jinja", ".txt") and file.name not in LAST_OR_NOT)
-        wanted = wanted and (tokenizer is None or file.name not in TOKENIZER_FILES)
-        if file.is_file() and wanted:
+        wanted = file.name.startswith("adapter_model.") or file.name == "README.md"
+        wanted = wanted or (file.suffix in (".json", ".model", ".jinja", ".txt") and file.name not in NOT_COPIED)
+        if file.is_file() and wanted and (tokenizer is None or file.name not in TOKENIZER_FILES):
             shutil.copyfile(file, target / file.name)
     if tokenizer is not None:
         save_tokenizer(tokenizer, target)
@@ -93,25 +94,78 @@ def copy_adapter(
     (target / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
+def write_adapters(parts: Description, folder: Path) -> Description:
+    """Copy the adapters of a Matroyshka reranker into a folder, and describe them there.
+
+    A single adapter goes into the folder itself, several into numbered folders below it, and token compensations into
+    ``token-<ratio>``.
+
+    Args:
+        parts: the reranker, with references to its base and adapters.
+        folder: the folder to write into; it exists and is empty.
+
+    Returns:
+        The description as it is written, with the names of the folders.
+    """
+    base = str(parts.base)
+    one = len(parts.adapters) == 1
+    merged = tuple("." if one else str(number + 1) for number in range(len(parts.adapters)))
+    by_ratio = tuple((ratio, f"token-{ratio}") for ratio, _ in parts.token_adapters)
+    saved = replace(parts, base=portable(base), adapters=merged, token_adapters=by_ratio)
+    for reference, name in zip(parts.folders, saved.folders, strict=True):
+        (folder / name).mkdir(exist_ok=True)
+        copy_adapter(adapter_folder(reference, base), folder / name)
+    saved.write(folder)
+    return saved
+
+
+def describe_trained(
+    checkpoint: Checkpoint, folder: Path, *, prompt: str | None = None, ratio: int | None = None, whole: bool = True
+) -> None:
+    """Describe the reranker that a newly trained adapter makes of its base, so that the adapter's folder opens.
+
+    Args:
+        checkpoint: the model that was trained on; copies of the adapters merged into it go into ``adapter-<number>``.
+        folder: the folder of the trained adapter.
+        prompt: the question that ends every input; None for RankLLaMA.
+        ratio: the ratio that a token compensation was trained for; None for any other adapter.
+        whole: copy earlier adapters; without them, an adapter that needs some is not described.
+    """
+    earlier = list(checkpoint.adapters)
+    if earlier and not whole:
+        return
+    names = tuple(f"adapter-{number}" for number in range(1, len(earlier) + 1))
+    for adapter, name in zip(earlier, names, strict=True):
+        (folder / name).mkdir(exist_ok=True)
+        copy_adapter(adapter.folder, folder / name)
+    merged, by_ratio = ((*names, "."), ()) if ratio is None else (names, ((ratio, "."),))
+    described = checkpoint.description()
+    replace(described, base=checkpoint.base, prompt=prompt, adapters=merged, token_adapters=by_ratio).write(folder)
+
+
 def write_merged(
     checkpoint: Checkpoint,
+    decoder: PreTrainedModel,
     heads: Mapping[str, Tensor],
     settings: Mapping[str, Any],
     dtype: torch.dtype,
     folder: Path,
+    description: Description,
 ) -> None:
-    """Write one model with all adapters merged in, a file at a time, so that one file has to fit in memory.
+    """Write one model with all adapters merged in, one file at a time, so that only one has to fit in memory.
 
     Args:
-        checkpoint: what is written.
+        checkpoint: the model.
+        decoder: its headless decoder, for the names and shapes of its weights.
         heads: its heads by their names in the file; kept in fp32, as they are when scoring.
-        settings: what config.json says beside the checkpoint's own settings.
-        dtype: of all other weights.
-        folder: where to.
+        settings: the settings in config.json beside the checkpoint's own.
+        dtype: the dtype of all other weights.
+        folder: the folder to write into.
+        description: the description to write beside the model.
     """
     shapes = {
         f"model.{name}": torch.empty(parameter.shape, dtype=dtype, device="meta")
-        for name, parameter in build_decoder(checkpoint).named_parameters()
+        for name, parameter in decoder.named_parameters()
     }
     plan = split_torch_state_dict_into_shards({**shapes, **heads}, max_shard_size="4GB")
     for file, names in plan.filename_to_tensors.items():
@@ -128,4 +182,5 @@ def write_merged(
     kept = {key: value for key, value in checkpoint.settings.items() if key not in ("auto_map", "torch_dtype")}
     config = kept | {"dtype": str(dtype).removeprefix("torch.")} | dict(settings)
     save_tokenizer(checkpoint.tokenizer(), folder)
-    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")  # what makes it a model
+    description.write(folder)
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")  # makes the folder a model

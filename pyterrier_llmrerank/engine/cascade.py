@@ -1,4 +1,4 @@
-"""A cascade: after some layers only the best candidates of each query go on."""
+"""Cascades: after some layers, only the best candidates of each query continue."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Hashable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-#: Logits between the worst candidate that went further and the best that left.
+#: Logits between the worst candidate that continued past a layer and the best one that was dropped there.
 GAP = 1.0
 
 
 class Cascade:
-    """Which rows of a result frame are still in, and where the others left.
+    """Decides which rows of a result frame are dropped after which layer, and ranks them all.
 
-    Ties are broken by the rows' order, as PyTerrier's ranks are.
+    Ties are broken by the order of the rows, as in PyTerrier's ranks.
 
     Args:
-        prune: how many candidates of each query go on after a layer, by layer.
-        queries: what tells the queries of the rows apart, ``[rows]``.
-        pair_of_row: the distinct pair that each row holds, ``[rows]``.
-        deepest: the layer at which what never leaves is scored.
+        prune: number of candidates per query that survive a layer, by layer.
+        queries: identifies the query of each row, ``[rows]``.
+        pair_of_row: index of the distinct pair in each row, ``[rows]``.
+        deepest: the layer that scores the survivors of all stages.
     """
 
     def __init__(
@@ -30,54 +30,55 @@ class Cascade:
         numbers: dict[Hashable, int] = {}
         self._query = np.array([numbers.setdefault(query, len(numbers)) for query in queries], dtype=int)
         self._pair_of_row = pair_of_row
-        #: The layer after which each row left, ``[rows]``; the deepest for what did not.
+        #: The layer after which each row was dropped, ``[rows]``; the deepest layer for rows that were not.
         self.exit_layer = np.full(len(pair_of_row), deepest)
         self._by_pair = np.argsort(pair_of_row, kind="stable")
         self._starts = np.searchsorted(pair_of_row[self._by_pair], np.arange(pair_of_row.max(initial=-1) + 2))
 
     def survivors(self, layer: int, pairs: Sequence[int], scores: NDArray[np.float64]) -> list[int]:
-        """The pairs that go on after a layer.
+        """Drop rows after a layer, and return the pairs that continue.
 
         Args:
-            layer: where.
-            pairs: all that were still in of some queries.
-            scores: of every pair there is, at this layer.
+            layer: the layer.
+            pairs: all remaining pairs of some queries.
+            scores: this layer's score of every pair, ``[pairs]``.
 
         Returns:
-            Those of ``pairs`` of which at least one row goes on, in their order.
+            The pairs of which at least one row survives, in the order of ``pairs``.
         """
         rows = np.sort(np.concatenate([self._by_pair[self._starts[pair] : self._starts[pair + 1]] for pair in pairs]))
         rows = rows[self.exit_layer[rows] > layer]
         by_score = rows[np.lexsort((rows, -scores[self._pair_of_row[rows]], self._query[rows]))]
-        of_query = self._query[by_score]
-        place = np.arange(len(by_score)) - np.searchsorted(of_query, of_query)
-        leaving = place >= self.prune[layer]
-        self.exit_layer[by_score[leaving]] = layer
-        going = set(self._pair_of_row[by_score[~leaving]].tolist())
-        return [pair for pair in pairs if pair in going]
+        queries = self._query[by_score]
+        place = np.arange(len(by_score)) - np.searchsorted(queries, queries)
+        is_dropped = place >= self.prune[layer]
+        self.exit_layer[by_score[is_dropped]] = layer
+        survivors = set(self._pair_of_row[by_score[~is_dropped]].tolist())
+        return [pair for pair in pairs if pair in survivors]
 
-    @np.errstate(invalid="ignore")  # of what has no score
+    @np.errstate(invalid="ignore")  # rows without a score
     def ordered(self, scores: Mapping[int, NDArray[np.float64]]) -> NDArray[np.float64]:
-        """One score a row, by which what left stands below all of its query that went further.
+        """Combine the layers' scores into one that ranks dropped rows below all survivors of their query.
 
         Args:
-            scores: of each row by layer, NaN where it did not come so far.
+            scores: score of each row by layer, ``[rows]``; NaN where the row did not reach the layer.
 
         Returns:
-            The deepest layer's score for what did not leave; scores at which others left, moved down by what it
-            takes, by the same for all rows that left a query there. NaN for a query of which a row has no score.
+            The deepest layer's score for survivors. Rows that were dropped get their last score, lowered by the same
+            amount for all rows of a query that were dropped at the same layer. NaN for all rows of a query of which
+            any row has no score.
         """
-        wanted = {int(layer): self.exit_layer == layer for layer in np.unique(self.exit_layer)}
+        exits = {int(layer): self.exit_layer == layer for layer in np.unique(self.exit_layer)}
         own = np.full(len(self.exit_layer), np.nan)
-        for layer, here in wanted.items():
+        for layer, here in exits.items():
             own[here] = scores[layer][here]
-        floor = np.full(self._query.max(initial=-1) + 1, np.inf)
-        for layer in sorted(wanted, reverse=True):
-            rows = np.flatnonzero(wanted[layer])
+        floor = np.full(self._query.max(initial=-1) + 1, np.inf)  # the lowest score of each query so far
+        for layer in sorted(exits, reverse=True):
+            rows = np.flatnonzero(exits[layer])
             query = self._query[rows]
             best = np.full(len(floor), -np.inf)
             np.maximum.at(best, query, own[rows])
-            down = np.where(np.isinf(floor), 0.0, best - floor + GAP)  # nothing to stand below: the deepest
+            down = np.where(np.isinf(floor), 0.0, best - floor + GAP)  # 0 where no row went deeper
             own[rows] -= down[query]
             np.minimum.at(floor, query, own[rows])
         return np.where(np.isnan(floor)[self._query], np.nan, own)

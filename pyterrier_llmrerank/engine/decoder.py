@@ -36,10 +36,6 @@ from .kernels import Kernel
 from .packing import PackedPairs, Packing, Row, on_device
 from .pooling import Pooling
 
-#: Model types whose layers may be walked as below: token embedding, layers with rotary positions, final
-#: norm, and nothing else on the way (others scale embeddings or mix kinds of positions).
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-
 
 class Decoder(Protocol):
     """A headless transformers model that supports layer-wise execution, with our attention in its layers."""

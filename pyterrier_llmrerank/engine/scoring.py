@@ -1,4 +1,4 @@
-"""Pairs to scores: ids, batches through the decoder, and the heads on what comes out."""
+"""Score pairs: tokenise them, run batches through the decoder, and apply the heads."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
-from functools import partial
-from typing import TypeVar, cast
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import NamedTuple, NoReturn, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..checkpoints.checkpoint import Checkpoint
 from ..errors import ScoringError, reason
 from .attention import PrefixCache
 from .batching import Budget, query_chunks, run_in_batches
@@ -26,16 +27,16 @@ from .fallback import FallbackDecoder
 from .inputs import Ids
 from .kernels import kernel_of
 from .packing import PackedPairs, Packing, Row, regrouped
-from .usage import Stopwatch, Usage
+from .usage import Observer, Stopwatch, Usage
 from .weights import Weights
 
-#: Pairs whose ids are made, and which are sorted into batches, together; a query's pairs stay together beyond it.
+#: Pairs that are tokenised and sorted into batches together. A chunk holds whole queries, so it may be larger.
 CHUNK = 1024
 
-#: The same where candidates leave on the way: the states of all of them are held until it is known which go on.
+#: The same for cascades, which keep the hidden states of a whole chunk until its survivors are known.
 CASCADE_CHUNK = 256
 
-#: Several devices have at least so many chunks each to take, where there are queries enough, so that none waits long.
+#: Chunks for each of several devices, if there are enough queries, so that no device waits long for the last one.
 SHARES = 4
 
 Item = TypeVar("Item")
@@ -44,15 +45,17 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Shape:
-    """What is run of a model: how deep, how wide, and which heads read it.
+    """How much of a model is run, and which heads read it.
 
     Args:
         cutoffs: layers at which a score is read, ascending.
-        heads: the head that reads each, by its index.
-        compress_layers, compress_ratio: as :func:`~pyterrier_llmrerank.engine.decoder.decode`.
+        heads: index of the head for each cutoff.
+        compress_layers: layer indices before which passages are pooled, as for
+            :func:`~pyterrier_llmrerank.engine.decoder.decode`.
+        compress_ratio: hidden states pooled into one; 1 is off.
         pad_id: reproduce the released code's padding with this id; None for scores without padding.
-        prune: those of the cutoffs after which candidates leave, and how many of each query go on.
-        attn_implementation: the kernel of attention, as :func:`~pyterrier_llmrerank.engine.kernels.kernel_of`.
+        prune: pairs of a cutoff and the number of candidates per query that continue after it.
+        attn_implementation: the attention kernel, as for :func:`~pyterrier_llmrerank.engine.kernels.kernel_of`.
     """
 
     cutoffs: tuple[int, ...]
@@ -65,289 +68,423 @@ class Shape:
 
     @property
     def stages(self) -> list[tuple[int, ...]]:
-        """The cutoffs, cut after each where candidates leave."""
-        leave = [layer for layer, _ in self.prune]
-        bounds = zip([0, *leave], [*leave, self.cutoffs[-1]], strict=True)
+        """The cutoffs in groups, each of which ends where candidates are dropped."""
+        drops = [layer for layer, _ in self.prune]
+        bounds = zip([0, *drops], [*drops, self.cutoffs[-1]], strict=True)
         return [tuple(cutoff for cutoff in self.cutoffs if above < cutoff <= last) for above, last in bounds]
 
 
-class Stopped(Exception):  # noqa: N818
-    """Raised between two batches where another device cannot go on."""
-
-
-def score(
-    replicas: Sequence[Weights],
-    shape: Shape,
-    pairs: Sequence[tuple[str, str]],
-    encode: Callable[[PreTrainedTokenizerBase, list[tuple[str, str]]], list[Ids]],
-    *,
-    batch_size: int | None,
-    label: Callable[[int], str],
-    progress: Callable[[int], object],
-    used: Callable[[Usage], object],
-    cascade: Cascade | None = None,
-) -> np.ndarray:
-    """Score every pair at every cutoff of the shape, or as far as it goes.
-
-    Pairs are made into ids and scored a chunk of whole queries at a time. Each device takes the next chunk when it is
-    through with one, so that a faster one takes more; the first works in this thread, others in threads of their own.
+@dataclass(frozen=True)
+class Scorer:
+    """Scores pairs with one model in one shape. It opens files only when something asks for their contents.
 
     Args:
-        replicas: the model, once for each device.
-        shape: how much of it to run.
+        weights: the model's weights, once for each device.
+        shape_of: returns the shape for a checkpoint, or raises ValueError if the checkpoint does not allow it.
+        encode: turns pairs of query and passage into token ids.
+        batch_size: pairs per batch; None for a token budget that fits the device.
+    """
+
+    weights: tuple[Weights, ...]
+    shape_of: Callable[[Checkpoint], Shape]
+    encode: Callable[[PreTrainedTokenizerBase, Sequence[tuple[str, str]]], list[Ids]]
+    batch_size: int | None = None
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The model's checkpoint, opened on first use."""
+        return self.weights[0].checkpoint
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return self.weights[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The first device."""
+        return self.weights[0].device
+
+    @cached_property
+    def shape(self) -> Shape:
+        """How much of the model is run.
+
+        Raises:
+            ValueError: the checkpoint does not allow the shape.
+        """
+        return self.shape_of(self.checkpoint)
+
+    def open(self, depth: int | None = None) -> Decoder | FallbackDecoder:
+        """Read weights on all devices now instead of on the first call.
+
+        Args:
+            depth: decoder layers to read; None for all that the shape runs.
+
+        Returns:
+            The decoder on the first device.
+        """
+        depth = self.shape.cutoffs[-1] if depth is None else depth
+        first, *_ = [weights.at_depth(depth)[0] for weights in self.weights]
+        return first
+
+    def ids(self, pairs: Sequence[tuple[str, str]]) -> list[Ids]:
+        """Return the token ids that the model reads for each pair."""
+        return self.encode(self.weights[0].at_depth(0)[2], pairs)
+
+    def score(
+        self, pairs: Sequence[tuple[str, str]], observer: Observer | None = None, cascade: Cascade | None = None
+    ) -> np.ndarray:
+        """Compute the logits of every pair at every cutoff.
+
+        Pairs are tokenised and scored in chunks of whole queries. Each device takes the next chunk when it has
+        finished one, so faster devices take more. The first device works in the calling thread, the others in
+        threads of their own.
+
+        Args:
+            pairs: query and passage of each.
+            observer: names pairs in errors and receives progress and usage.
+            cascade: decides which pairs survive each stage of a shape that prunes. Survivors keep their hidden states.
+
+        Returns:
+            fp32 logits as float64, ``[cutoffs, pairs]``; NaN where a cascade dropped the pair before the cutoff.
+
+        Raises:
+            ValueError, ImportError: the attention kernel or a cutoff cannot be used with this model.
+            ScoringError: a pair has no tokens, unknown tokens or more tokens than the model has positions (checked
+                before its chunk is scored); a score is not finite; memory runs out; or anything else fails. The
+                other devices finish their batch. ``scores`` holds all logits computed so far.
+            KeyboardInterrupt: Ctrl-C, with ``scores`` as above.
+        """
+        observer = observer or Observer()
+        for weights in self.weights:  # one by one: transformers builds models under process-wide settings
+            kernel_of(self.shape.attn_implementation, weights.device, weights.dtype)
+            model, _, _ = weights.at_depth(self.shape.cutoffs[-1])
+            if isinstance(model, FallbackDecoder):
+                model.check_cutoffs(self.shape.cutoffs)
+        call = Call(pairs, self._chunks(pairs), len(self.shape.cutoffs), observer, cascade)
+        devices = [DeviceScorer(self, weights, call) for weights in self.weights]
+        try:
+            with ThreadPoolExecutor(len(devices)) as threads:  # starts a thread for each submitted task only
+                try:
+                    others = [threads.submit(device.run) for device in devices[1:]]
+                    devices[0].run()
+                    for other in others:
+                        other.result()
+                finally:
+                    call.stopped.set()
+        except KeyboardInterrupt as error:
+            error.scores = call.scores  # type: ignore[attr-defined]
+            raise
+        finally:
+            observer.used(Usage(pairs=int(np.isfinite(call.scores[0]).sum())))
+        return call.scores
+
+    def _chunks(self, pairs: Sequence[tuple[str, str]]) -> Iterator[list[int]]:
+        """Split pairs, by index, into chunks of whole queries."""
+        size = CHUNK if len(self.shape.stages) == 1 else CASCADE_CHUNK
+        if len(self.weights) > 1:
+            size = min(size, -(-len(pairs) // (SHARES * len(self.weights))))
+        return query_chunks([query for query, _ in pairs], max(size, self.batch_size or 0))
+
+
+class Stopped(Exception):  # noqa: N818
+    """Raised between two batches because another device failed."""
+
+
+class Call:
+    """The state of one call of :meth:`Scorer.score`, shared by its devices.
+
+    Args:
         pairs: query and passage of each.
-        encode: makes ids of them.
-        batch_size: pairs a batch; None for a token budget that fits the device.
-        label: names a pair, for messages.
-        progress: told how many pairs are done with each batch; one thread at a time.
-        used: told what it takes, in parts that add up, also where scoring has to stop; by any thread.
-        cascade: which pairs go on where the shape prunes. Survivors' states go on from where they are.
-
-    Returns:
-        fp32 logits as float64, ``[cutoffs, pairs]``; NaN where a pair did not come so far.
-
-    Raises:
-        ValueError, ImportError: attention cannot be computed, or a cutoff read, as the shape says.
-        ScoringError: a pair has no tokens, tokens that the model does not know, or more than it has positions, which
-            shows before its chunk is scored; a score is not finite; memory runs out, with one pair alone or between
-            batches; or whatever else goes wrong. The other devices stop after their batch; carries all scores so far.
-        KeyboardInterrupt: Ctrl-C; likewise, as ``scores``.
+        chunks: indices of pairs, chunk by chunk.
+        cutoffs: how many there are.
+        observer: follows the call.
+        cascade: decides which pairs survive; None if all do.
     """
-    for weights in replicas:  # one after the other: transformers builds models under settings of the whole process
-        kernel_of(shape.attn_implementation, weights.device, weights.dtype)
-        model, _, _ = weights.at_depth(shape.cutoffs[-1])
-        if isinstance(model, FallbackDecoder):
-            model.check_cutoffs(shape.cutoffs)
-    scores = np.full((len(shape.cutoffs), len(pairs)), np.nan)
-    size = CHUNK if len(shape.stages) == 1 else CASCADE_CHUNK
-    if len(replicas) > 1:
-        size = min(size, -(-len(pairs) // (SHARES * len(replicas))))
-    parts = deque(query_chunks([query for query, _ in pairs], max(size, batch_size or 0)))
-    stopped, lock = threading.Event(), threading.Lock()
 
-    def next_part() -> list[int] | None:
-        with lock:
-            return parts.popleft() if parts and not stopped.is_set() else None
+    def __init__(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        chunks: Iterator[list[int]],
+        cutoffs: int,
+        observer: Observer,
+        cascade: Cascade | None,
+    ) -> None:
+        self.pairs = pairs
+        self.observer = observer
+        self.cascade = cascade
+        #: Logits so far, ``[cutoffs, pairs]``; NaN where there is none yet.
+        self.scores = np.full((cutoffs, len(pairs)), np.nan)
+        #: Set when no further batch is to be started.
+        self.stopped = threading.Event()
+        self._chunks = chunks
+        self._lock = threading.Lock()
 
-    def locked_progress(count: int) -> None:
-        with lock:
-            progress(count)
+    def next_chunk(self) -> list[int] | None:
+        """Take the next chunk; None if there is none left or the call has stopped."""
+        with self._lock:
+            return None if self.stopped.is_set() else next(self._chunks, None)
 
-    def work(weights: Weights) -> None:
-        cuda = weights.device.type == "cuda"
-        try:
-            with torch.cuda.device(weights.device) if cuda else nullcontext():  # a setting of each thread
-                _score_on(
-                    weights, shape, pairs, iter(next_part, None), scores, encode, stopped.is_set,
-                    batch_size=batch_size, label=label, progress=locked_progress, used=used, cascade=cascade,
-                )  # fmt: skip
-        except BaseException:
-            stopped.set()
-            raise
+    def progress(self, pairs: int) -> None:
+        """Report pairs as done, one thread at a time."""
+        with self._lock:
+            self.observer.progress(pairs)
 
-    try:
-        with ThreadPoolExecutor(len(replicas)) as threads:  # each begins with what it is first given
+    def error(self, message: str) -> ScoringError:
+        """Return an error that carries the scores so far."""
+        return ScoringError(message, self.scores)
+
+
+class Chunk(NamedTuple):
+    """Tokenised pairs of whole queries.
+
+    Args:
+        pairs: their indices among all pairs.
+        ids: their token ids.
+    """
+
+    pairs: list[int]
+    ids: list[Ids]
+
+
+class PendingBatch(NamedTuple):
+    """A batch whose scores the device may still be computing.
+
+    Args:
+        pairs: their indices among all pairs.
+        cutoffs: rows of the score matrix that the batch fills.
+        result: waits for the scores and returns them, ``[cutoffs, pairs]``.
+    """
+
+    pairs: list[int]
+    cutoffs: slice
+    result: Callable[[], np.ndarray]
+
+
+@dataclass
+class Stage:
+    """A run of layers between two points where a cascade drops candidates.
+
+    Args:
+        cutoffs: layers at which it reads scores.
+        is_last: whether no stage follows.
+        alive: positions in the chunk of the pairs that take part.
+        states_before: where each pair's hidden states are before the stage, by position in the chunk: a row, and the
+            pair's number in it. Empty for the first stage.
+        states_after: the same after the stage, filled as batches are run. Empty for the last stage.
+        prefix: the prefix at the end of the latest batch; the next batch may start with it.
+    """
+
+    cutoffs: tuple[int, ...]
+    is_last: bool
+    alive: list[int]
+    states_before: dict[int, tuple[Row, int]]
+    states_after: dict[int, tuple[Row, int]] = field(default_factory=dict)
+    prefix: PrefixCache | None = None
+
+
+class DeviceScorer:
+    """One device's part in a call: takes chunks and writes their scores into the call.
+
+    It holds the token ids of two chunks at most: it tokenises the next one, in a thread, while it scores one.
+
+    Args:
+        scorer: the model's shape, encoding and batch size.
+        weights: the weights on the device.
+        call: the call.
+    """
+
+    def __init__(self, scorer: Scorer, weights: Weights, call: Call) -> None:
+        self.shape, self.weights, self.call = scorer.shape, weights, call
+        self.model, heads, tokenizer = weights.at_depth(self.shape.cutoffs[-1])
+        self._heads = heads[list(self.shape.heads)]
+        self._encode = partial(scorer.encode, tokenizer)
+        self._kernel = kernel_of(self.shape.attn_implementation, weights.device, weights.dtype)
+        self._budget = Budget(pairs=scorer.batch_size) if scorer.batch_size else Budget.of_device(weights.device)
+        self._limits = limits_of(self.model)
+        self._pending: deque[PendingBatch] = deque()
+        self._latest: list[int] = []  # pairs of the latest batch
+        self._tokenising = Stopwatch()
+
+    def run(self) -> None:
+        """Score chunks until there are none left or another device fails.
+
+        Raises:
+            ScoringError, KeyboardInterrupt: as :meth:`Scorer.score`; the other devices are told to stop.
+        """
+        device = self.weights.device
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # torch keeps that per thread
+            begun, waiting = time.perf_counter(), Stopwatch()
             try:
-                others = [threads.submit(work, weights) for weights in replicas[1:]]
-                work(replicas[0])
-                for other in others:
-                    other.result()
+                for chunk in one_ahead(self._tokenise, iter(self.call.next_chunk, None), waiting):
+                    self._score_chunk(chunk)
+                self._collect()
+            except BaseException as error:
+                self.call.stopped.set()
+                with suppress(Exception):  # there is an error already
+                    self._collect()
+                if not isinstance(error, Stopped):
+                    self._raise(error)
             finally:
-                stopped.set()
-    except KeyboardInterrupt as error:
-        error.scores = scores  # type: ignore[attr-defined]
-        raise
-    finally:
-        used(Usage(pairs=int(np.isfinite(scores[0]).sum())))
-    return scores
+                seconds = time.perf_counter() - begun - waiting.seconds
+                self.call.observer.used(Usage(tokenising_seconds=self._tokenising.seconds, model_seconds=seconds))
 
-
-def _score_on(
-    weights: Weights,
-    shape: Shape,
-    pairs: Sequence[tuple[str, str]],
-    parts: Iterator[list[int]],
-    scores: np.ndarray,
-    encode: Callable[[PreTrainedTokenizerBase, list[tuple[str, str]]], list[Ids]],
-    is_stopped: Callable[[], bool],
-    *,
-    batch_size: int | None,
-    label: Callable[[int], str],
-    progress: Callable[[int], object],
-    used: Callable[[Usage], object],
-    cascade: Cascade | None,
-) -> None:
-    """One device's work in :func:`score`: write into ``scores`` those of the parts, indices of pairs, that it gets.
-
-    No more ids are held than those of two parts; those of the next are made while one is scored. A text is tokenised
-    once a part. When ``is_stopped``, no batch is begun any more, and what was begun is still written.
-    """
-    kernel = kernel_of(shape.attn_implementation, weights.device, weights.dtype)
-    model, heads, tokenizer = weights.at_depth(shape.cutoffs[-1])
-    heads = heads[list(shape.heads)]
-    stages = shape.stages
-    known = _known(model)
-    in_work: list[tuple[list[int], slice, Callable[[], np.ndarray]]] = []
-    running: list[int] = []  # the pairs of the batch that was begun last
-    prefix: PrefixCache | None = None  # that with which the last batch ended: the next may begin with it
-
-    def collect(leave: int = 0) -> None:
-        """Wait for batches until so many are left for the device to work on."""
-        while len(in_work) > leave:
-            batch, read, result = in_work[0]
-            got = result()  # what fails here is asked for again
-            del in_work[0]
-            finite = np.isfinite(got).all(axis=0)
-            scores[read, np.array(batch)[finite]] = got[:, finite]
-            if not finite.all():
-                with suppress(ScoringError):
-                    collect()
-                raise ScoringError(
-                    f"the score of {label(batch[int(finite.argmin())])} is not finite in {weights.dtype}; "
-                    + ("try dtype='float32'." if weights.dtype != torch.float32 else "is the checkpoint sound?"),
-                    scores,
-                )
-            if read.stop == len(scores):
-                progress(len(batch))
-
-    @torch.inference_mode()
-    def run(stage: int, going: list[int], batch: list[int]) -> None:
-        """Take pairs through a stage: ``batch`` says which of those of the chunk that are ``going``."""
-        nonlocal prefix, running
-        if is_stopped():
-            raise Stopped
-        members = [going[index] for index in batch]
-        running = [chunk[member] for member in members]
-        pairs_ids = [ids[member] for member in members]
-        cutoffs = stages[stage]
-        packing: Packing
-        if isinstance(model, FallbackDecoder):
-            packed = PackedPairs(pairs_ids)
-            states = model(packed, cutoffs)
-            packing, tokens = packed, int(packed.real.sum())
-        else:
-            known = None if prefix is None else prefix.ids
-            if stage == 0:
-                row = embedded(model, PackedPairs(pairs_ids, shape.pad_id, known))
-            else:
-                row = regrouped([held[stage - 1, member] for member in members], pairs_ids, known)
-            packing, tokens = row.packing, len(row.states)
-            on = stage + 1 < len(stages)
-            leaves = prefix if row.packing.owner[-1] < 0 else PrefixCache(pairs_ids[-1].prefix)
-            states, row = run_layers(
-                model, row, cutoffs, compress_layers=shape.compress_layers, compress_ratio=shape.compress_ratio,
-                resumable=on, kernel=kernel, reuse_prefix=prefix, save_prefix=leaves,
-            )  # fmt: skip
-            prefix = leaves
-            if on:
-                held.update({(stage, member): (row, number) for number, member in enumerate(members)})
-        if stage == 0:
-            positions = len(packing) * packing.longest
-            used(Usage(tokens=tokens, positions=positions, filled=int(packing.real.sum())))
-        first = shape.cutoffs.index(cutoffs[0])
-        read = slice(first, first + len(cutoffs))
-        computed = torch.einsum("cbw,cw->cb", states.float(), heads[read])
-        in_work.append((running, read, _brought_back(computed)))
-        collect(leave=1)
-
-    def leave(stage: int, going: list[int]) -> list[int]:
-        """Those of the chunk that still go on after a stage."""
-        if cascade is None or stage + 1 == len(stages):
-            return going
-        collect()
-        layer = stages[stage][-1]
-        of_chunk = {chunk[member]: member for member in going}
-        stay = cascade.survivors(layer, list(of_chunk), scores[shape.cutoffs.index(layer)])
-        progress(len(going) - len(stay))
-        members = [of_chunk[pair] for pair in stay]
-        for key in held.keys() - {(stage, member) for member in members}:
-            del held[key]
-        return members
-
-    budget = Budget(pairs=batch_size) if batch_size else Budget.of_device(weights.device)
-    begun, tokenising, waiting = time.perf_counter(), Stopwatch(), Stopwatch()
-
-    def encoded(part: list[int]) -> tuple[list[int], list[Ids]]:
-        with tokenising:
-            made = _encoded(partial(encode, tokenizer), [pairs[i] for i in part], lambda i: label(part[i]), scores)
-            for index, pair in zip(part, made, strict=True):
-                if problem := problem_of_ids(pair, *known):
-                    raise ScoringError(f"{label(index)} {problem}", scores)
-        truncated = {pairs[i][0] for i, ids in zip(part, made, strict=True) if ids.query_truncated}
-        used(Usage(truncated_queries=len(truncated), truncated_passages=sum(ids.passage_truncated for ids in made)))
-        return part, made
-
-    try:
-        for chunk, ids in _one_ahead(encoded, parts, waiting):
-            going = list(range(len(chunk)))
-            held: dict[tuple[int, int], tuple[Row, int]] = {}  # where each pair's states are, after each stage
-            for stage in range(len(stages)):
-                prefix = None  # of each stage anew: its layers are others
-                too_large = run_in_batches([ids[member] for member in going], partial(run, stage, going), budget)
-                if too_large is not None:
-                    collect()
-                    member = going[too_large]
-                    raise ScoringError(
-                        f"out of memory on {weights.device} with one pair alone: {label(chunk[member])}, "
-                        f"{ids[member].length} tokens; "
-                        "allow fewer tokens a passage, a smaller dtype, or a larger device.",
-                        scores,
-                    )
-                going = leave(stage, going)
-        collect()
-    except BaseException as error:
-        with suppress(Exception):  # there is one already
-            collect()
-        if isinstance(error, Stopped):
-            return
+    def _raise(self, error: BaseException) -> NoReturn:
+        """Raise an error, as a ScoringError that names the latest batch if it is another library's."""
         if isinstance(error, ScoringError) or not isinstance(error, Exception):
-            raise
+            raise error
         if isinstance(error, MemoryError):
-            said = "out of memory between two batches; rerank fewer queries at a time."
+            message = "out of memory between two batches; rerank fewer queries at a time."
         else:
-            others = f" or one of {len(running) - 1} more pairs in its batch" if len(running) > 1 else ""
-            at = f" at {label(running[0])}{others}" if running else ""
-            said = f"scoring failed on {weights.device}{at}: {type(error).__name__}: {reason(error)}"
-        raise ScoringError(said, scores) from error
-    finally:
-        model_seconds = time.perf_counter() - begun - waiting.seconds
-        used(Usage(tokenising_seconds=tokenising.seconds, model_seconds=model_seconds))
+            pairs = self._latest
+            others = f" or one of {len(pairs) - 1} more pairs in its batch" if len(pairs) > 1 else ""
+            at = f" at {self._label(pairs[0])}{others}" if pairs else ""
+            message = f"scoring failed on {self.weights.device}{at}: {type(error).__name__}: {reason(error)}"
+        raise self.call.error(message) from error
 
+    def _label(self, pair: int) -> str:
+        return self.call.observer.label(pair)
 
-def _encoded(
-    encode: Callable[[list[tuple[str, str]]], list[Ids]],
-    pairs: list[tuple[str, str]],
-    label: Callable[[int], str],
-    scores: np.ndarray,
-) -> list[Ids]:
-    """The ids of pairs; ScoringError where there are none, with the name of the pair that is the cause."""
-    try:
-        return encode(pairs)
-    except (MemoryError, KeyboardInterrupt):
-        raise
-    except BaseException as error:  # a tokenizer that panics raises no Exception
-        failed = error
-    at = f"{label(0)} and {len(pairs) - 1} more pairs together"  # unless one of them fails alone
-    for number, pair in enumerate(pairs):
+    # -- token ids
+
+    def _tokenise(self, pairs: list[int]) -> Chunk:
+        """Tokenise a chunk; ScoringError if the model cannot read one of its pairs."""
+        texts = [self.call.pairs[pair] for pair in pairs]
+        with self._tokenising:
+            encoded = self._encode_or_name(pairs, texts)
+            for pair, ids in zip(pairs, encoded, strict=True):
+                if problem := problem_of_ids(ids, *self._limits):
+                    raise self.call.error(f"{self._label(pair)} {problem}")
+        queries = {query for (query, _), ids in zip(texts, encoded, strict=True) if ids.query_truncated}
+        passages = sum(ids.passage_truncated for ids in encoded)
+        self.call.observer.used(Usage(truncated_queries=len(queries), truncated_passages=passages))
+        return Chunk(pairs, encoded)
+
+    def _encode_or_name(self, pairs: list[int], texts: list[tuple[str, str]]) -> list[Ids]:
+        """Return token ids, or raise a ScoringError that names the pair whose tokenisation fails."""
         try:
-            encode([pair])
+            return self._encode(texts)
         except (MemoryError, KeyboardInterrupt):
             raise
-        except BaseException as error:
-            at, failed = label(number), error
-            break
-    raise ScoringError(f"cannot tokenise {at}: {type(failed).__name__}: {reason(failed)}", scores) from failed
+        except BaseException as error:  # a panic of a tokenizer in Rust is no Exception
+            failure = error
+        at = f"{self._label(pairs[0])} and {len(pairs) - 1} more pairs together"  # unless one pair fails alone
+        for pair, text in zip(pairs, texts, strict=True):
+            try:
+                self._encode([text])
+            except (MemoryError, KeyboardInterrupt):
+                raise
+            except BaseException as error:
+                at, failure = self._label(pair), error
+                break
+        raise self.call.error(f"cannot tokenise {at}: {type(failure).__name__}: {reason(failure)}") from failure
+
+    # -- batches
+
+    def _score_chunk(self, chunk: Chunk) -> None:
+        """Take a chunk through all stages."""
+        alive, states = list(range(len(chunk.pairs))), dict[int, tuple[Row, int]]()
+        for cutoffs in self.shape.stages:
+            stage = Stage(cutoffs, cutoffs[-1] == self.shape.cutoffs[-1], alive, states)
+            ids = [chunk.ids[index] for index in alive]
+            too_large = run_in_batches(ids, partial(self._run_batch, chunk, stage), self._budget)
+            if too_large is not None:
+                self._collect()
+                raise self.call.error(
+                    f"out of memory on {self.weights.device} with one pair alone: "
+                    f"{self._label(chunk.pairs[alive[too_large]])}, {ids[too_large].length} tokens; "
+                    "allow fewer tokens a passage, a smaller dtype, or a larger device."
+                )
+            if not stage.is_last and self.call.cascade is not None:
+                alive = self._survivors(chunk, stage, self.call.cascade)
+            states = {index: stage.states_after[index] for index in alive if index in stage.states_after}
+
+    @torch.inference_mode()
+    def _run_batch(self, chunk: Chunk, stage: Stage, batch: list[int]) -> None:
+        """Start a batch, given by positions in ``stage.alive``, and wait for the one before it."""
+        if self.call.stopped.is_set():
+            raise Stopped
+        members = [stage.alive[position] for position in batch]
+        pairs = self._latest = [chunk.pairs[member] for member in members]
+        ids = [chunk.ids[member] for member in members]
+        if isinstance(self.model, FallbackDecoder):
+            states = self._fallback_states(self.model, ids, stage)
+        else:
+            states = self._decoder_states(self.model, members, ids, stage)
+        first = self.shape.cutoffs.index(stage.cutoffs[0])
+        cutoffs = slice(first, first + len(stage.cutoffs))
+        logits = torch.einsum("cbw,cw->cb", states.float(), self._heads[cutoffs])
+        self._pending.append(PendingBatch(pairs, cutoffs, to_host(logits)))
+        self._collect(leave=1)
+
+    def _fallback_states(self, model: FallbackDecoder, ids: list[Ids], stage: Stage) -> Tensor:
+        """Run a model by its own forward."""
+        packed = PackedPairs(ids)
+        states: Tensor = model(packed, stage.cutoffs)
+        self._count(packed, int(packed.real.sum()))
+        return states
+
+    def _decoder_states(self, model: Decoder, members: list[int], ids: list[Ids], stage: Stage) -> Tensor:
+        """Run a stage's layers, on from the hidden states that the stage before left."""
+        known = None if stage.prefix is None else stage.prefix.ids
+        if stage.states_before:
+            row = regrouped([stage.states_before[member] for member in members], ids, known)
+        else:
+            row = embedded(model, PackedPairs(ids, self.shape.pad_id, known))
+            self._count(row.packing, len(row.states))
+        last_prefix = stage.prefix if row.packing.owner[-1] < 0 else PrefixCache(ids[-1].prefix)
+        states, row = run_layers(
+            model, row, stage.cutoffs,
+            compress_layers=self.shape.compress_layers, compress_ratio=self.shape.compress_ratio,
+            resumable=not stage.is_last, kernel=self._kernel, reuse_prefix=stage.prefix, save_prefix=last_prefix,
+        )  # fmt: skip
+        stage.prefix = last_prefix
+        if not stage.is_last:
+            stage.states_after |= {member: (row, place) for place, member in enumerate(members)}
+        return states
+
+    def _count(self, packing: Packing, tokens: int) -> None:
+        """Report the tokens and positions of a batch that enters the first layer."""
+        positions = len(packing) * packing.longest
+        self.call.observer.used(Usage(tokens=tokens, positions=positions, filled=int(packing.real.sum())))
+
+    def _collect(self, leave: int = 0) -> None:
+        """Wait for scores until only ``leave`` batches are pending, so that the device always has work."""
+        call = self.call
+        while len(self._pending) > leave:
+            batch = self._pending[0]
+            logits = batch.result()
+            self._pending.popleft()  # after the result: if that fails, it is asked for again
+            finite = np.isfinite(logits).all(axis=0)
+            call.scores[batch.cutoffs, np.array(batch.pairs)[finite]] = logits[:, finite]
+            if not finite.all():
+                with suppress(ScoringError):
+                    self._collect()
+                pair, dtype = batch.pairs[int(finite.argmin())], self.weights.dtype
+                advice = "is the checkpoint sound?" if dtype == torch.float32 else "try dtype='float32'."
+                raise call.error(f"the score of {self._label(pair)} is not finite in {dtype}; {advice}")
+            if batch.cutoffs.stop == len(call.scores):
+                call.progress(len(batch.pairs))
+
+    def _survivors(self, chunk: Chunk, stage: Stage, cascade: Cascade) -> list[int]:
+        """Return the positions in the chunk of the pairs that survive a stage."""
+        self._collect()
+        layer = stage.cutoffs[-1]
+        members = {chunk.pairs[member]: member for member in stage.alive}
+        survivors = cascade.survivors(layer, list(members), self.call.scores[self.shape.cutoffs.index(layer)])
+        self.call.progress(len(members) - len(survivors))
+        return [members[pair] for pair in survivors]
 
 
-def _known(model: Decoder | FallbackDecoder) -> tuple[int, int | None]:
-    """How many tokens a model knows, and how many positions; None for any number."""
+def limits_of(model: Decoder | FallbackDecoder) -> tuple[int, int | None]:
+    """Return how many tokens a model knows, and how many positions it has; None for any number."""
     if isinstance(model, FallbackDecoder):
         return model.vocabulary, model.positions
     return len(cast(Tensor, model.embed_tokens.weight)), None
 
 
 def problem_of_ids(ids: Ids, vocabulary: int, positions: int | None) -> str | None:
-    """What is wrong with a pair's ids, or None.
+    """Say why a model cannot read token ids; None if it can.
 
     >>> problem_of_ids(Ids([1, 5], [7], []), vocabulary=8, positions=2)
     'has 3 tokens, but the model has 2 positions; allow fewer tokens a passage.'
@@ -361,24 +498,34 @@ def problem_of_ids(ids: Ids, vocabulary: int, positions: int | None) -> str | No
     return None
 
 
-def _brought_back(computed: Tensor) -> Callable[[], np.ndarray]:
-    """Begin to copy a result to the host; the call waits until it is there, not for what a GPU was given after it."""
+def to_host(computed: Tensor) -> Callable[[], np.ndarray]:
+    """Start copying a tensor to the host.
+
+    Returns:
+        Waits for the copy, though not for work that a GPU was given after it, and returns the array.
+    """
     if computed.device.type != "cuda":
         return lambda: computed.cpu().numpy()
     copy = computed.to("cpu", non_blocking=True)
-    there = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    there.record()
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record()
 
     def result() -> np.ndarray:
-        there.synchronize()
+        copied.synchronize()
         return copy.numpy()
 
     return result
 
 
-def _one_ahead(make: Callable[[Item], Made], items: Iterable[Item], waiting: Stopwatch) -> Iterator[Made]:
-    """What is made of each of some items; that of the next is being made, in a thread, while one is worked on."""
-    thread = ThreadPoolExecutor(1)  # begins with what it is first given
+def one_ahead(make: Callable[[Item], Made], items: Iterable[Item], waiting: Stopwatch) -> Iterator[Made]:
+    """Map items lazily. A thread makes the next result while the caller works on one.
+
+    Args:
+        make: the function to map.
+        items: its arguments.
+        waiting: measures the time in which the caller waits.
+    """
+    thread = ThreadPoolExecutor(1)
     made: list[Made] = []
     try:
         for item in items:

@@ -1,4 +1,4 @@
-"""What scoring took: pairs, tokens, padding and seconds."""
+"""The cost of scoring (pairs, tokens, padding and seconds), and an observer that it is reported to."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Usage:
-    """Pairs, and what it took to score them; that of several runs is their sum.
+    """How many pairs were scored, and the tokens and seconds that took. Usages of several runs can be added.
 
-    No device is made to wait for being measured: seconds are those of the threads that work. The model's are those in
-    which batches were laid out and launched, and their results waited for; opening weights is not in them. Ids are
-    made in a thread beside that, so that the two overlap, and may add up to more than went by.
+    Measuring never makes a device wait. Seconds are summed over the threads that work. ``model_seconds`` covers
+    laying out and launching batches and waiting for their results, not opening weights. Tokenisation runs in a thread
+    beside it, so the two overlap and may add up to more than the time that passed.
 
     Args:
-        pairs: distinct pairs of query and text that got a score.
-        tokens: tokens that went into the model's first layer: a query's prefix once, for all its passages.
-            (Models run by their own forward: once a pair.) What pooling and cascades save deeper is not taken off.
-        positions: at which attention lays pairs out side by side: in each batch pairs times the longest pair.
-        filled: those of them that hold a token; a prefix stands in each of its pairs here.
-        tokenising_seconds: in which ids were made.
-        model_seconds: in which the model was run.
-        writing_seconds: in which results were written; whoever writes adds them.
-        truncated_queries: distinct queries whose end was not read, with one of their passages at least.
-        truncated_passages: pairs whose passage was not read to its end.
+        pairs: distinct pairs of query and text that were scored.
+        tokens: tokens that entered the model's first layer. A query's prefix counts once for all its passages (once
+            per pair for models that run by their own forward). Savings of pooling and cascades are not subtracted.
+        positions: positions over which attention ran: for each batch, its pairs times the longest pair.
+        filled: positions that hold a token; a prefix counts in each of its pairs.
+        tokenising_seconds: time spent on tokenisation.
+        model_seconds: time spent on running the model.
+        writing_seconds: time spent on writing results; added by the code that writes them.
+        truncated_queries: distinct queries that were truncated, with at least one of their passages.
+        truncated_passages: pairs whose passage was truncated.
 
     >>> used = Usage(pairs=2, tokens=90, positions=128, filled=96, tokenising_seconds=0.5, model_seconds=2.0)
     >>> print(used + Usage(writing_seconds=0.25))
@@ -45,9 +45,9 @@ class Usage:
 
     @property
     def padding(self) -> float:
-        """The share of attention's positions that hold no token, from 0 to 1; the other layers see no padding.
+        """The share of attention positions without a token, from 0 to 1; no other part of a layer sees padding.
 
-        As a batch goes into the first layer. Where a kernel rounds lengths up, that is not counted.
+        Batches are counted as they enter the first layer. Rounding by attention kernels is not counted.
         """
         return 1 - self.filled / self.positions if self.positions else 0.0
 
@@ -65,8 +65,22 @@ class Usage:
         )
 
 
+class Observer:
+    """Follows the scoring of some pairs. Subclasses override the methods they need."""
+
+    def label(self, pair: int) -> str:
+        """Name a pair, given by its index, in error messages."""
+        return f"pairs[{pair}]"
+
+    def progress(self, pairs: int) -> None:
+        """Take note of pairs that are done, by their number; called by one thread at a time."""
+
+    def used(self, usage: Usage) -> None:
+        """Take note of a part of the usage; any thread may call, also after scoring has failed."""
+
+
 class Stopwatch:
-    """Seconds that went by within ``with`` blocks, which do not overlap."""
+    """Adds up the seconds spent in ``with`` blocks, which must not overlap."""
 
     def __init__(self) -> None:
         self.seconds = 0.0

@@ -118,6 +118,7 @@ def parse(command: str, argv: Sequence[str]) -> tuple[Recipe, Sources, TrainingA
         SystemExit: an option is unknown or malformed; argparse has said which.
     """
     recipe_type = RECIPES[command]
+    argv = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in argv]
     trainers = {f.name for f in dataclasses.fields(TrainingArguments)}
     if "activation_checkpointing" in trainers:  # the newer name of gradient_checkpointing
         argv = [re.sub("^--gradient_checkpointing", "--activation_checkpointing", word) for word in argv]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..checkpoints.files import HUB_ID
+from ..checkpoints.locate import HUB_ID
 from ..engine.inputs import Ids
 from ..engine.packing import PackedPairs
 from ..errors import short

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.files import without_revision
-from ..engine.decoder import FAMILIES, Decoder, decode
+from ..checkpoints.families import FAMILIES
+from ..checkpoints.locate import without_revision
+from ..engine.decoder import Decoder, decode
 from ..engine.packing import PackedPairs
 from ..engine.weights import build_decoder, fill
 

@@ -192,6 +192,11 @@ class Recipe(ABC):
         bases = {"trained_on": [PurePath(name).name for name in names]}  # wherever they lie
         return {"recipe": type(self).__name__, **bases, **settings, **lists}
 
+    @property
+    def token_ratio(self) -> int | None:
+        """The ratio that a token compensation is trained for; None for any other adapter."""
+        return None
+
     def widths(self, seed: int) -> Widths:
         """The widths trained at, drawn with this seed; full width alone by default."""
         return Widths(seed=seed)
@@ -360,13 +365,16 @@ class MatroyshkaTraining(Recipe):
         """A causal language model or layer-wise checkpoint with adapters merged in, or one more to train on."""
         from ..checkpoints.adapters import Adapter
         from ..checkpoints.checkpoint import MatroyshkaCheckpoint, is_layer_wise
-        from ..checkpoints.files import folder_of
+        from ..checkpoints.description import described
+        from ..checkpoints.locate import folder_of
 
         started, folder = None, folder_of(model, "model")
         if (folder / "adapter_config.json").is_file():
             started = Adapter(folder, f"model={model!r}")
             started.base_folder()  # raises, where it is not there, in the adapter's name
-            model, adapters = started.base, [*adapters, str(folder)]
+            description = described(model, folder, "matroyshka", f"model={model!r}")
+            earlier = [name for name in description.adapters if name != model] if description is not None else []
+            model, adapters = started.base, [*(adapters or earlier), str(folder)]
         own = is_layer_wise(model)  # then the checkpoint says where its heads are
         at = (None, None) if own else (self.start_layer, self.layer_sep)
         checkpoint = MatroyshkaCheckpoint(model, adapters, *at)
@@ -452,3 +460,8 @@ class CompensateTraining(MatroyshkaTraining):
             raise ValueError(
                 f"compress_ratios={list(self.compress_ratios)}: finetune_type=token allows one ratio, 2 or more."
             )
+
+    @property
+    def token_ratio(self) -> int | None:
+        """The ratio that a token compensation is trained for; None for layer compensation."""
+        return self.compress_ratios[0] if self.finetune_type == "token" else None

@@ -30,7 +30,10 @@ from transformers import (
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from ..checkpoints.checkpoint import SCORE, Checkpoint
-from ..checkpoints.files import read_json, without_revision
+from ..checkpoints.config import read_json
+from ..checkpoints.description import FILE
+from ..checkpoints.locate import without_revision
+from ..checkpoints.saving import describe_trained
 from ..engine.batching import Budget, run_in_batches
 from ..engine.packing import PackedPairs
 from .data import Batch, Collator, Group, Groups
@@ -153,6 +156,7 @@ def train(
         recipe.task_type,
         validation,
         partial(recipe.card, checkpoint),
+        partial(describe_trained, checkpoint, prompt=getattr(recipe, "prompt", None), ratio=recipe.token_ratio),
     )
     if recipe.patience is not None:
         trainer.add_callback(EarlyStoppingCallback(recipe.patience))
@@ -169,7 +173,8 @@ def train(
 #: What training leaves in a folder: what shows that it was there, and what lies beside that.
 RUN = ("checkpoint-[0-9]*", "adapter_config.json", "adapter_model.*", "trainer_state.json", "training_args.bin")
 BESIDE = (
-    "README.md", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja",
+    "README.md", FILE, "adapter-[0-9]*",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja",
 )  # fmt: skip
 
 
@@ -336,6 +341,7 @@ class GroupTrainer(Trainer):
         task_type: the PEFT task that adapters are saved under: ``CAUSAL_LM`` or ``SEQ_CLS``.
         validation: measured where the Trainer evaluates, with the scores of the deepest head.
         card: from a folder's name and the steps done to what README.md says there; None for PEFT's.
+        describe: writes ``reranker.json`` into a folder; ``whole`` says whether it is the output folder.
 
     Raises:
         FloatingPointError: in training, where the loss is not finite, or weights to be saved are not;
@@ -353,6 +359,7 @@ class GroupTrainer(Trainer):
         task_type: str,
         validation: Validation | None = None,
         card: Callable[[str, int], str] | None = None,
+        describe: Callable[..., None] | None = None,
     ) -> None:
         args.remove_unused_columns = False
         super().__init__(
@@ -372,6 +379,7 @@ class GroupTrainer(Trainer):
         self.widths = widths
         self.task_type = task_type
         self.card = card
+        self.describe = describe
         self._place = (0, -1)
 
     def compute_loss(
@@ -464,3 +472,5 @@ class GroupTrainer(Trainer):
             steps = self.state.best_global_step if best else self.state.global_step
             card = self.card(folder.resolve().name, steps or self.state.global_step)
             (folder / "README.md").write_text(card, encoding="utf-8")
+        if self.describe is not None and self.args.should_save:
+            self.describe(folder, whole=folder == Path(cast(str, self.args.output_dir)))

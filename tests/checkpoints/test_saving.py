@@ -51,7 +51,7 @@ def test_what_makes_it_a_model_is_written_last(reranker: Any, tmp_path: Path, mo
 
     monkeypatch.setattr(Path, "write_text", noted)
     reranker.save(tmp_path / "merged", merged=True)
-    assert order == ["config.json"]
+    assert order == ["reranker.json", "config.json"]
 
 
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
@@ -83,5 +83,5 @@ def test_an_adapters_run_is_not_copied(tmp_path: Path) -> None:
     (tmp_path / "target").mkdir()
     saving.copy_adapter(source, tmp_path / "target", base="another/base")
     copied = {file.name for file in (tmp_path / "target").iterdir()}
-    assert copied == {file.name for file in source.iterdir()} - {"trainer_state.json", "optimizer.pt"}
+    assert copied == {file.name for file in source.iterdir()} - {"trainer_state.json", "optimizer.pt", "reranker.json"}
     assert '"another/base"' in (tmp_path / "target" / "adapter_config.json").read_text()

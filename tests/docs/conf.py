@@ -1,4 +1,4 @@
-"""What Sphinx needs to build the pages by themselves; what is set here is as in PyTerrier's documentation."""
+"""Settings to build the pages by themselves with Sphinx, as in PyTerrier's documentation."""
 
 project = "pyterrier_llmrerank"
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon"]
@@ -7,6 +7,6 @@ autodoc_typehints = "description"
 autodoc_inherit_docstrings = False
 autodoc_default_options = {"member-order": "bysource"}
 
-# References to what is described here have to be right; other packages' inventories would have to be downloaded.
+# References within the package must resolve. Those to other packages need inventories from the network.
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!pyterrier_llmrerank).*")]

@@ -1,4 +1,4 @@
-"""Cascades: what goes on is scored as without, what leaves stands below it, and no layer runs for what left."""
+"""Cascades: survivors get the usual scores, dropped rows rank below them, and no layer runs for dropped rows."""
 
 from functools import partial
 from itertools import pairwise
@@ -63,7 +63,7 @@ def test_a_cascade_is_the_pipeline_of_its_stages(
         np.testing.assert_allclose(got.loc[alive.index, column], scores, atol=1e-4)
         if layer != stages[-1]:
             assert got.loc[rows.index.difference(alive.index), column].isna().all()
-            # by our own scores, so that what rounding sets apart does not
+            # by the cascade's own scores, because rounding could break ties differently
             places = got.loc[alive.index].groupby("qid")[column].rank(ascending=False, method="first")
             left = alive.index[places > shape["prune"][layer]]
             exit_layer[left] = layer
@@ -82,9 +82,9 @@ def test_a_cascade_is_the_pipeline_of_its_stages(
             assert by_exit.max()[shallower] < by_exit.min()[deeper]
 
 
-def test_layers_run_for_what_goes_on_alone() -> None:
+def test_layers_run_for_survivors_only() -> None:
     rows, cascade = frame(3, 8), FULL.at(prune={3: 4, 6: 2}, cutoff=8)
-    decoder, _, tokenizer = cascade._weights().at_depth(8)
+    decoder = cascade.scorer().open()
     seen = [0] * 9
 
     def count(depth: int, module: object, args: tuple[torch.Tensor], output: object) -> None:
@@ -96,13 +96,13 @@ def test_layers_run_for_what_goes_on_alone() -> None:
         hook.remove()
 
     def tokens(left: pd.DataFrame) -> int:
-        ids = cascade._encode(tokenizer, list(zip(left["query"], left["text"], strict=True)))
+        ids = cascade.scorer().ids(list(zip(left["query"], left["text"], strict=True)))
         prefixes = {tuple(pair.prefix) for pair in ids}
         return sum(map(len, prefixes)) + sum(len(pair.body) + len(pair.suffix) for pair in ids)
 
     assert seen[1:4] == [tokens(rows)] * 3
     assert seen[4:7] == [tokens(got[got["exit_layer"] > 3])] * 3
-    assert seen[7:] == [tokens(got[got["exit_layer"] > 6]), 3 * 2]  # the last one for what is read
+    assert seen[7:] == [tokens(got[got["exit_layer"] > 6]), 3 * 2]  # the last layer runs for the last tokens only
 
 
 def test_survivors_are_not_embedded_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,16 +112,16 @@ def test_survivors_are_not_embedded_again(monkeypatch: pytest.MonkeyPatch) -> No
     assert sum(embedded) == 24
 
 
-def test_a_query_is_one_query_whatever_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_queries_stay_whole_whatever_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, cascade = frame(5, 8), FULL.at(prune={3: 4, 6: 2})
     wanted = cascade.transform(rows)
     monkeypatch.setattr(scoring, "CASCADE_CHUNK", 3)
     pd.testing.assert_frame_equal(cascade.transform(rows), wanted, atol=1e-4)
 
 
-def test_where_memory_ends_whole_queries_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_when_memory_runs_out_whole_queries_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, cascade = frame(3, 6), FULL.at(prune={3: 4, 6: 2})
-    wanted, real, walks = cascade.transform(rows), scoring.walk, []
+    wanted, real, walks = cascade.transform(rows), scoring.run_layers, []
 
     def fails_in_the_second_query(*args: object, **options: object) -> object:
         walks.append(args)
@@ -130,7 +130,7 @@ def test_where_memory_ends_whole_queries_are_kept(monkeypatch: pytest.MonkeyPatc
         return real(*args, **options)
 
     monkeypatch.setattr(scoring, "CASCADE_CHUNK", 1)
-    monkeypatch.setattr(scoring, "walk", fails_in_the_second_query)
+    monkeypatch.setattr(scoring, "run_layers", fails_in_the_second_query)
     with pytest.raises(ScoringError, match="out of memory") as info:
         cascade.transform(rows)
     pd.testing.assert_frame_equal(info.value.scores, wanted[wanted["qid"] == "q0"], atol=1e-4)
@@ -146,7 +146,7 @@ def test_ties_go_by_the_rows_order() -> None:
     assert final.tolist() == [-7.0, -7.0, -8.5, -8.0]
 
 
-def test_one_candidate_and_more_than_there_are() -> None:
+def test_few_candidates_all_survive() -> None:
     rows = frame(2, 3)
     got = FULL.at(prune={3: 50, 6: 20}).transform(rows)
     assert got["exit_layer"].tolist() == [8] * 6
@@ -180,16 +180,16 @@ def test_pairs_without_a_frame_compete_by_query() -> None:
     [
         ({"prune": {8: 50}, "cutoff": 8}, r"prune=\{8: 50\}: layer 8 is not shallower than the cutoff, 8"),
         ({"prune": {8: 50}}, r"prune=.*: layer 8 is not shallower than the cutoff, 8"),
-        ({"prune": {3: 20, 6: 50}}, "50 are to go on after layer 6, but 20 are left there"),
-        ({"prune": {0: 20}}, r"prune=\{0: 20\}; allowed: layers and how many .* integers of at least 1"),
+        ({"prune": {3: 20, 6: 50}}, "50 cannot survive layer 6: only 20 are left there"),
+        ({"prune": {0: 20}}, r"prune=\{0: 20\}; allowed: layers and the number of .* integers of at least 1"),
         ({"prune": {3: 0}}, r"prune=\{3: 0\}; allowed"),
         ({"prune": {3: 2.5}}, r"prune=2.5; allowed"),
         ({"prune": 3}, "prune=3; allowed"),
-        ({"prune": [(3, 2), (3, 1)]}, "a layer stands there twice"),
+        ({"prune": [(3, 2), (3, 1)]}, "has a layer twice"),
         ({"prune": {1: 20}}, r"prune=\{1: 20\}: model='.*' has heads at layers 2 to 8"),
     ],
 )
-def test_stages_that_cannot_be(changes: dict[str, Any], message: str) -> None:
+def test_invalid_cascades(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FULL.at(**changes)
 
@@ -207,7 +207,7 @@ def test_it_is_kept_as_a_value() -> None:
     assert cascade.at(prune=()) == FULL
 
 
-def test_bf16_survivors_do_not_depend_on_who_left() -> None:
+def test_bf16_survivors_do_not_depend_on_dropped_rows() -> None:
     rows, narrow = frame(2, 8), MatroyshkaReranker(MODELS / "costwise_full", dtype="bfloat16")
     got, wanted = narrow.at(prune={3: 3}).transform(rows), narrow.transform(rows)
     stay = got["exit_layer"] == 8

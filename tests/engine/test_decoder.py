@@ -5,8 +5,9 @@ import torch
 from test_pooling import by_definition
 from transformers import AutoConfig, AutoModel, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from pyterrier_llmrerank.checkpoints.families import FAMILIES
 from pyterrier_llmrerank.engine.attention import ATTENTION, PrefixCache
-from pyterrier_llmrerank.engine.decoder import FAMILIES, decode, embedded, run_layers
+from pyterrier_llmrerank.engine.decoder import decode, embedded, run_layers
 from pyterrier_llmrerank.engine.inputs import Ids
 from pyterrier_llmrerank.engine.packing import PackedPairs
 

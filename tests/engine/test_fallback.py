@@ -233,13 +233,13 @@ def test_linear_layers_are_quantised(tmp_path: Path) -> None:
 
 def test_unsupported_options_are_refused(tmp_path: Path) -> None:
     saved(tmp_path / "gpt2", CONFIGS["gpt2"], AutoModelForCausalLM)
-    with pytest.raises(ValueError, match=r"compress_ratio=2: the layers of .*'gpt2'.* cannot be walked one by one"):
+    with pytest.raises(ValueError, match=r"compress_ratio=2: the layers of .*'gpt2'.* cannot be run one by one"):
         MatroyshkaReranker(tmp_path / "gpt2", compress_layers=1, compress_ratio=2)
     for option in ({"torch_compile": True}, {"attn_implementation": "eager"}):
         ((name, value),) = option.items()
         for cls in (MatroyshkaReranker, RankLLaMAReranker):
             with pytest.raises(
-                ValueError, match=f"{name}={value!r}: the layers of .*'gpt2'.* cannot be walked one by one"
+                ValueError, match=f"{name}={value!r}: the layers of .*'gpt2'.* cannot be run one by one"
             ):
                 cls(tmp_path / "gpt2", **option).compute_score(PAIRS[0])
     untrained = RankLLaMATraining().open(str(tmp_path / "gpt2"))

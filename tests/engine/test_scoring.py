@@ -1,10 +1,11 @@
-"""A score depends on its pair alone, and what cannot be scored is named without losing what was."""
+"""A score depends on its pair alone; a pair that cannot be scored is named, and no score is lost."""
 
 import gc
 import signal
 import threading
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -43,14 +44,14 @@ def test_a_score_depends_on_its_pair_alone(name: str, drawn: list, batch_size: i
     alone = np.stack([np.asarray(reranker.compute_score(p)) for p in pairs], axis=-1)
     permutation = list(range(len(pairs)))
     order.shuffle(permutation)
-    batched = type(reranker)(**{**reranker._arguments(), "batch_size": batch_size})
+    batched = type(reranker)(**{**reranker.arguments(), "batch_size": batch_size})
     together = batched.compute_score([pairs[i] for i in permutation])
     np.testing.assert_allclose(together, alone[..., permutation], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("shape", [{}, {"compress_layers": [2, 5], "compress_ratio": 2}])
 def test_in_bf16_too(shape: dict) -> None:
-    """Rounding differently anywhere would grow through the layers; on a CPU nothing rounds by the batch's shape."""
+    """Rounding must not depend on the batch's shape on a CPU: any difference would grow through the layers."""
     reranker = MatroyshkaReranker(FULL, dtype="bfloat16", **shape)
     pairs = [pair(i, 7 * i, i) for i in range(20)] + [(words(2, 30), words(i, 5 * i)) for i in range(20)]
     alone = [reranker.compute_score(p) for p in pairs]
@@ -107,7 +108,7 @@ def test_a_score_that_is_not_finite_is_named(monkeypatch: pytest.MonkeyPatch, dt
     assert np.isfinite(info.value.scores).tolist() == [[False, True]]
 
 
-def test_the_batch_in_work_when_a_score_fails_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_batch_that_runs_when_a_score_fails_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     reranker = MatroyshkaReranker(FULL, dtype="float32", batch_size=1)
     real, calls = scoring.run_layers, []
 
@@ -119,7 +120,7 @@ def test_the_batch_in_work_when_a_score_fails_is_kept(monkeypatch: pytest.Monkey
     monkeypatch.setattr(scoring, "run_layers", first_overflows)
     with pytest.raises(ScoringError, match=r"score of pairs\[2\] is not finite") as info:
         reranker.compute_score([("a", words(1, 9)), ("a", words(1, 20)), ("a", words(1, 60))])
-    assert np.isfinite(info.value.scores).tolist() == [[False, True, False]]  # the second was on its way
+    assert np.isfinite(info.value.scores).tolist() == [[False, True, False]]  # the second batch was running
 
 
 def test_default_batches_stay_within_the_devices_budget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +146,7 @@ def test_many_queries_go_in_chunks_and_come_out_in_order(monkeypatch: pytest.Mon
 
 
 def test_a_prefix_is_computed_once_for_its_passages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted in operations: a hundred passages of one query against the same of a hundred."""
+    """A hundred passages take fewer operations with one query than with a hundred."""
     reranker, passages = RERANKERS["plain"], [words(i, 20) for i in range(100)]
 
     def operations(queries: list[str]) -> int:
@@ -173,7 +174,7 @@ def test_a_prefix_is_computed_once_for_its_passages(monkeypatch: pytest.MonkeyPa
 def test_a_prefix_is_computed_once_whatever_the_batches(
     monkeypatch: pytest.MonkeyPatch, shape: dict, dtype: str
 ) -> None:
-    """Three queries, of which one fills many batches, one shares some, and one has one candidate."""
+    """One query fills many batches, one shares a batch, and one has a single candidate."""
     pairs = [(words(q, 30), words(q + i, 3 + i)) for q, count in ((1, 20), (2, 5), (3, 1)) for i in range(count)]
     reranker = MatroyshkaReranker(FULL, dtype=dtype, **shape)
     computed, real = [0], scoring.run_layers
@@ -195,9 +196,9 @@ def test_a_prefix_is_computed_once_whatever_the_batches(
     assert len(set(computed)) == 1
 
 
-def test_the_last_layer_is_run_for_what_is_read() -> None:
+def test_the_last_layer_is_run_for_the_last_tokens_only() -> None:
     reranker = RERANKERS["plain"]
-    decoder, _, _ = reranker._weights().at_depth(8)
+    decoder = reranker.scorer().open()
     seen: list[tuple[int, ...]] = []
     hooks = [
         decoder.layers[index].mlp.register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
@@ -212,30 +213,28 @@ def test_the_last_layer_is_run_for_what_is_read() -> None:
 
 def test_ids_are_made_while_the_chunk_before_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
     begun, scored = threading.Event(), threading.Event()
-    real_walk, reranker = scoring.run_layers, MatroyshkaReranker(FULL, dtype="float32")
-    real_encode, chunks_made = reranker._encode, []
+    real_run, scorer, chunks_made = scoring.run_layers, RERANKERS["plain"].scorer(), []
 
     def encode(tokenizer: object, pairs: list[tuple[str, str]]) -> object:
         chunks_made.append(len(pairs))
         if len(chunks_made) == 2:
             begun.set()
             assert not scored.is_set()
-        return real_encode(tokenizer, pairs)
+        return scorer.encode(tokenizer, pairs)
 
     def run_layers(*args: object, **options: object) -> object:
         assert begun.wait(10)
         scored.set()
-        return real_walk(*args, **options)
+        return real_run(*args, **options)
 
     monkeypatch.setattr(scoring, "CHUNK", 2)
     monkeypatch.setattr(scoring, "run_layers", run_layers)
-    reranker._encode = encode
-    reranker.compute_score([pair(i, 9, i) for i in range(6)])
+    replace(scorer, encode=encode).score([pair(i, 9, i) for i in range(6)])
     assert chunks_made == [2, 2, 2]
 
 
 def test_memory_does_not_grow_with_the_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond what tells rows and pairs apart: neither ids nor states are kept, of which a pair here has kilobytes."""
+    """Neither token ids nor hidden states are kept: they would take kilobytes per pair here."""
     monkeypatch.setattr(scoring, "CHUNK", 50)
     reranker = MatroyshkaReranker(FULL, dtype="float32", cutoff=2, batch_size=25)
     texts = [f"{words(i, 60)} {i}" for i in range(800)]
@@ -257,12 +256,10 @@ def test_memory_does_not_grow_with_the_candidates(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("failure", [MemoryError(), torch.OutOfMemoryError("CUDA error: out of memory")])
-def test_a_result_that_fails_to_come_back_is_asked_for_again(
-    monkeypatch: pytest.MonkeyPatch, failure: Exception
-) -> None:
+def test_a_result_that_cannot_be_copied_is_computed_again(monkeypatch: pytest.MonkeyPatch, failure: Exception) -> None:
     reranker = MatroyshkaReranker(FULL, dtype="float32", batch_size=2)
     pairs = [pair(i % 2, 9 * i, i) for i in range(8)]
-    wanted, real, calls = reranker.compute_score(pairs), scoring._brought_back, []
+    wanted, real, calls = reranker.compute_score(pairs), scoring.to_host, []
 
     def brought_back(computed: torch.Tensor) -> Callable[[], np.ndarray]:
         def result() -> np.ndarray:
@@ -273,24 +270,22 @@ def test_a_result_that_fails_to_come_back_is_asked_for_again(
 
         return result
 
-    monkeypatch.setattr(scoring, "_brought_back", brought_back)
+    monkeypatch.setattr(scoring, "to_host", brought_back)
     np.testing.assert_allclose(reranker.compute_score(pairs), wanted, atol=1e-4)
 
 
 def test_memory_running_out_between_batches_loses_no_score(monkeypatch: pytest.MonkeyPatch) -> None:
-    reranker = MatroyshkaReranker(FULL, dtype="float32")
-    real, chunks_made = reranker._encode, []
+    scorer, chunks_made = RERANKERS["plain"].scorer(), []
 
     def encode(tokenizer: object, pairs: list[tuple[str, str]]) -> object:
         chunks_made.append(1)
         if len(chunks_made) == 3:
             raise MemoryError
-        return real(tokenizer, pairs)
+        return scorer.encode(tokenizer, pairs)
 
     monkeypatch.setattr(scoring, "CHUNK", 2)
-    reranker._encode = encode
     with pytest.raises(ScoringError, match="out of memory between two batches") as info:
-        reranker.compute_score([pair(i, 9, i) for i in range(8)])
+        replace(scorer, encode=encode).score([pair(i, 9, i) for i in range(8)])
     assert np.isfinite(info.value.scores).sum() >= 2
 
 
@@ -304,9 +299,9 @@ SEVERAL = settings(max_examples=10, deadline=None, suppress_health_check=[Health
 @pytest.mark.parametrize("name", RERANKERS)
 @SEVERAL
 @given(PAIRS, st.none() | st.integers(1, 5))
-def test_several_devices_score_as_one(name: str, drawn: list, batch_size: int | None) -> None:
+def test_several_devices_give_the_same_scores(name: str, drawn: list, batch_size: int | None) -> None:
     pairs = [pair(*numbers) for numbers in drawn]
-    arguments = {**RERANKERS[name]._arguments(), "batch_size": batch_size}
+    arguments = {**RERANKERS[name].arguments(), "batch_size": batch_size}
     wanted = RERANKERS[name].compute_score(pairs)
     for device in (TWO, THREE):
         got = type(RERANKERS[name])(**{**arguments, "device": device}).compute_score(pairs)
@@ -314,18 +309,18 @@ def test_several_devices_score_as_one(name: str, drawn: list, batch_size: int | 
 
 
 class Devices:
-    """Two devices of which each batch is seen: ``on_batch`` gets the device's number and how many it had before.
+    """Two devices whose batches are watched.
 
-    What it returns is multiplied to the batch's states.
+    ``on_batch`` gets the device's number and its number of earlier batches; its result multiplies the batch's states.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, on_batch: Callable[[int, int], float], **options: object):
         self.reranker = MatroyshkaReranker(FULL, dtype="float32", device=TWO, **options)
         self.batches = [0, 0]
         self.stopped = threading.Event()
-        models = [weights.at_depth(8)[0] for weights in self.reranker._replicas()]
+        models = [weights.at_depth(8)[0] for weights in self.reranker.scorer().weights]
         assert models[0] is not models[1]
-        run_layers, score_on = scoring.run_layers, scoring._score_on
+        run_layers, run = scoring.run_layers, scoring.DeviceScorer.run
 
         def watched(model: object, *args: object, **options: object) -> tuple[torch.Tensor, Row]:
             number = next(number for number, own in enumerate(models) if own is model)
@@ -334,12 +329,12 @@ class Devices:
             states, row = run_layers(model, *args, **options)
             return states * factor, row
 
-        def seen(*args: object, **options: object) -> None:
-            self.stopped = next(arg.__self__ for arg in args if getattr(arg, "__name__", "") == "is_set")
-            score_on(*args, **options)
+        def seen(device: scoring.DeviceScorer) -> None:
+            self.stopped = device.call.stopped
+            run(device)
 
         monkeypatch.setattr(scoring, "run_layers", watched)
-        monkeypatch.setattr(scoring, "_score_on", seen)
+        monkeypatch.setattr(scoring.DeviceScorer, "run", seen)
 
 
 @pytest.mark.usefixtures("devices")
@@ -349,7 +344,7 @@ def test_devices_work_at_once_and_the_faster_takes_more(monkeypatch: pytest.Monk
     def on_batch(device: int, before: int) -> float:
         if before == 0:
             both.wait()
-        if device == 0:  # the slower one: it has its first query, and the ids of another
+        if device == 0:  # the slower one: it has a query, and the token ids of another
             assert rest_done.wait(20)
         elif before == 17:
             rest_done.set()
@@ -358,7 +353,7 @@ def test_devices_work_at_once_and_the_faster_takes_more(monkeypatch: pytest.Monk
     pairs = [(f"{i} panda", words(i, 9)) for i in range(20)]
     wanted = RERANKERS["plain"].compute_score(pairs)
     devices = Devices(monkeypatch, on_batch)
-    monkeypatch.setattr(scoring, "SHARES", 10)  # a query each time
+    monkeypatch.setattr(scoring, "SHARES", 10)  # a query per chunk
     np.testing.assert_allclose(devices.reranker.compute_score(pairs), wanted, atol=1e-4)
     assert devices.batches == [2, 18]
 
@@ -393,12 +388,12 @@ def test_a_device_that_fails_stops_the_others_and_no_score_is_lost(
     }
     with pytest.raises(KeyboardInterrupt if how == "interrupted" else ScoringError, match=message.get(how)) as info:
         devices.reranker.compute_score(pairs)
-    assert devices.batches[failing] == (2 if how == "not finite" else 1)  # which shows when the next is in work
+    assert devices.batches[failing] == (2 if how == "not finite" else 1)  # noticed when the next batch is running
     assert devices.batches[1 - failing] == 3
     assert devices.reranker.usage.pairs == 3
     scores = info.value.scores[0]
     there = np.isfinite(scores)
-    assert there.sum() == 3  # the last of them was in work when the other failed
+    assert there.sum() == 3  # the last one was running when the other device failed
     np.testing.assert_allclose(scores[there], wanted[there], atol=1e-4)
 
 
@@ -424,11 +419,11 @@ def test_a_device_that_fails_alone_loses_no_score_either(monkeypatch: pytest.Mon
     assert np.isfinite(info.value.scores).sum() >= 1
 
 
-# -- what stops it
+# -- errors
 
 
 def scored_before(reranker: MatroyshkaReranker, pairs: list[tuple[str, str]], error: BaseException) -> list[bool]:
-    """Which pairs an error carries the score of; those that it carries are right."""
+    """Which pairs have a score in an error, after checking these scores."""
     scores = error.scores[0]
     there = np.isfinite(scores)
     np.testing.assert_allclose(scores[there], reranker.compute_score(pairs)[there], atol=1e-4)
@@ -439,7 +434,7 @@ def scored_before(reranker: MatroyshkaReranker, pairs: list[tuple[str, str]], er
     "error", [IndexError("out of range"), KeyError("x"), ZeroDivisionError(), RuntimeError("lost")]
 )
 def test_any_exception_names_its_pairs_and_keeps_the_scores(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    pairs = [("a", words(i, 40 - 5 * i)) for i in range(6)]  # the longest go first
+    pairs = [("a", words(i, 40 - 5 * i)) for i in range(6)]  # longest first
     real, calls = scoring.run_layers, []
 
     def fails_at_the_second(*args: object, **options: object) -> tuple[torch.Tensor, Row]:
@@ -457,27 +452,27 @@ def test_any_exception_names_its_pairs_and_keeps_the_scores(monkeypatch: pytest.
 
 
 class Panic(BaseException):
-    """As a tokenizer in Rust raises it."""
+    """An error like those of tokenizers in Rust."""
 
 
 @pytest.mark.parametrize("error", [ValueError("odd"), Panic("odd")])
 @pytest.mark.parametrize("alone", [True, False])
-def test_what_cannot_be_tokenised_is_named(monkeypatch: pytest.MonkeyPatch, error: BaseException, alone: bool) -> None:
-    """In the second chunk; the first has been scored."""
+def test_a_pair_that_cannot_be_tokenised_is_named(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, alone: bool
+) -> None:
+    """The pair is in the second chunk, after the first has been scored."""
     pairs = [(f"{i // 2} panda", words(i, 9)) for i in range(6)]
-    reranker = MatroyshkaReranker(FULL, dtype="float32")
-    real = reranker._encode
+    scorer = RERANKERS["plain"].scorer()
 
     def encode(tokenizer: object, given: list[tuple[str, str]]) -> object:
         if pairs[3] in given and (alone or len(given) > 1):
             raise error
-        return real(tokenizer, given)
+        return scorer.encode(tokenizer, given)
 
     monkeypatch.setattr(scoring, "CHUNK", 2)
-    reranker._encode = encode
     at = r"pairs\[3\]" if alone else r"pairs\[2\] and 1 more pairs together"
     with pytest.raises(ScoringError, match=rf"^cannot tokenise {at}: {type(error).__name__}: odd$") as info:
-        reranker.compute_score(pairs)
+        replace(scorer, encode=encode).score(pairs)
     assert scored_before(RERANKERS["plain"], pairs, info.value) == [True, True, False, False, False, False]
 
 
@@ -490,21 +485,20 @@ def test_what_cannot_be_tokenised_is_named(monkeypatch: pytest.MonkeyPatch, erro
 )
 def test_ids_are_checked_before_their_chunk_is_scored(monkeypatch: pytest.MonkeyPatch, ids: Ids, said: str) -> None:
     pairs = [(f"{i // 2} panda", words(i, 9)) for i in range(6)]
-    reranker = MatroyshkaReranker(FULL, dtype="float32")
-    real = reranker._encode
+    scorer = RERANKERS["plain"].scorer()
 
     def encode(tokenizer: object, given: list[tuple[str, str]]) -> list[Ids]:
-        return [ids if pair == pairs[3] else made for pair, made in zip(given, real(tokenizer, given), strict=True)]
+        encoded = scorer.encode(tokenizer, given)
+        return [ids if pair == pairs[3] else made for pair, made in zip(given, encoded, strict=True)]
 
     monkeypatch.setattr(scoring, "CHUNK", 2)
-    reranker._encode = encode
     with pytest.raises(ScoringError, match=rf"^pairs\[3\] {said}\.$") as info:
-        reranker.compute_score(pairs)
+        replace(scorer, encode=encode).score(pairs)
     assert scored_before(RERANKERS["plain"], pairs, info.value) == [True, True, False, False, False, False]
 
 
 def test_ctrl_c_keeps_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also that of the batch before, which had not come back yet."""
+    """Also the scores of the batch that was still running."""
     pairs = [("a", words(i, 40 - 5 * i)) for i in range(6)]
     real, calls = scoring.run_layers, []
 

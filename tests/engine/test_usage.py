@@ -1,4 +1,4 @@
-"""What scoring took is counted, added up, and said in one log line that is quiet by default."""
+"""Usage is counted, added up, and logged in one line per call, which is not shown by default."""
 
 import copy
 import logging
@@ -29,7 +29,7 @@ USAGES = st.builds(Usage, *[COUNTS] * 9)
 
 
 def matroyshka(**options: object) -> MatroyshkaReranker:
-    """A re-ranker that has not scored yet."""
+    """A reranker without usage."""
     return MatroyshkaReranker(FULL, dtype="float32", **options)
 
 
@@ -45,7 +45,7 @@ def test_usages_add_up_in_any_order(one: Usage, two: Usage, three: Usage) -> Non
     assert (one + two).model_seconds == one.model_seconds + two.model_seconds
 
 
-def test_it_reads_as_one_line() -> None:
+def test_it_prints_as_one_line() -> None:
     used = Usage(12_345, 678_901, 1000, 875, 1.25, 34.5, 0.125)
     assert str(used) == (
         "12,345 pairs, 678,901 tokens, padding 12.5%, seconds: tokenising 1.25, model 34.50, writing 0.12"
@@ -57,10 +57,10 @@ def test_it_reads_as_one_line() -> None:
 
 @pytest.mark.parametrize("batch_size", [None, 2])
 @pytest.mark.parametrize("make", [matroyshka, rankllama])
-def test_tokens_and_padding_are_those_of_the_batches(
+def test_tokens_and_padding_follow_from_the_batches(
     make: type[LLMReranker], batch_size: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against the ids of each batch: a prefix counts once in all tokens, and in each pair that attention lays out."""
+    """A prefix counts once among the tokens, and in each of its pairs among the positions."""
     reranker, rows, batches = make(batch_size=batch_size), frame(3, 4), []
     real = scoring.PackedPairs
 
@@ -76,7 +76,7 @@ def test_tokens_and_padding_are_those_of_the_batches(
     assert used.filled == sum(pair.length for batch in batches for pair in batch)
     assert used.positions == sum(len(batch) * max(pair.length for pair in batch) for batch in batches)
     assert 0 < used.padding == 1 - used.filled / used.positions < 1
-    assert used.tokens < used.filled  # some passages share their query
+    assert used.tokens < used.filled  # passages share queries
     assert used.tokenising_seconds > 0
     assert used.model_seconds > 0
     assert used.writing_seconds == 0
@@ -88,16 +88,14 @@ def test_tokens_and_padding_are_those_of_the_batches(
         (lambda: matroyshka(query_max_length=5, max_length=12), 1, 3),
         (lambda: matroyshka(query_max_length=5, max_length=4000), 1, 0),
         (lambda: matroyshka(query_max_length=100, max_length=15), 0, 3),
-        (lambda: rankllama(query_max_length=5, passage_max_length=12), 2, 3),  # by what both together may take
+        (lambda: rankllama(query_max_length=5, passage_max_length=12), 2, 3),  # by their joint limit
         (lambda: rankllama(query_max_length=5, passage_max_length=4000), 1, 0),
         (lambda: rankllama(query_max_length=100, passage_max_length=1), 0, 5),
-        (lambda: rankllama(query_max_length=15, passage_max_length=15), 1, 3),  # likewise
+        (lambda: rankllama(query_max_length=15, passage_max_length=15), 1, 3),  # by their joint limit
     ],
 )
-def test_texts_that_are_not_read_to_their_end_are_counted(
-    make: Callable[[], LLMReranker], queries: int, passages: int
-) -> None:
-    """A query once for all its passages, and a pair once however often it is asked for."""
+def test_truncated_texts_are_counted(make: Callable[[], LLMReranker], queries: int, passages: int) -> None:
+    """A query counts once for all its passages, and a repeated pair once."""
     long = " ".join([words(1, 9)] * (400 if passages else 1))
     texts = {"a panda": [long, "tide", long + " tide"], words(2, 9): [long, "tide"]}
     reranker = make()
@@ -117,8 +115,8 @@ def test_the_released_codes_padding_is_padding() -> None:
     assert padded.usage.tokens == padded.usage.positions == -(-plain.usage.tokens // 8) * 8
 
 
-def test_a_cascade_counts_what_goes_in_once() -> None:
-    """However many stages a pair comes through; those that leave have a score too."""
+def test_a_cascade_counts_each_pair_once() -> None:
+    """The number of stages makes no difference, and dropped pairs count as scored."""
     whole, cascade, rows = matroyshka(), matroyshka(prune={3: 2, 5: 1}), frame(2, 5)
     for reranker in (whole, cascade):
         reranker.transform(rows)
@@ -127,7 +125,7 @@ def test_a_cascade_counts_what_goes_in_once() -> None:
     assert counts[0][0] == 10
 
 
-def test_models_run_by_their_own_forward_compute_each_pairs_own_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_run_by_their_own_forward_count_prefixes_in_each_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, packed = frame(2, 3), matroyshka()
     packed.transform(rows)
     monkeypatch.setattr("pyterrier_llmrerank.checkpoints.checkpoint.FAMILIES", ())
@@ -144,7 +142,7 @@ def test_several_devices_add_up() -> None:
     several.transform(rows)
     assert (several.usage.pairs, several.usage.tokens) == (24, one.usage.tokens)
     assert several.usage.filled == one.usage.filled
-    assert several.usage.padding < one.usage.padding  # fewer queries beside each other
+    assert several.usage.padding < one.usage.padding  # batches mix fewer queries
 
 
 def test_a_union_in_one_pass_counts_with_its_first() -> None:
@@ -155,7 +153,7 @@ def test_a_union_in_one_pass_counts_with_its_first() -> None:
     assert first.usage.tokens > 0
 
 
-def test_calls_add_up_and_a_pair_that_stands_twice_counts_once() -> None:
+def test_calls_add_up_and_repeated_pairs_count_once() -> None:
     reranker, rows = matroyshka(), frame(2, 3)
     assert reranker.usage == Usage()
     reranker.transform(rows)
@@ -205,17 +203,15 @@ def test_it_is_no_part_of_the_value() -> None:
         assert other.usage == Usage()
 
 
-def test_what_was_done_before_scoring_stopped_counts(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    reranker, real, calls = matroyshka(batch_size=1), scoring.walk, []
+def test_usage_before_an_error_counts(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    reranker, real, calls = matroyshka(batch_size=1), scoring.run_layers, []
 
     def overflows(*args: object, **options: object) -> tuple[torch.Tensor, Row]:
         calls.append(1)
         states, row = real(*args, **options)
         return states * (np.inf if len(calls) == 3 else 1), row
 
-    monkeypatch.setattr(scoring, "walk", overflows)
+    monkeypatch.setattr(scoring, "run_layers", overflows)
     with caplog.at_level(logging.INFO, "pyterrier_llmrerank"), pytest.raises(ScoringError) as info:
         reranker.transform(frame(2, 4))
     assert reranker.usage.pairs == len(info.value.scores) > 0
@@ -223,7 +219,7 @@ def test_what_was_done_before_scoring_stopped_counts(
     assert [str(reranker.usage) in record.getMessage() for record in caplog.records] == [True]
 
 
-def test_what_cannot_begin_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_call_that_cannot_begin_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
     reranker = matroyshka(attn_implementation="flash_attention_2")
     with caplog.at_level(logging.INFO, "pyterrier_llmrerank"), pytest.raises(ValueError, match="flash_attention_2"):
         reranker.compute_score(("a", "b"))
@@ -244,21 +240,24 @@ def test_one_line_a_call_is_logged_under_the_packages_name(caplog: pytest.LogCap
 
 
 PROGRAM = """
-import logging
+import logging, sys
 from pyterrier_llmrerank import MatroyshkaReranker
-{setting}
-MatroyshkaReranker({model!r}, dtype="float32").compute_score(("a", "b"))
+reranker = MatroyshkaReranker({model!r}, dtype="float32")
+reranker.compute_score(("a", "b"))
+print("Now with logging.", file=sys.stderr)
+logging.basicConfig(level=logging.INFO)
+reranker.compute_score(("a", "b"))
 """
 
 
-@pytest.mark.parametrize(("setting", "lines"), [("", 0), ("logging.basicConfig(level=logging.INFO)", 1)])
-def test_it_is_quiet_until_it_is_asked_for(setting: str, lines: int) -> None:
-    program = PROGRAM.format(setting=setting, model=FULL)
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+def test_it_is_not_shown_by_default() -> None:
+    program = [sys.executable, "-c", PROGRAM.format(model=FULL)]
+    ran = subprocess.run(program, capture_output=True, text=True, check=True)
     assert ran.stdout == ""
-    ours = [line for line in ran.stderr.splitlines() if "pyterrier_llmrerank" in line]
-    assert len(ours) == lines
-    assert all(line.startswith("INFO:pyterrier_llmrerank.reranker:MatroyshkaReranker(") for line in ours)
+    before, after = ran.stderr.split("Now with logging.")
+    assert "pyterrier_llmrerank" not in before
+    (ours,) = (line for line in after.splitlines() if "pyterrier_llmrerank" in line)
+    assert ours.startswith("INFO:pyterrier_llmrerank.reranker:MatroyshkaReranker(")
 
 
 def test_a_stopwatch_adds_up_also_where_something_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,7 @@ def test_threads_may_share_a_reranker() -> None:
 
 def test_shapes_of_a_hub_model_open_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A hub model is opened on first use, so only the template keeps the weights that its shapes share."""
-    monkeypatch.setattr(MatroyshkaReranker, "_is_local", lambda self: False)
+    monkeypatch.setattr(MatroyshkaReranker, "_is_local", lambda self, parts: False)
     opened = []
     real = checkpoints.MatroyshkaCheckpoint.__init__
     monkeypatch.setattr(

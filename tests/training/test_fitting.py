@@ -156,7 +156,7 @@ def test_untrained_ones_say_so() -> None:
         RankLLaMAReranker.untrained(RANKLLAMA_BASE).compute_score(("a", "b"))
     with pytest.raises(ValueError, match="an adapter, which is trained already"):
         RankLLaMAReranker.untrained(str(MODELS / "rankllama_adapter"))
-    with pytest.raises(ValueError, match=r"adapters=\(\): there is none to write"):
+    with pytest.raises(ValueError, match=r"adapters=\(\): there is no adapter to write"):
         MatroyshkaReranker(MISTRAL).save("anywhere")
     with pytest.raises(ValueError, match="no score head"):
         RankLLaMAReranker.untrained(RANKLLAMA_BASE).save("anywhere")

@@ -1,11 +1,11 @@
-"""Tokens trained per second: RankLLaMA's recipe here, and a plain Trainer loop over transformers and PEFT.
+"""Measure tokens trained per second, beside a plain Trainer loop over transformers and PEFT.
 
-    python examples/benchmark_training.py DATA.jsonl --model FOLDER_OR_HUB_ID
+    python examples/benchmarks/training.py DATA.jsonl --model FOLDER_OR_HUB_ID
 
-Both train the same LoRA modules and score head on the same groups in the same order, with transformers' Trainer,
-in the same precision. The plain loop is what one would write: AutoModelForSequenceClassification, padded
-batches with their attention masks, cross-entropy over each group. They take turns, so that both meet what else the
-machine does; printed are medians over the rounds. Padding is not counted as tokens.
+Both use RankLLaMA's recipe and train the same LoRA modules and score head on the same groups in the same order,
+with transformers' Trainer, in the same precision. The plain loop uses AutoModelForSequenceClassification, padded
+batches with attention masks, and cross-entropy over each group. The two take turns, so that other load on the
+machine affects both. Medians over the rounds are printed. Padding does not count as tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
-from pyterrier_llmrerank.checkpoints.files import folder_of, smollm2
+from pyterrier_llmrerank.checkpoints.locate import folder_of
 from pyterrier_llmrerank.training import RankLLaMATraining
 from pyterrier_llmrerank.training.data import Batch, Collator, Groups, open_data
 from pyterrier_llmrerank.training.trainer import GroupTrainer, with_lora
@@ -70,7 +70,7 @@ class PlainTrainer(Trainer):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="JSON lines")
-    parser.add_argument("--model", default=smollm2(), help="a causal language model: folder, .gguf file or hub id")
+    parser.add_argument("--model", default="smollm2-135m", help="a causal language model: folder, .gguf file or hub id")
     parser.add_argument("--group_size", type=int, default=8)
     parser.add_argument("--queries", type=int, default=1, help="a step")
     parser.add_argument("--passage_max_length", type=int, default=196)

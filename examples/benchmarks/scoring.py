@@ -1,19 +1,19 @@
-r"""How fast re-ranking is, beside what one would use else: the same weights, texts, precision and threads in one run.
+r"""Measure how fast reranking is, beside other programs with the same weights, texts, precision and threads.
 
-    python examples/benchmark.py FOLDER --candidates 100 --queries 1
-    python examples/benchmark.py FOLDER --queries 10 --random_layers 32 --matroyshka '' \
+    python examples/benchmarks/scoring.py FOLDER --candidates 100 --queries 1
+    python examples/benchmarks/scoring.py FOLDER --queries 10 --random_layers 32 --matroyshka '' \
         --quantization float8 --torch_compile --json gpu.json --plot gpu.png  # 7B, on one GPU of 80 GB
-    python examples/benchmark.py FOLDER --peers --quantization float8 --torch_compile  # what options give
+    python examples/benchmarks/scoring.py FOLDER --peers --quantization float8 --torch_compile  # options alone
 
-FOLDER is as for rerank_run.py. Peers of RankLLaMA: (a) CrossEncoder as it comes (pip install
+FOLDER is as for rerank_run.py. Peers of RankLLaMA: (a) CrossEncoder with its defaults (pip install
 sentence-transformers), (b) transformers' sequence classification padded and cut to 194 tokens, the original's
-maximum. Peer of Matroyshka: (c) padded batches through eager attention with full attention matrices, as the
-released code does. "20/2" is twenty layers, and passages pooled two to one before layer 8. With options of the
-re-rankers (--quantization, --torch_compile, --attn_implementation), both stand beside themselves without, marked
-"+". All take turns for some rounds; printed are medians. Tokens are those of the texts as ours read them, a query's
-in each of its pairs and padding in none, and so the same for all that read the same texts. Operations are counted
-by torch, not timed; of those compiled or in eight bits it does not see all. The share of the peak is that of matrix
-products of the model's own shapes, in the same run.
+maximum. Peer of Matroyshka: (c) padded batches through eager attention with full attention matrices, as in the
+released code. "20/2" means twenty layers, with passages pooled two to one before layer 8. The options --quantization,
+--torch_compile and --attn_implementation add both rerankers with these options, marked "+". All systems take turns
+for some rounds, and medians are printed. Tokens are counted without padding, and a query's in each of its pairs, so
+that all systems that read the same texts have the same number. Operations are counted by torch, which does not see
+all operations of compiled or quantised layers. The share of the peak compares with matrix products of the model's own
+shapes in the same run.
 """
 
 from __future__ import annotations
@@ -34,14 +34,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from rerank_run import load, with_title
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, MistralConfig
 
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker
-from pyterrier_llmrerank.checkpoints.files import SHIPPED, folder_of, smollm2
+from pyterrier_llmrerank.checkpoints.locate import folder_of
 from pyterrier_llmrerank.engine.batching import TOKENS
 from pyterrier_llmrerank.engine.inputs import Ids, MatroyshkaInputs, document
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from rerank_run import load, with_title
 
 Scorer = Callable[[], np.ndarray]
 LONGEST = 1024  # tokens of a text: more than any has, so that nobody but (b) cuts
@@ -58,7 +60,7 @@ ON_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_
 
 @dataclass
 class System:
-    """One way to score the candidates, and what was measured of it."""
+    """A way to score the candidates, with its measurements."""
 
     name: str
     score: Scorer
@@ -180,7 +182,7 @@ def random_model(folder: Path, layers: int, device: str) -> None:
     )
     with torch.device(device):
         AutoModelForSequenceClassification.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(folder_of(smollm2(), "model")).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(folder_of("smollm2-135m", "model")).save_pretrained(folder)
     without_chat(folder)
 
 
@@ -193,7 +195,7 @@ def without_chat(folder: Path) -> None:
 
 
 def ours(reranker: LLMReranker, candidates: pd.DataFrame) -> Scorer:
-    """A re-ranker of this package, frame to frame."""
+    """Score with a reranker of this package, frame to frame."""
     return lambda: reranker(candidates)["score"].to_numpy()
 
 
@@ -263,7 +265,7 @@ def measure(systems: list[System], rounds: int, device: str) -> dict[str, np.nda
 
 
 def report(systems: list[System], pairs: int, best: dict[torch.dtype, float]) -> pd.DataFrame:
-    """What each system does in a second, and with how many operations."""
+    """Tabulate pairs, tokens and operations of each system."""
     rows = []
     for system in systems:
         seconds, used = statistics.median(system.seconds), system.reads.usage
@@ -305,8 +307,8 @@ def main() -> None:
     parser.add_argument("--run", default="bm25", help="which of runs/*.res.gz")
     parser.add_argument("--queries", type=int, default=1, help="so many of the topics, from the first")
     parser.add_argument("--candidates", type=int, default=100, help="a query")
-    parser.add_argument("--rankllama", default=SHIPPED, help="as RankLLaMAReranker takes it")
-    parser.add_argument("--matroyshka", default=SHIPPED, help="as MatroyshkaReranker takes it; '' for none")
+    parser.add_argument("--rankllama", default="smollm2-135m", help="as RankLLaMAReranker takes it")
+    parser.add_argument("--matroyshka", default="smollm2-135m", help="as MatroyshkaReranker takes it; '' for none")
     parser.add_argument(
         "--random_layers", type=int, help="instead of --rankllama, random weights in Mistral-7B's shape, so many layers"
     )
@@ -315,9 +317,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--peers", nargs="*", default=["a", "b", "c"], choices=["a", "b", "c"], help="only these")
-    parser.add_argument("--quantization", help="an option of the re-rankers, which run with and without it; so are")
-    parser.add_argument("--torch_compile", action="store_true", help="this one")
-    parser.add_argument("--attn_implementation", help="and this one")
+    parser.add_argument("--quantization", help="option of the rerankers, which run with and without it")
+    parser.add_argument("--torch_compile", action="store_true", help="option, likewise")
+    parser.add_argument("--attn_implementation", help="option, likewise")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--plot", type=Path, help="where to draw them; needs matplotlib")
     chosen = parser.parse_args()

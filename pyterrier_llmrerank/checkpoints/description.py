@@ -1,0 +1,281 @@
+"""``reranker.json``: the file by which a saved reranker describes itself, and opens with no other argument.
+
+It is read as data. Everything in it is checked, and it may name folders below its own only.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ..errors import short
+from .config import read_json
+from .locate import HUB_ID, adapter_folder, below, is_hub_id
+
+#: The name of the file.
+FILE = "reranker.json"
+
+#: The version of its format. A file of a newer version is refused, for it may hold settings that scores depend on.
+FORMAT_VERSION = 1
+
+#: The kinds of rerankers, and the classes that open them.
+KINDS = {"rankllama": "RankLLaMAReranker", "matroyshka": "MatroyshkaReranker"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """The parts of a reranker and the settings that it was trained with.
+
+    Args:
+        kind: ``rankllama`` or ``matroyshka``.
+        base: the model below the adapters: a hub id, an absolute path or the bundled model's name; None where the
+            folder itself holds the model.
+        layers: decoder layers of the base; None if unknown.
+        start_layer: the shallowest layer with a head; None for the base's own.
+        layer_sep: layers from one head to the next; None for the base's own.
+        prompt: the question that ends every input; None for the usual one, and for RankLLaMA.
+        adapters: folders of the adapters to merge, in this order; ``.`` is the folder itself.
+        token_adapters: folders of token compensations by ratio, ascending.
+    """
+
+    kind: str
+    base: str | None = None
+    layers: int | None = None
+    start_layer: int | None = None
+    layer_sep: int | None = None
+    prompt: str | None = None
+    adapters: tuple[str, ...] = ()
+    token_adapters: tuple[tuple[int, str], ...] = ()
+
+    @classmethod
+    def read(cls, folder: Path, kind: str, argument: str) -> Description | None:
+        """Read and check the description in a folder.
+
+        Args:
+            folder: the folder of the model.
+            kind: the kind of reranker that is to open it.
+            argument: the caller's argument and its value, for messages.
+
+        Returns:
+            The description; None if the folder has none.
+
+        Raises:
+            ValueError: the file is of another kind or a newer version, has an unknown or missing field, a value that
+                is not allowed, or names a path outside its folder.
+            FileNotFoundError: the folder of an adapter is missing.
+        """
+        path = folder / FILE
+        if not path.is_file():
+            return None
+        content = read_json(path)
+        reader = _Reader(path, content, argument)
+        version: int | None = reader.get("format_version", int, least=1)
+        if version is None or version > FORMAT_VERSION:
+            raise ValueError(
+                f"{argument}: {path} has format_version {short(content.get('format_version'))}; this release of "
+                f"pyterrier_llmrerank reads up to {FORMAT_VERSION}."
+            )
+        if unknown := sorted(content.keys() - _FIELDS):
+            raise ValueError(f"{argument}: {path} has an unknown field {short(unknown[0])}.")
+        found = reader.get("kind", str)
+        if found not in KINDS:
+            raise ValueError(f"{argument}: kind in {path} is {short(found)}; allowed: {', '.join(KINDS)}.")
+        if found != kind:
+            raise ValueError(f"{argument}: {path} describes a {found} model; open it with {KINDS[found]}.")
+        return cls(
+            kind=found,
+            base=reader.base(),
+            layers=reader.get("layers", int, least=1),
+            start_layer=reader.get("start_layer", int, least=1),
+            layer_sep=reader.get("layer_sep", int, least=1),
+            prompt=reader.get("prompt", str),
+            adapters=reader.adapters(),
+            token_adapters=reader.token_adapters(),
+        ).checked(path, argument)
+
+    def checked(self, path: Path, argument: str) -> Description:
+        """Return the description, or raise ValueError if its fields contradict each other."""
+        if self.kind == "rankllama":
+            matroyshka = ("start_layer", "layer_sep", "prompt", "token_adapters")
+            if given := [name for name in matroyshka if getattr(self, name) not in (None, ())]:
+                raise ValueError(f"{argument}: {path} has {given[0]}, which no rankllama model has.")
+            wanted = () if self.base is None else (".",)
+            if self.adapters != wanted:
+                raise ValueError(
+                    f"{argument}: adapters in {path} is {list(self.adapters)}; a rankllama model "
+                    f"{'without' if self.base is None else 'with'} a base has {list(wanted)}."
+                )
+        elif self.base is None and "." in self.folders:
+            raise ValueError(f"{argument}: {path} has no base for the adapter beside it.")
+        return self
+
+    def check_layers(self, layers: int, argument: str) -> None:
+        """Raise ValueError unless the base has as many layers as the description says."""
+        if self.layers not in (None, layers):
+            raise ValueError(f"{argument}: {FILE} says that the base has {self.layers} layers, but it has {layers}.")
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """The names of all adapters' folders."""
+        return (*self.adapters, *dict(self.token_adapters).values())
+
+    def write(self, folder: Path) -> None:
+        """Write the description into a folder.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        content = {
+            "format_version": FORMAT_VERSION,
+            "kind": self.kind,
+            "base": self.base,
+            "layers": self.layers,
+            "start_layer": self.start_layer,
+            "layer_sep": self.layer_sep,
+            "prompt": self.prompt,
+            "adapters": list(self.adapters),
+            "token_adapters": {str(ratio): name for ratio, name in self.token_adapters},
+            "package_version": importlib.metadata.version("pyterrier-llmrerank"),
+        }
+        (folder / FILE).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+#: All fields that a file may have.
+_FIELDS = {"format_version", "package_version", *Description.__dataclass_fields__}
+
+
+def described(model: str, folder: Path, kind: str, argument: str) -> Description | None:
+    """Read a model's description, with references in place of the names of folders and of the base.
+
+    Args:
+        model: the model as its user names it: a folder or a hub id.
+        folder: the local folder with its files.
+        kind: the kind of reranker that is to open it.
+        argument: the caller's argument and its value, for messages.
+
+    Returns:
+        The description; None if the folder has none.
+
+    Raises:
+        ValueError: as :meth:`Description.read`, or a folder is a link to one elsewhere.
+        FileNotFoundError: a folder is missing.
+    """
+    own = Description.read(folder, kind, argument)
+    if own is None:
+        return None
+    for name in own.folders:
+        if not (folder / name).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{argument}: {folder / FILE} names {name!r}, a link to a folder outside its own.")
+        if not is_hub_id(model) and not (folder / name).is_dir():  # of a hub model it may not be downloaded yet
+            raise FileNotFoundError(f"{argument}: {folder / FILE} names the folder {name!r}, which is missing.")
+    return replace(
+        own,
+        base=model if own.base is None else own.base,
+        adapters=tuple(below(model, name) for name in own.adapters),
+        token_adapters=tuple((ratio, below(model, name)) for ratio, name in own.token_adapters),
+    )
+
+
+def assembled(given: Description, folder: Path | None, argument: str) -> Description:
+    """Return the parts of a Matroyshka reranker: given values win over the model's own description.
+
+    Args:
+        given: the user's arguments; its base is the model as the user names it. Adapters replace the model's own and
+            their token compensations.
+        folder: the local folder with the model's files; None if it is not to be downloaded.
+        argument: the caller's argument and its value, for messages.
+
+    Raises:
+        ValueError: the model's own adapters were trained with another ``start_layer`` or ``layer_sep``, or as
+            :func:`described`.
+        FileNotFoundError: as :func:`described`.
+    """
+    model = str(given.base)
+    own = None if folder is None else described(model, folder, "matroyshka", argument)
+    if own is None:
+        return given
+    adapters, token_adapters = own.adapters, own.token_adapters
+    if given.adapters:
+        adapters, token_adapters = tuple(_found(name, model) for name in given.adapters), ()
+    elif own.adapters:
+        for name in ("start_layer", "layer_sep"):
+            value, trained = getattr(given, name), getattr(own, name)
+            if value is not None and trained is not None and value != trained:
+                raise ValueError(
+                    f"{name}={value}: {argument} was trained with {name} {trained}; allowed: {trained}, or adapters "
+                    "of your own, or MatroyshkaReranker.untrained."
+                )
+    if given.token_adapters:
+        token_adapters = tuple((ratio, _found(name, model)) for ratio, name in given.token_adapters)
+    return replace(
+        own,
+        adapters=adapters,
+        token_adapters=token_adapters,
+        start_layer=own.start_layer if given.start_layer is None else given.start_layer,
+        layer_sep=own.layer_sep if given.layer_sep is None else given.layer_sep,
+        prompt=own.prompt if given.prompt is None else given.prompt,
+    )
+
+
+def _found(name: str, model: str) -> str:
+    """Resolve an adapter that may be in a folder below the model's own: from its base, that would not be found."""
+    if is_hub_id(model):
+        return str(adapter_folder(name, model))
+    own = Path(model).expanduser() / name
+    return str(own) if own.is_dir() else name
+
+
+def fitting(token_adapters: Sequence[tuple[int, str]], ratio: int) -> tuple[str, ...]:
+    """Return the token compensation for a ratio, else for the next lower one; none if there is none."""
+    return tuple([name for own, name in sorted(token_adapters) if own <= ratio][-1:])
+
+
+class _Reader:
+    """The fields of a description, each read with its checks."""
+
+    def __init__(self, path: Path, content: Mapping[str, Any], argument: str) -> None:
+        self.path, self.content, self.argument = path, content, argument
+
+    def refused(self, name: str, allowed: str) -> ValueError:
+        value = short(self.content.get(name))
+        return ValueError(f"{self.argument}: {name} in {self.path} is {value}; allowed: {allowed}.")
+
+    def get(self, name: str, kind: type, least: int | None = None) -> Any:
+        value = self.content.get(name)
+        if value is not None and (type(value) is not kind or (isinstance(value, int) and value < (least or 0))):
+            raise self.refused(name, "a string" if kind is str else f"an integer of at least {least}")
+        return value
+
+    def base(self) -> str | None:
+        base: str | None = self.get("base", str)
+        if base is None or Path(base).is_absolute() or HUB_ID.fullmatch(base):
+            return base
+        raise self.refused("base", "a hub id, an absolute path or null")
+
+    def adapters(self) -> tuple[str, ...]:
+        names = self.content.get("adapters", [])
+        if not isinstance(names, list):
+            raise self.refused("adapters", "a list of folders")
+        return tuple(self.folder("adapters", name) for name in names)
+
+    def token_adapters(self) -> tuple[tuple[int, str], ...]:
+        by_ratio = self.content.get("token_adapters", {})
+        ratios = [str(ratio) for ratio in (2, 4, 8, 16, 32, 64)]
+        if not isinstance(by_ratio, dict) or not by_ratio.keys() <= set(ratios):
+            raise self.refused("token_adapters", f"an object with a folder for ratios among {', '.join(ratios)}")
+        pairs = [(int(ratio), self.folder("token_adapters", name)) for ratio, name in by_ratio.items()]
+        return tuple(sorted(pairs))
+
+    def folder(self, field: str, name: object) -> str:
+        """Check that a name is that of a folder below this one, or of this one."""
+        allowed = "names of folders below its own"
+        if not isinstance(name, str) or not 0 < len(name) < 256:
+            raise self.refused(field, allowed)
+        parts = PurePosixPath(name)
+        if parts.is_absolute() or ".." in parts.parts or "\\" in name or "\0" in name or str(parts) != name:
+            raise self.refused(field, allowed)
+        return name

@@ -1,0 +1,95 @@
+"""GGUF files, converted once to folders that open like any other."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyterrier as pt
+
+from ..errors import reason, short
+from .config import check_sizes, refuse_pointer
+from .families import FAMILIES
+from .tensors import save_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def dequantised(file: Path, argument: str = "model") -> Path:
+    """Convert a GGUF file to a folder of fp32 safetensors, once: the folder is kept in PyTerrier's home.
+
+    Raises:
+        ImportError: the ``gguf`` package is missing.
+        ValueError: the file cannot be read as a decoder of a known family.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError(f"{argument}={str(file)!r}: reading a GGUF file needs the gguf package: pip install gguf")
+    file = file.resolve()
+    refuse_pointer(file)
+    stat = file.stat()
+    home = Path(pt.io.pyterrier_home()) / "llmrerank"
+    state = f"{file} {stat.st_size} {stat.st_mtime_ns}"
+    folder = home / f"{file.stem}-{hashlib.sha256(state.encode()).hexdigest()[:16]}"
+    if folder.is_dir():
+        return folder
+    home.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=home) as temporary:
+        ready = Path(temporary) / "model"
+        try:
+            tokenizer, model = _read_gguf(file)
+        except Exception as error:  # a broken or hostile file makes its readers raise anything
+            raise ValueError(
+                f"{argument}={str(file)!r}: cannot be read as a GGUF language model: {reason(error)}"
+            ) from error
+        from .tokenizer import save_tokenizer  # transformers takes seconds to import
+
+        save_tokenizer(tokenizer, ready)
+        if hasattr(model.config, "quantization_config"):  # the weights written here are not quantised
+            del model.config.quantization_config
+        model.config.save_pretrained(ready)
+        save_tensors(dict(model.named_parameters()), ready / "model.safetensors")  # a tied head is listed once
+        try:
+            os.replace(ready, folder)
+        except OSError:  # another process was first
+            if not folder.is_dir():
+                raise
+    return folder
+
+
+def _read_gguf(file: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Read the tokenizer and the fp32 model, after checking that the file holds as many weights as it describes."""
+    import torch
+    from gguf import GGUFReader
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.modeling_gguf_pytorch_utils import (
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+        load_gguf_checkpoint,
+    )
+
+    described: dict[str, Any] = load_gguf_checkpoint(file)  # type: ignore[no-untyped-call]
+    check_sizes(described["config"], {}, str(file))
+    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    wanted = sum(weight.numel() for weight in model.parameters())
+    tensors = GGUFReader(file).tensors
+    if wanted > (held := sum(int(tensor.n_elements) for tensor in tensors)):
+        raise ValueError(f"it describes a model of {wanted} weights and holds {held}")
+    if config.model_type in FAMILIES:  # transformers splits and joins tensors of other families
+        known = get_gguf_hf_weights_map(model, TensorProcessor())  # type: ignore[no-untyped-call]
+        if unknown := sorted(tensor.name for tensor in tensors if tensor.name not in known):
+            raise ValueError(f"it has a tensor {short(unknown[0])}, which no model_type {config.model_type!r} has")
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    opened: Any = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
+    )
+    model, loading = opened
+    if loading["missing_keys"]:
+        raise ValueError(f"it has no tensor for {min(loading['missing_keys'])!r}")
+    return tokenizer, model

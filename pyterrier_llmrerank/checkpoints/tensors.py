@@ -1,0 +1,179 @@
+"""Tensors: the weights in safetensors and ``.bin`` files, by name, each read on demand.
+
+Nothing in the files is executed: torch's restricted unpickler reads ``.bin`` files.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from ..errors import reason, short
+from .config import read_json, refuse_pointer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: The dtypes in which weights may be stored, as torch prints them.
+STORED = ("torch.float32", "torch.bfloat16", "torch.float16", "torch.float64")
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: it cannot be written; names the file.
+    """
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:  # its own exception for a full disk
+        raise OSError(f"{path} cannot be written: {error}") from error
+
+
+class TensorFiles:
+    """Read the tensors of a checkpoint by name, whatever files hold them, each on demand.
+
+    Args:
+        folder: the folder of the files.
+        stem: ``model`` or ``adapter_model``, the start of their names.
+        argument: the caller's argument and value, for messages.
+
+    Raises:
+        FileNotFoundError: the folder has no weights.
+        ValueError: a file is broken, or of another format than its name says.
+    """
+
+    def __init__(self, folder: Path, stem: str, argument: str) -> None:
+        self.argument = argument
+        # An adapter has many small tensors, and opening its file takes longer than reading one: it stays open.
+        # A model's file would stay mapped, and count as memory in use.
+        self._open = cache(_open_safetensors) if stem == "adapter_model" else _open_safetensors
+        bin_stem = "pytorch_model" if stem == "model" else stem
+        incomplete: FileNotFoundError | None = None
+        for name in (f"{stem}.safetensors", f"{bin_stem}.bin"):
+            index = folder / f"{name}.index.json"
+            if (folder / name).is_file():
+                files = [name]
+            elif index.is_file():
+                files = sorted(set(_weight_map(index).values()))
+            else:
+                continue
+            if missing := [file for file in files if not (folder / file).is_file()]:  # the other format may be complete
+                incomplete = incomplete or FileNotFoundError(
+                    f"{argument}: {index} names {missing[0]}, which is missing."
+                )
+                continue
+            #: Whether the files are safetensors, rather than torch's own format.
+            self.safetensors = name.endswith(".safetensors")
+            self._where: dict[str, Path | dict[str, Tensor]] = {}
+            for file in files:
+                path = folder / file
+                source = path if path.suffix == ".safetensors" else _load_bin(path)
+                names = source if isinstance(source, dict) else self._open(path).keys()
+                for name in names:
+                    if name in self._where:
+                        raise ValueError(f"{argument}: tensor {short(name)} is in {path} and in another file too.")
+                    self._where[name] = source
+            return
+        raise incomplete or FileNotFoundError(
+            f"{argument}: no weights in {folder}; expected {stem}.safetensors, {bin_stem}.bin or their index. "
+            "(The copy of a hub model may be incomplete if it was made offline.)"
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape without reading the tensor."""
+        source = self._where[name]
+        if isinstance(source, dict):
+            return tuple(source[name].shape)
+        return tuple(self._open(source).get_slice(name).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        """Read a tensor in its stored dtype. It may be a view of the file, which stays mapped as long as it lives.
+
+        Raises:
+            ValueError: its dtype is none of :data:`STORED`.
+        """
+        source = self._where[name]
+        tensor: Tensor = source[name] if isinstance(source, dict) else self._open(source).get_tensor(name)
+        if str(tensor.dtype) not in STORED:
+            raise ValueError(f"{self.argument}: tensor {short(name)} is {tensor.dtype}; allowed: {', '.join(STORED)}.")
+        return tensor
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(file, str) and Path(file).name == file and len(file) < 256 for file in weight_map.values()
+    ):
+        raise ValueError(f"{index}: weight_map must name files of this folder.")
+    return weight_map
+
+
+def _open_safetensors(path: Path) -> Any:
+    try:
+        refuse_pointer(path)
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file: {reason(error)}") from error
+
+
+def _load_bin(path: Path) -> dict[str, Tensor]:
+    import torch
+
+    refuse_pointer(path)
+    try:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            records = _record_bytes(path)
+        except RuntimeError:  # files older than torch 1.6 cannot be mapped
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            records = None
+    except Exception as error:  # a broken or hostile file makes the unpickler raise anything
+        raise ValueError(f"{path}: refused, it is not a plain file of tensors: {_unpicklers_reason(error)}") from error
+    if not isinstance(content, dict) or not all(isinstance(n, str) and _is_plain(t) for n, t in content.items()):
+        raise ValueError(f"{path}: refused, it is not a plain file of tensors.")
+    storages = {s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in content.values())}
+    if records is not None and sum(storages.values()) > records:  # else a tensor would extend into the next record
+        raise ValueError(f"{path}: refused, its records are shorter than the tensors that it describes.")
+    return content
+
+
+def _unpicklers_reason(error: Exception) -> str:
+    """Return torch's reason for refusing a file, without its advice on how to open the file anyway."""
+    said = reason(error, 10_000)
+    if "weights_only" in said:
+        said = said.partition("WeightsUnpickler error: ")[2].strip().partition("\n")[0].partition(" Please ")[0]
+    return said[:300] or "it cannot be unpickled"
+
+
+def _record_bytes(path: Path) -> int:
+    """Count the bytes of tensor data in a file of torch's zip format."""
+    with zipfile.ZipFile(path) as records:
+        return sum(record.compress_size for record in records.infolist() if "/data/" in record.filename)
+
+
+def _is_plain(tensor: object) -> bool:
+    """Tell whether an object is a dense tensor in memory, with storage for its whole shape."""
+    import torch
+
+    return (
+        isinstance(tensor, torch.Tensor)
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and not tensor.is_quantized
+        and not tensor.is_nested
+        and tensor.untyped_storage().nbytes() >= tensor.nbytes
+    )

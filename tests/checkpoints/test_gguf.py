@@ -1,0 +1,113 @@
+"""GGUF files score as their models do, and are refused by name if they are broken."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import lfs_pointer, no_file_above
+from safetensors.torch import load_file
+
+from pyterrier_llmrerank import MatroyshkaReranker
+from pyterrier_llmrerank.checkpoints import gguf
+from pyterrier_llmrerank.checkpoints.config import read_json
+from pyterrier_llmrerank.checkpoints.gguf import dequantised
+from pyterrier_llmrerank.checkpoints.locate import folder_of
+
+
+def test_a_gguf_file_scores_what_its_model_does(
+    tiny_gguf: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTERRIER_HOME", str(tmp_path))
+    path, model = tiny_gguf
+    reranker = MatroyshkaReranker(path, dtype="float32")
+    pair = ("what", "Yes, this")
+    score = reranker.compute_score(pair)
+    _, _, tokenizer = reranker._weights().at_depth(1)
+    (ids,) = reranker._encode(tokenizer, [pair])
+    with torch.inference_mode():
+        logits = model.eval()(torch.tensor([ids.flat()])).logits[0, -1]
+    assert score == pytest.approx(logits[tokenizer("Yes")["input_ids"][-1]].item(), abs=1e-4)
+    (folder,) = (tmp_path / "llmrerank").iterdir()
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    assert dequantised(path) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_gguf_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install gguf"):
+        folder_of(str(tmp_path / "m.gguf"), "model")
+
+
+def test_a_git_lfs_pointer_of_a_gguf_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    (tmp_path / "m.gguf").write_bytes(lfs_pointer(b""))
+    with pytest.raises(ValueError, match=r"m\.gguf: a Git LFS pointer"):
+        folder_of(str(tmp_path / "m.gguf"), "model")
+
+
+def test_a_broken_gguf_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTERRIER_HOME", str(tmp_path / "home"))
+    (tmp_path / "m.gguf").write_bytes(b"not a GGUF file")
+    with pytest.raises(ValueError, match=r"base_model=.*m\.gguf.*cannot be read"):
+        folder_of(str(tmp_path / "m.gguf"), "base_model")
+    assert list((tmp_path / "home" / "llmrerank").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            b"llama.block_count\x04\0\0\0\x02",
+            b"llama.block_count\x04\0\0\0\x03",
+            "describes a model of .* weights and holds",
+        ),
+        (b"llama.block_count\x04\0\0\0\x02\0", b"llama.block_count\x04\0\0\0\xff\xff", "num_hidden_layers is 65535"),
+        (b"embedding_length\x04\0\0\0\x40\0\0\0", b"embedding_length\x04\0\0\0\0\0\0\x7f", "hidden_size is"),
+        (b"blk.1.ffn_up.weight", b"blk.1.ffn_zz.weight", "it has a tensor 'blk.1.ffn_zz.weight', which no model_t"),
+        (b"blk.1.ffn_up.weight", b"rope_freqs_1.weight", "it has a tensor 'rope_freqs_1.weight', which no model_type"),
+        (b"general.architecture", b"general.architectur_", "cannot be read"),
+    ],
+)
+def test_a_gguf_that_lies_is_named_and_leaves_nothing(
+    tiny_gguf: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    old: bytes, new: bytes, message: str,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("PYTERRIER_HOME", str(tmp_path / "home"))
+    sound = tiny_gguf[0].read_bytes()
+    assert old in sound
+    (tmp_path / "m.gguf").write_bytes(sound.replace(old, new))
+    with pytest.raises(ValueError, match=rf"m\.gguf': cannot be read as a GGUF language model: .*{message}|{message}"):
+        folder_of(str(tmp_path / "m.gguf"), "model")
+    assert list((tmp_path / "home" / "llmrerank").iterdir()) == []
+
+
+def test_a_cut_off_gguf_is_named(tiny_gguf: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTERRIER_HOME", str(tmp_path / "home"))
+    sound = tiny_gguf[0].read_bytes()
+    for length in (3, 30, 300, 1500, len(sound) // 2, len(sound) - 100):
+        (tmp_path / "m.gguf").write_bytes(sound[:length])
+        with pytest.raises(ValueError, match=r"m\.gguf': cannot be read"):
+            folder_of(str(tmp_path / "m.gguf"), "model")
+
+
+def test_a_full_disk_leaves_no_model_of_a_gguf(
+    tiny_gguf: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTERRIER_HOME", str(tmp_path / "home"))
+    with no_file_above(50_000), pytest.raises(OSError, match=r"model\.safetensors cannot be written: .*too large"):
+        dequantised(tiny_gguf[0])
+    assert list((tmp_path / "home" / "llmrerank").iterdir()) == []
+    assert (dequantised(tiny_gguf[0]) / "model.safetensors").is_file()
+
+
+def test_a_gguf_is_dequantised_once(smollm2: str) -> None:
+    folder = dequantised(Path(smollm2))
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    assert dequantised(Path(smollm2)) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
+    tensors = load_file(folder / "model.safetensors")
+    assert tensors["model.embed_tokens.weight"].dtype == torch.float32
+    assert "quantization_config" not in read_json(folder / "config.json")
