@@ -276,7 +276,7 @@ def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(Path(FULL, "config.json").read_bytes())
     for file in Path(FULL).glob("*token*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(FileNotFoundError, match=r"no weights in .*wanted model\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"no weights in .*expected model\.safetensors"):
         MatroyshkaReranker(tmp_path).compute_score(("a", "b"))
 
 
