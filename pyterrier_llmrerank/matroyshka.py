@@ -120,7 +120,7 @@ class MatroyshkaReranker(LLMReranker):
         default=(),
         check=_adapters,
         help="LoRA folders to merge, in this order: paths, folders below the model's own "
-        '(``"compensate/layer/full"``), or hub ids as for ``model``. The default is the adapters in the model\'s '
+        '(``"compensate/layer/full"``), or hub ids. The default is the adapters in the model\'s '
         "``reranker.json``, if it has one.",
     )
     token_adapters: Converted[Mapping[int, str] | Sequence[tuple[int, str]], tuple[tuple[int, str], ...]] = Converted(

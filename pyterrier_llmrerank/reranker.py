@@ -359,8 +359,9 @@ class LLMReranker(pt.Estimator):
         return usage
 
     def quiet(self) -> Self:
-        """Return a copy that shows no progress bar and logs usage at DEBUG level only."""
+        """Return a copy without usage that shows no progress bar and logs its usage at DEBUG level only."""
         quiet = copy.copy(self)
+        quiet._usage = Usage()
         quiet.verbose = False
         quiet._usage_level = logging.DEBUG
         return quiet

@@ -24,8 +24,10 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainerCal
 
 from pyterrier_llmrerank.checkpoints.locate import folder_of
 from pyterrier_llmrerank.training import RankLLaMATraining
-from pyterrier_llmrerank.training.data import Batch, Collator, Groups, open_data
-from pyterrier_llmrerank.training.trainer import GroupTrainer, with_lora
+from pyterrier_llmrerank.training.batches import Batch, Collator, Groups
+from pyterrier_llmrerank.training.data import open_data
+from pyterrier_llmrerank.training.lora import with_lora
+from pyterrier_llmrerank.training.trainer import GroupTrainer
 
 
 class Clock(TrainerCallback):
@@ -116,9 +118,7 @@ def main() -> None:
                     plain, arguments, train_dataset=groups, data_collator=lambda drawn: {"batch": collate(drawn)}
                 )
             else:
-                trainer = GroupTrainer(
-                    ours, arguments, groups, collate, recipe.loss, recipe.widths(0), recipe.task_type
-                )
+                trainer = GroupTrainer(ours, arguments, recipe, checkpoint, groups)
             trainer.add_callback(clock)
             trainer.train()
         return clock

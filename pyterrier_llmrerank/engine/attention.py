@@ -29,7 +29,7 @@ from .packing import Packing, on_device
 #: The name under which transformers finds :func:`attention`.
 ATTENTION = "pyterrier_llmrerank"
 
-#: Query positions in a block, where attention runs in blocks of fixed size.
+#: Query positions in a block, if attention runs in blocks of fixed size.
 BLOCK = 32
 
 

@@ -151,7 +151,7 @@ def run_layers(
 
 
 class _Plan(NamedTuple):
-    """What happens to the row on its way, by the number of layers after which it happens."""
+    """The layouts and poolings of a run, by the number of layers after which they apply."""
 
     layouts: dict[int, Layout]
     poolings: dict[int, Pooling]
@@ -160,7 +160,7 @@ class _Plan(NamedTuple):
 
 
 def _plan(row: Row, pooled_after: Sequence[int], ratio: int, lay_out: Callable[[Packing], Layout]) -> _Plan:
-    """Copy to the device all that it has to know of the pairs, before the first layer, so that no layer waits."""
+    """Prepare all poolings and layouts before the first layer runs, so that no layer waits for a copy to the device."""
     packing = row.packing
     layouts, poolings = {row.depth: lay_out(packing)}, {}
     for depth in pooled_after:

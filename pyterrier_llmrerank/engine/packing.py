@@ -4,7 +4,7 @@ Three pairs, the first two of one query::
 
     row        A A A b b b b S c c S B B d d S      A, B: prefixes; b, c, d: bodies; S: the suffix
     pair       0 0 0 0 0 0 0 0 1 1 1 2 2 2 2 2      pair_of_token
-    position   0 1 2 3 4 5 6 7 3 4 5 0 1 2 3 4      positions: pair 1 goes on after the prefix of its owner, pair 0
+    position   0 1 2 3 4 5 6 7 3 4 5 0 1 2 3 4      positions: pair 1 continues the prefix of its owner, pair 0
 
     pair 0     row[0:8]                             places: where to read each pair
     pair 1     row[0:3] + row[8:11]

@@ -432,13 +432,13 @@ class DeviceScorer:
         else:
             row = embedded(model, PackedPairs(ids, self.shape.pad_id, known))
             self._count(row.packing, len(row.states))
-        leaves = stage.prefix if row.packing.owner[-1] < 0 else PrefixCache(ids[-1].prefix)
+        last_prefix = stage.prefix if row.packing.owner[-1] < 0 else PrefixCache(ids[-1].prefix)
         states, row = run_layers(
             model, row, stage.cutoffs,
             compress_layers=self.shape.compress_layers, compress_ratio=self.shape.compress_ratio,
-            resumable=not stage.is_last, kernel=self._kernel, reuse_prefix=stage.prefix, save_prefix=leaves,
+            resumable=not stage.is_last, kernel=self._kernel, reuse_prefix=stage.prefix, save_prefix=last_prefix,
         )  # fmt: skip
-        stage.prefix = leaves
+        stage.prefix = last_prefix
         if not stage.is_last:
             stage.states_after |= {member: (row, place) for place, member in enumerate(members)}
         return states

@@ -1,5 +1,6 @@
-"""Training both re-rankers, on the decoder and the inputs that inference uses."""
+"""Training of both rerankers, with the decoder and the inputs of inference."""
 
 from .recipes import CompensateTraining, DistillTraining, RankLLaMATraining
+from .teaching import join_titles, teach
 
-__all__ = ["CompensateTraining", "DistillTraining", "RankLLaMATraining"]
+__all__ = ["CompensateTraining", "DistillTraining", "RankLLaMATraining", "join_titles", "teach"]

@@ -1,8 +1,8 @@
-"""The ``train`` commands: the original programs' command lines, on transformers' Trainer.
+"""The ``train`` commands, with the options of the original programs and of transformers' Trainer.
 
-``train rankllama`` fine-tunes RankLLaMA; ``train distill`` and then ``train compensate`` make a Matroyshka
-Re-Ranker. Every option of :class:`transformers.TrainingArguments` is one of theirs too, so that several
-devices (``torchrun``), DeepSpeed, FSDP, mixed precision, checkpoints, logging and upload work as they do there.
+``train rankllama`` fine-tunes RankLLaMA; ``train distill`` and then ``train compensate`` train a Matroyshka reranker.
+All options of :class:`transformers.TrainingArguments` are accepted, so that several devices (``torchrun``),
+DeepSpeed, FSDP, mixed precision, checkpoints, logging and upload work as in other programs.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from .data import Groups, open_data
-from .recipes import CompensateTraining, DistillTraining, RankLLaMATraining, Recipe, option
-from .trainer import resumed_from, train
+from .batches import Groups
+from .data import open_data
+from .output import find_resumed
+from .recipes import CompensateTraining, DistillTraining, RankLLaMATraining, Recipe
+from .trainer import train
 from .validation import MEASURE, Validation
 
 logger = logging.getLogger(__name__)
@@ -32,19 +34,19 @@ RECIPES: dict[str, type[Recipe]] = {
     "compensate": CompensateTraining,
 }
 
-#: Options of the original programs that change nothing here, and why.
+#: Options of the original programs that have no effect here, each with the reason.
 WITHOUT_EFFECT = {
-    "tokenizer_name": "the tokenizer is the model's own",
-    "dataset_proc_num": "texts are tokenised as they are drawn",
+    "tokenizer_name": "the model's own tokenizer is used",
+    "dataset_proc_num": "texts are tokenised when they are drawn",
     "use_flash_attn": "the fused kernel that fits the device is used",
-    "loss_type": "the loss follows from train_method",
+    "loss_type": "train_method determines the loss",
     "padding_side": "scores do not depend on padding",
-    "layer_wise": "every layer from start_layer on has a head",
-    "cache_path": "datasets are cached where HF_DATASETS_CACHE says",
+    "layer_wise": "every layer from start_layer has a head",
+    "cache_path": "HF_DATASETS_CACHE sets the cache of datasets",
 }
 
 
-#: Two runs of each command, below its --help.
+#: Two runs of each command, shown below its --help.
 EXAMPLES = {
     "rankllama": """\
   {prog} --model_name_or_path meta-llama/Llama-2-7b-hf --train_data train.jsonl --output_dir rankllama --bf16
@@ -62,71 +64,101 @@ EXAMPLES = {
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults are shown, and lines of examples stay lines."""
+    """Show defaults, and keep the line breaks of examples."""
 
 
 class TrainerOptions(TrainingArguments):
-    """Transformers' own, in a group of their own."""
+    """Transformers' options, in a group of their own."""
 
     _argument_group_name = "transformers' TrainingArguments: output, rates, batches, steps, devices and the rest"
 
 
+def _argument(default: Any, help: str, *aliases: str) -> Any:
+    """Declare an option of a command; transformers hands the metadata on to argparse."""
+    metadata = {"help": help, "aliases": [f"--{alias}" for alias in aliases]}
+    if isinstance(default, tuple):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
 @dataclass(frozen=True)
 class Sources:
-    """What is trained on."""
+    """Options for the model, the data and the output folder."""
 
-    _argument_group_name: typing.ClassVar[str] = "what is trained on"
+    _argument_group_name: typing.ClassVar[str] = "model and data"
 
     model_name_or_path: str = dataclasses.field(
         metadata={
-            "help": "a causal language model, or an adapter that is to go on learning: a folder, .gguf file or hub id; "
+            "help": "causal language model, or adapter to train further: a folder, .gguf file or hub id; "
             "smollm2-135m is the small model that needs no hub"
         }
     )
-    train_data: list[str] = option(None, "JSON lines files, folders of them, or a dataset's hub id", "dataset_name")
-    dataset_split: str = option("train", "which part of a hub dataset")
-    eval_data: list[str] = option(
-        None, "data of the same form, on which nDCG@10 is measured; the best checkpoint is kept"
+    train_data: list[str] = _argument(None, "JSON lines files, folders of them, or a dataset's hub id", "dataset_name")
+    dataset_split: str = _argument("train", "split of a hub dataset")
+    eval_data: list[str] = _argument(
+        None, "validation data of the same form, to measure nDCG@10 on; the best checkpoint is kept"
     )
-    raw_peft: list[str] = option(None, "adapters merged into the base before, in this order")
-    use_lora: bool = option(True, "true is the only value")
-    warmup_ratio: float | None = option(None, "share of the steps in which the learning rate rises")
-    token: str | None = option(None, "of the Hugging Face hub; HF_TOKEN does the same")
-    overwrite_output_dir: bool = option(
-        False, "remove an earlier run from output_dir and begin anew; nothing is removed where a run is resumed"
+    raw_peft: list[str] = _argument(None, "adapters to merge into the base first, in this order")
+    use_lora: bool = _argument(True, "only true is allowed")
+    warmup_ratio: float | None = _argument(None, "share of the steps in which the learning rate rises")
+    token: str | None = _argument(None, "token of the Hugging Face hub, like HF_TOKEN")
+    overwrite_output_dir: bool = _argument(
+        False, "remove an earlier run from output_dir first; a run that is resumed is kept"
     )
-    cache_dir: str | None = option(None, "where hub files are kept; HF_HUB_CACHE does the same")
-    # These change nothing, see above, and stay out of the help.
-    tokenizer_name: str | None = option(None, argparse.SUPPRESS)
-    dataset_proc_num: str | None = option(None, argparse.SUPPRESS)
-    use_flash_attn: bool = option(False, argparse.SUPPRESS)
-    loss_type: str | None = option(None, argparse.SUPPRESS)
-    padding_side: str | None = option(None, argparse.SUPPRESS)
-    layer_wise: bool = option(False, argparse.SUPPRESS)
-    cache_path: str | None = option(None, argparse.SUPPRESS)
+    cache_dir: str | None = _argument(None, "cache of hub files, like HF_HUB_CACHE")
 
 
 def parse(command: str, argv: Sequence[str]) -> tuple[Recipe, Sources, TrainingArguments]:
     """Read a command line.
 
     Args:
-        command: one of :data:`RECIPES`.
-        argv: what follows it.
+        command: a key of :data:`RECIPES`.
+        argv: the words after it.
 
     Raises:
-        ValueError: an option has a value that is not allowed.
-        SystemExit: an option is unknown or malformed; argparse has said which.
+        ValueError: the value of an option is not allowed.
+        SystemExit: an option is unknown or malformed; argparse has printed which.
     """
     recipe_type = RECIPES[command]
-    trainers = {f.name for f in dataclasses.fields(TrainingArguments)}
-    if "activation_checkpointing" in trainers:  # the newer name of gradient_checkpointing
+    argv = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in argv]
+    if "activation_checkpointing" in _trainers():  # the newer name of gradient_checkpointing
         argv = [re.sub("^--gradient_checkpointing", "--activation_checkpointing", word) for word in argv]
+    defaults = {
+        f.name: f.default for f in dataclasses.fields(recipe_type) if f.name in _trainers() and f.default is not None
+    }
+    del defaults["gradient_checkpointing"]  # False, as in the original programs
+    parser = _parser(command, recipe_type)
+    parser.set_defaults(**defaults)
+    _set_defaults_by_others(parser, argv)
+    sources, chosen, arguments, ignored = parser.parse_args_into_dataclasses(args=argv)
+    recipe = recipe_type(**vars(chosen), **{name: getattr(arguments, name) for name in defaults})
+    for name, value in vars(ignored).items():
+        if value is not None:
+            logger.warning("--%s has no effect: %s", name, WITHOUT_EFFECT[name])
+    if not sources.use_lora:
+        raise ValueError("use_lora=False; allowed: True. Only LoRA adapters and heads are trained.")
+    if not sources.train_data:
+        raise ValueError("train_data is missing; wanted JSON lines files, or a dataset's hub id.")
+    if not sources.eval_data and recipe.patience is not None:
+        raise ValueError(f"patience={recipe.patience} needs eval_data to measure nDCG@10 on.")
+    return recipe, sources, arguments
+
+
+def _trainers() -> set[str]:
+    """Return the names of transformers' options."""
+    return {f.name for f in dataclasses.fields(TrainingArguments)}
+
+
+def _parser(command: str, recipe_type: type[Recipe]) -> HfArgumentParser:
     hints = typing.get_type_hints(recipe_type)
-    own = [f for f in dataclasses.fields(recipe_type) if "help" in f.metadata]
     options = dataclasses.make_dataclass(
         "Options",
-        [(f.name, _parsed(hints[f.name]), dataclasses.field(metadata=f.metadata, **_default(f.default))) for f in own],
-        namespace={"_argument_group_name": "the recipe"},
+        [
+            (f.name, _parsed(hints[f.name]), _argument(f.default, f.metadata["help"], *f.metadata["aliases"]))
+            for f in dataclasses.fields(recipe_type)
+            if f.metadata["shell"] and f.name not in _trainers()
+        ],
+        namespace={"_argument_group_name": "recipe"},
     )
     prog = f"python -m pyterrier_llmrerank train {command}"
     parser = HfArgumentParser(
@@ -138,10 +170,18 @@ def parse(command: str, argv: Sequence[str]) -> tuple[Recipe, Sources, TrainingA
         formatter_class=_Help,
         allow_abbrev=False,
     )
-    shared = {f.name: f.default for f in dataclasses.fields(recipe_type) if f.name in trainers}
-    del shared["gradient_checkpointing"]  # the original commands name it
-    shared = {name: value for name, value in shared.items() if value is not None}
-    parser.set_defaults(**shared)
+    for name in WITHOUT_EFFECT:
+        parser.add_argument(f"--{name}", nargs="?", const=True, help=argparse.SUPPRESS)
+    return parser
+
+
+def _parsed(hint: Any) -> Any:
+    """Return the type to parse an option as: a list for a tuple."""
+    return list[typing.get_args(hint)[0]] if typing.get_origin(hint) is tuple else hint  # type: ignore[misc]
+
+
+def _set_defaults_by_others(parser: HfArgumentParser, argv: Sequence[str]) -> None:
+    """Set the defaults that depend on other options."""
     given = parser.parse_args(argv)
     if given.warmup_ratio is not None:
         parser.set_defaults(warmup_steps=given.warmup_ratio)
@@ -152,44 +192,27 @@ def parse(command: str, argv: Sequence[str]) -> tuple[Recipe, Sources, TrainingA
         )
         if given.eval_strategy == "no" and given.save_strategy == "steps" and given.save_steps % every == 0:
             parser.set_defaults(load_best_model_at_end=True)
-    sources, chosen, arguments = parser.parse_args_into_dataclasses(args=argv)
-    recipe = recipe_type(**vars(chosen), **{name: getattr(arguments, name) for name in shared})
-    if not sources.use_lora:
-        raise ValueError("use_lora=False; allowed: True. What is trained are LoRA adapters and heads.")
-    if not sources.train_data:
-        raise ValueError("train_data is missing; wanted JSON lines files, or a dataset's hub id.")
-    for name, reason in WITHOUT_EFFECT.items():
-        if getattr(sources, name):
-            logger.warning("--%s has no effect: %s", name, reason)
-    if not sources.eval_data and recipe.patience is not None:
-        raise ValueError(f"patience={recipe.patience} needs eval_data to measure nDCG@10 on.")
-    return recipe, sources, arguments
-
-
-def _parsed(hint: Any) -> Any:
-    """The type under which an option is parsed: tuples come as lists."""
-    return list[typing.get_args(hint)[0]] if typing.get_origin(hint) is tuple else hint  # type: ignore[misc]
-
-
-def _default(value: Any) -> dict[str, Any]:
-    return {"default_factory": lambda: list(value)} if isinstance(value, tuple) else {"default": value}
 
 
 def main(command: str, argv: Sequence[str]) -> Path:
     """Run a ``train`` command.
 
+    Args:
+        command: a key of :data:`RECIPES`.
+        argv: the words after it.
+
     Returns:
         The folder with the trained adapter.
 
     Raises:
-        ValueError, FileNotFoundError: an option, the model or the data is not what is allowed; before training.
-        FileExistsError: another run is in ``output_dir``.
+        ValueError, FileNotFoundError: an option, the model or the data is not allowed; before training.
+        FileExistsError: ``output_dir`` holds another run or a model.
         FloatingPointError: as :class:`~pyterrier_llmrerank.training.trainer.GroupTrainer`.
     """
     recipe, sources, arguments = parse(command, argv)
-    if arguments.disable_tqdm:  # losses are logged then
+    if arguments.disable_tqdm:  # then losses are logged
         logging.getLogger(__name__.partition(".")[0]).setLevel(logging.INFO)
-    resumed_from(arguments, sources.overwrite_output_dir)  # which raises before what takes long
+    find_resumed(arguments, sources.overwrite_output_dir)  # raises before the slow steps
     checkpoint = recipe.open(sources.model_name_or_path, sources.raw_peft or [])
     with arguments.main_process_first(desc="reading the data"):
         records = open_data("train_data", sources.train_data, sources.dataset_split, recipe.loss.needs_teacher)

@@ -1,4 +1,4 @@
-"""``fit``: a re-ranker trained on what stands before it in a pipeline."""
+"""Training of a reranker in a pipeline, on the results of the stages before it: ``fit``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 
 from ..checkpoints.saving import empty_folder
 from ..engine.devices import resolve_device, resolve_dtype
-from .data import Groups
+from .batches import Groups
 from .frames import judged, records_of, validation_of
 from .recipes import MatroyshkaTraining, Recipe
 from .trainer import train
@@ -27,7 +27,14 @@ logger = logging.getLogger(__name__)
 
 
 class Frames(NamedTuple):
-    """Results and judgements, the passages of results as the model reads them, and the column of their texts."""
+    """Results with judgements.
+
+    Args:
+        results: as the reranker takes them.
+        qrels: judgements.
+        bodies: formats the passages of a frame as the model reads them.
+        text_field: the column of texts.
+    """
 
     results: pd.DataFrame
     qrels: pd.DataFrame
@@ -50,27 +57,28 @@ def fit(
     """Train by a recipe on results with judgements.
 
     Args:
-        recipe: how; its ``output_dir`` is a new folder in PyTerrier's home by default.
-        model: what to start from.
-        adapters: merged into it before.
-        training: what to learn from.
-        validation: what to measure nDCG@10 on; the best checkpoint is kept.
-        device: as for a re-ranker, but one.
-        dtype: as for a re-ranker; frozen weights are held and steps computed in it.
+        recipe: the settings; ``output_dir`` is a new folder in PyTerrier's home folder by default.
+        model: the start.
+        adapters: adapters to merge into it first.
+        training: the training data. A column ``teacher`` holds another model's scores; they are used if the recipe's
+            loss has a teacher.
+        validation: data to measure nDCG@10 on; the best checkpoint is kept.
+        device: as for a reranker, but one device only.
+        dtype: as for a reranker: of frozen weights and of computation.
         verbose: show a progress bar.
-        opening: what else the recipe's ``open`` takes.
+        opening: further arguments of the recipe's ``open``.
 
     Returns:
         The folder with the trained adapter.
 
     Raises:
-        ValueError: a frame or setting is not what is allowed.
-        FileExistsError: there is something in the recipe's ``output_dir``, and it is not the run that is resumed.
+        ValueError: a frame or setting is not allowed.
+        FileExistsError: the recipe's ``output_dir`` is not empty, and no run in it is resumed.
         FloatingPointError: as :class:`~pyterrier_llmrerank.training.trainer.GroupTrainer`.
     """
     if isinstance(device, tuple):
         raise ValueError(
-            f"device={device!r}: fit trains on one device; to train on several: torchrun -m pyterrier_llmrerank train."
+            f"device={device!r}: fit trains on one device; for several: torchrun -m pyterrier_llmrerank train."
         )
     records = records_of(
         training.results,
@@ -83,28 +91,28 @@ def fit(
     has_teacher = "pos_scores" in records[0]
     if isinstance(recipe, MatroyshkaTraining) and recipe.loss.needs_teacher and not has_teacher:
         method = recipe.train_method.removesuffix("_teacher")
-        logger.warning("train_method is %s, not %s: the results have no column teacher", method, recipe.train_method)
+        logger.warning("the results have no column teacher: train_method is %s, not %s", method, recipe.train_method)
         recipe = dataclasses.replace(recipe, train_method=method)
     elif recipe.loss.needs_teacher and not has_teacher:
-        raise ValueError(f"training={recipe!r}: the results have no column teacher, whose scores it learns from.")
+        raise ValueError(f"training={recipe!r}: the results have no column teacher, which it needs.")
     measured = None
     if validation is not None:
         measured = validation_of(validation.results, judged(validation.qrels, "qrels_va"), validation.bodies)
     elif recipe.patience is not None:
         raise ValueError(f"patience={recipe.patience} needs validation results to measure nDCG@10 on.")
     place = resolve_device(device)
-    if place.index:  # the Trainer takes the first there is
+    if place.index:  # the Trainer uses the first one
         raise ValueError(f"device={device!r}: fit trains on the first GPU; choose it by CUDA_VISIBLE_DEVICES.")
     arguments = _arguments(recipe, place, resolve_dtype(dtype, place), measured is not None, verbose)
     checkpoint = recipe.open(model, adapters, **opening)
     if not arguments.resume_from_checkpoint:
         empty_folder(Path(str(arguments.output_dir)), "output_dir")
-    groups = Groups(records, recipe.group_size, recipe.seed, as_it_is)
+    groups = Groups(records, recipe.group_size, recipe.seed, formatted)
     return train(recipe, checkpoint, groups, arguments, measured)
 
 
-def as_it_is(text: str, title: str | None) -> str:
-    """Passages of results are read as the model reads them before."""
+def formatted(text: str, title: str | None) -> str:
+    """Return a passage that is formatted already."""
     return text
 
 

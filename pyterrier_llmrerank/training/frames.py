@@ -1,4 +1,4 @@
-"""Result frames with judgements to what training takes."""
+"""Result frames with judgements, converted to training records."""
 
 from __future__ import annotations
 
@@ -16,17 +16,21 @@ from .validation import Validation, no_common_query
 
 logger = logging.getLogger(__name__)
 
-#: A column of the training results with a teacher's scores, to distil from.
+#: The column of training results that holds a teacher's scores.
 TEACHER = "teacher"
 
 Bodies = Callable[[pd.DataFrame], list[str]]
 
 
 def judged(qrels: pd.DataFrame, argument: str) -> pd.DataFrame:
-    """Judgements with ids as strings and labels as numbers, each pair once.
+    """Check judgements, and return them with string ids and number labels, each pair once.
+
+    Args:
+        qrels: columns ``qid``, ``docno`` and ``label``.
+        argument: the caller's name for them, used in errors.
 
     Raises:
-        ValueError: a column is missing or there twice, there is no row, an id or a label is not there, a label is no
+        ValueError: a column is missing or repeated, there are no rows, an id or label is missing, a label is no
             number, or a pair has two different labels.
     """
     wanted = ["qid", "docno", "label"]
@@ -49,10 +53,10 @@ def judged(qrels: pd.DataFrame, argument: str) -> pd.DataFrame:
 
 
 def numbers(rows: pd.DataFrame, name: str, argument: str) -> pd.Series[Any]:
-    """A column as numbers, all of them finite.
+    """Return a column as finite numbers.
 
     Raises:
-        ValueError: one is not; names its row.
+        ValueError: a value is no finite number; names its qid and docno.
     """
     for qid, docno, value in zip(rows["qid"], rows["docno"], rows[name], strict=True):
         try:
@@ -74,22 +78,22 @@ def records_of(
     text: pt.Transformer | None,
     text_field: str,
 ) -> list[dict[str, Any]]:
-    """One record a query: what is judged relevant is positive, all else that was retrieved negative.
+    """Make one record for each query: relevant results are positives, all other results negatives.
 
-    A query of which nothing relevant was retrieved gets what the judgements name: out of the other queries'
-    results, or from ``text``. It is left out where that has none of it either (or where a teacher's scores are
-    learnt, which it would lack), or where nothing else was retrieved; one log line counts those.
+    A query without a relevant result gets its judged positives from the other queries' results or from ``text``. It is
+    dropped if neither has one, if there is a column ``teacher`` (they would have no scores), or if it has no negatives;
+    one log line counts the dropped queries.
 
     Args:
-        results: columns ``qid``, ``query``, ``docno``, what ``bodies`` reads, and perhaps ``teacher``.
-        qrels: as :func:`judged` gives them.
-        bodies: the passages of a frame as the model reads them.
-        min_label: the lowest label that is relevant.
-        text: adds the columns that ``bodies`` reads to a frame with ``qid``, ``query`` and ``docno``.
-        text_field: the one of them that must hold a text.
+        results: columns ``qid``, ``query``, ``docno``, those that ``bodies`` reads, and optionally ``teacher``.
+        qrels: from :func:`judged`.
+        bodies: formats the passages of a frame as the model reads them.
+        min_label: the lowest label of a positive.
+        text: adds the columns that ``bodies`` reads to a frame with ``qid``, ``query`` and ``docno``; or None.
+        text_field: the column of texts.
 
     Raises:
-        ValueError: a teacher's score is missing, ``text`` gives no texts, or no query is left.
+        ValueError: a teacher's score is missing, ``text`` adds no texts, or no query remains.
     """
     results = results.reset_index(drop=True)  # an index named qid would hide the column
     results = results.assign(qid=results["qid"].astype(str), docno=results["docno"].astype(str))
@@ -114,13 +118,13 @@ def records_of(
         fetched += not positives
         record: dict[str, Any] = {"query_id": qid, "query": query, "pos": positives or elsewhere[qid], "neg": negatives}
         if TEACHER in rows:
-            record["pos_scores"], record["neg_scores"] = (list(rows.loc[which, TEACHER]) for which in (hit, ~hit))
+            record["pos_scores"], record["neg_scores"] = (list(rows.loc[side, TEACHER]) for side in (hit, ~hit))
         records.append(record)
     skipped = without_positive + without_negative
     logger.log(
         logging.WARNING if skipped else logging.INFO,
-        "training on %d queries; %d had no relevant result and got theirs from elsewhere; "
-        "left out: %d without a positive, %d without a negative",
+        "training on %d queries; %d have positives from outside their results; "
+        "dropped: %d without a positive, %d without a negative",
         *(len(records), fetched, without_positive, without_negative),
     )
     if not records:
@@ -139,25 +143,25 @@ def _fetched(
     text: pt.Transformer | None,
     text_field: str,
 ) -> dict[str, list[str]]:
-    """Relevant passages of queries that retrieved none: out of other queries' results, else from ``text``."""
-    at_hand = dict(zip(results["docno"], results["_body"], strict=True))
+    """Fetch the positives of queries without a relevant result from other queries' results, else from ``text``."""
+    found_bodies = dict(zip(results["docno"], results["_body"], strict=True))
     wanted = {docno for qid in lacking for docno in relevant.get(qid, set())}
-    if text is not None and (unseen := sorted(wanted - set(at_hand))):
+    if text is not None and (unseen := sorted(wanted - set(found_bodies))):
         asked = pd.DataFrame({"qid": "0", "query": "", "docno": unseen})
         try:
             found = cast(pd.DataFrame, text(asked))
         except LookupError as error:
-            logger.warning("text could not load all of %d passages: %r", len(unseen), error)
+            logger.warning("text failed to load %d passages: %r", len(unseen), error)
         else:
             if text_field not in found.columns:
-                raise ValueError(f"text gives columns {list(found.columns)}; missing: {text_field}.")
+                raise ValueError(f"text returns columns {list(found.columns)}; missing: {text_field}.")
             found = found[[problem_of(value) is None for value in found[text_field]]]
-            at_hand |= dict(zip(found["docno"].astype(str), bodies(found), strict=True))
-    return {qid: [at_hand[d] for d in sorted(relevant.get(qid, set())) if d in at_hand] for qid in lacking}
+            found_bodies |= dict(zip(found["docno"].astype(str), bodies(found), strict=True))
+    return {qid: [found_bodies[d] for d in sorted(relevant.get(qid, set())) if d in found_bodies] for qid in lacking}
 
 
 def validation_of(results: pd.DataFrame, qrels: pd.DataFrame, bodies: Bodies) -> Validation:
-    """Results to rerank, and what is relevant among them."""
+    """Make validation data of results and judgements."""
     pairs = pd.DataFrame(
         {
             "qid": results["qid"].astype(str),

@@ -1,21 +1,32 @@
-"""LoRA layers that touch each activation once: PEFT's own, in fewer passes over memory."""
+"""LoRA: PEFT's layers in fewer passes over memory, and the model that is trained with them."""
 
 from __future__ import annotations
 
+import logging
+from functools import partial
 from typing import Any, cast
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners import lora
-from torch import Tensor
+from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
+from ..checkpoints.checkpoint import SCORE, Checkpoint
+from ..checkpoints.locate import without_revision
+from .model import RankingModel
+from .recipes import Recipe
+
+logger = logging.getLogger(__name__)
+
 
 class _LowRankUpdate(Function):
-    r""":math:`x W^T + s\,(x A^T) B^T` in the dtype of :math:`W`, for a :math:`W` that does not learn.
+    r"""Compute :math:`x W^T + s\,(x A^T) B^T` in the dtype of a frozen :math:`W`.
 
-    PEFT casts the input to the adapter's dtype and back, and scales and adds the update in passes of their own
-    over the whole output. Here both products add into one result, forward and backward.
+    PEFT casts the input to the adapter's dtype and back, and scales and adds the update in separate passes over the
+    whole output. Here both products add into one result, forward and backward.
     """
 
     @staticmethod
@@ -43,14 +54,14 @@ class _LowRankUpdate(Function):
 
 
 class LowRankLinear(lora.Linear):
-    """PEFT's LoRA layer with one product for base and update, where nothing out of the ordinary is asked of it."""
+    """PEFT's LoRA layer, computed with its base layer at once; unusual settings fall back to PEFT's own code."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As PEFT's: the base layer's output and the update's."""
+        """Return the base layer's output plus the update, like PEFT."""
         base = self.get_base_layer()
         kind = x.device.type
         computed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self._adapter_dtype()
-        plain = (
+        usual = (
             list(self.active_adapters) == ["default"]
             and not (self.disable_adapters or self.merged or self.lora_variant or args or kwargs)
             and base.bias is None
@@ -59,7 +70,7 @@ class LowRankLinear(lora.Linear):
             and not hasattr(base.weight, "ds_id")  # DeepSpeed's stage 3 gathers a weight in its own layer's forward
             and not (self.training and self.lora_dropout["default"].__class__ is torch.nn.Dropout)
         )
-        if not plain:
+        if not usual:
             return super().forward(x, *args, **kwargs)
         down, up = self.lora_A["default"].weight, self.lora_B["default"].weight
         update: Any = _LowRankUpdate.apply(x, base.weight, down, up, self.scaling["default"])  # type: ignore[no-untyped-call]
@@ -67,3 +78,67 @@ class LowRankLinear(lora.Linear):
 
     def _adapter_dtype(self) -> torch.dtype:
         return cast(torch.dtype, next(iter(self.lora_A.values())).weight.dtype)
+
+
+#: Settings kept from the configuration of an adapter that is trained further. Others could change the base's weights
+#: or the computation, where inference does not.
+CONTINUED = (
+    "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern",
+    "layers_to_transform", "layers_pattern",
+)  # fmt: skip
+
+
+def with_lora(checkpoint: Checkpoint, heads: Tensor, recipe: Recipe, dtype: torch.dtype) -> PeftModel:
+    """Build a model whose LoRA adapters and heads alone are trainable.
+
+    Layer-wise heads are trained through LoRA, as in the original; a single ``score`` head is trained in full. If the
+    checkpoint was opened from an adapter, that adapter is trained further, with its own rank and modules.
+
+    Args:
+        checkpoint: the start; a Matroyshka's adapters are merged into it.
+        heads: initial weights of the heads, ``[heads, width]``.
+        recipe: rank, scale, dropout and modules of the updates.
+        dtype: of the frozen weights; trainable weights are fp32.
+
+    Raises:
+        ValueError: the model lacks a module that the recipe targets, or the adapter holds tensors that cannot be
+            trained.
+    """
+    continued = checkpoint.adapter
+    own_heads = checkpoint.head_module(0) is None
+    if continued is None:
+        config = LoraConfig(
+            r=recipe.lora_rank,
+            lora_alpha=cast(int, recipe.lora_alpha),
+            lora_dropout=recipe.lora_dropout,
+            target_modules=list(recipe.target_modules),
+        )
+    else:
+        if others := sorted(continued.whole.keys() - {SCORE}):
+            raise ValueError(
+                f"{continued.argument}: holds the whole tensor {others[0]!r}, which cannot be trained further; "
+                "allowed: LoRA and a score head. save(folder, merged=True) writes a model to train."
+            )
+        checkpoint.adapters = [adapter for adapter in checkpoint.adapters if adapter is not continued]
+        kept = {key: continued.config.get(key) for key in CONTINUED}
+        config = LoraConfig(**{key: value for key, value in kept.items() if value is not None})
+        logger.info("training %s further, with its rank, scale and modules, not the recipe's", continued.folder)
+    _, config.revision = without_revision(checkpoint.base)
+    config.modules_to_save = ["score"] if own_heads else None
+    # With a task type, PEFT would wrap the model for inputs that it does not have.
+    config._register_custom_module({nn.Linear: LowRankLinear})
+    ranking = RankingModel(checkpoint, heads, dtype)
+    modules = {module.rpartition(".")[2] for module, _ in ranking.named_modules()}
+    if unknown := [target for target in recipe.target_modules if target not in modules]:
+        raise ValueError(
+            f"target_modules: the model has no {unknown[0]!r}; allowed: the last parts of its modules' names."
+        )
+    model = cast(PeftModel, get_peft_model(cast(Any, ranking), config))
+    # Embeddings are not trained; without this, PEFT asks the hub whether they were resized.
+    model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)  # type: ignore[method-assign]
+    if continued is not None:
+        set_peft_model_state_dict(model, load_peft_weights(str(continued.folder), device="cpu"))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model

@@ -1,4 +1,4 @@
-"""A re-ranker as a module to train: the decoder that inference runs, with its heads as layers of their own."""
+"""The model that is trained: inference's decoder with its heads as modules."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..engine.weights import build_decoder, fill
 
 
 class Head(nn.Module):
-    """One layer's head, under the name that the original program gives it."""
+    """A layer's head, with the original program's module name."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -25,23 +25,23 @@ class Head(nn.Module):
         self.linear_head.weight = nn.Parameter(weight[None])
 
     def forward(self, states: Tensor) -> Tensor:
-        """Score states: ``[rows, width]`` to ``[rows]``."""
+        """Score hidden states, ``[rows, width]``; return ``[rows]``."""
         return cast(Tensor, self.linear_head(states)).squeeze(-1)
 
 
 class RankingModel(nn.Module):
-    """A decoder and its heads with all weights in memory, merged and trainable.
+    """Hold a decoder and its heads, with adapters merged and all weights trainable.
 
     Modules are named as in the original checkpoints (``model.layers.3.mlp.up_proj``, and
-    ``lm_head.3.linear_head`` or ``score``), so that adapters trained here fit there and the other way round.
+    ``lm_head.3.linear_head`` or ``score``), so that both programs can open each other's adapters.
 
     Args:
-        checkpoint: what to start from; its adapters are merged in.
-        heads: as the checkpoint has them, or others to start with, ``[heads, width]``.
+        checkpoint: the start; its adapters are merged in.
+        heads: weights of the heads, ``[heads, width]``.
         dtype: of all weights.
 
     Raises:
-        ValueError: its layers cannot be walked one by one.
+        ValueError: the model does not support layer-wise execution.
     """
 
     def __init__(self, checkpoint: Checkpoint, heads: Tensor, dtype: torch.dtype = torch.float32) -> None:
@@ -51,7 +51,7 @@ class RankingModel(nn.Module):
                 f"allowed: {', '.join(FAMILIES)}."
             )
         super().__init__()
-        # Where PEFT looks for what adapters trained on it call it.
+        # PEFT writes this name into adapters.
         self.__dict__["name_or_path"], _ = without_revision(checkpoint.base)
         decoder = build_decoder(checkpoint)
         fill(decoder, checkpoint, "", torch.device("cpu"), dtype)
@@ -76,11 +76,11 @@ class RankingModel(nn.Module):
 
         Args:
             packed: the pairs.
-            compress_layers: layer indices before which the bodies are pooled.
+            compress_layers: layer indices before which passages are pooled.
             compress_ratio: tokens pooled into one.
 
         Returns:
-            fp32 scores, ``[layers, pairs]``, shallowest first. Only the last tokens' states meet the heads.
+            fp32 scores, ``[layers, pairs]``, shallowest first, of each pair's last token.
         """
         states = decode(
             cast(Decoder, self.model),
@@ -97,25 +97,25 @@ class RankingModel(nn.Module):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **options: Any
     ) -> None:
-        """Keep each layer's input only, and run it again for its gradients; the Trainer calls it."""
-        # The pooling weights leave a layer beside its output; only the non-reentrant kind follows those back.
+        """Keep only the inputs of layers, and recompute the rest in the backward pass; called by the Trainer."""
+        # A layer returns pooling weights beside its output; only the non-reentrant kind computes their gradients.
         kind = {**(activation_checkpointing_kwargs or {}), "use_reentrant": False}
         self._checkpointing("enable")(kind, **options)
 
     def activation_checkpointing_disable(self) -> None:
-        """Keep all activations again."""
+        """Keep all activations."""
         self._checkpointing("disable")()
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **options: Any
     ) -> None:
-        """The same under the name that older versions of transformers have for it."""
+        """Do the same, under the name in older versions of transformers."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Likewise."""
+        """Do the same, under the name in older versions of transformers."""
         self.activation_checkpointing_disable()
 
-    def _checkpointing(self, what: str) -> Callable[..., None]:
-        newer, older = f"activation_checkpointing_{what}", f"gradient_checkpointing_{what}"
+    def _checkpointing(self, action: str) -> Callable[..., None]:
+        newer, older = f"activation_checkpointing_{action}", f"gradient_checkpointing_{action}"
         return cast("Callable[..., None]", getattr(self.model, newer if hasattr(self.model, newer) else older))

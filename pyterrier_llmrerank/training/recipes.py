@@ -1,11 +1,11 @@
-"""Recipes: what each of the three trainings sets, with the values of the original programs as defaults."""
+"""Recipes of the three trainings; their defaults are the settings of the original programs."""
 
 from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -13,6 +13,7 @@ import pyterrier as pt
 
 from ..engine.inputs import PROMPT, MatroyshkaInputs, RankLLaMAInputs, document
 from .objectives import METHODS, CascadeLoss, DistilledLoss, Loss
+from .options import Declared, check_numbers, default_of, documented, make_tuple, option
 from .widths import Widths
 
 if TYPE_CHECKING:
@@ -20,18 +21,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ..checkpoints.checkpoint import Checkpoint, MatroyshkaCheckpoint
-    from .data import Inputs
+    from .batches import Inputs
 
-#: Projections that LoRA updates.
+#: The projections of a decoder layer.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-#: Settings that may be others when a run is gone on with.
-FREE = (
-    "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16",
-    "gradient_checkpointing", "logging_steps", "eval_steps", "save_steps", "patience", "min_label", "text", "arguments",
-)  # fmt: skip
-
-#: What stands beside an adapter.
+#: The model card that is saved with an adapter.
 CARD = """---
 library_name: peft
 ---
@@ -53,107 +48,91 @@ from pyterrier_llmrerank import {name}
 """
 
 
-def option(default: Any, help: str, *names: str) -> Any:
-    """A field with a default, what it means, and what else the command line calls it."""
-    return field(default=default, metadata={"help": help, "aliases": [f"--{name}" for name in names]})
-
-
-def value_are(values: Sequence[Any], kind: type) -> bool:
-    """Whether all values are of this kind; a bool is no integer."""
-    return all(isinstance(value, kind) and not isinstance(value, bool) for value in values)
-
-
-def _default(field: Field[Any]) -> Any:
-    return field.default if field.default_factory is MISSING else field.default_factory()
-
-
+@documented
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Recipe(ABC):
-    """What all trainings have in common.
-
-    Args:
-        group_size: passages that compete for one query, the positive among them.
-        query_max_length: tokens kept of a query.
-        passage_max_length: tokens kept of a passage.
-        lora_rank: rank of the LoRA updates.
-        lora_alpha: the updates' scale is this over the rank.
-        lora_dropout: dropout on the updates' input.
-        target_modules: modules that LoRA updates.
-        teacher_temperature: the teacher's scores are divided by it; above 1 they differ less.
-        absolute_margin: leave negatives out of the cross-entropy against the positive whose teacher score is above the
-            positive's less this margin: probably they are relevant too. None keeps all.
-        patience: stop after so many measurements of nDCG@10 without a better one; None to go on to the end.
-        min_label: the lowest label that is relevant, for ``fit``.
-        text: a transformer that adds texts to a frame with ``docno``, for ``fit``: a query of which nothing
-            relevant was retrieved gets its positives from it.
-        arguments: any other of :class:`transformers.TrainingArguments`, for ``fit``.
-        output_dir: where ``fit`` writes; None for a new folder in PyTerrier's home.
-        eval_steps: steps from one measurement of nDCG@10 to the next, for ``fit``; None for ``save_steps``.
-        bf16: None, for ``fit``, for what the re-ranker's ``dtype`` says.
-        learning_rate, num_train_epochs, max_steps: as in :class:`transformers.TrainingArguments`.
-        gradient_checkpointing, logging_steps, save_steps, seed: likewise.
-        per_device_train_batch_size, gradient_accumulation_steps: likewise; batches are of queries.
-        warmup_steps: likewise; below 1 a share of all.
+class Recipe(Declared, ABC):
+    """Hold the settings of a training.
 
     Raises:
-        ValueError: a value is not what is allowed.
+        ValueError: a value is not allowed.
     """
 
-    #: The PEFT task under which the original programs save what is trained.
+    #: The PEFT task type of the saved adapter, as in the original programs.
     task_type: ClassVar[str]
 
     group_size: int = option(
-        16, "passages that compete for one query, the positive among them", "train_group_size", "train_n_passages"
+        16,
+        "number of passages that compete for one query: one positive, the others negatives",
+        "train_group_size",
+        "train_n_passages",
+        least=2,
     )
-    query_max_length: int = option(32, "tokens kept of a query", "query_max_len", "q_max_len")
-    passage_max_length: int = option(192, "tokens kept of a passage", "passage_max_len", "p_max_len")
-    lora_rank: int = option(32, "rank of the LoRA updates", "lora_r")
-    lora_alpha: float = option(64.0, "the updates' scale is this over the rank")
-    lora_dropout: float = option(0.0, "dropout on the updates' input")
-    target_modules: tuple[str, ...] = option(PROJECTIONS, "modules that LoRA updates")
-    teacher_temperature: float = option(1.0, "the teacher's scores are divided by it; above 1 they differ less")
+    query_max_length: int = option(32, "tokens kept of a query", "query_max_len", "q_max_len", least=1)
+    passage_max_length: int = option(192, "tokens kept of a passage", "passage_max_len", "p_max_len", least=8)
+    lora_rank: int = option(32, "rank of the LoRA updates", "lora_r", least=1)
+    lora_alpha: float = option(64.0, "scale of the LoRA updates, before division by the rank", least=0.0)
+    lora_dropout: float = option(0.0, "dropout on the input of the LoRA updates", least=0.0)
+    target_modules: tuple[str, ...] = option(PROJECTIONS, "modules that get LoRA updates")
+    teacher_temperature: float = option(
+        1.0, "temperature of the teacher's softmax; above 1 flattens its distribution", least=0.0
+    )
     absolute_margin: float | None = option(
         None,
-        "leave negatives out of the cross-entropy whose teacher score is above the positive's less this margin",
+        "exclude a negative from the cross-entropy if its teacher score is above the positive's minus this margin, "
+        "since it is probably relevant; None keeps all negatives",
+        least=0.0,
     )
-    learning_rate: float = 2e-5
-    num_train_epochs: float = 1.0
-    max_steps: int = -1
-    per_device_train_batch_size: int = 4
-    gradient_accumulation_steps: int = 4
-    warmup_steps: float = 0.1
-    bf16: bool | None = None
-    gradient_checkpointing: bool = True
-    logging_steps: float = 10
-    eval_steps: float | None = None
-    save_steps: float = 200
-    seed: int = 42
-    output_dir: str | None = None
-    patience: int | None = option(None, "stop after so many measurements of nDCG@10 without a better one")
-    min_label: int = 1
-    text: pt.Transformer | None = field(default=None, hash=False)
-    arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    learning_rate: float = option(2e-5, "peak learning rate", least=0.0)
+    num_train_epochs: float = option(1.0, "passes over the training queries", least=0.0, resumable=True)
+    max_steps: int = option(-1, "number of steps; overrides num_train_epochs if positive", least=-1, resumable=True)
+    per_device_train_batch_size: int = option(4, "queries in a batch, on each device", least=1, resumable=True)
+    gradient_accumulation_steps: int = option(4, "batches in a step", least=1, resumable=True)
+    warmup_steps: float = option(
+        0.1, "steps in which the learning rate rises to its peak; below 1, their share of all steps", least=0.0
+    )
+    bf16: bool | None = option(None, "train in bfloat16; None lets fit follow the reranker's dtype", resumable=True)
+    gradient_checkpointing: bool = option(
+        True, "recompute activations in the backward pass, which saves memory", resumable=True
+    )
+    logging_steps: float = option(10, "steps between two log lines", resumable=True)
+    eval_steps: float | None = option(
+        None, "steps between two measurements of nDCG@10; None for save_steps", resumable=True
+    )
+    save_steps: float = option(200, "steps between two checkpoints", resumable=True)
+    seed: int = option(42, "seed of initialisation, order, groups and widths", least=0)
+    output_dir: str | None = option(
+        None, "folder of the run; None lets fit create one in PyTerrier's home folder", resumable=True
+    )
+    patience: int | None = option(
+        None,
+        "stop after this number of measurements of nDCG@10 without an improvement; None trains to the end",
+        least=1,
+        resumable=True,
+    )
+    min_label: int = option(1, "lowest relevance label of a positive, for fit", shell=False, resumable=True)
+    text: pt.Transformer | None = option(
+        None,
+        "transformer that adds texts to a frame with docno, for fit; it supplies the positives of a query with no "
+        "relevant result",
+        shell=False,
+        resumable=True,
+    )
+    arguments: Mapping[str, Any] = option(
+        {}, "further transformers.TrainingArguments by name, for fit", shell=False, resumable=True
+    )
 
     def __post_init__(self) -> None:
-        for name, least in self._least().items():
-            value = getattr(self, name)
-            if value is None and name in ("patience", "absolute_margin"):
-                continue
-            whole = isinstance(least, int)
-            kinds = int if whole else (int, float)
-            if isinstance(value, bool) or not isinstance(value, kinds) or not value >= least:
-                kind = "an integer" if whole else "a number"
-                raise ValueError(f"{name}={value!r}; allowed: {kind} of at least {least:g}.")
+        check_numbers(self)
         if not self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout!r}; allowed: a number from 0 to less than 1.")
         if not self.teacher_temperature > 0:
             raise ValueError(f"teacher_temperature={self.teacher_temperature!r}; allowed: a number above 0.")
-        self._as_tuple("target_modules", str)
+        make_tuple(self, "target_modules", str)
         if self.arguments:
             self._check_arguments()
 
     def _check_arguments(self) -> None:
-        from transformers import TrainingArguments  # seconds, which only those wait who give some
+        from transformers import TrainingArguments  # takes seconds to import
 
         allowed = [f.name for f in fields(TrainingArguments) if f.init]
         for name in self.arguments:
@@ -164,33 +143,17 @@ class Recipe(ABC):
                     f"closest: {', '.join(close)}."
                 )
 
-    @staticmethod
-    def _least() -> dict[str, int | float]:
-        """The smallest value of each number: an int where only whole ones are allowed."""
-        return {
-            "group_size": 2, "query_max_length": 1, "passage_max_length": 8, "lora_rank": 1, "lora_alpha": 0.0,
-            "lora_dropout": 0.0, "learning_rate": 0.0, "num_train_epochs": 0.0, "max_steps": -1, "warmup_steps": 0.0,
-            "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "patience": 1, "seed": 0,
-            "teacher_temperature": 0.0, "absolute_margin": 0.0,
-        }  # fmt: skip
-
-    def _as_tuple(self, name: str, kind: type) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, list | tuple) or not value_are(value, kind):
-            raise ValueError(f"{name}={value!r}; allowed: a list of {kind.__name__}.")
-        object.__setattr__(self, name, tuple(value))
-
     def __repr__(self) -> str:
-        changed = [f for f in fields(self) if getattr(self, f.name) != _default(f)]
+        changed = [f for f in fields(self) if getattr(self, f.name) != default_of(f)]
         return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in changed)})"
 
-    def begun_with(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """What a run on a checkpoint cannot change when it is gone on with, as JSON holds it."""
-        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in FREE}
+    def fixed_settings(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Return the settings, in JSON types, that must not change when a run on this checkpoint is resumed."""
+        settings = {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata["resumable"]}
         lists = {name: list(value) for name, value in settings.items() if isinstance(value, tuple)}
-        names = [checkpoint.base, *(str(adapter.name) for adapter in checkpoint.adapters)]
-        bases = {"trained_on": [PurePath(name).name for name in names]}  # wherever they lie
-        return {"recipe": type(self).__name__, **bases, **settings, **lists}
+        paths = [checkpoint.base, *(str(adapter.name) for adapter in checkpoint.adapters)]
+        names = {"trained_on": [PurePath(path).name for path in paths]}  # folders may have moved
+        return {"recipe": type(self).__name__, **names, **settings, **lists}
 
     @property
     def token_ratio(self) -> int | None:
@@ -198,7 +161,7 @@ class Recipe(ABC):
         return None
 
     def widths(self, seed: int) -> Widths:
-        """The widths trained at, drawn with this seed; full width alone by default."""
+        """Return the widths to train at, drawn with this seed; by default the full width alone."""
         return Widths(seed=seed)
 
     @property
@@ -208,22 +171,26 @@ class Recipe(ABC):
 
     @abstractmethod
     def open(self, model: str, adapters: Sequence[str]) -> Checkpoint:
-        """The checkpoint that is trained on."""
+        """Open the checkpoint to train."""
 
     @abstractmethod
     def heads(self, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, seed: int) -> Tensor:
-        """What the heads start as, ``[heads, width]``."""
+        """Return the initial weights of the heads, ``[heads, width]``."""
 
     @abstractmethod
     def inputs(self, prompt: str | None) -> Inputs:
-        """What makes ids of pairs, given the prompt that the data have, or None for the usual one."""
+        """Return the function that encodes pairs.
+
+        Args:
+            prompt: the prompt in the training data; None for the recipe's.
+        """
 
     @abstractmethod
     def opening_call(self, checkpoint: Checkpoint, folder: str) -> str:
-        """The Python call that opens what was trained on a checkpoint and lies in a folder."""
+        """Write the Python call that opens the adapter in a folder, trained on this checkpoint."""
 
     def card(self, checkpoint: Checkpoint, folder: str, steps: int) -> str:
-        """What stands beside an adapter, for its reader and the hub."""
+        """Write the model card of an adapter, without tokens of the hub."""
         settings = {name: value for name, value in self.arguments.items() if not name.endswith("_token")}
         recipe = replace(self, output_dir=None, text=None, arguments=settings)
         call = self.opening_call(checkpoint, folder)
@@ -234,49 +201,52 @@ class Recipe(ABC):
     @staticmethod
     @abstractmethod
     def body(text: str, title: str | None) -> str:
-        """A passage of the data as the model reads it."""
+        """Format a passage as the model reads it."""
 
 
+@documented
 @dataclass(frozen=True, kw_only=True, repr=False)
 class RankLLaMATraining(Recipe):
-    """Fine-tuning RankLLaMA (Ma et al., 2023): LoRA and a score head, cross-entropy over groups.
+    """Fine-tune RankLLaMA (Ma et al., 2023): LoRA and a score head, with cross-entropy over groups.
 
-    Args:
-        teacher_weight: weight of the KL divergence from the softmax of a teacher's scores; 0, the original, learns from
-            the labels alone.
-
-    All else is as for :class:`~pyterrier_llmrerank.training.recipes.Recipe`.
-
-    Raises:
-        ValueError: a value is not what is allowed.
+    The scores of a teacher (column ``teacher`` in ``fit``, ``pos_scores`` and ``neg_scores`` in files) are used if
+    ``teacher_weight`` or ``absolute_margin`` is set.
 
     >>> from pyterrier_llmrerank.training import RankLLaMATraining
     >>> RankLLaMATraining(group_size=8).learning_rate
     0.0001
+
+    Raises:
+        ValueError: a value is not allowed.
     """
 
     task_type: ClassVar[str] = "SEQ_CLS"
 
-    passage_max_length: int = option(196, "tokens kept of a passage", "passage_max_len", "p_max_len")
-    lora_dropout: float = option(0.1, "dropout on the updates' input")
-    target_modules: tuple[str, ...] = option(
-        tuple(name for name in PROJECTIONS if name != "k_proj"), "modules that LoRA updates"
-    )
-    teacher_weight: float = option(0.0, "weight of the KL divergence from a teacher's scores; 0 for none")
+    passage_max_length: int = 196
+    lora_dropout: float = 0.1
+    target_modules: tuple[str, ...] = tuple(name for name in PROJECTIONS if name != "k_proj")
     learning_rate: float = 1e-4
     gradient_accumulation_steps: int = 8
-
-    @staticmethod
-    def _least() -> dict[str, int | float]:
-        return {**Recipe._least(), "teacher_weight": 0.0}
+    teacher_weight: float = option(
+        0.0, "weight of the KL divergence from the teacher's scores; 0 learns from the labels alone", least=0.0
+    )
 
     @property
     def loss(self) -> DistilledLoss:
-        """Cross-entropy over the group, and a teacher's scores where they have a weight."""
+        """The cross-entropy, and the divergence from the teacher if it has a weight."""
         return DistilledLoss(self.teacher_weight, self.teacher_temperature, self.absolute_margin)
 
     def open(self, model: str, adapters: Sequence[str] = (), base_model: str | None = None) -> Checkpoint:
-        """A causal language model, or a RankLLaMA adapter to train on."""
+        """Open a causal language model, or a RankLLaMA adapter to train further.
+
+        Args:
+            model: a folder, ``.gguf`` file or hub id.
+            adapters: none.
+            base_model: the base of the adapter; None for the base that it names.
+
+        Raises:
+            ValueError: there are adapters.
+        """
         from ..checkpoints.checkpoint import RankLLaMACheckpoint
 
         if adapters:
@@ -284,7 +254,7 @@ class RankLLaMATraining(Recipe):
         return RankLLaMACheckpoint(model, base_model)
 
     def heads(self, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, seed: int) -> Tensor:
-        """The checkpoint's own score head, or small random numbers where it has none."""
+        """Return the checkpoint's score head, or small random weights if it has none."""
         import torch
 
         if checkpoint.has_heads:
@@ -294,91 +264,91 @@ class RankLLaMATraining(Recipe):
         return torch.randn(1, checkpoint.config.hidden_size, generator=generator) * spread
 
     def opening_call(self, checkpoint: Checkpoint, folder: str) -> str:
-        """The adapter names its base."""
+        """Write the Python call that opens the adapter, which names its base."""
         return f"RankLLaMAReranker({folder!r})"
 
     def inputs(self, prompt: str | None) -> Inputs:
-        """Ids as in inference, with documents three tokens shorter, as released; there is no prompt."""
+        """Return the encoding of inference, with passages three tokens shorter, as in the original; no prompt."""
         return RankLLaMAInputs(self.query_max_length, self.passage_max_length, margin=3)
 
     @staticmethod
     def body(text: str, title: str | None) -> str:
-        """``document: {title} {text}``."""
+        """Format a passage as ``document: {title} {text}``."""
         return document(text, title)
 
 
+@documented
 @dataclass(frozen=True, kw_only=True, repr=False)
 class MatroyshkaTraining(Recipe):
-    """What both steps of training a Matroyshka Re-Ranker (Liu et al., 2025) have in common.
-
-    Args:
-        start_layer: the shallowest layer with a head.
-        layer_sep: layers from one head to the next.
-        compress_layers: before each of these layers a step pools passages or not, with equal odds.
-        compress_ratios: each step pools so many passage states into one, a ratio drawn from these.
-        train_method: ``normal`` or ``distill``, cross-entropy alone; ``distill_final_layer``, ``distill_last_layer`` or
-            ``distill_fix_layer``, by which of the deeper layers teaches; each of these three with ``_teacher`` too,
-            to learn from another model's scores as well.
-        prompt: the question that ends every input, where the data has none of its own.
-
-    All else is as for :class:`~pyterrier_llmrerank.training.recipes.Recipe`.
+    """Hold the settings of both steps in the training of a Matroyshka reranker (Liu et al., 2025).
 
     Raises:
-        ValueError: a value is not what is allowed.
+        ValueError: a value is not allowed.
     """
 
     task_type: ClassVar[str] = "CAUSAL_LM"
 
-    target_modules: tuple[str, ...] = option((*PROJECTIONS, "linear_head"), "modules that LoRA updates")
-    start_layer: int = option(4, "the shallowest layer with a head")
-    layer_sep: int = option(1, "layers from one head to the next")
+    target_modules: tuple[str, ...] = (*PROJECTIONS, "linear_head")
+    start_layer: int = option(4, "shallowest layer with a head", least=1)
+    layer_sep: int = option(1, "distance between layers with a head", least=1)
     compress_layers: tuple[int, ...] = option(
-        (4, 8, 12, 16, 20, 24, 28), "before each of these layers a step pools passages or not, with equal odds"
+        (4, 8, 12, 16, 20, 24, 28), "layers before which passages are pooled; each batch draws half of them on average"
     )
-    compress_ratios: tuple[int, ...] = option((1, 2, 4, 8), "each step pools so many passage states into one")
-    train_method: str = option("normal", f"one of {', '.join(METHODS)}")
-    prompt: str = option(PROMPT, "the question that ends every input, where the data has none of its own")
+    compress_ratios: tuple[int, ...] = option(
+        (1, 2, 4, 8), "ratios to draw from for each batch: the number of passage tokens pooled into one"
+    )
+    train_method: str = option(
+        "normal",
+        f"loss, one of {', '.join(METHODS)}; normal and distill are the cross-entropy alone, the others distil "
+        "deeper layers into shallower ones, and those with _teacher learn from a teacher's scores too",
+    )
+    prompt: str = option(PROMPT, "question at the end of every input; a prompt in the data replaces it")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._as_tuple("compress_layers", int)
-        self._as_tuple("compress_ratios", int)
-        for name, value in {"start_layer": self.start_layer, "layer_sep": self.layer_sep}.items():
-            if not value_are([value], int) or value < 1:
-                raise ValueError(f"{name}={value!r}; allowed: an integer of at least 1.")
+        make_tuple(self, "compress_layers", int)
+        make_tuple(self, "compress_ratios", int)
         if not self.compress_ratios or any(ratio not in (1, 2, 4, 8, 16, 32, 64) for ratio in self.compress_ratios):
             raise ValueError(f"compress_ratios={list(self.compress_ratios)}; allowed: powers of two from 1 to 64.")
         if any(layer < 0 for layer in self.compress_layers):
             raise ValueError(f"compress_layers={list(self.compress_layers)}; allowed: layer indices, from 0.")
-        self.loss  # noqa: B018 # raises where the method does not go with the rest
+        self.loss  # noqa: B018 # raises if the method contradicts other options
 
     def widths(self, seed: int) -> Widths:
-        """The widths that the recipe names."""
+        """Return the widths of ``compress_layers`` and ``compress_ratios``."""
         return Widths(self.compress_layers, self.compress_ratios, seed)
 
     @property
     def loss(self) -> CascadeLoss:
-        """By ``train_method``."""
+        """The loss named by ``train_method``."""
         return CascadeLoss(self.train_method, self.teacher_temperature, self.absolute_margin)
 
     def open(self, model: str, adapters: Sequence[str] = ()) -> Checkpoint:
-        """A causal language model or layer-wise checkpoint with adapters merged in, or one more to train on."""
+        """Open a causal language model or layer-wise checkpoint to train.
+
+        Args:
+            model: a folder, ``.gguf`` file or hub id; an adapter is trained further.
+            adapters: adapters to merge into the base first.
+
+        Raises:
+            ValueError: the model has too few layers for ``start_layer`` or ``compress_layers``.
+        """
         from ..checkpoints.adapters import Adapter
         from ..checkpoints.checkpoint import MatroyshkaCheckpoint, is_layer_wise
         from ..checkpoints.description import described
         from ..checkpoints.locate import folder_of
 
-        started, folder = None, folder_of(model, "model")
+        continued, folder = None, folder_of(model, "model")
         if (folder / "adapter_config.json").is_file():
-            started = Adapter(folder, f"model={model!r}")
-            started.base_folder()  # raises, where it is not there, in the adapter's name
+            continued = Adapter(folder, f"model={model!r}")
+            continued.base_folder()  # if it is missing, the error names the adapter
             description = described(model, folder, "matroyshka", f"model={model!r}")
             earlier = [name for name in description.adapters if name != model] if description is not None else []
-            model, adapters = started.base, [*(adapters or earlier), str(folder)]
-        own = is_layer_wise(model)  # then the checkpoint says where its heads are
-        at = (None, None) if own else (self.start_layer, self.layer_sep)
-        checkpoint = MatroyshkaCheckpoint(model, adapters, *at)
-        if started is not None:  # checked with the others, but not to be merged
+            model, adapters = continued.base, [*(adapters or earlier), str(folder)]
+        # A layer-wise checkpoint has its own head layers.
+        head_layers = (None, None) if is_layer_wise(model) else (self.start_layer, self.layer_sep)
+        checkpoint = MatroyshkaCheckpoint(model, adapters, *head_layers)
+        if continued is not None:  # checked with the others, but trained rather than merged
             checkpoint.adapters, checkpoint.adapter = checkpoint.adapters[:-1], checkpoint.adapters[-1]
         if max(self.compress_ratios) > 1 and not any(0 < layer < checkpoint.layers for layer in self.compress_layers):
             raise ValueError(
@@ -388,11 +358,11 @@ class MatroyshkaTraining(Recipe):
         return checkpoint
 
     def heads(self, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, seed: int) -> Tensor:
-        """The checkpoint's."""
+        """Return the checkpoint's heads."""
         return checkpoint.heads(tokenizer)
 
     def opening_call(self, checkpoint: Checkpoint, folder: str) -> str:
-        """With what the adapter was trained over, and what neither it nor the base says."""
+        """Write the Python call, with the merged adapters and the settings that no adapter stores."""
         given: dict[str, Any] = {"adapters": [*(adapter.name for adapter in checkpoint.adapters), folder]}
         if not cast("MatroyshkaCheckpoint", checkpoint).layer_wise:
             given["start_layer"] = self.start_layer
@@ -403,48 +373,46 @@ class MatroyshkaTraining(Recipe):
         return f"MatroyshkaReranker({checkpoint.base!r}, {', '.join(f'{k}={v!r}' for k, v in given.items())})"
 
     def inputs(self, prompt: str | None) -> Inputs:
-        """Ids as in inference, the whole input held to query and passage length together, as released."""
+        """Return the encoding of inference, with one limit for query and passage together, as in the original."""
         total = self.query_max_length + self.passage_max_length
         return MatroyshkaInputs(self.prompt if prompt is None else prompt, self.query_max_length, total=total)
 
     @staticmethod
     def body(text: str, title: str | None) -> str:
-        """``{title} {text}``, or the text alone."""
+        """Format a passage as ``{title} {text}``, or as its text alone."""
         return f"{title} {text}" if title else text
 
 
+@documented
 @dataclass(frozen=True, kw_only=True, repr=False)
 class DistillTraining(MatroyshkaTraining):
-    """Cascaded self-distillation: every layer from ``start_layer`` on learns to rank, from the deeper ones too.
+    """Train every layer from ``start_layer`` to rank, by cascaded self-distillation.
 
-    Where the data has no teacher's scores, choose a ``train_method`` without ``_teacher``. Arguments are those of
-    :class:`~pyterrier_llmrerank.training.recipes.MatroyshkaTraining`.
+    If the data has no teacher scores, choose a ``train_method`` without ``_teacher``.
 
     >>> from pyterrier_llmrerank.training import DistillTraining
     >>> DistillTraining().train_method
     'distill_fix_layer_teacher'
+
+    Raises:
+        ValueError: a value is not allowed.
     """
 
-    train_method: str = option("distill_fix_layer_teacher", f"one of {', '.join(METHODS)}")
+    train_method: str = "distill_fix_layer_teacher"
     learning_rate: float = 2e-4
 
 
+@documented
 @dataclass(frozen=True, kw_only=True, repr=False)
 class CompensateTraining(MatroyshkaTraining):
-    """Factorized compensation on top of a distilled model: for its depths, or for one width.
-
-    Args:
-        finetune_type: ``layer`` for all depths at full width, ``token`` for one ratio.
-        compress_ratios: the one ratio to compensate for; 1 for ``layer``.
-
-    All else is as for :class:`~pyterrier_llmrerank.training.recipes.MatroyshkaTraining`.
-
-    Raises:
-        ValueError: a value is not what is allowed.
+    """Train one more adapter on top of a distilled model, for all its depths or for one width.
 
     >>> from pyterrier_llmrerank.training import CompensateTraining
     >>> CompensateTraining(finetune_type="token", compress_ratios=(2,)).widths(0).ratios
     (2,)
+
+    Raises:
+        ValueError: a value is not allowed.
     """
 
     finetune_type: str = option("layer", "layer: for all depths at full width; token: for one ratio")

@@ -1,4 +1,4 @@
-"""Validation: how well a model in training ranks, measured as a search would be."""
+"""Validation of a model in training, by nDCG@10."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import ir_measures
 import pandas as pd
 from ir_measures import nDCG
 
-from .data import Body, read_example
+from .examples import Body, read_example
 
 MEASURE = "nDCG@10"
 
-#: From ``(query, body, prompt)`` to their scores.
+#: Scores ``(query, body, prompt)`` triples.
 Score = Callable[[Sequence[tuple[str, str, str | None]]], Sequence[float]]
 
 
 def no_common_query(results: pd.Series[Any], judgements: pd.Series[Any]) -> str:
-    """The end of a message: a qid of either side where results and judgements have none in common, else nothing."""
+    """Return a hint for an error, with a qid of each, if results and judgements share none; else an empty string."""
     if results.empty or judgements.empty or results.isin(set(judgements)).any():
         return ""
     return f"; no qid is in both: the results have {results.iloc[0]!r}, the judgements {judgements.iloc[0]!r}"
@@ -27,13 +27,13 @@ def no_common_query(results: pd.Series[Any], judgements: pd.Series[Any]) -> str:
 
 @dataclass(frozen=True)
 class Validation:
-    """Example to rank and what is relevant among them.
+    """Measure a scoring function on candidates with relevance judgements.
 
     Args:
-        pairs: columns ``qid``, ``docno``, ``query``, ``body``, the passage as the model reads it, and ``prompt``,
-            None for the usual one.
-        qrels: columns ``qid``, ``docno`` and ``label``; what is relevant and no candidate counts too, as far
-            as its query has candidates.
+        pairs: candidates: columns ``qid``, ``docno``, ``query``, ``body`` (the passage as the model reads it) and
+            ``prompt``, None for the recipe's.
+        qrels: columns ``qid``, ``docno`` and ``label``. A relevant passage that is no candidate lowers nDCG; a query
+            without candidates is ignored.
 
     Raises:
         ValueError: no query has both candidates and judgements.
@@ -50,7 +50,7 @@ class Validation:
         object.__setattr__(self, "qrels", own)
 
     def __call__(self, score: Score) -> float:
-        """Mean nDCG@10 over the queries with candidates and judgements."""
+        """Return the mean nDCG@10 over the queries with candidates and judgements."""
         named = zip(*(self.pairs[name] for name in ("query", "body", "prompt")), strict=True)
         scores = score(list(named))
         run = pd.DataFrame(
@@ -61,7 +61,7 @@ class Validation:
 
     @classmethod
     def of_records(cls, records: Iterable[Any], body: Body) -> Validation:
-        """From data of the form that training takes: each line's positives against its negatives."""
+        """Make candidates of training records: positives against negatives."""
         pairs: list[tuple[str, str, str, str, str | None]] = []
         qrels: list[tuple[str, str, int]] = []
         for number, record in enumerate(records):

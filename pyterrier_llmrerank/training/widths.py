@@ -1,4 +1,4 @@
-"""The widths at which a model is trained."""
+"""Widths of passages in training."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Widths:
-    """The widths at which a model is trained: each step draws one.
+    """Draw the width of each batch.
 
     Args:
-        layers: before each of these, the step pools or not, with equal odds.
-        ratios: the step's ratio is one of these.
+        layers: layers before which passages may be pooled, each with probability one half.
+        ratios: ratios to draw from.
         seed: of the draw.
     """
 
@@ -21,11 +21,11 @@ class Widths:
     seed: int = 42
 
     def draw(self, step: int, part: int) -> tuple[tuple[int, ...], int]:
-        """Layers and ratio of one batch, as a function of its place in the run: the same in every process.
+        """Draw layers and ratio by the batch's place in the run, so that all processes draw the same.
 
         Args:
-            step: optimizer steps done before.
-            part: which of the batches that are accumulated into this step.
+            step: number of optimizer steps before.
+            part: index of the batch among those accumulated into the step.
         """
         generator = random.Random(f"{self.seed}/{step}/{part}")
         return tuple(layer for layer in self.layers if generator.random() < 0.5), generator.choice(self.ratios)

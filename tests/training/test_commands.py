@@ -225,7 +225,7 @@ def test_help_begins_with_what_is_ours_and_ends_with_runs(recipe: str, capsys: p
     with pytest.raises(SystemExit):
         main(["train", recipe, "--help"])
     said = capsys.readouterr().out
-    parts = ("\nwhat is trained on:\n", "\nthe recipe:\n", "\ntransformers' TrainingArguments", "\nexamples:\n")
+    parts = ("\nmodel and data:\n", "\nrecipe:\n", "\ntransformers' TrainingArguments", "\nexamples:\n")
     assert [said.count(part) for part in parts] == [1] * 4
     assert sorted(said.index(part) for part in parts) == [said.index(part) for part in parts]
     runs = said.rpartition("\nexamples:\n")[2].replace("\\\n", "").splitlines()

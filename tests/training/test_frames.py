@@ -38,8 +38,8 @@ def test_positives_negatives_and_what_is_left_out(caplog: pytest.LogCaptureFixtu
         {"query_id": "2", "query": "query 2", "pos": ["<text of d1>"], "neg": ["<text of d4>", "<text of d5>"]},
     ]
     (line,) = caplog.messages
-    assert "training on 2 queries; 1 had no relevant result" in line
-    assert line.endswith("left out: 2 without a positive, 1 without a negative")
+    assert "training on 2 queries; 1 have positives from outside their results" in line
+    assert line.endswith("dropped: 2 without a positive, 1 without a negative")
 
 
 def test_text_brings_in_what_was_not_retrieved() -> None:
@@ -54,7 +54,7 @@ def test_texts_may_stand_in_another_column() -> None:
     records = records_of(body, QRELS, lambda frame: list(frame["body"]), 1, loader, "body")
     assert records[2]["pos"] == ["fetched d9"]
     other = pt.apply.generic(lambda frame: frame.assign(text="fetched " + frame["docno"]))
-    with pytest.raises(ValueError, match=r"text gives columns .*'text'.*; missing: body"):
+    with pytest.raises(ValueError, match=r"text returns columns .*'text'.*; missing: body"):
         records_of(body, QRELS, lambda frame: list(frame["body"]), 1, other, "body")
 
 
@@ -69,7 +69,7 @@ def test_text_that_fails_leaves_the_query_out(caplog: pytest.LogCaptureFixture) 
         raise KeyError("d9")
 
     assert len(records_of(results(), QRELS, bodies, 1, pt.apply.generic(missing), "text")) == 2
-    assert "text could not load all of 1 passages: KeyError('d9')" in caplog.messages[0]
+    assert "text failed to load 1 passages: KeyError('d9')" in caplog.messages[0]
 
 
 def test_min_label() -> None:

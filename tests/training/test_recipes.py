@@ -8,7 +8,7 @@ import torch
 from conftest import MODELS
 
 from pyterrier_llmrerank.training import CompensateTraining, DistillTraining, RankLLaMATraining
-from pyterrier_llmrerank.training.data import Collator
+from pyterrier_llmrerank.training.batches import Collator
 from pyterrier_llmrerank.training.recipes import Recipe
 
 

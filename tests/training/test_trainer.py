@@ -18,9 +18,11 @@ from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
 from pyterrier_llmrerank.engine.inputs import MatroyshkaInputs
 from pyterrier_llmrerank.engine.packing import PackedPairs
 from pyterrier_llmrerank.training import CompensateTraining, DistillTraining, RankLLaMATraining
-from pyterrier_llmrerank.training.data import Collator, Groups
+from pyterrier_llmrerank.training.batches import Groups
+from pyterrier_llmrerank.training.lora import with_lora
+from pyterrier_llmrerank.training.output import find_resumed
 from pyterrier_llmrerank.training.recipes import Recipe
-from pyterrier_llmrerank.training.trainer import GroupTrainer, resumed_from, train, with_lora
+from pyterrier_llmrerank.training.trainer import GroupTrainer, train
 from pyterrier_llmrerank.training.validation import Validation
 from pyterrier_llmrerank.training.widths import Widths
 
@@ -48,10 +50,8 @@ def trainer(folder: Path, recipe: Recipe = DISTILL, validation: Validation | Non
     checkpoint = recipe.open(BASE, [])
     tokenizer = checkpoint.tokenizer()
     model = with_lora(checkpoint, recipe.heads(checkpoint, tokenizer, 0), recipe, torch.float32)
-    return GroupTrainer(
-        model, arguments(folder, **options), Groups(RECORDS, 4, 3, recipe.body), Collator(tokenizer, recipe.inputs),
-        recipe.loss, recipe.widths(3), recipe.task_type, validation,
-    )  # fmt: skip
+    groups = Groups(RECORDS, 4, 3, recipe.body)
+    return GroupTrainer(model, arguments(folder, **options), recipe, checkpoint, groups, validation)
 
 
 def losses(run: GroupTrainer) -> list[float]:
@@ -224,7 +224,7 @@ def test_another_run_is_not_written_over(tmp_path: Path, left: str) -> None:
     ):
         run(tmp_path)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [Path(left).name]
-    assert resumed_from(arguments(tmp_path), overwrite=True) is None
+    assert find_resumed(arguments(tmp_path), overwrite=True) is None
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "some.gguf"])
@@ -268,12 +268,12 @@ def test_checkpoints_that_are_not_gone_on_with(tmp_path: Path) -> None:
         ({"lora_rank": 8}, "lora_rank=4, not 8"),
     ):
         other = dataclasses.replace(DISTILL, **change)
-        with pytest.raises(ValueError, match=f"resume_from_checkpoint='{last}': begun with .*{difference}"):
+        with pytest.raises(ValueError, match=f"resume_from_checkpoint='{last}': the run began with .*{difference}"):
             run(tmp_path, other, resume_from_checkpoint=str(last))
-    with pytest.raises(ValueError, match="begun with recipe='DistillTraining', not 'RankLLaMATraining'"):
+    with pytest.raises(ValueError, match="the run began with recipe='DistillTraining', not 'RankLLaMATraining'"):
         run(tmp_path, RANKLLAMA, base=str(MODELS / "rankllama_base"), resume_from_checkpoint=str(last))
     with pytest.raises(
-        ValueError, match="step 2 is beyond max_steps=1; go on with more, or from an earlier checkpoint"
+        ValueError, match="step 2 is beyond max_steps=1; raise max_steps, or resume from an earlier checkpoint"
     ):
         run(tmp_path, max_steps=1, resume_from_checkpoint=str(last))
     (tmp_path / "other" / "checkpoint-1").mkdir(parents=True)
@@ -288,14 +288,14 @@ def test_checkpoints_that_are_not_gone_on_with(tmp_path: Path) -> None:
 def test_the_last_whole_checkpoint_is_gone_on_with(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     asked = arguments(tmp_path, resume_from_checkpoint="True")
     with pytest.raises(ValueError, match=f"resume_from_checkpoint=True: no checkpoint in output_dir='{tmp_path}'"):
-        resumed_from(asked)
+        find_resumed(asked)
     with pytest.raises(ValueError, match="resume_from_checkpoint='.*none': no checkpoint there"):
-        resumed_from(arguments(tmp_path, resume_from_checkpoint=str(tmp_path / "none")))
+        find_resumed(arguments(tmp_path, resume_from_checkpoint=str(tmp_path / "none")))
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11", "checkpoint-old"):
         (tmp_path / name).mkdir()
         if name != "checkpoint-11":  # whose writing ends with the state
             (tmp_path / name / "trainer_state.json").write_text("{}")
-    assert resumed_from(asked) == tmp_path / "checkpoint-10"
+    assert find_resumed(asked) == tmp_path / "checkpoint-10"
     assert caplog.messages == []
 
 
@@ -305,7 +305,7 @@ def test_a_checkpoint_that_does_not_say_what_it_was_begun_with(
     run(tmp_path)
     (tmp_path / "checkpoint-1" / "begun_with.json").unlink()
     run(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert [message for message in caplog.messages if "does not say what it was begun with" in message]
+    assert [message for message in caplog.messages if "has no begun_with.json: whether its settings" in message]
 
 
 def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:

@@ -1,0 +1,106 @@
+"""Groups drawn from training data, and batches of them as the model takes them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..engine.inputs import Ids
+from ..engine.packing import PackedPairs
+from .examples import Body, Group, read_example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+#: Encodes pairs of query and passage.
+Inputs = Callable[["PreTrainedTokenizerBase", Sequence[tuple[str, str]]], list[Ids]]
+
+
+class Groups(torch.utils.data.Dataset[Group]):
+    """Draw a group for each record, anew in each epoch.
+
+    The draw depends on seed, epoch and the record's index alone, so that it is the same in every process and worker,
+    and in a resumed run.
+
+    Args:
+        records: rows for :func:`~pyterrier_llmrerank.training.examples.read_example`.
+        size: passages in a group.
+        seed: of the draw.
+        body: formats the passages.
+    """
+
+    def __init__(self, records: Any, size: int, seed: int, body: Body) -> None:
+        self.records = records
+        self.body = body
+        self.size = size
+        self.seed = seed
+        self._epoch = torch.zeros((), dtype=torch.long).share_memory_()  # type: ignore[no-untyped-call] # workers may outlive an epoch
+
+    @property
+    def epoch(self) -> int:
+        """The epoch to draw, from 0, in this process and its workers."""
+        return int(self._epoch)
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Group:
+        generator = random.Random(f"{self.seed}/{self.epoch}/{index}")  # unlike a tuple's hash, equal in all processes
+        record = self.records[index]
+        name = str(record.get("query_id") or f"line {index + 1}")
+        return read_example(record, self.body).draw(self.size, generator, name)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Encoded groups.
+
+    Args:
+        packed: the passages of all groups, ``groups * size`` pairs.
+        teacher: ``[groups, size]``; None if a group has no teacher scores.
+        size: passages in a group.
+        names: the groups' names.
+    """
+
+    packed: PackedPairs
+    teacher: Tensor | None
+    size: int
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Encode groups as a batch.
+
+    Args:
+        tokenizer: the model's.
+        inputs: returns the encoding for a group's prompt, which is None for the recipe's.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    inputs: Callable[[str | None], Inputs]
+
+    def __call__(self, groups: Iterable[Group]) -> Batch:
+        """Encode and pack the passages, and stack the teacher's scores."""
+        groups = list(groups)
+        rows = [
+            ids
+            for group in groups
+            for ids in self.inputs(group.prompt)(self.tokenizer, [(group.query, text) for text in group.passages])
+        ]
+        scores = [group.teacher for group in groups if group.teacher is not None]
+        return Batch(
+            PackedPairs(rows),
+            torch.tensor(scores) if len(scores) == len(groups) else None,
+            len(groups[0].passages),
+            tuple(group.name for group in groups),
+        )

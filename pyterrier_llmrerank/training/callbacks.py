@@ -1,0 +1,48 @@
+"""Callbacks of the Trainer: epochs for the data, and losses in a progress bar or in the log."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from transformers import ProgressCallback, TrainerCallback
+
+from .batches import Groups
+from .validation import MEASURE
+
+logger = logging.getLogger(__name__)
+
+
+class NewEpoch(TrainerCallback):
+    """Tell the data which epoch begins."""
+
+    def __init__(self, groups: Groups) -> None:
+        self.groups = groups
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set the epoch."""
+        self.groups.epoch = int(state.epoch or 0)
+
+
+class ProgressBar(ProgressCallback):
+    """Show the last loss and nDCG@10 in the Trainer's progress bar."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Update the figures."""
+        super().on_log(args, state, control, logs, **kwargs)  # type: ignore[no-untyped-call]
+        if self.training_bar is not None:
+            self._shown: dict[str, str] = getattr(self, "_shown", {}) | {
+                name.removeprefix("eval_"): f"{value:.4f}"
+                for name, value in (logs or {}).items()
+                if name in ("loss", f"eval_{MEASURE}")
+            }
+            self.training_bar.set_postfix(self._shown)
+
+
+class LogLines(TrainerCallback):
+    """Log losses where the Trainer would print them."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Log a line."""
+        if state.is_local_process_zero:
+            logger.info("step %d of %d: %s", state.global_step, state.max_steps, logs)
