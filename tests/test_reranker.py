@@ -282,7 +282,7 @@ def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
 
 def test_a_hub_out_of_reach_shows_on_use_only() -> None:
     reranker = RankLLaMAReranker()
-    with pytest.raises(ConnectionError, match="castorini/rankllama-v1-7b-lora-passage.*offline"):
+    with pytest.raises(ConnectionError, match="castorini/rankllama-v1-7b-lora-passage.*Offline"):
         reranker.transform(frame())
     local_adapter = RankLLaMAReranker(MODELS / "rankllama_adapter")  # its base is on the hub
     with pytest.raises(ConnectionError, match="rankllama_base"):
