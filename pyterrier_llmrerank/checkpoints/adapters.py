@@ -74,11 +74,8 @@ class Adapter:
     def __init__(self, folder: Path, argument: str, name: str | None = None) -> None:
         config = folder / "adapter_config.json"
         if not config.is_file():
-            hint = (
-                "it is a saved reranker: open it as model"
-                if (folder / FILE).is_file()
-                else "expected a PEFT LoRA folder"
-            )
+            saved = (folder / FILE).is_file()
+            hint = "it is a saved reranker: open it as model" if saved else "expected a PEFT LoRA folder"
             raise FileNotFoundError(f"{argument}: {folder} has no adapter_config.json; {hint}.")
         self.folder = folder
         self.argument = argument
