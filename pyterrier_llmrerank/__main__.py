@@ -1,4 +1,4 @@
-"""``python -m pyterrier_llmrerank``: the command line."""
+"""Run the ``llmrerank`` command with ``python -m pyterrier_llmrerank``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The command line: from a run to a reranked run and its evaluation, and training."""
+"""The ``llmrerank`` command: prepare, rerank, convert and evaluate runs, and train rerankers."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import typer
 
 from .errors import ScoringError
 from .matroyshka import MatroyshkaReranker
+from .options import options_of
 from .rankllama import RankLLaMAReranker
 from .reranker import LLMReranker
 from .runs.evaluation import compare, parse_measure
@@ -27,33 +28,34 @@ logger = logging.getLogger(__name__)
 
 Form = Literal["three", "trec"]
 
-#: What users cause, and what becomes one line.
+#: Errors that a command reports in one line, without a traceback.
 ERRORS = (ValueError, OSError, ImportError, ScoringError, FloatingPointError)
 
 
 def _examples(*lines: str) -> str:
-    """Below a command's options, each line as it is."""
+    """Format the examples at the end of a command's help, keeping their line breaks."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 app = typer.Typer(
-    help="Rerank with RankLLaMA and Matroyshka: from a run to a reranked run and its evaluation, and training.",
+    help="Rerank with RankLLaMA and Matroyshka rerankers: prepare, rerank, convert and evaluate runs, or train.",
     epilog=_examples(
         "llmrerank prepare run.txt --topics topics.tsv --texts docs.jsonl.gz --depth 200 --output rerank.jsonl.gz",
         "llmrerank rerank rankllama rerank.jsonl.gz --output reranked.txt",
         "llmrerank convert reranked.txt --form trec --output reranked.trec",
         "llmrerank evaluate reranked.trec nDCG@10 --qrels qrels.txt --baseline run.txt",
     ),
+    context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},  # --base_model is --base-model
     no_args_is_help=False,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 rerank = typer.Typer(
-    help="Score a rerank file and write a run.\n\nEach re-ranker has a --help of its own.",
+    help="Score a rerank file and write a run.\n\nEach reranker has its own --help.",
     no_args_is_help=False,
 )
-train = typer.Typer(help="Train a re-ranker.\n\nEach recipe has a --help of its own.", no_args_is_help=False)
+train = typer.Typer(help="Train a reranker.\n\nEach recipe has its own --help.", no_args_is_help=False)
 app.add_typer(rerank, name="rerank")
 app.add_typer(train, name="train")
 
@@ -62,11 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        argv: its words; None for the process's own.
+        argv: the arguments of the command line; None for those of this process.
 
     Returns:
-        The exit status: 0; 1 where a file, an argument's value or a model is not what is allowed; 2 where the
-        command itself is malformed; 130 after Ctrl-C.
+        The exit status: 0; 1 if a file, a value or a model is invalid; 2 if the command itself is malformed; 130 after
+        Ctrl-C.
     """
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     try:
@@ -75,48 +77,52 @@ def main(argv: Sequence[str] | None = None) -> int:
         typer.echo(f"error: {error.format_message().rstrip('.')}. See --help.", err=True)
         return error.exit_code
     except (*ERRORS, _OptionError) as error:
-        typer.echo(f"error: {_in_a_line(error)}", err=True)
+        typer.echo(f"error: {_one_line(error)}", err=True)
         return 1
 
 
 class _OptionError(Exception):
-    """An error of which the message calls arguments by their options' names."""
+    """An error whose message names options in place of arguments: ``--base-model=`` for ``base_model=``.
+
+    Args:
+        error: the error.
+        arguments: names of the arguments.
+    """
 
     def __init__(self, error: Exception, arguments: Iterable[str]) -> None:
         options = {name: name.replace("_", "-") for name in arguments} | {"target": "output"}
-        named = rf"(?<![\w/'\"-])({'|'.join(options)})="
-        super().__init__(re.sub(named, lambda name: f"--{options[name[1]]}=", _in_a_line(error)))
+        pattern = rf"(?<![\w/'\"-])({'|'.join(options)})="
+        super().__init__(re.sub(pattern, lambda match: f"--{options[match[1]]}=", _one_line(error)))
 
 
-def _in_a_line(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     parts = (str(error) or type(error).__name__, *getattr(error, "__notes__", ()))
     return " ".join(" ".join(parts).split())
 
 
-# -- arguments that several commands have
+# -- arguments shared by several commands
 
 
 def _set_verbosity(verbose: bool) -> bool:
-    """Our warnings, or what is done and others' warnings, too."""
+    """Log this package's warnings or, if verbose, its progress and the warnings of other packages."""
     logging.getLogger(__package__).setLevel(logging.INFO if verbose else logging.WARNING)
-    for name in ("", "torchao", "torch.utils._pytree"):  # the last two say when they are imported what they have not
+    for name in ("", "torchao", "torch.utils._pytree"):  # the last two log missing extras on import
         logging.getLogger(name).setLevel(logging.WARNING if verbose else logging.ERROR)
     return verbose
 
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run of 3, 4 or 6 columns, also .gz.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run of 3, 4 or 6 columns, optionally .gz.")]
 Columns = Annotated[
     str | None,
     typer.Option(
-        help="The run's columns, if ranks and scores could be mistaken: qid,docno,rank; _ is a column that is not read."
+        help="The run's columns, for example qid,docno,rank. Use _ for a column to ignore. By default, the columns "
+        "follow from their number."
     ),
 ]
-Output = Annotated[Path, typer.Option(help="The file to write; compressed where its name ends in .gz.")]
-OutputForm = Annotated[Form, typer.Option(help="Tevatron's three columns (qid, docno, score), or TREC's six.")]
-Tag = Annotated[str, typer.Option(help="The run's name, in TREC's form.")]
-Verbose = Annotated[
-    bool, typer.Option("--verbose", help="Show progress, and say what is done.", callback=_set_verbosity)
-]
+Output = Annotated[Path, typer.Option(help="The file to write, compressed if its name ends in .gz.")]
+OutputForm = Annotated[Form, typer.Option(help="Three columns (qid, docno, score) or TREC's six.")]
+Tag = Annotated[str, typer.Option(help="The run's name in the TREC form.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show progress and log each step.", callback=_set_verbosity)]
 
 
 # -- commands
@@ -134,27 +140,29 @@ def prepare(
     topics: Annotated[
         str,
         typer.Option(
-            help="Queries: an ir_datasets id, a PyTerrier dataset, or a file: qid, tab, query; TREC's <top> elements, "
-            "of which the title is read; or JSON lines (.jsonl) with qid, query_id, _id or id, and query or text."
+            help="Queries: an ir_datasets id, a PyTerrier dataset or a file. A file has tab-separated columns (qid, "
+            "query), TREC <top> elements, whose titles are read, or JSON lines (.jsonl) with qid, query_id, _id or id, "
+            "and query or text."
         ),
     ],
     texts: Annotated[
         str,
         typer.Option(
-            help="Documents: an ir_datasets id, a PyTerrier dataset, or a file: columns parted by tabs: docno, text; "
-            "docno, title, text; or docno, url, title, text; or JSON lines with docno, docid, _id or id, text or "
-            "contents, perhaps title and url."
+            help="Documents: an ir_datasets id, a PyTerrier dataset or a file. A file has tab-separated columns "
+            "(docno, text; docno, title, text; or docno, url, title, text) or JSON lines (.jsonl) with docno, docid, "
+            "_id or id, text or contents, and optionally title and url."
         ),
     ],
     output: Output,
-    depth: Annotated[int, typer.Option(min=1, help="Documents of each query, from the best.")] = 200,
+    depth: Annotated[int, typer.Option(min=1, help="Number of documents to keep for each query, from the top.")] = 200,
     columns: Columns = None,
     verbose: Verbose = False,
 ) -> None:
-    """Join a run with queries and texts.
+    """Join a run with the texts of its queries and documents.
 
-    What is written, over an output that is there, is a rerank file: JSON lines with query_id, query, docid, text and
-    score, and title and url where there are some; queries as in the run, each from its best document.
+    Writes a rerank file: JSON lines with query_id, query, docid, text and score, and title and url if available.
+
+    Queries keep the order of the run; the documents of each are sorted by score. An existing output is replaced.
     """
     count = 0
     with writing(output) as lines:
@@ -173,14 +181,14 @@ def prepare(
 def convert(
     run: Run, output: Output, form: OutputForm = "trec", tag: Tag = "llmrerank", columns: Columns = None
 ) -> None:
-    """Write a run in another form, over an output that is there.
+    """Convert a run to another form.
 
-    Ranks count from 1, by score; equal ones by the rank that they had, or as they came.
+    Ranks count from 1 and follow the scores; ties keep their rank or, without ranks, their order.
 
-    Of a run that has ranks alone, the scores are minus its ranks.
+    If the run has only ranks, scores are the negated ranks. An existing output is replaced.
     """
     if output.exists() and output.samefile(run):
-        raise ValueError(f"--output={str(output)!r} is the run itself; wanted another name.")
+        raise ValueError(f"--output={str(output)!r} is the run itself; choose another file.")
     with writing(output) as lines:
         for _, rows in by_query(read_run(run, columns)):
             for rank, row in enumerate(best_first(rows), 1):
@@ -199,28 +207,26 @@ def evaluate(
     qrels: Annotated[
         str,
         typer.Option(
-            help="Judgements: an ir_datasets id, a PyTerrier dataset, or a file in TREC's form (qid, iteration, docno, "
-            "label) or BEIR's (qid, docno, label)."
+            help="Judgements: an ir_datasets id, a PyTerrier dataset or a file in the form of TREC (qid, iteration, "
+            "docno, label) or BEIR (qid, docno, label)."
         ),
     ],
     measures: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[MEASURE]...", help="Of ir_measures or trec_eval; nDCG@10 if none is named."),
+        typer.Argument(metavar="MEASURE", help="Measures of ir_measures or trec_eval; by default nDCG@10."),
     ] = None,
     baseline: Annotated[
-        Path | None, typer.Option(help="A second run; p is a paired two-sided t-test's over the judged queries.")
+        Path | None, typer.Option(help="A run to compare with. p is from a paired two-sided t-test over queries.")
     ] = None,
     columns: Columns = None,
-    baseline_columns: Annotated[str | None, typer.Option(help="The baseline's columns.")] = None,
-    per_query: Annotated[bool, typer.Option("--per-query", help="A line for each query, before those of all.")] = False,
+    baseline_columns: Annotated[str | None, typer.Option(help="As --columns, for the baseline.")] = None,
+    per_query: Annotated[bool, typer.Option("--per-query", help="Also show the values of each query.")] = False,
 ) -> None:
-    """Measure a run, or two.
+    """Evaluate a run, and compare it with a baseline.
 
-    All queries with judgements count; one that a run lacks, as one for which nothing was found.
+    Every query with judgements counts; a query missing from a run counts as one without results, with a warning.
 
-    A warning says how many those are; where it has none of them, that is an error.
-
-    Documents of equal score stand by rank, or as they do in the file; trec_eval orders them by docno.
+    Documents with equal scores keep their rank or, without ranks, their order. trec_eval sorts them by docno.
     """
     parsed = [parse_measure(name) for name in measures or ["nDCG@10"]]
     second = None if baseline is None else read_run(baseline, baseline_columns)
@@ -238,22 +244,41 @@ def _show(table: Any) -> None:
 # -- reranking: options are the constructors' arguments
 
 
-def _said(kind: type[LLMReranker]) -> dict[str, str]:
-    """The first sentence that the docstring says of each argument."""
-    _, _, arguments = (inspect.getdoc(kind) or "").partition("\nArgs:\n")
-    arguments = re.split(r"^\S", arguments, maxsplit=1, flags=re.M)[0]
-    found = re.findall(r"^    (\w[\w, ]*): (.*?)(?=^    \S|\Z)", arguments, re.M | re.S)
-    sentences = {names: re.split(r"(?<=\.) ", " ".join(text.split()))[0] for names, text in found}
-    plain = {names: said.replace("``", "") for names, said in sentences.items()}
-    return {name: said[0].upper() + said[1:] for names, said in plain.items() for name in names.split(", ")}
-
-
-#: Arguments that are no options: a rerank file has one text, and training is another command.
+#: Arguments without an option: a rerank file has one text, and training is another command.
 _NO_OPTIONS = ("self", "text_field", "training", "verbose")
 
 
+def _options(kind: type[LLMReranker]) -> list[inspect.Parameter]:
+    """Return the options of a ``rerank`` command: the options of the reranker."""
+    names = vars(sys.modules[kind.__module__]) | globals()
+    return [
+        _option(option.name, eval(option.accepts, names), option.default, option.summary)
+        for option in options_of(kind)
+        if option.name not in _NO_OPTIONS
+    ]
+
+
+def _option(name: str, hint: Any, default: Any, help: str) -> inspect.Parameter:
+    """Turn an argument into an option. Options with several values are repeated; ``{8: 50}`` is written ``8:50``."""
+    kinds = typing.get_args(hint) or (hint,)
+    origins = {typing.get_origin(kind): typing.get_args(kind) for kind in kinds}
+    annotation: Any
+    # A name keeps typer from adding --no-<name> to a bool.
+    flag = f"--{name.replace('_', '-')}"
+    if mapping := origins.get(Mapping):
+        metavar = ":".join(kind.__name__ for kind in mapping).upper()
+        info = typer.Option(flag, help=f"{help} May be repeated.", metavar=metavar, parser=_pair(*mapping))
+        annotation, default = Annotated[list[Any] | None, info], None
+    elif element := origins.get(Sequence):
+        info = typer.Option(flag, help=f"{help} May be repeated.")
+        annotation, default = Annotated[list[element[0]] | None, info], None  # type: ignore[valid-type]
+    else:
+        annotation = Annotated[hint, typer.Option(flag, help=help)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
 def _pair(key: Callable[[str], Any], value: Callable[[str], Any]) -> Callable[[str], tuple[Any, Any]]:
-    """What reads ``8:50``."""
+    """Return a parser for ``8:50``."""
 
     def parse(word: str) -> tuple[Any, Any]:
         first, colon, second = word.partition(":")
@@ -262,36 +287,6 @@ def _pair(key: Callable[[str], Any], value: Callable[[str], Any]) -> Callable[[s
         return key(first), value(second)
 
     return parse
-
-
-def _option(parameter: inspect.Parameter, hint: Any, said: str) -> inspect.Parameter:
-    """A constructor's argument as an option; what may be several is given once for each."""
-    kinds = typing.get_args(hint) or (hint,)
-    origins = {typing.get_origin(kind): typing.get_args(kind) for kind in kinds}
-    annotation: Any
-    if mapping := origins.get(Mapping):
-        metavar = ":".join(kind.__name__ for kind in mapping).upper()
-        info = typer.Option(help=f"{said} May be repeated.", metavar=metavar, parser=_pair(*mapping))
-        annotation, default = Annotated[list[Any] | None, info], None
-    elif element := origins.get(Sequence):
-        info = typer.Option(help=f"{said} May be repeated.")
-        annotation, default = Annotated[list[element[0]] | None, info], None  # type: ignore[valid-type]
-    else:
-        # Named in full: of a bool, typer would make two options.
-        info = typer.Option(f"--{parameter.name.replace('_', '-')}", help=said)
-        annotation, default = Annotated[hint, info], parameter.default
-    return inspect.Parameter(parameter.name, parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
-def _options(kind: type[LLMReranker]) -> list[inspect.Parameter]:
-    """The options of a re-ranker."""
-    known = vars(sys.modules[kind.__module__])
-    said = _said(RankLLaMAReranker) | {k: v for k, v in _said(kind).items() if not v.startswith("As for")}
-    return [
-        _option(parameter, eval(parameter.annotation, known), said[name])
-        for name, parameter in inspect.signature(kind.__init__).parameters.items()
-        if name not in _NO_OPTIONS
-    ]
 
 
 def _with_options(command: Callable[..., None], options: list[inspect.Parameter]) -> None:
@@ -305,17 +300,24 @@ def _with_options(command: Callable[..., None], options: list[inspect.Parameter]
 
 def _rerank_command(name: str, kind: type[LLMReranker], *examples: str) -> None:
     def command(
-        source: Annotated[Path, typer.Argument(metavar="RERANK_FILE", help="JSON lines, as prepare writes; also .gz.")],
+        source: Annotated[Path, typer.Argument(metavar="RERANK_FILE", help="A rerank file, as written by prepare.")],
         output: Output,
         form: OutputForm = "three",
         tag: Tag = name,
         resume: Annotated[
-            bool, typer.Option("--resume", help="Go on with an output that was interrupted, or whose source has grown.")
+            bool,
+            typer.Option(
+                "--resume",
+                help="Continue an interrupted output, or score rows added to the rerank file. Refused if options that "
+                "affect scores changed; <output>.journal records them.",
+            ),
         ] = False,
         workers: Annotated[
-            int, typer.Option(min=1, help="Processes that score, on Ray; a GPU each where there are some.")
+            int, typer.Option(min=1, help="Number of scoring processes, started with Ray. Each uses one GPU, if any.")
         ] = 1,
-        address: Annotated[str | None, typer.Option(help="A Ray cluster's; else Ray starts on this machine.")] = None,
+        address: Annotated[
+            str | None, typer.Option(help="Address of a Ray cluster. By default, Ray starts on this machine.")
+        ] = None,
         verbose: Verbose = False,
         **arguments: Any,
     ) -> None:
@@ -328,14 +330,14 @@ def _rerank_command(name: str, kind: type[LLMReranker], *examples: str) -> None:
                 form=form, tag=tag, resume=resume, workers=workers, address=address,
             )  # fmt: skip
         except KeyboardInterrupt as error:
-            typer.echo(f"interrupted. {' '.join(getattr(error, '__notes__', ()))}", err=True)
+            typer.echo(f"Interrupted. {' '.join(getattr(error, '__notes__', ()))}", err=True)
             raise
         except ERRORS as error:
             raise _OptionError(error, [*arguments, "form", "workers"]) from error
 
     _with_options(command, _options(kind))
     summary = (kind.__doc__ or "").split("\n")[0]
-    help = f"{summary}\n\nWhere None is spoken of, leave the option out."
+    help = f"{summary}\n\nOmit an option to use its default."
     rerank.command(name, help=help, epilog=_examples(*examples))(command)
 
 
@@ -375,7 +377,7 @@ def _teach(
 
     given = {name: value for name, value in arguments.items() if value not in (None, [], ())}
     kind = TEACHERS[reranker]
-    if others := given.keys() - inspect.signature(kind.__init__).parameters.keys():
+    if others := given.keys() - {option.name for option in options_of(kind)}:
         raise ValueError(f"--{min(others).replace('_', '-')} is no option of --reranker={reranker}.")
     teacher = kind(**given)
     pipeline = teacher if isinstance(teacher, RankLLaMAReranker) else join_titles() >> teacher
@@ -399,36 +401,34 @@ def _teach_command() -> None:
 _teach_command()
 
 
-# -- training: everything after the recipe is transformers' HfArgumentParser's
+# -- training: the training package parses the options
 
 
 def _train_command(recipe: str, help: str) -> None:
     def command(context: typer.Context) -> None:
-        # transformers takes options with dashes too; here they have one spelling.
-        options = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), o) for o in context.args]
-        _hub_settings(options)
+        _set_hub_environment(context.args)
         try:
             from .training import commands
         except ImportError as error:
             message = f"training needs more packages (pip install 'pyterrier-llmrerank[train]'): {error}"
             raise ImportError(message) from error
-        commands.main(recipe, options)
+        commands.main(recipe, context.args)
 
-    passed_on = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-    train.command(recipe, help=help, context_settings=passed_on)(command)
+    unparsed = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+    train.command(recipe, help=help, context_settings=unparsed)(command)
 
 
-def _hub_settings(options: Sequence[str]) -> None:
-    """Hand on what the hub's client reads from the environment, when it is imported."""
+def _set_hub_environment(options: Sequence[str]) -> None:
+    """Set the environment variables that the hub's client reads when it is imported."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--token")
-    parser.add_argument("--cache_dir")
+    parser.add_argument("--token", nargs="?")  # a missing value is an error of the recipe's own parser
+    parser.add_argument("--cache-dir", "--cache_dir", nargs="?")
     known, _ = parser.parse_known_args(options)
     for name, value in (("HF_TOKEN", known.token), ("HF_HUB_CACHE", known.cache_dir)):
         if value:
             os.environ[name] = value
 
 
-_train_command("rankllama", "Fine-tune RankLLaMA.")
-_train_command("distill", "Make a Matroyshka Re-Ranker, by cascaded self-distillation.")
-_train_command("compensate", "Train one more adapter for a Matroyshka Re-Ranker of some depth or width.")
+_train_command("rankllama", "Fine-tune a RankLLaMA reranker.")
+_train_command("distill", "Train a Matroyshka reranker by cascaded self-distillation.")
+_train_command("compensate", "Train a compensation adapter of a Matroyshka reranker, for some depth or width.")

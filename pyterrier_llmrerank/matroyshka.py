@@ -120,7 +120,7 @@ class MatroyshkaReranker(LLMReranker):
         default=(),
         check=_adapters,
         help="LoRA folders to merge, in this order: paths, folders below the model's own "
-        '(``"compensate/layer/full"``), or hub ids as for ``model``. The default is the adapters in the model\'s '
+        '(``"compensate/layer/full"``), or hub ids. The default is the adapters in the model\'s '
         "``reranker.json``, if it has one.",
     )
     token_adapters: Converted[Mapping[int, str] | Sequence[tuple[int, str]], tuple[tuple[int, str], ...]] = Converted(
@@ -411,10 +411,11 @@ class MatroyshkaReranker(LLMReranker):
         folder: Path | None = Path(source).expanduser()
         if is_hub_id(source):
             folder = folder_of(source, "model") if fetch else None
-        argument = f"model={self.model!r}"
-        return assembled(
-            source, folder, self.adapters, self.token_adapters, self.start_layer, self.layer_sep, self.prompt, argument
-        )
+        given = Description(
+            kind="matroyshka", base=source, start_layer=self.start_layer, layer_sep=self.layer_sep, prompt=self.prompt,
+            adapters=self.adapters, token_adapters=self.token_adapters,
+        )  # fmt: skip
+        return assembled(given, folder, f"model={self.model!r}")
 
     def _opened(self) -> tuple[str, tuple[str, ...], int | None, int | None]:
         """Return the base model, the adapters to merge, and ``start_layer`` and ``layer_sep`` if known."""

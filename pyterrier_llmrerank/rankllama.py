@@ -122,7 +122,7 @@ class RankLLaMAReranker(LLMReranker):
         RankLLaMAReranker('meta-llama/Llama-2-7b-hf', training=RankLLaMATraining(group_size=8))
         """
         if (Path(base).expanduser() / "adapter_config.json").is_file():
-            raise ValueError(f"base={str(base)!r} is an adapter, already trained; give it to the constructor.")
+            raise ValueError(f"base={str(base)!r} is an adapter, which is trained already; give it to the constructor.")
         return cls(bundled.base(str(base)), **options)
 
     def _checkpoint(self) -> partial[Any]:

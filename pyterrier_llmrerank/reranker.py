@@ -359,8 +359,9 @@ class LLMReranker(pt.Estimator):
         return usage
 
     def quiet(self) -> Self:
-        """Return a copy that shows no progress bar and logs usage at DEBUG level only."""
+        """Return a copy without usage that shows no progress bar and logs its usage at DEBUG level only."""
         quiet = copy.copy(self)
+        quiet._usage = Usage()
         quiet.verbose = False
         quiet._usage_level = logging.DEBUG
         return quiet
@@ -461,7 +462,8 @@ class LLMReranker(pt.Estimator):
     def _replicas(self) -> tuple[Weights, ...]:
         """Return the weights for each device, shared with all living rerankers that name the same weights."""
         from .checkpoints.locate import identity
-        from .engine.weights import Weights, resolve_devices, resolve_dtype, shared_weights
+        from .engine.devices import resolve_devices, resolve_dtype
+        from .engine.weights import Weights, shared_weights
 
         places = resolve_devices(self.device)
         dtype = resolve_dtype(self.dtype, *places)

@@ -234,7 +234,7 @@ def tune(
     while widths:  # each width may have weights of its own, which are released after its pass
         measurements += one_pass(widths.pop(0), grid.pop(0), candidates, evaluation)
     shapes = _table(measurements, str(evaluation.measure), full_operations)
-    tuning = Tuning(reranker, shapes, str(evaluation.measure), budget, evaluation.as_they_came(rows))
+    tuning = Tuning(reranker, shapes, str(evaluation.measure), budget, evaluation.input_mean(rows))
     if timed:
         _time_front(tuning, rows, measurements, timed)
     return tuning

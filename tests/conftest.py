@@ -109,11 +109,17 @@ def collection(folder: Path, run: str = "first") -> None:
 @pytest.fixture
 def devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is named as a device is one more CPU, with weights of its own for each re-ranker."""
-    from pyterrier_llmrerank.engine import weights
+    from pyterrier_llmrerank.engine import devices, weights
 
     cpus = lambda names: (torch.device("cpu"),) * (len(names) if isinstance(names, tuple) else 1)  # noqa: E731
-    monkeypatch.setattr(weights, "resolve_devices", cpus)
+    monkeypatch.setattr(devices, "resolve_devices", cpus)
     monkeypatch.setattr(weights, "shared_weights", lambda key, create: create())
+
+
+def layers_in_memory(weights: Any) -> list[int]:
+    """The numbers, from 1, of a model's layers whose weights are in memory."""
+    model, _, _ = weights.at_depth(0)
+    return [n for n, layer in enumerate(model.layers, 1) if next(layer.parameters()).device.type != "meta"]
 
 
 @contextmanager

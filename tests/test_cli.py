@@ -1,5 +1,6 @@
-"""The commands, from a run to the evaluation of a reranked one, and what they say of what is wrong."""
+"""The commands, their options, errors and help."""
 
+import argparse
 import gzip
 import inspect
 import json
@@ -20,6 +21,7 @@ import pandas as pd
 import pytest
 from conftest import MODELS, frame
 from scipy import stats
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker, cli
@@ -33,7 +35,7 @@ KINDS = {"rankllama": RankLLaMAReranker, "matroyshka": MatroyshkaReranker}
 
 @pytest.fixture(autouse=True)
 def levels() -> Iterator[None]:
-    """Loggers as they were."""
+    """Restore the levels of the loggers."""
     loggers = [logging.getLogger(name) for name in ("", "pyterrier_llmrerank")]
     before = [logger.level for logger in loggers]
     yield
@@ -43,7 +45,7 @@ def levels() -> Iterator[None]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run of three queries, six documents each, with what it ranks; the folder that commands run in."""
+    """Run commands in a folder with a run of three queries, six documents each, and its texts."""
     rows = frame(3, 6)
     with gzip.open(tmp_path / "run.gz", "wt") as lines:
         lines.writelines(f"{r.qid} Q0 {r.docno} {r.rank} {r.score} first\n" for r in rows.itertuples())
@@ -111,25 +113,26 @@ def test_vaswani_by_name_and_from_files(collections: Path, tmp_path: Path) -> No
     there = collections / "vaswani"
     environment = {**os.environ, "IR_DATASETS_HOME": str(tmp_path)}
 
-    def said(*words: str) -> str:
-        command = [sys.executable, "-m", "pyterrier_llmrerank", *words]
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=240, cwd=tmp_path, env=environment
-        ).stdout
-
-    run = str(there / "runs" / "bm25.res.gz")
-    said("prepare", run, "--topics", "vaswani", "--texts", "irds:vaswani", "--depth", "5", "--output", "named.jsonl")
+    run, depth = str(there / "runs" / "bm25.res.gz"), ["--depth", "5"]
     files = ["--topics", str(there / "topics.tsv"), "--texts", str(there / "docs.jsonl.gz")]
-    said("prepare", run, *files, "--depth", "5", "--output", "files.jsonl")
+    commands = [
+        ["prepare", run, "--topics", "vaswani", "--texts", "irds:vaswani", *depth, "--output", "named.jsonl"],
+        ["prepare", run, *files, *depth, "--output", "files.jsonl"],
+        ["evaluate", run, "--qrels", "vaswani"],
+        ["evaluate", run, "--qrels", str(there / "qrels.txt")],
+    ]
+    code = f"from pyterrier_llmrerank.cli import main\nfor words in {commands}:\n    assert main(words) == 0"
+    command = [sys.executable, "-c", code]  # a new process, since ir_datasets reads IR_DATASETS_HOME on import
+    ran = subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=240, cwd=tmp_path, env=environment
+    )
     named, read = (list(read_rerank(tmp_path / name)) for name in ("named.jsonl", "files.jsonl"))
     assert len(named) == 5 * 93
     for one, other in zip(named, read, strict=True):
         assert (one.qid, one.docno, one.score) == (other.qid, other.docno, other.score)
         assert one.query.lower().split() == other.query.lower().split()  # ir_datasets has capitals
         assert one.text.split() == other.text.split()
-    table = said("evaluate", run, "--qrels", "vaswani")
-    assert table == said("evaluate", run, "--qrels", str(there / "qrels.txt"))
-    assert table.split() == ["measure", "value", "nDCG@10", "0.4449"]
+    assert ran.stdout.split() == ["measure", "value", "nDCG@10", "0.4449"] * 2
 
 
 def test_convert_orders_by_score(folder: Path) -> None:
@@ -138,7 +141,7 @@ def test_convert_orders_by_score(folder: Path) -> None:
     assert Path("three.txt").read_text() == "q\td3\t0.5\nq\td2\t0.5\nq\td1\t0.25\n"
 
 
-#: As MS MARCO has runs; q0's judged document is its second, q1's the third, q2's the first.
+#: A run in the form of MS MARCO. The relevant documents have ranks 2, 3 and 1.
 RANKS = "q0\td0\t1\nq0\td3\t2\nq1\td1\t1\nq1\td2\t2\nq1\td0\t3\nq2\td1\t1\n"
 
 
@@ -154,7 +157,7 @@ RANKS = "q0\td0\t1\nq0\td3\t2\nq1\td1\t1\nq1\td2\t2\nq1\td0\t3\nq2\td1\t1\n"
 def test_ranks_are_not_read_as_scores(folder: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("ranks.tsv").write_text(RANKS)
     assert run(command) == 1
-    assert "ranks.tsv, line 1: scores that count up, as ranks do" in capsys.readouterr().err
+    assert "ranks.tsv, line 1: the scores count up like ranks" in capsys.readouterr().err
     assert not Path("o").exists()
 
 
@@ -179,7 +182,7 @@ def test_ranks_are_read_as_ranks(folder: Path, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out.split()[5:8] == ["RR@10", mean, f"{1:.4f}"]
 
 
-def test_what_evaluate_measures_by_itself(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_default_measure(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("evaluate run.gz --qrels qrels.txt") == 0
     assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
         ["measure", "value"],
@@ -191,7 +194,7 @@ def test_what_evaluate_measures_by_itself(folder: Path, capsys: pytest.CaptureFi
 
 
 def reranked(monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[LLMReranker, dict[str, Any]]:
-    """The re-ranker and the arguments that a rerank command comes to."""
+    """Return the reranker and the arguments that a rerank command passes on."""
     calls: list[tuple[LLMReranker, dict[str, Any]]] = []
 
     def record(reranker: LLMReranker, source: Path, target: Path, **arguments: Any) -> None:
@@ -204,7 +207,7 @@ def reranked(monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[LLMReranker,
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_without_options_a_reranker_is_as_its_constructor_makes_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_defaults_are_those_of_the_constructor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     reranker, arguments = reranked(monkeypatch, name, "in.jsonl", "--output", "out.txt")
     assert reranker == KINDS[name]()
     assert arguments == {
@@ -213,7 +216,7 @@ def test_without_options_a_reranker_is_as_its_constructor_makes_it(name: str, mo
     }  # fmt: skip
 
 
-def test_the_options_are_the_constructors_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_are_the_arguments_of_the_constructor(monkeypatch: pytest.MonkeyPatch) -> None:
     words = (
         "matroyshka in --output out.gz --form trec --tag mine --resume --workers 2 --address auto --verbose "
         "--model smollm2-135m --cutoff 20 --cutoff 10 --compress-layers 8 --compress-layers 12 --compress-ratio 2 "
@@ -232,14 +235,62 @@ def test_the_options_are_the_constructors_arguments(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_every_argument_is_an_option_with_a_sentence_of_the_docstring(name: str) -> None:
+def test_every_argument_is_an_option_with_help(name: str) -> None:
     said = " ".join(CliRunner().invoke(app, ["rerank", name, "--help"], terminal_width=10_000).output.split())
     arguments = [one for one in inspect.signature(KINDS[name]).parameters if one not in cli._NO_OPTIONS]
     assert len(arguments) >= 12
     for argument in arguments:
         assert re.search(f' --{argument.replace("_", "-")} [^-]*[A-Z"]', said), argument
-    assert "as for" not in said.lower()
+    assert not re.search("As for", said)
     assert "`" not in said
+
+
+def commands(group: Any, context: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield the commands of a group and its subgroups, each with the context of its group."""
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        if hasattr(command, "list_commands"):
+            yield from commands(command, command.make_context(name, [], parent=context, resilient_parsing=True))
+        else:
+            yield command, context
+
+
+def test_every_option_may_be_spelled_with_underscores() -> None:
+    root = get_command(app)
+    seen = set()
+    for command, context in commands(root, root.make_context("llmrerank", [], resilient_parsing=True)):
+
+        def parse(*words: str, command: Any = command, context: Any = context) -> dict[str, Any]:
+            return command.make_context(command.name, list(words), parent=context, resilient_parsing=True).params
+
+        for option in command.params:
+            for flag in (flag for flag in option.opts if "-" in flag[2:]):
+                value = [] if option.is_flag else ["2:3" if ":" in (option.metavar or "") else "3"]
+                dashed, underscored = parse(flag, *value), parse("--" + flag[2:].replace("-", "_"), *value)
+                assert dashed == underscored != parse(), (command.name, flag)
+                seen.add((command.name, flag))
+    assert len(seen) >= 20
+    assert {("evaluate", "--per-query"), ("rankllama", "--base-model"), ("matroyshka", "--token-adapters")} <= seen
+
+
+@pytest.mark.parametrize("recipe", ["rankllama", "distill", "compensate"])
+def test_every_option_of_training_may_be_spelled_with_dashes(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[argparse.ArgumentParser, list[str]]] = []
+
+    def parse_args(self: argparse.ArgumentParser, words: list[str]) -> None:
+        calls.append((self, words))
+        raise InterruptedError
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    assert main(["train", recipe]) == 1
+    actions = calls[0][0]._option_string_actions
+    flags = [flag for flag in actions if "_" in flag and "gradient_checkpointing" not in flag]  # which has two names
+    assert {"--train_data", "--dataset_name", "--per_device_train_batch_size"} <= {*flags}
+    for spelled in (flags, ["--" + flag[2:].replace("_", "-") for flag in flags]):
+        assert main(["train", recipe, *spelled, "--gradient-checkpointing"]) == 1
+        *words, checkpointing = calls.pop()[1]
+        assert [actions[word] for word in words] == [actions[flag] for flag in flags]
+        assert checkpointing in actions
 
 
 def test_interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -250,31 +301,34 @@ def test_interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
     monkeypatch.setattr(streaming, "rerank_file", stopped)
     assert main(["rerank", "rankllama", "in", "--output", "out.txt"]) == 130
-    assert capsys.readouterr().err == "interrupted. out.txt holds 3 pairs.\n"
+    assert capsys.readouterr().err == "Interrupted. out.txt holds 3 pairs.\n"
 
 
-def test_what_verbose_says(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_verbose_logs_each_step(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert run(PREPARE) == 0
     assert caplog.messages == []
     assert run(f"{PREPARE} --verbose") == 0
     assert caplog.messages == ["rerank.jsonl.gz: 12 pairs"]
 
 
-# -- what is wrong
+# -- errors
 
 
 @pytest.mark.parametrize(
     ("command", "problem"),
     [
         ("prepare none --topics topics.tsv --texts texts.jsonl --output o", "No such file or directory: 'none'"),
-        ("prepare run.gz --topics none --texts texts.jsonl --output o", "topics='none': no such file, nor a dataset"),
+        ("prepare run.gz --topics none --texts texts.jsonl --output o", "topics='none': no such file or dataset"),
         ("prepare run.gz --topics topics.tsv --texts topics.tsv --output o", "docno 'd0' .* not among the texts"),
         ("evaluate run.gz foo --qrels qrels.txt", "measure='foo'; allowed"),
-        ("evaluate qrels.txt --qrels run.gz", "run.gz, line 1: 6 columns"),
-        ("convert run.gz --output none/o", "there is no folder"),
-        ("convert run.gz --output o --columns qid,docno", "columns='qid,docno'; allowed: qid, docno, and rank or"),
+        ("evaluate qrels.txt --qrels run.gz", "run.gz, line 1: 6 whitespace-separated columns"),
+        ("convert run.gz --output none/o", "the folder .*none does not exist"),
+        (
+            "convert run.gz --output o --columns qid,docno",
+            "columns='qid,docno'; allowed: qid, docno, and rank, score or both",
+        ),
         ("convert run.gz --output ./run.gz", "--output='run.gz' is the run itself"),
-        ("convert run.gz --output o --tag 'a b'", "tag is 'a b'; wanted no white space"),
+        ("convert run.gz --output o --tag 'a b'", "tag is 'a b'; expected no whitespace"),
         ("rerank rankllama topics.tsv --output o --model ./none", "--model='./none'"),
         (
             "rerank rankllama topics.tsv --output o --model smollm2-135M",
@@ -285,8 +339,11 @@ def test_what_verbose_says(folder: Path, caplog: pytest.LogCaptureFixture) -> No
             "--device=.*'gpu' is not a device; allowed: 'cpu', 'cuda'",
         ),
         ("rerank rankllama x/device=3/y --output o --model smollm2-135m", "No such file .*: 'x/device=3/y'"),
-        ("rerank rankllama topics.tsv --output /dev/null --model smollm2-135m", "--output='/dev/null' is no file"),
-        ("evaluate run.gz --qrels others.txt", "the run has none of the queries with judgements, like '7'"),
+        ("rerank rankllama topics.tsv --output /dev/null --model smollm2-135m", "--output='/dev/null' is not a file"),
+        (
+            "evaluate run.gz --qrels others.txt",
+            "the run has none of the queries with judgements: it has 'q0'.* have '7'",
+        ),
         ("rerank matroyshka none --output o --compress-ratio 3", "--compress-ratio=3; allowed: 1, 2, 4, 8"),
         (f"rerank rankllama topics.tsv --output o {shlex.join(RANKLLAMA)}", "topics.tsv, line 1: not JSON"),
     ],
@@ -314,12 +371,12 @@ def test_errors_are_one_line(folder: Path, command: str, problem: str, capfd: py
         ("train dance", "No such command 'dance'"),
     ],
 )
-def test_commands_that_are_malformed(command: str, problem: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_malformed_commands(command: str, problem: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command) == 2
     assert re.match(f"error: .*{problem}", capsys.readouterr().err)
 
 
-def test_training_without_its_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_names_missing_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "pyterrier_llmrerank.training", types.ModuleType("pyterrier_llmrerank.training"))
     monkeypatch.delitem(sys.modules, "pyterrier_llmrerank.training.commands", raising=False)  # other tests import it
     assert run("train distill --train_data x") == 1
@@ -340,7 +397,7 @@ EXAMPLES = [
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_examples_of_the_help_are_commands(example: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_in_the_help_run(example: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = shlex.split(example.partition(" > ")[0])
     assert words[0] == "llmrerank"
     monkeypatch.setattr(cli, "read_run", lambda *_: iter([RunRow("q", "d", None, 1.0, 1)]))
@@ -354,11 +411,14 @@ def test_there_are_examples() -> None:
     assert len(EXAMPLES) == 17
 
 
-def test_help_needs_no_model() -> None:
-    code = "import sys\nfrom pyterrier_llmrerank.cli import main\nassert main(['rerank', 'rankllama', '--help']) == 0\n"
-    code += "print([name for name in ('torch', 'transformers', 'scipy') if name in sys.modules])"
+def test_help_imports_no_model_code() -> None:
+    code = """import runpy, sys
+sys.argv = ["llmrerank", "rerank", "rankllama", "--help"]
+try:
+    runpy.run_module("pyterrier_llmrerank", run_name="__main__")
+except SystemExit as status:
+    assert status.code == 0
+print([name for name in ("torch", "transformers", "scipy") if name in sys.modules])"""
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert ran.stdout.startswith("Usage: ")
     assert ran.stdout.splitlines()[-1] == "[]"
-    module = [sys.executable, "-m", "pyterrier_llmrerank", "--help"]
-    ran = subprocess.run(module, capture_output=True, text=True, check=True, timeout=120)
-    assert ran.stdout.startswith("Usage: python -m pyterrier_llmrerank ")

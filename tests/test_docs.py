@@ -97,6 +97,55 @@ def test_the_pages_and_the_project_agree() -> None:
         assert all(f"{a['given-names']} {a['family-names']}" in bibtex.replace("\n ", "") for a in work["authors"])
 
 
+def test_the_module_map_names_every_module() -> None:
+    package = Path(pyterrier_llmrerank.__file__).parent
+    modules = {path.relative_to(package).with_suffix("").as_posix() for path in package.rglob("*.py")}
+    modules = {name for name in modules if not name.endswith(("__init__", "__main__"))}
+    room, named = "", set()
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Module map")[2].partition("\n## ")[0]
+    for line in text.splitlines():
+        if title := re.match(r"\| (?:`(\w+/)`|module) \|", line):
+            room = title[1] or ""
+        elif line.startswith("| `"):
+            named |= {room + name for name in re.findall(r"`(\w+)`", line.split(" | ")[0])}
+    assert named == modules
+
+
+#: The rooms from the lowest up: none imports one above it.
+ROOMS = [
+    {"errors", "values"},
+    {"options", "frames", "checkpoints"},
+    {"engine"},
+    {"runs", "training"},
+    {"reranker"},
+    {"features"},
+    {"matroyshka", "rankllama"},
+    {"tuning"},
+    {"cli"},
+]
+
+
+def test_imports_point_down() -> None:
+    package = Path(pyterrier_llmrerank.__file__).parent
+    height = {name: number for number, room in enumerate(ROOMS) for name in room}
+    upward = []
+    for path in sorted(package.rglob("*.py")):
+        place = path.relative_to(package)
+        own = height.get(place.parts[0].removesuffix(".py"), len(ROOMS))
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        blocks = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+        for_types = {id(node) for block in blocks for node in ast.walk(block)}  # these import nothing at run time
+        for node in ast.walk(tree):
+            if id(node) in for_types:
+                continue
+            if isinstance(node, ast.ImportFrom) and node.level:
+                parents = place.parent.parts[: len(place.parent.parts) - node.level + 1]
+                whole = [*parents, *(node.module or "").split(".")] if node.module else [*parents]
+                found = whole[:1] or [alias.name for alias in node.names]
+                upward += [f"{place}:{node.lineno} {name}" for name in found if height.get(name, 0) > own]
+    assert upward == []
+
+
 # -- Python
 
 

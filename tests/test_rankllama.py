@@ -216,7 +216,7 @@ def test_a_whole_tensor_of_the_wrong_shape_is_named(
 
 
 def test_an_adapter_with_two_labels_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"^model='{tmp_path}': head 'score.weight' is \[2, 64\]; wanted \[1, 64\]"):
+    with pytest.raises(ValueError, match=rf"^model='{tmp_path}': head 'score.weight' is \[2, 64\]; expected \[1, 64\]"):
         RankLLaMAReranker(with_tensor(tmp_path, "score", torch.ones(2, 64)), base_model=BASE).compute_score(PAIRS)
 
 

@@ -1,4 +1,4 @@
-"""LoRA adapters as PEFT saves them, read to be merged."""
+"""LoRA adapters as PEFT saves them: their updates, to merge into a model or to lay over it."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from torch import Tensor
 
 from ..errors import short
 from .config import read_json
+from .description import FILE
 from .locate import at_revision, folder_of
 from .tensors import TensorFiles
 
 
 def canonical(name: str) -> str:
-    """A tensor's or module's name without the prefix of the model around the headless decoder."""
+    """Return the name of a tensor or module in the headless decoder, without the prefix of the model around it."""
     return name.removeprefix("model.")
 
 
-#: Fields of PEFT's LoraConfig that are read here.
+#: Fields of PEFT's LoraConfig that this module reads.
 READ = {
     "alpha_pattern", "base_model_name_or_path", "init_lora_weights", "lora_alpha", "peft_type", "revision",
     "use_rslora",
 }  # fmt: skip
 
-#: Fields that matter for training alone, or where the tensors in the file say the same.
+#: Fields that matter for training alone, or that repeat the shapes of the tensors.
 WITHOUT_EFFECT = {
     "auto_mapping", "bias", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
     "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config",
@@ -33,37 +34,37 @@ WITHOUT_EFFECT = {
     "target_modules", "task_type",
 }  # fmt: skip
 
-#: Fields that make something else of LoRA, where they are not null, false or empty.
+#: Fields that turn LoRA into a variant of it, unless they are null, false or empty.
 VARIANTS = {
     "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "megatron_config",
     "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora",
     "velora_config",
 }  # fmt: skip
 
-#: The ways to initialise LoRA that leave the base's weights as they are; PEFT changes these in the others.
+#: The initialisations of LoRA with which PEFT leaves the base's weights unchanged.
 INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 
-#: What lora_alpha is to PEFT where the configuration does not say.
+#: PEFT's default for lora_alpha.
 LORA_ALPHA = 8
 
-#: What lets a regular expression match in more than one way.
+#: The operators by which a regular expression can match in more than one way.
 WILD = re.compile(r"[*+?|{]")
 
-#: Above any lora_alpha in size.
+#: Larger than any lora_alpha in use.
 MOST = 1e9
 
 
 class Adapter:
-    """A PEFT LoRA folder: low-rank updates by module, and tensors that were trained whole.
+    """Read a PEFT LoRA folder: low-rank updates by module, and tensors that were trained whole.
 
     Args:
-        folder: where it is.
+        folder: the folder.
         argument: the caller's argument and its value, for messages.
-        name: what its user calls it; None for its folder.
+        name: the user's name for it; None for its folder.
 
     Raises:
-        FileNotFoundError: the folder is no adapter.
-        ValueError: the adapter is of another kind than plain LoRA.
+        FileNotFoundError: the folder holds no adapter.
+        ValueError: the adapter is not plain LoRA.
     """
 
     _ORIGINAL = re.compile(r"base_model\.model\.(?P<module>.+)\.original_module\.weight")
@@ -73,7 +74,9 @@ class Adapter:
     def __init__(self, folder: Path, argument: str, name: str | None = None) -> None:
         config = folder / "adapter_config.json"
         if not config.is_file():
-            raise FileNotFoundError(f"{argument}: {folder} has no adapter_config.json; wanted a PEFT LoRA folder.")
+            saved = (folder / FILE).is_file()
+            hint = "it is a saved reranker: open it as model" if saved else "expected a PEFT LoRA folder"
+            raise FileNotFoundError(f"{argument}: {folder} has no adapter_config.json; {hint}.")
         self.folder = folder
         self.argument = argument
         self.name = str(folder) if name is None else name
@@ -82,11 +85,11 @@ class Adapter:
         self._files = TensorFiles(folder, "adapter_model", argument)
         self._sides: dict[str, dict[str, str]] = {}
         self._full_names: dict[str, str] = {}
-        #: Files' names of the tensors that stand in for the model's own, by their names in the headless decoder.
+        #: Tensors that replace the model's own: their names in the file, by their names in the headless decoder.
         self.whole: dict[str, str] = {}
         originals: dict[str, str] = {}
         for key in self._files:
-            if match := self._ORIGINAL.fullmatch(key):  # from before it was trained
+            if match := self._ORIGINAL.fullmatch(key):  # its value before training
                 originals[canonical(match["module"]) + ".weight"] = key
             elif match := self._KEY.fullmatch(key):
                 self._sides.setdefault(canonical(match["module"]), {})[match["side"]] = key
@@ -97,25 +100,25 @@ class Adapter:
                 raise ValueError(f"{argument}: tensor {short(key)} is no part of a plain LoRA adapter.")
         if untrained := sorted(set(originals) - set(self.whole)):
             raise ValueError(
-                f"{argument}: tensor {short(originals[untrained[0]])} is there without the trained one, "
+                f"{argument}: tensor {short(originals[untrained[0]])} is there without the trained "
                 f"{short(untrained[0])}."
             )
         for module, sides in self._sides.items():
             if set(sides) != {"A", "B"}:
                 raise ValueError(
-                    f"{argument}: module {short(module)} has only lora_{'/'.join(sides)}; A and B are wanted."
+                    f"{argument}: module {short(module)} has only lora_{'/'.join(sides)}; expected A and B."
                 )
             if f"{module}.weight" in self.whole:
-                raise ValueError(f"{argument}: module {short(module)} has an update and a whole weight; wanted one.")
+                raise ValueError(f"{argument}: module {short(module)} has an update and a whole weight; expected one.")
 
     def _check_config(self) -> None:
-        """Raise ValueError on a configuration that makes anything but plain LoRA of the tensors."""
+        """Raise ValueError on a configuration by which the tensors are not plain LoRA."""
         if self.config.get("peft_type") != "LORA":
             kind = short(self.config.get("peft_type"))
             raise ValueError(f"{self.argument}: peft_type is {kind}; only LoRA is allowed.")
         for key, value in self.config.items():
             if value and key not in READ | WITHOUT_EFFECT:
-                known = "a variant of LoRA" if key in VARIANTS else "not known here"
+                known = "a variant of LoRA" if key in VARIANTS else "an unknown field"
                 raise ValueError(
                     f"{self.argument}: {short(key)} in adapter_config.json is {short(value)}, which is {known}; only "
                     "plain LoRA is allowed. Where PEFT can merge the adapter, open the merged model instead."
@@ -130,7 +133,7 @@ class Adapter:
 
     @property
     def base(self) -> str:
-        """The model that it names as its base, at the revision that it names.
+        """The base that the adapter names, at the revision that it names.
 
         Raises:
             ValueError: it names none.
@@ -144,7 +147,7 @@ class Adapter:
         return at_revision(base, self.config.get("revision"))
 
     def base_folder(self) -> Path:
-        """The folder of that model.
+        """Return the folder of the base.
 
         Raises:
             FileNotFoundError, PermissionError, ConnectionError: as
@@ -156,20 +159,20 @@ class Adapter:
         except (FileNotFoundError, PermissionError, ConnectionError) as error:
             raise type(error)(
                 f"{error} If you have that base elsewhere, give a RankLLaMA base_model, or name it in {self.folder}'s "
-                "adapter_config.json."
+                "adapter_config.json (and reranker.json)."
             ) from error
 
     @property
     def modules(self) -> set[str]:
-        """The modules it updates."""
+        """The names of the modules that it updates."""
         return set(self._sides)
 
     def ending(self, ending: str) -> set[str]:
-        """The modules it updates whose names end so."""
+        """Return the modules that it updates whose names have this ending."""
         return {module for module in self._sides if module.endswith(ending)}
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise ValueError unless each module it updates is among these, with a weight of the shape given."""
+        """Raise ValueError unless each module that it updates is in ``shapes``, with a weight of that shape."""
         if unknown := sorted(self.modules - set(shapes)):
             raise ValueError(
                 f"{self.argument}: the model has no module {short(unknown[0])} ({len(unknown)} such modules)."
@@ -184,12 +187,12 @@ class Adapter:
                 )
 
     def add_to(self, weight: Tensor, module: str) -> None:
-        """Add the update of a module to its weight, fp32, in place."""
+        """Add a module's update to its fp32 weight, in place."""
         down, up = self.factors(module)
         weight.addmm_(up, down)
 
     def factors(self, module: str) -> tuple[Tensor, Tensor]:
-        """The update of a module as fp32 ``[rank, inputs]`` and ``[outputs, rank]``; their product is added."""
+        """Return the factors of a module's update, fp32 ``[rank, inputs]`` and ``[outputs, rank]``, scale included."""
         down, up = (self._finite(self._sides[module][side]) for side in "AB")
         rank = down.shape[0]
         alpha = self._alpha(self._full_names[module])
@@ -197,28 +200,28 @@ class Adapter:
         return down, up * scaling
 
     def read_whole(self, name: str) -> Tensor:
-        """A tensor that was trained whole, fp32.
+        """Read a tensor that was trained whole, as fp32.
 
         Raises:
-            ValueError: not all of its numbers are finite.
+            ValueError: it has values that are not finite.
         """
         return self._finite(self.whole[name])
 
     def whole_shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor that was trained whole."""
+        """Return the shape of a tensor that was trained whole."""
         return self._files.shape(self.whole[name])
 
     def _finite(self, key: str) -> Tensor:
         tensor = self._files.read(key).float()
         if not tensor.isfinite().all():
-            raise ValueError(f"{self.argument}: not all numbers of tensor {key!r} are finite.")
+            raise ValueError(f"{self.argument}: not all values of tensor {key!r} are finite.")
         return tensor
 
     def _alpha(self, module: str) -> float:
-        """What scales a module's update, over its rank: PEFT's patterns are regular expressions for module names."""
+        """Return a module's ``lora_alpha``; PEFT's ``alpha_pattern`` has regular expressions for module names."""
         patterns = self.config.get("alpha_pattern") or {}
         if not isinstance(patterns, dict):
-            raise ValueError(f"{self.argument}: alpha_pattern is {short(patterns)}; wanted an object.")
+            raise ValueError(f"{self.argument}: alpha_pattern is {short(patterns)}; expected an object.")
         name, alpha = "lora_alpha", self.config.get("lora_alpha", LORA_ALPHA)
         for pattern, value in patterns.items():
             if self._fits(pattern, module):
@@ -226,7 +229,7 @@ class Adapter:
                 break
         number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
         if not number or not -MOST < alpha < MOST:
-            raise ValueError(f"{self.argument}: {name} is {short(alpha)}; wanted a number.")
+            raise ValueError(f"{self.argument}: {name} is {short(alpha)}; expected a number.")
         return float(alpha)
 
     def _fits(self, pattern: str, module: str) -> bool:

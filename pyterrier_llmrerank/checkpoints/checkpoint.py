@@ -1,4 +1,4 @@
-"""Checkpoints: a decoder's configuration and tokenizer, its weights with adapters merged in, its heads."""
+"""Checkpoints: a decoder's configuration, tokenizer, weights with adapters merged in, and scoring heads."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from .locate import adapter_folder, folder_of, portable
 from .tensors import TensorFiles
 from .tokenizer import open_tokenizer, vocabulary_of
 
-#: A Matroyshka model_type is this and the family of its decoder.
+#: The start of a layer-wise model_type; the decoder's family follows.
 LAYER_WISE = "cost_wise_"
 
-#: Buffers in the files of older releases of transformers, which computes them today: rotary angles and causal masks.
+#: Buffers that older releases of transformers stored, and that are computed now: rotary angles and causal masks.
 COMPUTED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias|causal_mask))")
 
-#: RankLLaMA's head.
+#: The name of RankLLaMA's head.
 SCORE = "score.weight"
 
-#: A decoder's input embeddings.
+#: The name of a decoder's input embeddings.
 EMBEDDINGS = "embed_tokens.weight"
 
 
 def is_layer_wise(model: str) -> bool:
-    """Whether a model brings layer-wise heads of its own.
+    """Tell whether a model has layer-wise heads of its own.
 
     Raises:
         FileNotFoundError, ConnectionError: as :func:`~pyterrier_llmrerank.checkpoints.locate.folder_of`.
@@ -53,7 +53,7 @@ def is_layer_wise(model: str) -> bool:
 
 @contextmanager
 def errors_only() -> Iterator[None]:
-    """Transformers without its warnings."""
+    """Silence the warnings of transformers."""
     said = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(40)
     try:
@@ -63,15 +63,15 @@ def errors_only() -> Iterator[None]:
 
 
 class Checkpoint(ABC):
-    """A decoder and its scoring heads, read tensor by tensor with LoRA adapters merged in on the way.
+    """Read a decoder and its scoring heads tensor by tensor, with LoRA adapters merged in.
 
     Args:
-        folder: the decoder's files.
+        folder: the folder of the decoder's files.
         argument: the caller's argument and its value, for messages.
 
     Raises:
         FileNotFoundError: the folder holds no model.
-        ValueError: the model is of a family that is not supported.
+        ValueError: the model's family is not supported.
     """
 
     def __init__(self, folder: Path, argument: str) -> None:
@@ -87,19 +87,19 @@ class Checkpoint(ABC):
             raise FileNotFoundError(f"{argument}: {folder} has no config.json; {hint}.")
         self.settings = read_json(folder / "config.json")
         self.config = self._decoder_config()
-        #: What is merged into the decoder.
+        #: The adapters of this checkpoint.
         self.adapters: Sequence[Adapter] = ()
-        #: Those of them that are laid over the decoder's weights, rather than merged into them.
+        #: The adapters among them that are laid over the decoder's weights, rather than merged into them.
         self.overlay: Sequence[Adapter] = ()
-        #: The adapter that was asked for by name, which would go on learning; else None.
+        #: The adapter that the user opened as the model, and that training continues; None without one.
         self.adapter: Adapter | None = None
-        #: The model below the adapters, as its user or an adapter names it.
+        #: The model below the adapters, as the user or an adapter names it.
         self.base = ""
 
     def _decoder_config(self) -> PreTrainedConfig:
         model_type = str(self.settings.get("model_type"))
         family = model_type.removeprefix(LAYER_WISE)
-        if self.layer_wise and family not in FAMILIES:  # other types have been given to weights of another family
+        if self.layer_wise and family not in FAMILIES:  # published models of other types hold another family's weights
             called = "; published models of this type hold Gemma 2 weights" if family == "gemma" else ""
             raise ValueError(
                 f"{self.argument}: model_type {short(model_type)} is not supported{called}; "
@@ -108,35 +108,35 @@ class Checkpoint(ABC):
         if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise ValueError(
                 f"{self.argument}: model_type {short(model_type)} is not supported; allowed: {', '.join(FAMILIES)} "
-                "and what else transformers has as a causal language model."
+                "and transformers' other causal language models."
             )
         if self.settings.get("quantization_config"):
             raise ValueError(f"{self.argument}: its weights are quantised; open the model they were made from.")
         check_sizes(self.settings, CONFIG_MAPPING[family].attribute_map, self.argument)
         settings = model_settings(self.settings)
-        if settings.get("sliding_window") == 0:  # as some of transformers' configurations say that there is none
+        if settings.get("sliding_window") == 0:  # transformers' way to say so in some configurations
             settings["sliding_window"] = None
         with self.described():
             config = CONFIG_MAPPING[family].from_dict(settings)
         if config.is_encoder_decoder:
             raise ValueError(
-                f"{self.argument}: model_type {model_type!r} is an encoder and a decoder; wanted a decoder alone."
+                f"{self.argument}: model_type {model_type!r} is an encoder and a decoder; expected a decoder alone."
             )
         rope = getattr(config, "rope_parameters", None)
         rotary = rope.get("rope_type", "default") if isinstance(rope, dict) else "default"
         if rotary in ("dynamic", "longrope"):
             raise ValueError(
-                f"{self.argument}: rope_type {rotary!r} is not supported: it turns by the longest row of a batch, "
-                "so that a score would depend on its neighbours."
+                f"{self.argument}: rope_type {rotary!r} is not supported: its angles depend on the longest row of "
+                "a batch, so that a score would depend on its neighbours."
             )
         return config
 
     @contextmanager
     def described(self) -> Iterator[None]:
-        """Where transformers builds what the configuration says; ValueError on whatever goes wrong in that."""
+        """Raise ValueError on any error inside, where transformers builds a model from the configuration."""
         try:
             yield
-        except Exception as error:  # it checks little: nonsense fails anywhere, with any error
+        except Exception as error:  # it checks little, so that nonsense fails anywhere with any error
             family = short(self.settings.get("model_type"))
             raise ValueError(
                 f"{self.argument}: config.json does not describe a model_type {family}: {reason(error)}"
@@ -151,52 +151,52 @@ class Checkpoint(ABC):
 
     @property
     def layer_wise(self) -> bool:
-        """Whether it says that it has layer-wise heads."""
+        """Whether it is a layer-wise checkpoint, with a head for each of several layers."""
         return str(self.settings.get("model_type")).startswith(LAYER_WISE)
 
     @property
     def supports_layerwise(self) -> bool:
-        """Whether its layers can be walked one by one, or it is run by transformers' own forward."""
+        """Whether its layers can be run one by one; else transformers' own forward runs them all."""
         return self.config.model_type in FAMILIES
 
     @property
     def layers(self) -> int:
-        """How many decoder layers the model has."""
+        """The number of decoder layers."""
         return int(self.config.num_hidden_layers)
 
     @property
     @abstractmethod
     def head_layers(self) -> Sequence[int]:
-        """The layers that have a head, ascending; the k-th head belongs to the k-th of them."""
+        """The layers with a head, ascending; the k-th head belongs to the k-th of them."""
 
     @property
     def has_heads(self) -> bool:
-        """Whether it can score as it is, rather than wait for a head to be trained."""
+        """Whether it has a scoring head; else one has to be trained first."""
         return True
 
     @abstractmethod
     def heads(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-        """The heads, fp32 ``[heads, width]``.
+        """Read the heads, fp32 ``[heads, width]``.
 
         Raises:
-            ValueError: one is missing or of another shape.
+            ValueError: a head is missing or has the wrong shape.
         """
 
     @abstractmethod
     def is_head(self, name: str) -> bool:
-        """Whether a tensor in the files is a head: one that scores, or one that is known not to be needed."""
+        """Tell whether a tensor in the files is a head, be it one that scores or one that is not needed."""
 
     def head_module(self, index: int) -> str | None:
-        """The name under which an adapter may update a head."""
+        """Return the module name under which an adapter may update a head; None if it cannot."""
         return None
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that comes with the model, by which ids are made; opened once."""
+        """Return the model's own tokenizer, which makes the ids; it is opened once."""
         return self._tokenizer
 
     @cached_property
     def public_tokenizer(self) -> PreTrainedTokenizerBase:
-        """A copy for others: padding, truncation and added tokens are its state, on which scores must not depend."""
+        """A copy for users, so that padding, truncation and tokens that they set do not change scores."""
         return copy.deepcopy(self._tokenizer)
 
     def _tokenizer_folder(self) -> Path:
@@ -208,32 +208,32 @@ class Checkpoint(ABC):
         try:
             for file in folder.glob("tokenizer*"):
                 refuse_pointer(file)
-            with errors_only():  # it would warn that it does not know the model type
+            with errors_only():  # transformers warns of every unknown model type
                 opened = open_tokenizer(folder, self.config)
-            opened("Yes")  # some settings are wrong only when they are used
+            opened("Yes")  # some wrong settings raise only when they are used
             return opened
         except ImportError as error:
             raise ImportError(f"{self.argument}: {error}") from error
-        except Exception as error:  # the tokenizers library has no kind of error of its own
+        except Exception as error:  # the tokenizers library has no exception class of its own
             raise ValueError(f"{self.argument}: no usable tokenizer in {folder}: {reason(error)}") from error
 
     @cached_property
     def files(self) -> TensorFiles:
-        """The weight files; no weight is read by opening them."""
+        """The weight files; opening them reads no weight."""
         return TensorFiles(self.folder, "model", self.argument)
 
     @cached_property
     def _names(self) -> dict[str, str]:
-        """The files' names of the tensors by those in the headless decoder."""
+        """The tensors' names in the files, by their names in the headless decoder."""
         names: dict[str, str] = {}
         for name in self.files:
             if (same := names.setdefault(canonical(name), name)) != name:
-                raise ValueError(f"{self.argument}: the checkpoint has both {same!r} and {name!r}; one is wanted.")
+                raise ValueError(f"{self.argument}: the checkpoint has both {same!r} and {name!r}; expected one.")
         return names
 
     @cached_property
     def _lm_head(self) -> set[str]:
-        """The files' names of the language model's head."""
+        """The names of the language model's head in the files."""
         if self.supports_layerwise:
             return {"lm_head.weight"}
         with self.described(), torch.device("meta"):
@@ -241,7 +241,7 @@ class Checkpoint(ABC):
         head = causal.get_output_embeddings()
         heads = [(name, module) for name, module in causal.named_modules() if module is head]
         names = {f"{name}.{own}" for name, module in heads for own, _ in module.named_parameters()}
-        return names | {"embed_out.weight"}  # as GPT-NeoX's files have it
+        return names | {"embed_out.weight"}  # its name in GPT-NeoX's files
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -253,8 +253,8 @@ class Checkpoint(ABC):
         """Raise ValueError unless every adapter fits the decoder.
 
         Args:
-            shapes: its modules that LoRA may update, with their weights' shapes.
-            weights: all its weights, which an adapter may bring whole.
+            shapes: the shapes of the modules that LoRA may update.
+            weights: the shapes of all weights, each of which an adapter may replace.
         """
         head_shape = (1, int(self.config.hidden_size))
         heads = {self.head_module(index): head_shape for index in range(len(self.head_layers))}
@@ -266,7 +266,7 @@ class Checkpoint(ABC):
                     raise ValueError(f"{adapter.argument}: holds the whole tensor {name!r}, {list(shape)}; {wanted}.")
 
     def check_depth(self) -> None:
-        """Raise ValueError unless the files hold as many layers as the configuration says there are."""
+        """Raise ValueError unless the files hold as many layers as the configuration says."""
         deepest, beyond = (f"layers.{layer}." for layer in (self.layers - 1, self.layers))
         if not any(name.startswith(deepest) for name in self._names):
             wrong = f"no {deepest}*"
@@ -277,7 +277,11 @@ class Checkpoint(ABC):
         raise ValueError(f"{self.argument}: num_hidden_layers is {self.layers}, but the checkpoint has {wrong}.")
 
     def check_weights(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise ValueError unless the files hold these weights, by their names in the headless decoder."""
+        """Raise ValueError unless the files hold these weights.
+
+        Args:
+            shapes: their shapes, by their names in the headless decoder.
+        """
         for name, wanted in shapes.items():
             if self._brought(name) is not None:
                 continue
@@ -289,7 +293,11 @@ class Checkpoint(ABC):
                 )
 
     def check_unused(self, names: Iterable[str]) -> None:
-        """Raise ValueError unless these tensors, in the files but not in the decoder, are of no account to it."""
+        """Raise ValueError on a tensor that is not used although scores may depend on it.
+
+        Args:
+            names: the tensors in the files that the decoder does not have.
+        """
         unknown = sorted(name for name in names if not COMPUTED.fullmatch(name) and not self.is_head(name))
         if unknown:
             raise ValueError(
@@ -299,10 +307,10 @@ class Checkpoint(ABC):
             )
 
     def tensor(self, name: str) -> Tensor:
-        """A weight by its name in the headless decoder: fp32 where an adapter touches it, else as stored.
+        """Read a weight by its name in the headless decoder: fp32 if an adapter updates it, else in its stored dtype.
 
         Raises:
-            ValueError: the checkpoint has no such tensor, or not one of numbers that a weight may be.
+            ValueError: the checkpoint has no such tensor, or one in a dtype that no weight has.
         """
         if (adapter := self._brought(name)) is not None:
             return adapter.read_whole(name)
@@ -311,11 +319,11 @@ class Checkpoint(ABC):
         return self.merged(name.removesuffix(".weight"), self.files.read(self._names[name]))
 
     def _brought(self, name: str) -> Adapter | None:
-        """The adapter that brings a weight whole, in place of the model's own."""
+        """Return the adapter that replaces a weight as a whole, None if there is none."""
         return next((adapter for adapter in self.adapters if name in adapter.whole), None)
 
     def merged(self, module: str, weight: Tensor) -> Tensor:
-        """A module's weight with the adapters' updates added in their order."""
+        """Return a module's weight with the updates of all adapters added in order."""
         adapters = [adapter for adapter in self.adapters if module in adapter.modules]
         if adapters:
             weight = weight.to(torch.float32, copy=True)
@@ -327,25 +335,26 @@ class Checkpoint(ABC):
         width = int(self.config.hidden_size)
         if weight.numel() != width:
             raise ValueError(
-                f"{argument or self.argument}: head {name!r} is {list(weight.shape)}; wanted [1, {width}]."
+                f"{argument or self.argument}: head {name!r} is {list(weight.shape)}; expected [1, {width}]."
             )
         return self.merged(name.removesuffix(".weight"), weight.reshape(1, width)).reshape(width).float()
 
     def _stored_head(self, name: str) -> Tensor:
-        """A head out of the model's own files, adapters merged in."""
+        """Read a head from the model's own files, with adapters merged in."""
         return self._head(self.files.read(self._names[name]), name)
 
 
 class RankLLaMACheckpoint(Checkpoint):
-    """A PEFT SEQ_CLS adapter over its base, or a merged ``*ForSequenceClassification`` folder.
+    """Read a PEFT SEQ_CLS adapter and its base, or a merged ``*ForSequenceClassification`` model.
 
     Args:
         model: the adapter or the merged model: folder, ``.gguf`` file or hub id.
-        base_model: what the adapter is put on, instead of the base that it names.
+        base_model: the base of the adapter, instead of the one that it names.
 
     Raises:
         FileNotFoundError, ConnectionError: as :func:`~pyterrier_llmrerank.checkpoints.locate.folder_of`.
-        ValueError: ``base_model`` is given but ``model`` is no adapter, or as :class:`Checkpoint`.
+        ValueError: ``base_model`` is given but ``model`` is no adapter, ``reranker.json`` contradicts the files, or as
+            :class:`Checkpoint`.
     """
 
     kind = "rankllama"
@@ -378,7 +387,7 @@ class RankLLaMACheckpoint(Checkpoint):
             own.check_layers(self.layers, f"model={model!r}")
         if adapter is not None:
             self.adapter, self.adapters = adapter, (adapter,)
-            if self.supports_layerwise and EMBEDDINGS in adapter.whole:  # of perhaps more tokens than the base knows
+            if self.supports_layerwise and EMBEDDINGS in adapter.whole:  # perhaps of more tokens than the base has
                 tokens = next(iter(adapter.whole_shape(EMBEDDINGS)), 0)
                 check_sizes({"vocab_size": tokens}, {}, adapter.argument)
                 self.config.vocab_size = self.settings["vocab_size"] = tokens
@@ -390,47 +399,49 @@ class RankLLaMACheckpoint(Checkpoint):
 
     @property
     def has_heads(self) -> bool:
-        """Whether adapter or model brings a ``score`` head."""
+        """Whether the adapter or the model has a ``score`` head."""
         return (self.adapter is not None and SCORE in self.adapter.whole) or SCORE in self
 
     def is_head(self, name: str) -> bool:
-        """The ``score`` head, and whatever a language model or Matroyshka has in its place."""
+        """Tell whether a tensor is the ``score`` head, or the head of a language model or Matroyshka."""
         return name == "score.weight" or name.startswith("lm_head.") or name in self._lm_head
 
     def heads(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-        """The ``score`` head, out of the adapter where it has one."""
+        """Read the ``score`` head, from the adapter if it has one."""
         if self.adapter is not None and SCORE in self.adapter.whole:
             return self._head(self.adapter.read_whole(SCORE), SCORE, self.adapter.argument)[None]
         if SCORE not in self:
             raise ValueError(
                 f"{self.argument}: no score head ({SCORE!r}), neither in an adapter nor in the model; "
-                "wanted a RankLLaMA adapter or a *ForSequenceClassification model with one label, or fit() first."
+                "expected a RankLLaMA adapter or a *ForSequenceClassification model with one label, or fit() first."
             )
         return self._stored_head(SCORE)[None]
 
     def _tokenizer_folder(self) -> Path:
-        """Beside the adapter where a vocabulary is there too, else beside the base."""
+        """Return the adapter's folder if it has a vocabulary, else the base's."""
         return self.folder if vocabulary_of(self._adapter_folder) is None else self._adapter_folder
 
 
 class MatroyshkaCheckpoint(Checkpoint):
-    """A layer-wise checkpoint (``cost_wise_*``) or a plain causal LM, with adapters merged in order.
+    """Read a layer-wise checkpoint (``cost_wise_*``) or a plain causal LM, with adapters merged in order.
 
-    A plain causal LM gets a head per layer from ``start_layer`` on, each a copy of the row of ``Yes`` in
-    its LM head; without ``start_layer`` it has that one head, at its deepest layer.
+    A plain causal LM gets a head for each layer from ``start_layer`` on, each a copy of the row of ``Yes`` in its LM
+    head. Without ``start_layer`` it has one such head, at its deepest layer. A model with ``reranker.json`` opens by
+    its description, in which arguments replace its values.
 
     Args:
         model: folder, ``.gguf`` file or hub id.
         adapters: LoRA folders, each a local one, one below the model's own folder, or a hub id.
         start_layer: the shallowest layer with a head.
         layer_sep: layers from one head to the next; 1 by default.
-        overlay: more LoRA folders, which are to be laid over the weights with ``adapters`` merged in, so that these
-            can serve without them too.
+        overlay: LoRA folders to lay over the weights with ``adapters`` merged in, so that these weights can serve
+            without them too.
         ratio: lay the model's own token compensation for this ratio over the weights, if it has one.
 
     Raises:
         FileNotFoundError, ConnectionError: as :func:`~pyterrier_llmrerank.checkpoints.locate.folder_of`.
-        ValueError: ``start_layer`` or ``layer_sep`` does not fit the model, or as :class:`Checkpoint`.
+        ValueError: ``start_layer`` or ``layer_sep`` does not fit the model, ``reranker.json`` contradicts the files, or
+            as :class:`Checkpoint`.
     """
 
     kind = "matroyshka"
@@ -445,7 +456,10 @@ class MatroyshkaCheckpoint(Checkpoint):
         ratio: int | None = None,
     ) -> None:
         folder, argument = folder_of(model, "model"), f"model={model!r}"
-        parts = assembled(model, folder, adapters, (), start_layer, layer_sep)
+        given = Description(
+            kind=self.kind, base=model, adapters=tuple(adapters), start_layer=start_layer, layer_sep=layer_sep
+        )
+        parts = assembled(given, folder, argument)
         if (base := cast(str, parts.base)) != model:
             folder, argument = folder_of(base, f"base of {argument}"), f"base={base!r}"
         super().__init__(folder, argument)
@@ -461,12 +475,14 @@ class MatroyshkaCheckpoint(Checkpoint):
         self.overlay = self.adapters[len(adapters) :]
         for adapter in self.adapters:
             if adapter.whole:
-                raise ValueError(f"{adapter.argument}: holds whole tensors {sorted(adapter.whole)}; wanted plain LoRA.")
+                raise ValueError(
+                    f"{adapter.argument}: holds whole tensors {sorted(adapter.whole)}; expected plain LoRA."
+                )
             updated = adapter.ending("linear_head")
             if updated and not self.layer_wise and start_layer is None:
                 raise ValueError(
                     f"{adapter.argument}: updates layer-wise heads (linear_head), but {self.argument} has none; "
-                    "give the start_layer that it was trained with."
+                    "give the start_layer with which it was trained."
                 )
             if updated and updated != {self.head_module(index) for index in range(len(self.head_layers))}:
                 raise ValueError(
@@ -494,14 +510,16 @@ class MatroyshkaCheckpoint(Checkpoint):
         return replace(super().description(), start_layer=self.start_layer, layer_sep=self.layer_sep)
 
     def pad_id(self) -> int:
-        """The tokenizer's pad token, which the released code's scores depend on.
+        """Return the tokenizer's pad token, on which the released code's scores depend.
 
         Raises:
             ValueError: it has none.
         """
         pad_id = self.tokenizer().pad_token_id
         if pad_id is None:
-            raise ValueError(f"released=True: the tokenizer of {self.argument} has no pad token to reproduce it with.")
+            raise ValueError(
+                f"released=True: the tokenizer of {self.argument} has no pad token, which scores depend on."
+            )
         return int(pad_id)
 
     @property
@@ -510,28 +528,28 @@ class MatroyshkaCheckpoint(Checkpoint):
         return range(self.start_layer, self.layers + 1, self.layer_sep)
 
     def is_head(self, name: str) -> bool:
-        """A layer's head, or the language model's."""
+        """Tell whether a tensor is a layer's head, or the language model's."""
         heads = {f"{self.head_module(index)}.weight" for index in range(len(self.head_layers))}
         return name in self._lm_head or (self.layer_wise and name in heads)
 
     def head_module(self, index: int) -> str:
-        """As the original training names it."""
+        """Return the name that the original training gives a head."""
         return f"lm_head.{index}.linear_head"
 
     def heads(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-        """Every layer's head, adapters merged in."""
+        """Read the heads of all layers, with adapters merged in."""
         modules = [self.head_module(index) for index in range(len(self.head_layers))]
         if self.layer_wise:
             self.check_weights({f"{module}.weight": (1, int(self.config.hidden_size)) for module in modules})
             return torch.stack([self._stored_head(f"{module}.weight") for module in modules])
         yes = tokenizer("Yes", add_special_tokens=False)["input_ids"]
         if not yes:
-            raise ValueError(f"{self.argument}: its tokenizer makes no token of 'Yes', by which heads start.")
+            raise ValueError(f"{self.argument}: its tokenizer makes no token of 'Yes', whose row initialises heads.")
         row = self._lm_head_row(yes[-1])
         return torch.stack([self._head(row, module) for module in modules])
 
     def _lm_head_row(self, token: int) -> Tensor:
-        if not self.supports_layerwise:  # other families have other names for their tables
+        if not self.supports_layerwise:  # other families name their tables differently
             with self.described(), errors_only():
                 opened: Any = AutoModelForCausalLM.from_pretrained(
                     self.folder,

@@ -180,42 +180,27 @@ def described(model: str, folder: Path, kind: str, argument: str) -> Description
     )
 
 
-def assembled(
-    model: str,
-    folder: Path | None,
-    adapters: Sequence[str] = (),
-    token_adapters: Sequence[tuple[int, str]] = (),
-    start_layer: int | None = None,
-    layer_sep: int | None = None,
-    prompt: str | None = None,
-    argument: str | None = None,
-) -> Description:
-    """Return the parts of a Matroyshka reranker: arguments that are given win over the model's own description.
+def assembled(given: Description, folder: Path | None, argument: str) -> Description:
+    """Return the parts of a Matroyshka reranker: given values win over the model's own description.
 
     Args:
-        model: the model as its user names it.
-        folder: the local folder with its files; None if it has no description or is not to be downloaded.
-        adapters: adapters to merge, instead of the model's own and their token compensations.
-        token_adapters: token compensations by ratio, instead of the model's own.
-        start_layer: the shallowest layer with a head.
-        layer_sep: layers from one head to the next.
-        prompt: the question that ends every input.
-        argument: the caller's argument and its value, for messages; by default ``model``.
+        given: the user's arguments; its base is the model as the user names it. Adapters replace the model's own and
+            their token compensations.
+        folder: the local folder with the model's files; None if it is not to be downloaded.
+        argument: the caller's argument and its value, for messages.
 
     Raises:
         ValueError: the model's own adapters were trained with another ``start_layer`` or ``layer_sep``, or as
             :func:`described`.
+        FileNotFoundError: as :func:`described`.
     """
-    argument = argument or f"model={model!r}"
-    given = Description(
-        kind="matroyshka", base=model, start_layer=start_layer, layer_sep=layer_sep, prompt=prompt,
-        adapters=tuple(adapters), token_adapters=tuple(token_adapters),
-    )  # fmt: skip
+    model = str(given.base)
     own = None if folder is None else described(model, folder, "matroyshka", argument)
     if own is None:
         return given
-    if adapters:
-        own = replace(own, adapters=tuple(_found(name, model) for name in adapters), token_adapters=())
+    adapters, token_adapters = own.adapters, own.token_adapters
+    if given.adapters:
+        adapters, token_adapters = tuple(_found(name, model) for name in given.adapters), ()
     elif own.adapters:
         for name in ("start_layer", "layer_sep"):
             value, trained = getattr(given, name), getattr(own, name)
@@ -224,13 +209,15 @@ def assembled(
                     f"{name}={value}: {argument} was trained with {name} {trained}; allowed: {trained}, or adapters "
                     "of your own, or MatroyshkaReranker.untrained."
                 )
-    if token_adapters:
-        own = replace(own, token_adapters=tuple((ratio, _found(name, model)) for ratio, name in token_adapters))
+    if given.token_adapters:
+        token_adapters = tuple((ratio, _found(name, model)) for ratio, name in given.token_adapters)
     return replace(
         own,
-        start_layer=own.start_layer if start_layer is None else start_layer,
-        layer_sep=own.layer_sep if layer_sep is None else layer_sep,
-        prompt=own.prompt if prompt is None else prompt,
+        adapters=adapters,
+        token_adapters=token_adapters,
+        start_layer=own.start_layer if given.start_layer is None else given.start_layer,
+        layer_sep=own.layer_sep if given.layer_sep is None else given.layer_sep,
+        prompt=own.prompt if given.prompt is None else given.prompt,
     )
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def dequantised(file: Path, argument: str = "model") -> Path:
-    """A folder with a GGUF file's model as fp32 safetensors; written once, kept in PyTerrier's home.
+    """Convert a GGUF file to a folder of fp32 safetensors, once: the folder is kept in PyTerrier's home.
 
     Raises:
         ImportError: the ``gguf`` package is missing.
@@ -42,17 +42,17 @@ def dequantised(file: Path, argument: str = "model") -> Path:
         ready = Path(temporary) / "model"
         try:
             tokenizer, model = _read_gguf(file)
-        except Exception as error:  # its readers raise whatever a broken or hostile file makes them raise
+        except Exception as error:  # a broken or hostile file makes its readers raise anything
             raise ValueError(
                 f"{argument}={str(file)!r}: cannot be read as a GGUF language model: {reason(error)}"
             ) from error
         from .tokenizer import save_tokenizer  # transformers takes seconds to import
 
         save_tokenizer(tokenizer, ready)
-        if hasattr(model.config, "quantization_config"):  # no longer true of what is written
+        if hasattr(model.config, "quantization_config"):  # the weights written here are not quantised
             del model.config.quantization_config
         model.config.save_pretrained(ready)
-        save_tensors(dict(model.named_parameters()), ready / "model.safetensors")  # a tied head counts once
+        save_tensors(dict(model.named_parameters()), ready / "model.safetensors")  # a tied head is listed once
         try:
             os.replace(ready, folder)
         except OSError:  # another process was first
@@ -62,7 +62,7 @@ def dequantised(file: Path, argument: str = "model") -> Path:
 
 
 def _read_gguf(file: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """Tokenizer and fp32 model, of no more weights than the file holds."""
+    """Read the tokenizer and the fp32 model, after checking that the file holds as many weights as it describes."""
     import torch
     from gguf import GGUFReader
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -81,7 +81,7 @@ def _read_gguf(file: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     tensors = GGUFReader(file).tensors
     if wanted > (held := sum(int(tensor.n_elements) for tensor in tensors)):
         raise ValueError(f"it describes a model of {wanted} weights and holds {held}")
-    if config.model_type in FAMILIES:  # other families' tensors may be split and joined on the way
+    if config.model_type in FAMILIES:  # transformers splits and joins tensors of other families
         known = get_gguf_hf_weights_map(model, TensorProcessor())  # type: ignore[no-untyped-call]
         if unknown := sorted(tensor.name for tensor in tensors if tensor.name not in known):
             raise ValueError(f"it has a tensor {short(unknown[0])}, which no model_type {config.model_type!r} has")

@@ -1,4 +1,7 @@
-"""Tensors: the weights in safetensors and ``.bin`` files, by name, each read when it is asked for."""
+"""Tensors: the weights in safetensors and ``.bin`` files, by name, each read on demand.
+
+Nothing in the files is executed: torch's restricted unpickler reads ``.bin`` files.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from .config import read_json, refuse_pointer
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: The dtypes that weights are stored in, as torch prints them.
+#: The dtypes in which weights may be stored, as torch prints them.
 STORED = ("torch.float32", "torch.bfloat16", "torch.float16", "torch.float64")
 
 
@@ -30,27 +33,27 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
 
     try:
         save_file(tensors, path, metadata=metadata)
-    except SafetensorError as error:  # of its own kind where the disk is full
+    except SafetensorError as error:  # its own exception for a full disk
         raise OSError(f"{path} cannot be written: {error}") from error
 
 
 class TensorFiles:
-    """The tensors of a checkpoint by name, whatever files they lie in; each is read when asked for.
+    """Read the tensors of a checkpoint by name, whatever files hold them, each on demand.
 
     Args:
-        folder: where the files are.
-        stem: ``model`` or ``adapter_model``.
+        folder: the folder of the files.
+        stem: ``model`` or ``adapter_model``, the start of their names.
         argument: the caller's argument and value, for messages.
 
     Raises:
         FileNotFoundError: the folder has no weights.
-        ValueError: a file is not what its name says.
+        ValueError: a file is broken, or of another format than its name says.
     """
 
     def __init__(self, folder: Path, stem: str, argument: str) -> None:
         self.argument = argument
-        # An adapter's tensors are many and small: its file, slower to open than they are to read, stays open.
-        # A model's would stay mapped, and count as memory in use.
+        # An adapter has many small tensors, and opening its file takes longer than reading one: it stays open.
+        # A model's file would stay mapped, and count as memory in use.
         self._open = cache(_open_safetensors) if stem == "adapter_model" else _open_safetensors
         bin_stem = "pytorch_model" if stem == "model" else stem
         incomplete: FileNotFoundError | None = None
@@ -62,12 +65,12 @@ class TensorFiles:
                 files = sorted(set(_weight_map(index).values()))
             else:
                 continue
-            if missing := [file for file in files if not (folder / file).is_file()]:  # of another form there may be all
+            if missing := [file for file in files if not (folder / file).is_file()]:  # the other format may be complete
                 incomplete = incomplete or FileNotFoundError(
-                    f"{argument}: {index} names {missing[0]}, which is not there."
+                    f"{argument}: {index} names {missing[0]}, which is missing."
                 )
                 continue
-            #: Whether they are of this format, or of torch's.
+            #: Whether the files are safetensors, rather than torch's own format.
             self.safetensors = name.endswith(".safetensors")
             self._where: dict[str, Path | dict[str, Tensor]] = {}
             for file in files:
@@ -80,7 +83,7 @@ class TensorFiles:
                     self._where[name] = source
             return
         raise incomplete or FileNotFoundError(
-            f"{argument}: no weights in {folder}; wanted {stem}.safetensors, {bin_stem}.bin or their index. "
+            f"{argument}: no weights in {folder}; expected {stem}.safetensors, {bin_stem}.bin or their index. "
             "(The copy of a hub model may be incomplete if it was made offline.)"
         )
 
@@ -91,24 +94,22 @@ class TensorFiles:
         return name in self._where
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, without reading it."""
+        """Return a tensor's shape without reading the tensor."""
         source = self._where[name]
         if isinstance(source, dict):
             return tuple(source[name].shape)
         return tuple(self._open(source).get_slice(name).get_shape())
 
     def read(self, name: str) -> Tensor:
-        """A tensor in the dtype it is stored in; it may be a view of the file, which is mapped as long as it lives.
+        """Read a tensor in its stored dtype. It may be a view of the file, which stays mapped as long as it lives.
 
         Raises:
-            ValueError: its numbers are of a kind that no weights are.
+            ValueError: its dtype is none of :data:`STORED`.
         """
         source = self._where[name]
         tensor: Tensor = source[name] if isinstance(source, dict) else self._open(source).get_tensor(name)
         if str(tensor.dtype) not in STORED:
-            raise ValueError(
-                f"{self.argument}: tensor {short(name)} is {tensor.dtype}; wanted one of {', '.join(STORED)}."
-            )
+            raise ValueError(f"{self.argument}: tensor {short(name)} is {tensor.dtype}; allowed: {', '.join(STORED)}.")
         return tensor
 
 
@@ -137,21 +138,21 @@ def _load_bin(path: Path) -> dict[str, Tensor]:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             records = _record_bytes(path)
-        except RuntimeError:  # files of before torch 1.6 cannot be mapped
+        except RuntimeError:  # files older than torch 1.6 cannot be mapped
             content = torch.load(path, map_location="cpu", weights_only=True)
             records = None
-    except Exception as error:  # the unpickler raises whatever a broken or hostile file makes it raise
+    except Exception as error:  # a broken or hostile file makes the unpickler raise anything
         raise ValueError(f"{path}: refused, it is not a plain file of tensors: {_unpicklers_reason(error)}") from error
     if not isinstance(content, dict) or not all(isinstance(n, str) and _is_plain(t) for n, t in content.items()):
         raise ValueError(f"{path}: refused, it is not a plain file of tensors.")
     storages = {s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in content.values())}
-    if records is not None and sum(storages.values()) > records:  # a mapped tensor may run on into the next record
-        raise ValueError(f"{path}: refused, its records are shorter than the tensors that they are said to hold.")
+    if records is not None and sum(storages.values()) > records:  # else a tensor would extend into the next record
+        raise ValueError(f"{path}: refused, its records are shorter than the tensors that it describes.")
     return content
 
 
 def _unpicklers_reason(error: Exception) -> str:
-    """What torch says of a file, without its advice on how to open it all the same."""
+    """Return torch's reason for refusing a file, without its advice on how to open the file anyway."""
     said = reason(error, 10_000)
     if "weights_only" in said:
         said = said.partition("WeightsUnpickler error: ")[2].strip().partition("\n")[0].partition(" Please ")[0]
@@ -159,13 +160,13 @@ def _unpicklers_reason(error: Exception) -> str:
 
 
 def _record_bytes(path: Path) -> int:
-    """How many bytes there are of tensors' numbers in a file of torch's zip format."""
+    """Count the bytes of tensor data in a file of torch's zip format."""
     with zipfile.ZipFile(path) as records:
         return sum(record.compress_size for record in records.infolist() if "/data/" in record.filename)
 
 
 def _is_plain(tensor: object) -> bool:
-    """Whether it is a dense tensor in memory, with as many numbers behind it as its shape says."""
+    """Tell whether an object is a dense tensor in memory, with storage for its whole shape."""
     import torch
 
     return (

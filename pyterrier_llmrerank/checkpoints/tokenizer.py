@@ -1,8 +1,7 @@
-"""Tokenizers: the files of a vocabulary to ids, as the code that made the vocabulary gives them.
+"""Tokenizers that give the same ids as the code that made their vocabulary.
 
-The class that transformers picks rebuilds a tokenizer out of its vocabulary and what the class itself takes for
-granted, whatever the files say. Here ``tokenizer.json`` is taken literally, and ``tokenizer.model`` is run by
-sentencepiece itself.
+The class that transformers picks rebuilds a tokenizer from its vocabulary and the defaults of the class, whatever else
+the files say. Here ``tokenizer.json`` is taken literally, and sentencepiece itself runs ``tokenizer.model``.
 """
 
 from __future__ import annotations
@@ -25,18 +24,18 @@ from transformers.utils.import_utils import is_protobuf_available, is_sentencepi
 from ..errors import reason, short
 from .config import read_json
 
-#: The files that a vocabulary may be in, the first that are there count.
+#: The files that may hold a vocabulary; the first ones found are used.
 VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 
 
 class LlamaTokenizer(SentencePieceBackend):
-    """Llama's and Mistral's, named as the class that opens it elsewhere: a saved tokenizer names its class.
+    """Tokenize for Llama and Mistral. Saved tokenizers name their class, so it is called as it is elsewhere.
 
-    Where it is not ``legacy``, the text after a special token gets no space of its own.
+    Unless ``legacy``, the text after a special token gets no leading space.
     """
 
     def tokenize(self, text: str, *args: Any, **kwargs: Any) -> list[str]:
-        """The pieces of a text."""
+        """Split a text into pieces."""
         if self.legacy or not text:
             return list(super().tokenize(text, *args, **kwargs))
         prefix = "" if self.init_kwargs.get("add_prefix_space") is False else "▁"
@@ -47,10 +46,10 @@ class LlamaTokenizer(SentencePieceBackend):
 
 
 class GemmaTokenizer(SentencePieceBackend):
-    """Gemma's, named as the class that opens it elsewhere."""
+    """Tokenize for Gemma, under the name that the class has elsewhere."""
 
 
-#: The tokenizers that are a sentencepiece model and nothing else, by the class that a folder names.
+#: Classes of tokenizers that are a sentencepiece model and nothing else, by the name in a folder's settings.
 SENTENCEPIECE: dict[str | None, type[SentencePieceBackend]] = {
     None: LlamaTokenizer,
     "LlamaTokenizer": LlamaTokenizer,
@@ -58,7 +57,7 @@ SENTENCEPIECE: dict[str | None, type[SentencePieceBackend]] = {
     "GemmaTokenizer": GemmaTokenizer,
 }
 
-#: Those that are merges of bytes.
+#: Classes of byte-level BPE tokenizers.
 BYTE_LEVEL: dict[str | None, type[PreTrainedTokenizerBase]] = {
     "GPT2Tokenizer": GPT2Tokenizer,
     "Qwen2Tokenizer": Qwen2Tokenizer,
@@ -66,25 +65,27 @@ BYTE_LEVEL: dict[str | None, type[PreTrainedTokenizerBase]] = {
 
 
 def vocabulary_of(folder: Path) -> tuple[str, ...] | None:
-    """The files that a folder's vocabulary is in; None where it has none."""
+    """Return the names of a folder's vocabulary files; None if it has no vocabulary."""
     return next((names for names in VOCABULARIES if all((folder / name).is_file() for name in names)), None)
 
 
 def open_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder.
+    """Open the tokenizer of a folder.
 
     Args:
-        folder: with a vocabulary, ``tokenizer_config.json`` and ``special_tokens_map.json``, as far as they are there.
-        config: the model's configuration, which says of what class the tokenizer is where nothing else does.
+        folder: a folder with a vocabulary, and perhaps ``tokenizer_config.json`` and ``special_tokens_map.json``.
+        config: the model's configuration, which names the tokenizer's class if no other file does.
 
     Raises:
-        ValueError: there is no vocabulary, or one whose ids cannot be vouched for.
+        ValueError: there is no vocabulary, or none whose ids are certain to be right.
         ImportError: reading it needs a package that is missing.
-        Exception: whatever else transformers raises on files that are broken.
+        Exception: transformers raises any exception on broken files.
     """
     vocabulary = vocabulary_of(folder)
     if vocabulary is None:
-        raise ValueError("it has no vocabulary; wanted tokenizer.json, tokenizer.model, or vocab.json with merges.txt")
+        raise ValueError(
+            "it has no vocabulary; expected tokenizer.json, tokenizer.model, or vocab.json with merges.txt"
+        )
     settings, special = (
         read_json(folder / name) if (folder / name).is_file() else {}
         for name in ("tokenizer_config.json", "special_tokens_map.json")
@@ -95,7 +96,7 @@ def open_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenize
         opened = PreTrainedTokenizerFast.from_pretrained(folder)
         if "bos_token" not in settings | special:
             if named is None:
-                raise ValueError("its tokenizer_config.json says neither bos_token nor tokenizer_class; wanted one")
+                raise ValueError("its tokenizer_config.json has neither bos_token nor tokenizer_class; expected one")
             by_class = AutoTokenizer.from_pretrained(folder, config=PreTrainedConfig(), trust_remote_code=False)
             opened.bos_token = by_class.bos_token
     else:
@@ -112,14 +113,14 @@ def open_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenize
         else:
             opened = _sentencepiece(folder, name, settings, special)
     if len(opened) <= len(opened.added_tokens_decoder):
-        raise ValueError(f"the vocabulary in {' and '.join(vocabulary)} has no tokens but special ones")
+        raise ValueError(f"the vocabulary in {' and '.join(vocabulary)} has special tokens only")
     return opened
 
 
 def _sentencepiece(
     folder: Path, name: str | None, settings: dict[str, Any], special: dict[str, Any]
 ) -> SentencePieceBackend:
-    """The tokenizer of a folder with ``tokenizer.model`` alone, as the slow class of its name made ids of texts."""
+    """Open a folder with ``tokenizer.model`` alone; ids are those of the slow tokenizer class that it names."""
     if not (is_sentencepiece_available() and is_protobuf_available()):
         raise ImportError(
             f"reading {folder / 'tokenizer.model'} needs sentencepiece and protobuf: "
@@ -132,7 +133,7 @@ def _sentencepiece(
     try:
         model = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     except (RuntimeError, OSError) as error:
-        raise ValueError("tokenizer.model is not a sentencepiece model; wanted one, or a tokenizer.json") from error
+        raise ValueError("tokenizer.model is not a sentencepiece model; expected one, or a tokenizer.json") from error
     own = {kind: getattr(model, f"{kind}_id")() for kind in ("bos", "eos", "unk")}
     tokens = {f"{kind}_token": model.id_to_piece(number) for kind, number in own.items() if number >= 0}
     opened: SentencePieceBackend = SENTENCEPIECE[name].from_pretrained(
@@ -151,5 +152,5 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """
     try:
         tokenizer.save_pretrained(folder)
-    except Exception as error:  # the tokenizers library has no kind of error of its own
+    except Exception as error:  # the tokenizers library has no exception class of its own
         raise OSError(f"{folder}: the tokenizer cannot be written: {reason(error)}") from error

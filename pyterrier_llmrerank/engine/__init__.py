@@ -1,1 +1,1 @@
-"""Pairs to scores: ids, packed batches, decoder layers, heads."""
+"""Score pairs: encode them to ids, run them through the decoder in packed batches, and read the heads."""

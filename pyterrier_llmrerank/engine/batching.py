@@ -1,4 +1,4 @@
-"""Pairs into batches: those of a query together, alike lengths side by side, as many as memory allows."""
+"""Form batches: group pairs by query, sort them by length, and take as many as memory allows."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ import torch
 from ..errors import ScoringError
 from .inputs import Ids
 
-#: Tokens in a batch, a shared prefix counted once, by device type, where the user sets no batch_size: starting points,
-#: which are halved where memory is short.
+#: Tokens in a batch by device type, a shared prefix counted once, if the user sets no batch_size. These are starting
+#: points: they are halved when memory runs out.
 TOKENS = {"cpu": 4096, "cuda": 16384, "mps": 8192}
 
-#: Attention lays pairs out at equal length, prefixes repeated: at most so many positions for each token of the budget.
+#: Attention needs one sequence per pair, with its prefix and as long as the longest: the most positions for each token
+#: of the budget.
 SPREAD = 4
 
 
 @dataclass
 class Budget:
-    """How much goes into a batch; made smaller, once and for all that follows, where memory is short.
+    """Limits the size of a batch. It shrinks when memory runs out, and stays small for all later batches.
 
     Args:
-        tokens: most tokens, a shared prefix counted once; None for any number. A pair longer than that goes alone.
+        tokens: most tokens, a shared prefix counted once; None for any number. A longer pair is a batch of its own.
         pairs: most pairs; None for any number.
     """
 
@@ -35,11 +36,11 @@ class Budget:
 
     @classmethod
     def of_device(cls, device: torch.device) -> Budget:
-        """The budget to start with on a device."""
+        """Return the budget to start with on a device."""
         return cls(TOKENS.get(device.type, TOKENS["cpu"]))
 
     def allows(self, count: int, size: int, longest: int) -> bool:
-        """Whether so many pairs of ``size`` tokens together, the longest of so many, fit."""
+        """Return whether ``count`` pairs of ``size`` tokens together fit, the longest of ``longest`` tokens."""
         return (
             (self.pairs is None or count <= self.pairs)
             and (self.tokens is None or size <= self.tokens)
@@ -47,7 +48,7 @@ class Budget:
         )
 
     def shrink_to(self, pairs: Sequence[Ids]) -> None:
-        """Allow no more than these."""
+        """Allow no larger batches than these pairs."""
         if self.tokens is None:
             self.pairs = len(pairs)
         else:
@@ -56,23 +57,23 @@ class Budget:
 
 
 def run_in_batches(pairs: Sequence[Ids], run: Callable[[list[int]], None], budget: Budget) -> int | None:
-    """Call ``run`` with lists of indices until every index has been in one, halving when memory runs out.
+    """Call ``run`` with batches of indices until each pair has been in one; halve batches when memory runs out.
 
-    Pairs with one prefix stand together, so that it is computed once for all; among them, and among prefixes, the
-    longest go first, so that a batch too large shows at once and neighbours are of alike length.
+    Pairs with the same prefix follow each other, so that it is computed once for all of them. Among prefixes and among
+    their pairs, the longest come first: neighbours are of similar length, and a batch that is too large fails at once.
 
     Args:
-        pairs: what is to be run.
-        run: works on the pairs of the indices given; it may be called again with some of the same.
-        budget: of a batch; smaller afterwards, where memory was short.
+        pairs: the pairs to run.
+        run: works on the pairs of the given indices. After it fails, it is called again with some of the same.
+        budget: limits a batch; it has shrunk afterwards if memory ran out.
 
     Returns:
-        None when all went through, else the index of a pair for which there was no memory even alone.
+        None if all pairs ran, else the index of a pair that does not fit in memory alone.
     """
     order = _order(pairs)
     start = 0
     while start < len(order):
-        batch = _batch(pairs, order, start, budget)
+        batch = _next_batch(pairs, order, start, budget)
         try:
             run(batch)
             start += len(batch)
@@ -82,7 +83,7 @@ def run_in_batches(pairs: Sequence[Ids], run: Callable[[list[int]], None], budge
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-        # Outside the except block, so that the failed batch's tensors are no longer held by its traceback.
+        # Outside the except block: there the traceback would still hold the failed batch's tensors.
         if len(batch) == 1:
             return batch[0]
         if torch.cuda.is_available():
@@ -92,7 +93,7 @@ def run_in_batches(pairs: Sequence[Ids], run: Callable[[list[int]], None], budge
 
 
 def _order(pairs: Sequence[Ids]) -> list[int]:
-    """Indices by prefix, and by length from the longest, of prefixes by their longest pair."""
+    """Order indices by prefix, then by length; prefixes are in order of their longest pair."""
     prefixes: dict[tuple[int, ...], int] = {}
     prefix = [prefixes.setdefault(tuple(pair.prefix), len(prefixes)) for pair in pairs]
     longest = [0] * len(prefixes)
@@ -101,8 +102,8 @@ def _order(pairs: Sequence[Ids]) -> list[int]:
     return sorted(range(len(pairs)), key=lambda i: (-longest[prefix[i]], prefix[i], -pairs[i].length, i))
 
 
-def _batch(pairs: Sequence[Ids], order: list[int], start: int, budget: Budget) -> list[int]:
-    """The next pairs that go together: at least one."""
+def _next_batch(pairs: Sequence[Ids], order: list[int], start: int, budget: Budget) -> list[int]:
+    """Take as many pairs as the budget allows, at least one."""
     batch = [order[start]]
     size = longest = pairs[order[start]].length
     for index in order[start + 1 :]:
@@ -116,13 +117,18 @@ def _batch(pairs: Sequence[Ids], order: list[int], start: int, budget: Budget) -
 
 
 def packed_size(pairs: Sequence[Ids]) -> int:
-    """Tokens of a batch, a prefix that pairs share counted once."""
+    """Count the tokens of a batch, a shared prefix once."""
     prefixes = {tuple(pair.prefix) for pair in pairs}
     return sum(map(len, prefixes)) + sum(len(pair.body) + len(pair.suffix) for pair in pairs)
 
 
 def query_chunks(queries: Sequence[Hashable], size: int) -> Iterator[list[int]]:
-    """Indices in lists of at least ``size``, but for the last, without parting those of one query."""
+    """Yield indices in chunks of whole queries.
+
+    Args:
+        queries: the query of each index.
+        size: fewest indices in a chunk; the last may have fewer.
+    """
     by_query: dict[Hashable, list[int]] = {}
     for index, query in enumerate(queries):
         by_query.setdefault(query, []).append(index)
@@ -137,7 +143,7 @@ def query_chunks(queries: Sequence[Hashable], size: int) -> Iterator[list[int]]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that host or device memory ran out."""
+    """Return whether an error means that host or device memory ran out."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     message = str(error).lower()

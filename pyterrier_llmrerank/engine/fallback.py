@@ -1,15 +1,15 @@
-"""The plain path: decoders whose layers cannot be walked one by one are run by their own ``forward``.
+"""Run decoders that do not support layer-wise execution, by their own ``forward``.
 
-It gives the same scores as :func:`~pyterrier_llmrerank.engine.decoder.decode`, without what that saves: rows are
-padded, a query is computed again for each of its passages, and all layers are run for all tokens. States between two
-layers cannot be pooled.
+Scores are the same as :func:`~pyterrier_llmrerank.engine.decoder.decode` would give, but take more work: rows are
+padded, a query is computed again for each of its passages, and all layers run for all tokens. Passages cannot be
+compressed between layers.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,25 +19,25 @@ from ..checkpoints.adapters import canonical
 from ..checkpoints.checkpoint import Checkpoint, errors_only
 from .packing import PackedPairs, on_device
 
-#: What transformers' decoders call the norm after their last layer.
+#: Names of the norm after the last layer in transformers' decoders.
 NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 
-#: What they call their table of positions, where they have one.
+#: Names of a table of position embeddings in transformers' decoders.
 POSITIONS = ("wpe", "embed_positions", "position_embeddings", "positions_embed", "pos_encoding")
 
 
 class FallbackDecoder(nn.Module):
-    """A transformers model of any causal architecture, adapters merged in.
+    """Runs a transformers model of any causal architecture, with adapters merged in.
 
     Args:
-        checkpoint: where its weights are.
-        device: where they go.
-        dtype: what they are converted to.
-        quantize: quantises a module's linear layers; None to leave them.
+        checkpoint: the source of the weights.
+        device: the device of the weights.
+        dtype: the dtype that they are converted to.
+        quantize: quantises a module's linear layers; None leaves them.
 
     Raises:
-        ValueError: an adapter does not fit it, its files do not fill it or hold more than it has, a token sees those
-            after it, or there is nothing in it to quantise.
+        ValueError: an adapter does not fit the model, the files lack one of its tensors or hold unknown ones, it is not
+            causal, or it has no linear layers to quantise.
     """
 
     def __init__(
@@ -48,55 +48,24 @@ class FallbackDecoder(nn.Module):
         quantize: Callable[[nn.Module], None] | None = None,
     ) -> None:
         super().__init__()
-        with checkpoint.described(), torch.device("meta"):
-            wanted = sum(weight.numel() for weight in AutoModel.from_config(checkpoint.config).parameters())  # type: ignore[no-untyped-call]
-        held = sum(math.prod(checkpoint.files.shape(name)) for name in checkpoint.files)
-        if wanted > held:  # memory would be taken for what is missing
-            raise ValueError(
-                f"{checkpoint.argument}: config.json describes a model of {wanted} weights, its files hold {held}."
-            )
-        with checkpoint.described(), errors_only():  # it would warn of the language model's head, which is not needed
-            model, loading = AutoModel.from_pretrained(
-                checkpoint.folder,
-                config=checkpoint.config,
-                dtype="auto",
-                output_loading_info=True,
-                use_safetensors=checkpoint.files.safetensors,
-            )
-        if loading["missing_keys"]:
-            raise ValueError(f"{checkpoint.argument}: the checkpoint has no tensor {min(loading['missing_keys'])!r}.")
-        linear = {
-            canonical(f"{model.base_model_prefix}.{name}"): module
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear)
-        }
-        weights = {canonical(f"{model.base_model_prefix}.{name}"): weight for name, weight in model.named_parameters()}
-        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-        whole = {name: adapter for adapter in checkpoint.adapters for name in adapter.whole if name in weights}
-        for name, adapter in whole.items():
-            if weights[name] is model.get_input_embeddings().weight:  # of perhaps more tokens than the base knows
-                shapes[name] = (*adapter.whole_shape(name)[:1], *shapes[name][1:])
-        checkpoint.check_adapters({name: tuple(module.weight.shape) for name, module in linear.items()}, shapes)
-        for name, module in linear.items():
-            module.weight.data = checkpoint.merged(name, module.weight.data)
-        for name, adapter in whole.items():
-            weights[name].data = adapter.read_whole(name)
+        model, unexpected = _open_model(checkpoint)
+        linear_layers = _merge_adapters(model, checkpoint)
         self.model: PreTrainedModel = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
         self.argument = checkpoint.argument
         self.layers = checkpoint.layers
         #: How many tokens the model knows.
         self.vocabulary = len(cast(nn.Embedding, self.model.get_input_embeddings()).weight)
-        #: The longest sequence that it has positions for; None for any length.
+        #: The longest sequence that the model has positions for; None for any length.
         self.positions = _positions(self.model)
+        model_type = checkpoint.config.model_type
         if not self._is_causal():
             raise ValueError(
-                f"{self.argument}: model_type {checkpoint.config.model_type!r} lets a token see those after it; "
-                "wanted a causal decoder."
+                f"{self.argument}: in model_type {model_type!r} a token sees later ones; wanted a causal decoder."
             )
-        checkpoint.check_unused(loading["unexpected_keys"])
-        if quantize is not None and not linear:
+        checkpoint.check_unused(unexpected)
+        if quantize is not None and not linear_layers:
             raise ValueError(
-                f"{self.argument}: model_type {checkpoint.config.model_type!r} has no linear layers to quantise; "
+                f"{self.argument}: model_type {model_type!r} has no linear layers to quantise; "
                 "allowed: quantization=None."
             )
         if quantize is not None:
@@ -105,18 +74,18 @@ class FallbackDecoder(nn.Module):
     @torch.no_grad()
     def _is_causal(self) -> bool:
         states = self._states(torch.tensor([[1, 2], [1, 3]], device=self.model.device))
-        self._one_a_layer = len(states) == self.layers + 1 and all(s.shape == states[-1].shape for s in states)
+        self._one_state_per_layer = len(states) == self.layers + 1 and all(s.shape == states[-1].shape for s in states)
         first, other = states[-1][:, 0].float()
         return torch.allclose(first, other, rtol=1e-2, atol=1e-2)
 
     def _states(self, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Embeddings and each layer's output, the last one after the final norm: ``[pairs, longest, width]`` each."""
+        """Return embeddings and each layer's output, ``[pairs, longest, width]`` each; the last is normed."""
         out = self.model(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
-        # What Gemma 3n's last layer leaves is not yet through the norm.
+        # Gemma 3n's last hidden state is not normed yet.
         return (*out.hidden_states[:-1], out.last_hidden_state)
 
     def forward(self, packed: PackedPairs, cutoffs: Sequence[int]) -> Tensor:
-        """The last real token's state at each cutoff.
+        """Return the last real token's state at each cutoff.
 
         Args:
             packed: the pairs.
@@ -141,31 +110,83 @@ class FallbackDecoder(nn.Module):
         return torch.stack(read)
 
     def check_cutoffs(self, cutoffs: Sequence[int]) -> None:
-        """Raise ValueError on a cutoff above the last layer that cannot be read.
+        """Check that each cutoff can be read.
 
-        The name of the model's final norm may not be known, or its layers may leave more than one state a token.
+        Raises:
+            ValueError: a cutoff is not the last layer, and the final norm has no known name, or layers have more than
+                one state per token.
         """
         for cutoff in cutoffs:
             if cutoff != self.layers:
                 self._norm(cutoff)
 
     def _norm(self, cutoff: int) -> nn.Module:
-        """The norm that a state before the last layer goes through."""
+        """Return the final norm, which states of shallower layers go through too."""
         for name in NORMS:
-            if self._one_a_layer and isinstance(norm := getattr(self.model, name, None), nn.Module):
+            if self._one_state_per_layer and isinstance(norm := getattr(self.model, name, None), nn.Module):
                 return norm
         raise ValueError(
-            f"cutoff={cutoff}: {self.argument} is not a model of which the final norm is known; "
-            f"allowed: {self.layers}, its last layer."
+            f"cutoff={cutoff}: the final norm of {self.argument} is not known; allowed: {self.layers}, its last layer."
         )
 
 
+def _open_model(checkpoint: Checkpoint) -> tuple[Any, Sequence[str]]:
+    """Load the headless model by transformers, and return the names of tensors that it has no use for.
+
+    Raises:
+        ValueError: config.json does not describe a model, or the files do not fill it.
+    """
+    with checkpoint.described(), torch.device("meta"):
+        wanted = sum(weight.numel() for weight in AutoModel.from_config(checkpoint.config).parameters())  # type: ignore[no-untyped-call]
+    held = sum(math.prod(checkpoint.files.shape(name)) for name in checkpoint.files)
+    if wanted > held:  # checked first, because transformers allocates missing weights
+        raise ValueError(
+            f"{checkpoint.argument}: config.json describes a model of {wanted} weights, its files hold {held}."
+        )
+    with checkpoint.described(), errors_only():  # it would warn of the unused language model head
+        model, loading = AutoModel.from_pretrained(
+            checkpoint.folder,
+            config=checkpoint.config,
+            dtype="auto",
+            output_loading_info=True,
+            use_safetensors=checkpoint.files.safetensors,
+        )
+    if loading["missing_keys"]:
+        raise ValueError(f"{checkpoint.argument}: the checkpoint has no tensor {min(loading['missing_keys'])!r}.")
+    return model, loading["unexpected_keys"]
+
+
+def _merge_adapters(model: Any, checkpoint: Checkpoint) -> dict[str, nn.Linear]:
+    """Merge the checkpoint's adapters into a model, and return its linear layers by name.
+
+    Raises:
+        ValueError: an adapter does not fit the model.
+    """
+
+    def full_name(name: str) -> str:
+        return canonical(f"{model.base_model_prefix}.{name}")
+
+    linear_layers = {full_name(name): m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    weights = {full_name(name): weight for name, weight in model.named_parameters()}
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    whole = {name: adapter for adapter in checkpoint.adapters for name in adapter.whole if name in weights}
+    for name, adapter in whole.items():
+        if weights[name] is model.get_input_embeddings().weight:  # an adapter may add tokens
+            shapes[name] = (*adapter.whole_shape(name)[:1], *shapes[name][1:])
+    checkpoint.check_adapters({name: tuple(layer.weight.shape) for name, layer in linear_layers.items()}, shapes)
+    for name, layer in linear_layers.items():
+        layer.weight.data = checkpoint.merged(name, layer.weight.data)
+    for name, adapter in whole.items():
+        weights[name].data = adapter.read_whole(name)
+    return linear_layers
+
+
 def _positions(model: PreTrainedModel) -> int | None:
-    """The longest sequence for which a model has positions; None where it computes them, so that any will do."""
+    """Return the longest sequence that a model has position embeddings for; None if it computes positions."""
     lengths = []
     for name, table in [*model.named_parameters(), *model.named_buffers()]:
         owner = name.removesuffix(".weight")
         if owner.rpartition(".")[2] in POSITIONS:
-            skipped = getattr(model.get_submodule(owner), "offset", 0) if owner != name else 0  # rows before the first
-            lengths.append(len(table) - skipped)
+            unused = getattr(model.get_submodule(owner), "offset", 0) if owner != name else 0  # rows before position 0
+            lengths.append(len(table) - unused)
     return min(lengths, default=None)

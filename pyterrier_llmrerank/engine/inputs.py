@@ -1,8 +1,8 @@
-"""Query and passage texts to token ids.
+"""Turn query and passage texts into token ids.
 
-Both rerankers read ``prefix + body + suffix``: the prefix depends on the query alone, the body is the
-passage, the suffix is constant. Inference and training build their inputs here and nowhere else, so a
-model is served with exactly what it was trained on.
+Both rerankers read ``prefix + body + suffix``: the prefix depends on the query alone, the body is the passage, and the
+suffix is constant. Inference and training share this module, so a model is served with exactly the inputs that it was
+trained on.
 """
 
 from __future__ import annotations
@@ -16,21 +16,25 @@ from .boundaries import cut_after
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: How much of a long text is tokenised at first; seldom is more needed.
+#: Characters of a long text to tokenise at first for each id wanted; more are seldom needed.
 CHARACTERS_AN_ID = 8
 
-#: How much text is tokenised at once, a longer one apart.
+#: Most characters in one call of the tokenizer; a longer text gets a call of its own.
 CHARACTERS_A_CALL = 2**20
 
+#: Matroyshka's prompt.
 PROMPT = "Predict whether passage B contains an answer to query A."
 
 
 class Ids(NamedTuple):
-    """The token ids of one (query, passage) pair, in the three parts that the model treats apart.
+    """Holds the token ids of one (query, passage) pair in three parts.
 
     Args:
-        prefix, body, suffix: the three parts.
-        query_truncated, passage_truncated: whether the end of the text is not among them.
+        prefix: ids of the query.
+        body: ids of the passage.
+        suffix: ids of the prompt.
+        query_truncated: whether the end of the query is cut off.
+        passage_truncated: whether the end of the passage is cut off.
     """
 
     prefix: list[int]
@@ -41,18 +45,18 @@ class Ids(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Tokens in all three parts."""
+        """Tokens in all three parts together."""
         return len(self.prefix) + len(self.body) + len(self.suffix)
 
     def flat(self) -> list[int]:
-        """All ids in reading order."""
+        """Return all ids in reading order."""
         return self.prefix + self.body + self.suffix
 
 
 def document(text: str, title: str | None = None, url: str | None = None) -> str:
-    """The passage as RankLLaMA reads it: ``document: {url} {title} {text}``, without the parts that are None.
+    """Format a passage for RankLLaMA: ``document: {url} {title} {text}``, without parts that are None.
 
-    An empty title is not a missing one: it keeps its separator, as in the released code.
+    An empty title is not missing: it keeps its separator, as in the released code.
 
     >>> document("A bear.", "Panda")
     'document: Panda A bear.'
@@ -63,10 +67,10 @@ def document(text: str, title: str | None = None, url: str | None = None) -> str
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
-    """The first ``limit`` ids of each text (all by default), without special tokens; a text is tokenised once.
+    """Return the first ``limit`` ids of each text (all by default), without special tokens.
 
-    Of a long text only so much is tokenised as its first ids need, and few long texts together: each id takes a few
-    hundred bytes on the way.
+    Equal texts are tokenised once. To save time and memory, long texts are cut before they are tokenised, and few of
+    them go into one call: on the way, an id takes a few hundred bytes.
     """
     ids: dict[str, list[int]] = {}
     length = None if limit is None else CHARACTERS_AN_ID * limit
@@ -88,7 +92,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: i
 
 
 def _calls(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Numbers of texts that are tokenised together: of so many characters, or one."""
+    """Yield the numbers of texts to tokenise in one call."""
     part: list[int] = []
     characters = 0
     for number, length in enumerate(lengths):
@@ -103,14 +107,15 @@ def _calls(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 @dataclass(frozen=True)
 class RankLLaMAInputs:
-    """``<s> query: {query}`` + ``<s> {document}``, at most ``query_max_length + passage_max_length - 2`` ids.
+    """Encodes ``<s> query: {query}`` + ``<s> {document}``, without a suffix.
 
-    What is over that is taken from the end of the query, never from the document. There is no suffix.
+    A pair has at most ``query_max_length + passage_max_length - 2`` ids; a longer one loses the end of its query, never
+    that of its document.
 
     Args:
-        query_max_length: ids kept of ``query: {query}``, ``<s>`` not counted.
-        passage_max_length: ids kept of the document, ``<s>`` not counted.
-        margin: by how much documents are cut shorter than that; 3 in training, as released.
+        query_max_length: most ids of ``query: {query}``, without ``<s>``.
+        passage_max_length: most ids of the document, without ``<s>``.
+        margin: how many ids fewer a document keeps; 3 in training, as in the released code.
     """
 
     query_max_length: int = 32
@@ -118,11 +123,11 @@ class RankLLaMAInputs:
     margin: int = 0
 
     def __call__(self, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> list[Ids]:
-        """Encode ``(query, document)`` pairs, where the document comes from :func:`document`."""
+        """Encode ``(query, document)`` pairs, with documents formatted by :func:`document`."""
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         cap = self.query_max_length + self.passage_max_length - 2
         limit = self.passage_max_length - self.margin
-        # One more each than is kept: it tells what is truncated.
+        # One id more than is kept shows whether a text is truncated.
         queries = token_ids(tokenizer, ["query: " + query for query, _ in pairs], self.query_max_length + 1)
         bodies = token_ids(tokenizer, [body for _, body in pairs], limit + 1)
         encoded = []
@@ -136,16 +141,16 @@ class RankLLaMAInputs:
 
 @dataclass(frozen=True)
 class MatroyshkaInputs:
-    r"""``<s> A: {query} \n`` + ``B: {passage}`` + ``\n {prompt}``, the parts tokenised one by one.
+    r"""Encodes ``<s> A: {query} \n`` + ``B: {passage}`` + ``\n {prompt}``, each part tokenised on its own.
 
     Args:
-        prompt: the question put to the model after the passage; never truncated.
-        query_max_length: ids kept of ``A: {query}``; None for three quarters of ``max_length``.
-        max_length: ids kept of ``B: {passage}``, and the room for ``<s>``, query and passage together.
-        query_instruction: what stands before the query.
-        passage_instruction: what stands before the passage.
-        total: hold the whole input, suffix included, to so many ids and the passage to what room that leaves,
-            instead of by ``max_length``; the training program does so with query and passage length together.
+        prompt: the question to the model after the passage; never truncated.
+        query_max_length: most ids of ``A: {query}``; None for three quarters of ``max_length``.
+        max_length: most ids of ``B: {passage}``, and most ids of ``<s>``, query and passage together.
+        query_instruction: text before the query.
+        passage_instruction: text before the passage.
+        total: most ids of the whole input, suffix included; replaces ``max_length`` as the limit. The released training
+            code sets it to query and passage length together.
     """
 
     prompt: str = PROMPT
@@ -164,7 +169,7 @@ class MatroyshkaInputs:
         passage_limit = self.max_length if self.total is None else self.total
         cap = self.max_length + len(suffix) if self.total is None else self.total - len(suffix)
         query_limit = self.max_length * 3 // 4 if self.query_max_length is None else self.query_max_length
-        # One more each than is kept: it tells what is truncated.
+        # One id more than is kept shows whether a text is truncated.
         queries = token_ids(tokenizer, [self.query_instruction + query for query, _ in pairs], query_limit + 1)
         bodies = token_ids(tokenizer, [self.passage_instruction + passage for _, passage in pairs], passage_limit + 1)
         encoded = []

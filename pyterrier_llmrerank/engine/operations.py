@@ -1,4 +1,4 @@
-"""Operations: what a shape computes for some pairs, counted from their tokens and not by running it."""
+"""Count the operations that scoring takes in a given shape, from the pairs' tokens and without running the model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .attention import sliding_window_of
 from .decoder import Decoder
 from .fallback import FallbackDecoder
 from .inputs import Ids
@@ -17,13 +18,13 @@ Counts = NDArray[np.float64]
 
 
 class Layer(NamedTuple):
-    """What counts of a decoder layer.
+    """Sizes of a decoder layer that determine its operations.
 
     Args:
-        matrices: weights of its matrices.
-        keys_values: those of them that make keys and values.
+        matrices: weights in its matrices.
+        keys_values: weights in the key and value projections, part of ``matrices``.
         attended: width of all heads' queries together.
-        window: keys that a token sees at most; None for all before it.
+        window: most keys that a token sees; None for all before it.
     """
 
     matrices: int
@@ -33,31 +34,31 @@ class Layer(NamedTuple):
 
     @classmethod
     def of(cls, layer: Any) -> Layer:
-        """From a layer of a decoder that is walked."""
-        tensors = [*layer.named_parameters(), *layer.named_buffers()]  # low-rank updates beside weights are buffers
+        """Measure a layer of a decoder that supports layer-wise execution."""
+        tensors = [*layer.named_parameters(), *layer.named_buffers()]  # buffers: unmerged low-rank updates
         sizes = {name: tensor.numel() for name, tensor in tensors if tensor.ndim > 1}
         keys_values = sum(size for name, size in sizes.items() if "k_proj." in name or "v_proj." in name)
         heads = layer.self_attn
-        window = getattr(heads.config if heads.config.model_type == "mistral" else heads, "sliding_window", None)
-        return cls(sum(sizes.values()), keys_values, heads.config.num_attention_heads * heads.head_dim, window)
+        attended = heads.config.num_attention_heads * heads.head_dim
+        return cls(sum(sizes.values()), keys_values, attended, sliding_window_of(heads))
 
     def keys(self, tokens: Indices) -> Indices:
-        """Keys that so many first tokens of a pair see together, themselves included."""
+        """Count the keys that a pair's first ``tokens`` tokens see in total, each including itself."""
         full = tokens if self.window is None else np.minimum(tokens, self.window)
         return full * (full + 1) // 2 + (tokens - full) * full
 
 
 class Operations:
-    """Multiplications and additions that scoring pairs takes, in any shape of a decoder.
+    """Counts multiplications and additions for some pairs in any shape of a decoder.
 
-    Counted is what is useful: matrices of the layers, attention to the keys that a token sees, heads; a query's prefix
-    once, no padding. Not counted is what works element by element, and the pooling itself.
+    It counts useful work: the layers' matrices, attention to visible keys, and heads; a query's prefix once, and no
+    padding. It leaves out element-wise work and pooling.
 
     Args:
-        decoder: whose layers are run.
+        decoder: the decoder that would run.
         pairs: the distinct pairs.
         query_of_pair: the number of each pair's query, from 0, ``[pairs]``.
-        queries: how many there are.
+        queries: how many queries there are.
     """
 
     def __init__(
@@ -69,11 +70,10 @@ class Operations:
         self._owner = owners(pairs)
         self._query = query_of_pair
         self._queries = queries
+        self._fallback = isinstance(decoder, FallbackDecoder)
         model: Any = decoder.model if isinstance(decoder, FallbackDecoder) else decoder
         self._width = int(model.config.hidden_size)
-        self._plain = isinstance(decoder, FallbackDecoder)
-        self._layers: list[Layer] = []
-        if self._plain:
+        if self._fallback:  # the whole model as one layer
             embedding = model.get_input_embeddings().weight.numel()
             matrices = sum(weight.numel() for weight in model.parameters() if weight.ndim > 1) - embedding
             self._layers = [Layer(matrices, 0, self._width * model.config.num_hidden_layers, None)]
@@ -87,25 +87,22 @@ class Operations:
         compress_ratio: int = 1,
         exit_layer: Indices | None = None,
     ) -> Counts:
-        """Those of a shape.
+        """Count the operations of a shape.
 
         Args:
-            read: layers at which heads read, ascending; the last is the deepest that is run.
-            compress_layers: as :func:`~pyterrier_llmrerank.engine.decoder.decode`.
-            compress_ratio: as :func:`~pyterrier_llmrerank.engine.decoder.decode`.
-            exit_layer: the layer after which each pair leaves, ``[pairs]``; None where all go through.
+            read: layers at which heads read, ascending; the last is the deepest that runs.
+            compress_layers: as in :func:`~pyterrier_llmrerank.engine.decoder.decode`.
+            compress_ratio: as in :func:`~pyterrier_llmrerank.engine.decoder.decode`.
+            exit_layer: the layer after which a cascade drops each pair, ``[pairs]``; None if it drops none.
 
         Returns:
             Operations for each query, ``[queries]``.
         """
+        if self._fallback:
+            return self._by_query(self._work_of_whole_model(len(read)))
         deepest, body = read[-1], self._body
         last = np.full(len(body), deepest) if exit_layer is None else exit_layer
-        if self._plain:  # all of it is run for whole pairs, whatever is read
-            (whole,) = self._layers
-            length = self._prefix + body + self._suffix
-            work = 2.0 * whole.matrices * length + 4.0 * whole.attended * whole.keys(length)
-            return self._by_query(work + 2.0 * self._width * len(read))
-        prefix_last = np.zeros_like(last)  # stands with its owner, as long as one of its pairs is in
+        prefix_last = np.zeros_like(last)  # an owner's prefix runs as long as any of its pairs
         np.maximum.at(prefix_last, self._owner, last)
         work = np.zeros(len(body))
         for depth, layer in enumerate(self._layers[:deepest], 1):
@@ -118,13 +115,20 @@ class Operations:
                 before = layer.keys(self._prefix)
                 keys = here * (layer.keys(length) - before) + prefix_here * before
                 work += 2.0 * layer.matrices * tokens + 4.0 * layer.attended * keys
-            else:  # keys and values for all tokens, the rest for those that are read
+            else:  # keys and values for all tokens, all else for the tokens that are read
                 seen = length if layer.window is None else np.minimum(length, layer.window)
                 for_one = 2.0 * (layer.matrices - layer.keys_values) + 4.0 * layer.attended * seen
                 work += 2.0 * layer.keys_values * tokens + here * for_one
             if depth in read:
                 work += 2.0 * self._width * here
         return self._by_query(work)
+
+    def _work_of_whole_model(self, heads: int) -> Counts:
+        """Count each pair's operations for a model that runs all its layers for all tokens, ``[pairs]``."""
+        (whole,) = self._layers
+        length = self._prefix + self._body + self._suffix
+        work: Counts = 2.0 * whole.matrices * length + 4.0 * whole.attended * whole.keys(length)
+        return work + 2.0 * self._width * heads
 
     def _by_query(self, of_pairs: Counts) -> Counts:
         return np.bincount(self._query, of_pairs, self._queries).astype(float)

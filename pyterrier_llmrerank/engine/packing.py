@@ -1,8 +1,18 @@
-"""Many pairs as one row of tokens: nothing is padded, and a query's prefix stands once for all its passages.
+"""Pack many pairs into one row of tokens, without padding and with each query's prefix only once.
 
-Causality makes that exact: no prefix sees the body after it. (With dropout, a prefix has one draw for all.)
-Everything that works token by token (norms, projections, heads) runs on the packed row as it is; attention alone
-needs to know which tokens are a pair, and where they stand in it.
+Three pairs, the first two of one query::
+
+    row        A A A b b b b S c c S B B d d S      A, B: prefixes; b, c, d: bodies; S: the suffix
+    pair       0 0 0 0 0 0 0 0 1 1 1 2 2 2 2 2      pair_of_token
+    position   0 1 2 3 4 5 6 7 3 4 5 0 1 2 3 4      positions: pair 1 continues the prefix of its owner, pair 0
+
+    pair 0     row[0:8]                             places: where to read each pair
+    pair 1     row[0:3] + row[8:11]
+    pair 2     row[11:16]
+
+Sharing a prefix is exact, because a causal decoder's prefix does not see the body after it. (With dropout, all pairs of
+a query get one draw for it.) Norms, projections and heads work on each token alone, so they run on the row as it is.
+Attention alone needs to know which tokens form a pair (:mod:`~pyterrier_llmrerank.engine.attention`).
 """
 
 from __future__ import annotations
@@ -22,15 +32,15 @@ Indices = NDArray[np.int64]
 
 
 class Packing:
-    """How the tokens of a batch's pairs stand in one row.
+    """Tells where the tokens of a batch's pairs are in the packed row.
 
-    The row holds pair after pair; the prefix stands with the first pair that has it, or, where a batch before has run
-    it, in no row any more.
+    The row holds one pair after another. A prefix is stored with its owner, the first pair that has it, and not at all
+    if an earlier batch computed it.
 
     Args:
-        prefix, body, suffix: tokens of each pair's parts, ``[pairs]``.
-        owner: for each pair the first one with the same prefix, ``[pairs]``; -1 where its prefix is not in the row.
-        padding: tokens after the suffix that no other sees as a key, ``[pairs]``; the released code has some.
+        prefix, body, suffix: tokens in the parts of each pair, ``[pairs]``.
+        owner: for each pair the first one with the same prefix, ``[pairs]``; -1 if its prefix is not in the row.
+        padding: tokens after the suffix that others do not see as keys, ``[pairs]``; only the released code has some.
     """
 
     def __init__(self, prefix: Indices, body: Indices, suffix: Indices, owner: Indices, padding: Indices) -> None:
@@ -39,7 +49,7 @@ class Packing:
         self.suffix = suffix
         self.owner = owner
         self.padding = padding
-        #: Tokens that count, of each pair, ``[pairs]``.
+        #: Tokens of each pair without padding, ``[pairs]``.
         self.real: Indices = prefix + body + suffix
         #: Tokens of each pair with its padding, ``[pairs]``.
         self.lengths: Indices = self.real + padding
@@ -49,107 +59,117 @@ class Packing:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest pair."""
+        """Tokens of the longest pair, with padding."""
         return int(self.lengths.max())
 
     @cached_property
     def owns(self) -> NDArray[np.bool_]:
-        """Whether a pair's prefix stands with it, ``[pairs]``."""
+        """Whether a pair's prefix is stored with it, ``[pairs]``."""
         return np.equal(self.owner, np.arange(len(self)))
 
     @cached_property
     def _sizes(self) -> Indices:
-        """Tokens of each pair that stand in the row as its own."""
+        """Tokens that each pair adds to the row, ``[pairs]``."""
         return np.where(self.owns, self.lengths, self.lengths - self.prefix)
 
     @cached_property
     def _starts(self) -> Indices:
-        """Where each pair's own tokens begin in the row."""
+        """Index in the row of the first token that each pair adds, ``[pairs]``."""
         return np.cumsum(self._sizes) - self._sizes
 
     @cached_property
     def pair_of_token(self) -> Indices:
-        """The pair to which each token of the row belongs, ``[tokens]``; a prefix belongs to its owner."""
+        """The pair of each token of the row, ``[tokens]``; for a prefix its owner."""
         return np.repeat(np.arange(len(self)), self._sizes)
 
     @cached_property
     def positions(self) -> Indices:
-        """Where each token of the row stands in its pair, ``[tokens]``."""
-        own = np.arange(len(self.pair_of_token)) - self._starts[self.pair_of_token]
-        return own + np.where(self.owns, 0, self.prefix)[self.pair_of_token]
+        """The position of each token of the row in its pair, ``[tokens]``."""
+        added = np.arange(len(self.pair_of_token)) - self._starts[self.pair_of_token]
+        return added + np.where(self.owns, 0, self.prefix)[self.pair_of_token]
 
     @cached_property
     def places(self) -> Indices:
-        """Where each token of each pair stands in the row, ``[pairs, longest]``; 0 after a pair's end.
+        """Index in the row of each token of each pair, ``[pairs, longest]``; 0 after a pair's end.
 
-        The tokens of a prefix that is not in the row are counted on after the row's last.
+        A prefix that is not in the row has the indices after its last token.
         """
         position = np.arange(self.longest)[None]
         shared = np.where(self.owner < 0, len(self.pair_of_token), self._starts[self.owner])[:, None] + position
-        own = self._starts[:, None] + position - np.where(self.owns, 0, self.prefix)[:, None]
-        place = np.where(position < self.prefix[:, None], shared, own)
+        added = self._starts[:, None] + position - np.where(self.owns, 0, self.prefix)[:, None]
+        place = np.where(position < self.prefix[:, None], shared, added)
         return np.where(position < self.lengths[:, None], place, 0)
 
     @property
     def last_prefix(self) -> slice:
-        """Where the last pair's prefix stands in the row, if it does."""
+        """The last pair's prefix in the row; only valid if it is there."""
         start = int(self._starts[self.owner[-1]])
         return slice(start, start + int(self.prefix[-1]))
 
     @cached_property
     def last(self) -> Indices:
-        """Where each pair's last real token stands in the row, ``[pairs]``."""
+        """Index in the row of each pair's last real token, ``[pairs]``."""
         return self.places[np.arange(len(self)), self.real - 1]
 
     def pooled(self, ratio: int) -> Packing:
-        """The packing after bodies were pooled in groups of ``ratio`` and padding was dropped."""
+        """Return the packing after bodies are pooled in groups of ``ratio`` and padding is dropped."""
         return Packing(self.prefix, -(-self.body // ratio), self.suffix, self.owner, np.zeros_like(self.padding))
 
 
 class PackedPairs(Packing):
-    """Pairs packed, with their ids.
+    """Packs pairs and their ids.
 
     Args:
         pairs: at least one.
-        pad_id: fill each pair up to a multiple of 8 with this id, as the released code does; None for no padding.
-        known: a prefix that a batch before has run; None for none.
+        pad_id: pad each pair to a multiple of 8 tokens with this id, as the released code does; None for no padding.
+        cached_prefix: ids of a prefix to leave out of the row, because an earlier batch computed it.
 
     Raises:
-        ValueError: a pair has no token.
+        ValueError: a pair has no tokens.
+
+    >>> packed = PackedPairs([Ids([1, 2], [30, 31], [9]), Ids([1, 2], [40], [9])])
+    >>> packed.ids.tolist()
+    [1, 2, 30, 31, 9, 40, 9]
+    >>> packed.positions.tolist()
+    [0, 1, 2, 3, 4, 2, 3]
+    >>> packed.places.tolist()
+    [[0, 1, 2, 3, 4], [0, 1, 5, 6, 0]]
     """
 
-    def __init__(self, pairs: Sequence[Ids], pad_id: int | None = None, known: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, pairs: Sequence[Ids], pad_id: int | None = None, cached_prefix: Sequence[int] | None = None
+    ) -> None:
         prefix, body, suffix = (np.array([len(pair[:3][part]) for pair in pairs]) for part in range(3))
         padding = np.zeros_like(prefix) if pad_id is None else -(prefix + body + suffix) % 8
-        super().__init__(prefix, body, suffix, owners(pairs, known), padding)
+        super().__init__(prefix, body, suffix, owners(pairs, cached_prefix), padding)
         if not self.real.all():
-            raise ValueError("the tokenizer makes no token of a pair, so that there is nothing to score.")
+            raise ValueError("a pair has no tokens, so there is nothing to score.")
         ids: list[int] = []
         for pair, owns, pads in zip(pairs, self.owns, padding, strict=True):
             ids += (pair.prefix if owns else []) + pair.body + pair.suffix + [pad_id or 0] * int(pads)
         #: Token ids of the row, ``[tokens]``.
         self.ids: Indices = np.array(ids, dtype=np.int64)
 
-    def ids_below(self, rows: int) -> Indices:
-        """The ids, checked against an embedding of so many rows: past its end a device fails beyond repair.
+    def ids_below(self, vocabulary: int) -> Indices:
+        """Return the ids, checked against the rows of an embedding; beyond its end a GPU fails for good.
 
         Raises:
-            ValueError: one is not among them.
+            ValueError: an id is not below ``vocabulary``.
         """
-        if (largest := int(self.ids.max())) >= rows:
-            raise ValueError(f"the tokenizer makes token {largest}, but the model knows {rows} tokens.")
+        if (largest := int(self.ids.max())) >= vocabulary:
+            raise ValueError(f"a pair has token {largest}, but the model knows {vocabulary} tokens.")
         return self.ids
 
 
 @dataclass(frozen=True)
 class Row:
-    """Pairs on their way through the layers of a decoder.
+    """A packed row on its way through the decoder.
 
     Args:
-        packing: how they stand in the row.
-        states: of their tokens, ``[tokens, width]``. Where a row has been through a walk, those of a prefix that is
-            not in it follow, so that all its places are filled.
-        depth: layers they have been through.
+        packing: where each pair's tokens are.
+        states: hidden states, ``[tokens, width]``. Once layers have run, a cached prefix's states follow, so that
+            all of :attr:`Packing.places` are filled.
+        depth: how many layers the row has been through.
     """
 
     packing: Packing
@@ -157,13 +177,15 @@ class Row:
     depth: int
 
 
-def regrouped(members: Sequence[tuple[Row, int]], pairs: Sequence[Ids], known: Sequence[int] | None = None) -> Row:
-    """Pairs out of several rows of one depth as a row of their own.
+def regrouped(
+    members: Sequence[tuple[Row, int]], pairs: Sequence[Ids], cached_prefix: Sequence[int] | None = None
+) -> Row:
+    """Gather pairs out of several rows into one row.
 
     Args:
-        members: the row of each pair, and its number there.
-        pairs: their ids, which say whose prefix is the same.
-        known: as :class:`PackedPairs`.
+        members: for each pair, the row that holds it and its number there; all rows have the same depth.
+        pairs: their ids, which tell which prefixes are the same.
+        cached_prefix: as in :class:`PackedPairs`.
     """
     rows = {id(row): row for row, _ in members}
     offsets = dict(zip(rows, np.cumsum([0, *(len(row.states) for row in rows.values())]).tolist(), strict=False))
@@ -171,7 +193,7 @@ def regrouped(members: Sequence[tuple[Row, int]], pairs: Sequence[Ids], known: S
         np.array([getattr(row.packing, part)[number] for row, number in members])
         for part in ("prefix", "body", "suffix", "padding")
     )
-    packing = Packing(prefix, body, suffix, owners(pairs, known), padding)
+    packing = Packing(prefix, body, suffix, owners(pairs, cached_prefix), padding)
     sources = []
     for (row, number), owns in zip(members, packing.owns, strict=True):
         places = row.packing.places[number, : row.packing.lengths[number]]
@@ -181,24 +203,24 @@ def regrouped(members: Sequence[tuple[Row, int]], pairs: Sequence[Ids], known: S
     return Row(packing, states.index_select(0, source), next(iter(rows.values())).depth)
 
 
-def owners(pairs: Sequence[Ids], known: Sequence[int] | None = None) -> Indices:
-    """For each pair the first one with the same prefix, ``[pairs]``; -1 for those with the known one.
+def owners(pairs: Sequence[Ids], cached_prefix: Sequence[int] | None = None) -> Indices:
+    """Return for each pair the first one with the same prefix, ``[pairs]``; -1 if its prefix is the cached one.
 
-    A pair that is its prefix alone is read there, and has it in the row even so.
+    A pair without body and suffix is read at the end of its prefix, so its prefix is in the row even if cached.
     """
     first: dict[tuple[int, ...], int] = {}
-    apart = None if known is None else tuple(known)
+    cached = None if cached_prefix is None else tuple(cached_prefix)
     owner = []
     for index, pair in enumerate(pairs):
         prefix = tuple(pair.prefix)
-        is_apart = prefix == apart and (pair.body or pair.suffix)
-        owner.append(-1 if is_apart else first.setdefault(prefix, index))
+        is_cached = prefix == cached and (pair.body or pair.suffix)
+        owner.append(-1 if is_cached else first.setdefault(prefix, index))
     return np.array(owner)
 
 
 def on_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
-    """The array as a tensor there; without waiting for what a GPU is still working on."""
+    """Copy an array to a device, without waiting for work that a GPU still has queued."""
     tensor = torch.from_numpy(array)
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)  # others may read memory that is not pinned only after it was freed
+    return tensor.to(device)  # other devices may read unpinned memory only after it was freed

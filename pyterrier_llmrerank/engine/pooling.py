@@ -1,8 +1,10 @@
-"""Token compression: the body's hidden states, pooled in groups by the attention one token pays them.
+"""Compress passages between two layers: pool neighbouring hidden states of the body into one.
 
-The body's states are cut into groups of ``ratio`` neighbours (the last
-group may be short) and each group becomes its weighted mean; prefix and suffix stay as they are, and the
-sequence closes up.
+The body's states are cut into groups of ``ratio`` neighbours (the last group may be shorter). Each group becomes its
+mean, weighted by the attention that the pair's last token pays each state. Prefix and suffix stay::
+
+    before   A A b b b b b S        ratio 2
+    after    A A B B B S            B: a pooled group; positions close up
 """
 
 from __future__ import annotations
@@ -15,12 +17,12 @@ from .packing import Packing, on_device
 
 
 class Pooling:
-    """Which states of a packed row go into which of the next one.
+    """Pools the bodies of a packed row.
 
     Args:
-        before: how the pairs are packed now.
+        before: the packing of the row.
         ratio: tokens of a body pooled into one.
-        device: where the states are.
+        device: the device of the hidden states.
     """
 
     def __init__(self, before: Packing, ratio: int, device: torch.device) -> None:
@@ -36,7 +38,7 @@ class Pooling:
         size = np.where(in_body, (body - group * ratio).clip(max=ratio), 1)
         absent = member >= size
         source = np.where(absent, start, start + member)
-        #: The packing of the result.
+        #: The packing of the pooled row.
         self.after = after
         self._members = on_device(before.places[after.pair_of_token[:, None], source], device)
         self._pair = on_device(after.pair_of_token[:, None], device)
@@ -49,12 +51,12 @@ class Pooling:
 
         Args:
             hidden: ``[tokens, width]``.
-            log_weights: logarithm of each token's weight, fp32 ``[pairs, longest]``; only differences
-                within a group matter, since weights are normalised to 1 there. Logarithms, because a whole group
-                may get so little attention that the weights themselves would vanish.
+            log_weights: logarithm of each token's weight, fp32 ``[pairs, longest]``. Only differences within a group
+                matter, because weights are normalised to 1 there. They are logarithms because a whole group may get so
+                little attention that its weights would vanish.
 
         Returns:
-            The states ``[tokens after, width]``.
+            The pooled states, ``[tokens after, width]``.
         """
         logits = log_weights[self._pair, self._source].masked_fill(self._single, 0.0)
         weights = logits.masked_fill(self._absent, -torch.inf).softmax(-1)

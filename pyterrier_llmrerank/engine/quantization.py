@@ -1,4 +1,4 @@
-"""Quantisation: linear layers in eight bits, by torchao."""
+"""Quantise linear layers to eight bits with torchao."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import nn
 
 
 def quantization_of(name: str, device: torch.device, dtype: torch.dtype) -> Callable[[nn.Module], None]:
-    """What quantises a module's linear layers in place.
+    """Return a function that quantises a module's linear layers in place.
 
-    Activations are quantised too where there are kernels that gain by it: to int8 on CUDA, and on a CPU in fp32; to
-    float8 on CUDA from capability 8.9 on, in bf16. Elsewhere weights alone are, and are unpacked for each product. Each
-    token and each row of a weight has its own scale, so that a token's result does not depend on the batch.
+    Activations are quantised too if kernels for that make a layer faster: int8 on CUDA and, in fp32, on the CPU; float8
+    on CUDA from capability 8.9 on, in bf16. In all other cases only weights are quantised, and unpacked for each
+    product. Each token and each row of a weight has its own scale, so a token's result does not depend on its batch.
 
     Args:
         name: ``"int8"`` or ``"float8"``.
-        device: where the module is.
-        dtype: of its weights.
+        device: the device of the module.
+        dtype: the dtype of its weights.
 
     Raises:
         ImportError: torchao is not installed.
@@ -33,7 +33,7 @@ def quantization_of(name: str, device: torch.device, dtype: torch.dtype) -> Call
         ) from error
     config: Any
     on_cuda = device.type == "cuda"
-    # Torchao's recommended settings for the compiler are the process's own: leave them alone.
+    # set_inductor_config=False: torchao would change compiler settings of the whole process.
     if name == "int8" and (on_cuda or (device.type == "cpu" and dtype == torch.float32)):
         narrow = should_reduce_range(device)
         config = ao.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False, reduce_range=narrow)

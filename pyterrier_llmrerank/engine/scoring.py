@@ -19,9 +19,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import ScoringError, reason
+from .attention import PrefixCache
 from .batching import Budget, query_chunks, run_in_batches
 from .cascade import Cascade
-from .decoder import Decoder, KnownPrefix, embedded, run_layers
+from .decoder import Decoder, embedded, run_layers
 from .fallback import FallbackDecoder
 from .inputs import Ids
 from .kernels import kernel_of
@@ -279,7 +280,7 @@ class Stage:
     alive: list[int]
     states_before: dict[int, tuple[Row, int]]
     states_after: dict[int, tuple[Row, int]] = field(default_factory=dict)
-    prefix: KnownPrefix | None = None
+    prefix: PrefixCache | None = None
 
 
 class DeviceScorer:
@@ -431,13 +432,13 @@ class DeviceScorer:
         else:
             row = embedded(model, PackedPairs(ids, self.shape.pad_id, known))
             self._count(row.packing, len(row.states))
-        leaves = stage.prefix if row.packing.owner[-1] < 0 else KnownPrefix(ids[-1].prefix)
+        last_prefix = stage.prefix if row.packing.owner[-1] < 0 else PrefixCache(ids[-1].prefix)
         states, row = run_layers(
             model, row, stage.cutoffs,
             compress_layers=self.shape.compress_layers, compress_ratio=self.shape.compress_ratio,
-            goes_on=not stage.is_last, kernel=self._kernel, before=stage.prefix, leaves=leaves,
+            resumable=not stage.is_last, kernel=self._kernel, reuse_prefix=stage.prefix, save_prefix=last_prefix,
         )  # fmt: skip
-        stage.prefix = leaves
+        stage.prefix = last_prefix
         if not stage.is_last:
             stage.states_after |= {member: (row, place) for place, member in enumerate(members)}
         return states

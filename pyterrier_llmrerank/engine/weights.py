@@ -1,4 +1,4 @@
-"""Weights in memory: one copy of a model, shared by every reranker over it, as deep as they need."""
+"""Hold model weights in memory: one copy per device, shared by all rerankers over it, no deeper than they need."""
 
 from __future__ import annotations
 
@@ -13,83 +13,32 @@ from torch.nn.functional import linear
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoints.checkpoint import Checkpoint
-from .decoder import ATTENTION, Decoder
+from .attention import ATTENTION
+from .decoder import Decoder
 from .fallback import FallbackDecoder
 from .quantization import quantization_of
 
 
 class Sharer(Protocol):
-    """A reranker, as its weights see it."""
+    """A reranker, as far as its weights know it."""
 
     def deepest(self) -> int | None:
-        """The deepest layer it runs; None for the model's last."""
-
-
-def resolve_device(device: str | None) -> torch.device:
-    """The device asked for; by default the first of CUDA, Apple's MPS and CPU that is there.
-
-    Raises:
-        ValueError: no such device here.
-    """
-    if device is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-        if resolved.type == "cpu":
-            return torch.device("cpu")
-        if resolved.type == "cuda" and resolved.index is None:
-            resolved = torch.device("cuda", torch.cuda.current_device())
-        torch.zeros(1, device=resolved).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device={device!r} cannot be used here: {error}") from error
-    return resolved
-
-
-def resolve_devices(device: str | tuple[str, ...] | None) -> tuple[torch.device, ...]:
-    """As :func:`resolve_device`, of one or several.
-
-    Raises:
-        ValueError: no such device here, or one by two names.
-    """
-    devices = tuple(map(resolve_device, device if isinstance(device, tuple) else (device,)))
-    if repeated := [str(place) for number, place in enumerate(devices) if place in devices[:number]]:
-        raise ValueError(f"device={device!r}: two of these are {repeated[0]}; allowed: each device once.")
-    return devices
-
-
-def resolve_dtype(dtype: str, *devices: torch.device) -> torch.dtype:
-    """The dtype of the weights: for ``auto`` bf16 where all the devices compute in it natively, else fp32."""
-    if dtype != "auto":
-        return cast(torch.dtype, getattr(torch, dtype))
-    return torch.bfloat16 if all(map(_has_bf16, devices)) else torch.float32
-
-
-def _has_bf16(device: torch.device) -> bool:
-    """Whether it computes in bf16 natively."""
-    if device.type == "cuda":
-        with torch.cuda.device(device):  # torch says it of the current one
-            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type == "cpu":
-        capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older releases
-        return any(bool(capabilities.get(flag, False)) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
-    return False
+        """Return the deepest layer that it runs; None for the model's last."""
 
 
 class Weights:
-    """A decoder with its heads and tokenizer, opened on first use and then only as deep as asked.
+    """Holds a decoder with its heads and tokenizer. Files are opened on first use, layers are loaded on demand.
 
     Args:
         open_checkpoint: opens the files; called once, on first use.
-        device: where the weights go.
-        dtype: what they are converted to.
-        quantization: what linear layers are quantised to: ``"int8"``, ``"float8"``, or None for not.
-        torch_compile: compile each layer, when it is first run.
-        below: what the checkpoint's overlay is laid over: its weights are used, not copied.
+        device: the device of the weights.
+        dtype: the dtype that weights are converted to.
+        quantization: quantises linear layers to ``"int8"`` or ``"float8"``; None leaves them.
+        torch_compile: compile each layer when it first runs.
+        below: weights to share rather than load. The checkpoint's overlay adapters run on top of them, unmerged.
 
     Raises:
-        ImportError: torchao is asked for, and not installed.
+        ImportError: ``quantization`` is given, but torchao is not installed.
     """
 
     def __init__(
@@ -107,7 +56,8 @@ class Weights:
         self.dtype = dtype
         self._quantize = None if quantization is None else quantization_of(quantization, device, dtype)
         self._compile = torch_compile
-        # One for all that are laid over each other: whoever holds it may collect a reranker that shared any of them.
+        # Garbage collection may drop a reranker, and call _forget, while any lock of a stack is held. With one lock for
+        # the whole stack, that cannot deadlock.
         self._lock: threading.RLock = threading.RLock() if below is None else below._lock
         self._sharers: dict[int, weakref.finalize[..., Sharer]] = {}
         self._checkpoint: Checkpoint | None = None
@@ -115,57 +65,51 @@ class Weights:
         self._loaded = 0
 
     def join(self, sharer: Sharer) -> None:
-        """Count a reranker among those that these weights are kept for, until it leaves or dies."""
+        """Keep the layers that a reranker needs until it leaves or is garbage-collected."""
         with self._lock:
             if id(sharer) not in self._sharers:
                 self._sharers[id(sharer)] = weakref.finalize(sharer, self._forget, id(sharer))
                 self._sharers[id(sharer)].atexit = False
 
     def leave(self, sharer: Sharer) -> None:
-        """Count a reranker no more."""
+        """Drop the layers that only this reranker needs."""
         with self._lock:
             self._sharers[id(sharer)].detach()
             self._forget(id(sharer))
 
     @property
     def stack(self) -> tuple[Weights, ...]:
-        """These, and what they are laid over: a reranker joins all of it."""
+        """These weights and all below them; a reranker joins each."""
         return (self, *(() if self._below is None else self._below.stack))
 
     def _forget(self, identity: int) -> None:
-        """Drop the layers that only this sharer needed."""
         with self._lock:
             self._sharers.pop(identity, None)
             if self._model is None or isinstance(self._model, FallbackDecoder):
                 return
             living = [alive[0] for finalizer in self._sharers.values() if (alive := finalizer.peek()) is not None]
             depths = [sharer.deepest() for sharer in living]
-            wanted = max((self.checkpoint.layers if depth is None else depth for depth in depths), default=0)
-            while self._loaded > wanted:
+            needed = max((self.checkpoint.layers if depth is None else depth for depth in depths), default=0)
+            while self._loaded > needed:
                 self._loaded -= 1
-                empty(self._model.layers[self._loaded])
+                unload(self._model.layers[self._loaded])
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """The checkpoint behind these weights; opened on first use, which may download or dequantise it."""
+        """The checkpoint of these weights; the first use opens it, which may download or dequantise files."""
         with self._lock:
             if self._checkpoint is None:
                 self._checkpoint = self._open_checkpoint()
             return self._checkpoint
 
-    @property
-    def loaded_layers(self) -> int:
-        """Decoder layers in memory now."""
-        return self._loaded
-
     def at_depth(self, depth: int) -> tuple[Decoder | FallbackDecoder, Tensor, PreTrainedTokenizerBase]:
-        """The decoder with at least its first ``depth`` layers in memory, its heads, its tokenizer."""
+        """Return the decoder with at least its first ``depth`` layers in memory, its heads and its tokenizer."""
         with self._lock:
             if self._model is None:
                 self._open()
             assert self._model is not None
             while self._loaded < depth and not isinstance(self._model, FallbackDecoder):
-                self._fill_layer(self._loaded)
+                self._load_layer(self._loaded)
                 self._loaded += 1
             return self._model, self.heads, self.tokenizer
 
@@ -174,8 +118,8 @@ class Weights:
         if checkpoint.supports_layerwise:
             decoder = build_decoder(checkpoint)
             self._model = cast(Decoder, decoder)
-            self._fill("embed_tokens")
-            self._fill("norm")
+            self._load("embed_tokens")
+            self._load("norm")
             self._model.rotary_emb.to(self.device)
         else:
             self._model = FallbackDecoder(checkpoint, self.device, self.dtype, self._quantize)
@@ -183,29 +127,29 @@ class Weights:
         self.tokenizer = checkpoint.tokenizer()
         self.heads = checkpoint.heads(self.tokenizer).to(self.device)
 
-    def _fill_layer(self, index: int) -> None:
-        layer = self._fill(f"layers.{index}", depth=index + 1)
+    def _load_layer(self, index: int) -> None:
+        layer = self._load(f"layers.{index}", depth=index + 1)
         if self._quantize is not None and self._below is None:
             self._quantize(layer)
         if self._compile:
             layer.compile(dynamic=True)
 
-    def _fill(self, part: str, depth: int = 0) -> nn.Module:
-        """Give a part of the decoder its weights: its own, or those of what it is laid over, where at least as deep."""
+    def _load(self, part: str, depth: int = 0) -> nn.Module:
+        """Load a part of the decoder, or share it with the weights below, which are first taken to ``depth``."""
         module = cast(nn.Module, self._model).get_submodule(part)
         if self._below is None:
             fill(module, self.checkpoint, f"{part}.", self.device, self.dtype)
         else:
             below, _, _ = self._below.at_depth(depth)
-            lay_over(module, cast(nn.Module, below).get_submodule(part), self.checkpoint, f"{part}.", self.dtype)
+            share(module, cast(nn.Module, below).get_submodule(part), self.checkpoint, f"{part}.", self.dtype)
         return module
 
 
 def build_decoder(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The checkpoint's headless model without its weights: they are still to be filled in.
+    """Build the checkpoint's headless model on the meta device, without weights, and check that its files fit.
 
     Raises:
-        ValueError: its configuration, its files and its adapters do not fit each other.
+        ValueError: its configuration, files and adapters do not fit each other.
     """
     checkpoint.check_depth()
     with checkpoint.described(), torch.device("meta"):
@@ -223,17 +167,17 @@ def build_decoder(checkpoint: Checkpoint) -> PreTrainedModel:
 
 
 def fill(module: nn.Module, checkpoint: Checkpoint, prefix: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Give a module its weights: each is read, merged, converted and placed once.
+    """Load a module's weights: read, merge, convert and place one at a time, to keep the peak of memory low.
 
     Args:
         module: a part of the decoder, on the meta device.
-        checkpoint: where its weights are.
-        prefix: what stands before the module's own names there.
-        device: where the weights go.
-        dtype: what they are converted to.
+        checkpoint: the source of its weights.
+        prefix: precedes the module's own names in the checkpoint.
+        device: the device of the weights.
+        dtype: the dtype that they are converted to.
 
     Raises:
-        ValueError: one is not of numbers that a weight may be.
+        ValueError: a tensor is missing or of an unsupported dtype.
     """
     for name, _ in list(module.named_parameters()):
         tensor = checkpoint.tensor(prefix + name)
@@ -242,8 +186,8 @@ def fill(module: nn.Module, checkpoint: Checkpoint, prefix: str, device: torch.d
         owner.register_parameter(name.rpartition(".")[2], nn.Parameter(placed, requires_grad=False))
 
 
-def empty(module: nn.Module) -> None:
-    """Take a module's weights, and leave their shapes; quantised ones cannot be moved to the meta device."""
+def unload(module: nn.Module) -> None:
+    """Replace a module's weights by their shapes on the meta device; ``to("meta")`` fails for quantised ones."""
     for part in module.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
             shape = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
@@ -252,14 +196,34 @@ def empty(module: nn.Module) -> None:
             part.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype, device="meta"))
 
 
-class Overlaid(nn.Module):
-    """A linear layer that uses another's weight, and adds low-rank updates to what it gives.
+def share(module: nn.Module, below: nn.Module, checkpoint: Checkpoint, prefix: str, dtype: torch.dtype) -> None:
+    """Give a module the weights of another, and run the checkpoint's overlay adapters beside them.
 
     Args:
-        weight: the other's.
-        bias: likewise; None without.
-        factors: of each update, ``[rank, inputs]`` and ``[outputs, rank]``.
-        dtype: what the updates are computed in.
+        module: a part of a decoder.
+        below: the same part of the decoder that has the weights.
+        checkpoint: the source of the overlay.
+        prefix: precedes the part's own names in the checkpoint.
+        dtype: the dtype that the overlay is computed in.
+    """
+    for name, parameter in below.named_parameters():
+        path, _, last = name.rpartition(".")
+        module.get_submodule(path).register_parameter(last, parameter)
+    for name, part in list(module.named_modules()):
+        factors = [a.factors(prefix + name) for a in checkpoint.overlay if prefix + name in a.modules]
+        if factors:
+            own = dict(part.named_parameters())
+            module.set_submodule(name, LoRALinear(own["weight"], own.get("bias"), factors, dtype))
+
+
+class LoRALinear(nn.Module):
+    """Applies a linear layer and unmerged low-rank updates.
+
+    Args:
+        weight: of the linear layer; shared, not copied.
+        bias: of the linear layer; None without one.
+        factors: each update's factors, ``[rank, inputs]`` and ``[outputs, rank]``.
+        dtype: the dtype that updates are computed in.
     """
 
     def __init__(
@@ -276,28 +240,8 @@ class Overlaid(nn.Module):
         self.register_buffer("up", torch.cat([up for _, up in factors], dim=1).to(weight.device, dtype))
 
     def forward(self, states: Tensor) -> Tensor:
-        """As the layer with the updates merged in."""
+        """Compute the same as the linear layer with all updates merged in."""
         return linear(states, self.weight, self.bias) + linear(linear(states, self.down), self.up)  # type: ignore[arg-type]
-
-
-def lay_over(module: nn.Module, below: nn.Module, checkpoint: Checkpoint, prefix: str, dtype: torch.dtype) -> None:
-    """Give a module another's weights, and the checkpoint's overlay beside them.
-
-    Args:
-        module: a part of a decoder.
-        below: the same part of the decoder whose weights are used.
-        checkpoint: whose overlay it is.
-        prefix: what stands before the part's own names there.
-        dtype: what the overlay is computed in.
-    """
-    for name, parameter in below.named_parameters():
-        path, _, last = name.rpartition(".")
-        module.get_submodule(path).register_parameter(last, parameter)
-    for name, part in list(module.named_modules()):
-        factors = [a.factors(prefix + name) for a in checkpoint.overlay if prefix + name in a.modules]
-        if factors:
-            own = dict(part.named_parameters())
-            module.set_submodule(name, Overlaid(own["weight"], own.get("bias"), factors, dtype))
 
 
 _shared: weakref.WeakValueDictionary[Hashable, Weights] = weakref.WeakValueDictionary()
@@ -305,7 +249,7 @@ _shared_lock = threading.Lock()
 
 
 def shared_weights(key: Hashable, create: Callable[[], Weights]) -> Weights:
-    """The living weights under this key, else new ones."""
+    """Return the weights in use under a key, or create them."""
     with _shared_lock:
         weights = _shared.get(key)
         if weights is None:

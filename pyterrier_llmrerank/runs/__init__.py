@@ -1,1 +1,1 @@
-"""Run and rerank files: read, written, reranked block by block, evaluated."""
+"""Read, write, rerank and evaluate run files."""

@@ -1,4 +1,4 @@
-"""Evaluation: one measure, query by query, for many rankings of the same candidates; or runs against each other."""
+"""Evaluate rankings of the same candidates, or compare two runs."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Floats = NDArray[np.float64]
 
 
 class Evaluation:
-    """A measure of rankings of the same rows, as PyTerrier's experiments compute it.
+    """Compute a measure for many rankings of the same candidates, as ``pt.Experiment`` does.
 
     Args:
-        measure: of ir_measures, by name or itself.
-        rows: a result frame: ``qid`` and ``docno``.
-        qrels: judgements: ``qid``, ``docno`` and ``label``; those of queries in the frame count.
+        measure: a measure of ir_measures, or its name.
+        rows: the candidates: ``qid`` and ``docno``.
+        qrels: judgements: ``qid``, ``docno`` and ``label``. Only queries with candidates count.
 
     Raises:
-        ValueError: there is no such measure, or nothing installed that computes it.
+        ValueError: the measure is unknown, or no installed package computes it.
     """
 
     def __init__(self, measure: str | ir_measures.Measure, rows: pd.DataFrame, qrels: pd.DataFrame) -> None:
@@ -42,51 +42,54 @@ class Evaluation:
             self.measure = parse_measure(measure) if isinstance(measure, str) else measure
             self._evaluator = ir_measures.evaluator([self.measure], pt.model.to_ir_measures(own))
         except (ValueError, NameError, AttributeError, RuntimeError) as error:
-            raise ValueError(f"measure={measure!r}; allowed: one of ir_measures, 'nDCG@10'. ({error})") from error
+            raise ValueError(
+                f"measure={measure!r}; allowed: a measure of ir_measures, such as 'nDCG@10'. ({error})"
+            ) from error
 
     def __call__(self, scores: Floats) -> Floats:
-        """The measure of each query, ``[queries]``, where the rows have these scores."""
+        """Return the measure of each query, ``[queries]``, if the candidates are ranked by ``scores``, ``[rows]``."""
         run: dict[str, dict[str, float]] = {query: {} for query in self.queries}
         for query, docno, score in zip(self._qids, self._docnos, scores.tolist(), strict=True):
             run[query][docno] = score
         values = {metric.query_id: metric.value for metric in self._evaluator.iter_calc(run)}
         return np.array([values[query] for query in self.queries], dtype=float)
 
-    def as_they_came(self, rows: pd.DataFrame) -> float | None:
-        """The mean measure of the rows by their own ``score``, or else ``rank``; None where they have neither."""
+    def input_mean(self, rows: pd.DataFrame) -> float | None:
+        """Return the mean measure of the candidates' own ``score`` or, without one, ``rank``; None without both."""
         if "score" in rows:
             return float(self(rows["score"].to_numpy(dtype=float)).mean())
         return float(self(-rows["rank"].to_numpy(dtype=float)).mean()) if "rank" in rows else None
 
 
 def parse_measure(name: str) -> ir_measures.Measure:
-    """A measure by its name in ir_measures, ``nDCG@10``, ``RR(rel=2)@10``, or in trec_eval: ``ndcg_cut_10``.
+    """Return a measure by its name in ir_measures (``nDCG@10``, ``RR(rel=2)@10``) or trec_eval (``ndcg_cut_10``).
 
     Raises:
-        ValueError: there is none of this name, its parameters are not what is allowed, or nothing installed
-            computes it.
+        ValueError: the name is unknown, a parameter is invalid, or no installed package computes the measure.
     """
     try:
         measure = _of_trec_eval(name) or ir_measures.parse_measure(name)
     except (ValueError, NameError) as error:
         known = ", ".join(sorted({kind.NAME for kind in ir_measures.measures.registry.values()}))
-        raise ValueError(f"measure={name!r}; allowed: nDCG@10, RR(rel=2)@10 and the like, out of {known}.") from error
+        raise ValueError(
+            f"measure={name!r}; allowed: {known}, with parameters as in nDCG@10 or RR(rel=2)@10."
+        ) from error
     try:
         measure.validate_params()  # type: ignore[no-untyped-call]
-        if measure.params.get("cutoff", 1) < 1:  # on which trec_eval ends the process
+        if measure.params.get("cutoff", 1) < 1:  # trec_eval would end the process
             raise AssertionError
     except AssertionError as error:
-        allowed = ", ".join(f"{key} ({what.desc})" for key, what in measure.SUPPORTED_PARAMS.items())
+        allowed = ", ".join(f"{key} ({param.desc})" for key, param in measure.SUPPORTED_PARAMS.items())
         raise ValueError(
-            f"measure={name!r}; {measure.NAME} takes {allowed}, written {measure.NAME}(rel=2)@10."
+            f"measure={name!r}; parameters allowed for {measure.NAME}: {allowed}, as in nDCG@10 or RR(rel=2)@10."
         ) from error
     if not ir_measures.DefaultPipeline.supports(measure):  # type: ignore[no-untyped-call]
-        raise ValueError(f"measure={name!r}: nothing installed computes it.")
+        raise ValueError(f"measure={name!r}: no installed package computes it.")
     return measure
 
 
 def _of_trec_eval(name: str) -> ir_measures.Measure | None:
-    """The one that trec_eval calls so, or None; some of its names stand for several."""
+    """Return the measure that trec_eval calls so, or None. Some of its names mean several measures."""
     try:
         found = ir_measures.parse_trec_measure(name)
     except ValueError:
@@ -100,26 +103,26 @@ def compare(
     run: Iterable[RunRow],
     baseline: Iterable[RunRow] | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Measure a run, and test whether it differs from a second one.
+    """Evaluate a run, and compare it with a baseline.
 
-    Every query with judgements counts, with nothing found where a run lacks it (``trec_eval -c``); a warning says how
-    many it lacks. Documents stand
-    by score; equal ones by rank, or as they came, where trec_eval goes by docno: in runs whose scores were rounded
-    those may be many.
+    Every query with judgements counts. A query missing from a run counts as one without results (``trec_eval -c``); a
+    warning gives their number. Documents are sorted by score; ties keep their rank or, without ranks, their order,
+    while trec_eval sorts ties by docno. The difference can be large for runs with rounded scores.
 
     Args:
-        measures: what is measured.
+        measures: the measures.
         qrels: judgements.
-        run: what is measured.
-        baseline: what it is compared with.
+        run: the run to evaluate.
+        baseline: the run to compare it with.
 
     Returns:
-        A frame of each query's values: ``qid``, ``measure``, ``value``, the queries as judgements name them; and one of
-        the measures': ``measure``, ``value``. With a baseline both have ``baseline`` and ``difference``, too, and the
-        second ``p``, of a paired two-sided t-test over the queries (NaN where no query differs).
+        A frame with the values of each query, ``qid``, ``measure`` and ``value``, in the order of the judgements; and
+        one with the values of each measure, ``measure`` and ``value``. With a baseline, both frames also have
+        ``baseline`` and ``difference``, and the second has ``p``, from a paired two-sided t-test over the queries (NaN
+        if no query differs).
 
     Raises:
-        ValueError: a run is empty, or has none of the queries with judgements; or a measure cannot be computed of it.
+        ValueError: a run is empty or has none of the queries with judgements, or a measure cannot be computed.
     """
     judged = [ir_measures.Qrel(row.qid, row.docno, row.label) for row in qrels]
     queries, total = _measure(measures, judged, run, "run")
@@ -131,47 +134,49 @@ def compare(
     for frame in (queries, total):
         frame["difference"] = frame["value"] - frame["baseline"]
     pairs = dict(list(queries.groupby("measure")))
-    total["p"] = [_paired(pairs[name]["value"], pairs[name]["baseline"]) for name in total["measure"]]
+    total["p"] = [_paired_p(pairs[name]["value"], pairs[name]["baseline"]) for name in total["measure"]]
     return queries, total
 
 
 def _measure(
     measures: Sequence[ir_measures.Measure], judged: Sequence[ir_measures.Qrel], run: Iterable[RunRow], name: str
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The values of each query, and of each measure."""
+    """Return the values of each query, and of each measure."""
     scored = [
-        ir_measures.ScoredDoc(row.qid, row.docno, -place)
+        ir_measures.ScoredDoc(row.qid, row.docno, -rank)
         for _, rows in by_query(run)
-        for place, row in enumerate(best_first(rows))
+        for rank, row in enumerate(best_first(rows))
     ]
-    wanted, there = dict.fromkeys(judgement.query_id for judgement in judged), {row.query_id for row in scored}
-    if not there:
-        raise ValueError(f"the {name} is empty; wanted results to measure.")
-    if not there & wanted.keys():
-        some, others = next(iter(wanted)), scored[0].query_id
-        raise ValueError(f"the {name} has none of the queries with judgements, like {some!r}: it has {others!r}.")
-    if lacking := wanted.keys() - there:
-        logger.warning("the %s lacks %d of the %d queries with judgements, which count as if nothing had been found.",
-                       name, len(lacking), len(wanted))  # fmt: skip
+    judged_qids, run_qids = dict.fromkeys(judgement.query_id for judgement in judged), {row.query_id for row in scored}
+    if not run_qids:
+        raise ValueError(f"the {name} is empty; expected results to evaluate.")
+    if not run_qids & judged_qids.keys():
+        judged_qid, run_qid = next(iter(judged_qids)), scored[0].query_id
+        raise ValueError(
+            f"the {name} has none of the queries with judgements: it has {run_qid!r}, for example, and the qrels have "
+            f"{judged_qid!r}."
+        )
+    if missing := judged_qids.keys() - run_qids:
+        logger.warning("The %s lacks %d of the %d queries with judgements; they count as queries without results.",
+                       name, len(missing), len(judged_qids))  # fmt: skip
     try:
         found: Any = ir_measures.calc(measures, judged, scored)
-    except subprocess.CalledProcessError as error:  # gdeval's, of which qids are numbers
+    except subprocess.CalledProcessError as error:  # from gdeval, which needs numeric qids
         names = ", ".join(map(str, measures))
         raise ValueError(
-            f"measure={names}: a program that computes one of these failed ({error}); ERR and its like want qids that "
-            "are numbers."
+            f"measure={names}: an external program failed ({error}); measures such as ERR need numeric qids."
         ) from error
     values = {(str(metric.measure), metric.query_id): metric.value for metric in found.per_query}
-    places = [(str(measure), query) for measure in measures for query in wanted]
-    queries = [(query, of, values[of, query]) for of, query in places if (of, query) in values]  # Accuracy lacks some
+    keys = [(str(measure), query) for measure in measures for query in judged_qids]
+    queries = [(qid, key, values[key, qid]) for key, qid in keys if (key, qid) in values]  # not all have an Accuracy
     total = [(str(measure), found.aggregated[measure]) for measure in measures]
     return pd.DataFrame(queries, columns=["qid", "measure", "value"]), pd.DataFrame(total, columns=["measure", "value"])
 
 
-def _paired(values: pd.Series[float], others: pd.Series[float]) -> float:
-    """The p of a paired t-test; NaN for fewer than two queries, and, as scipy has it, where none differs."""
+def _paired_p(values: pd.Series[float], others: pd.Series[float]) -> float:
+    """Return the p-value of a paired t-test; NaN for fewer than two queries, or if none differs."""
     if len(values) < 2:
         return float("nan")
-    from scipy import stats  # takes a while to import, which importing the package should not
+    from scipy import stats  # slow to import
 
     return float(stats.ttest_rel(values, others).pvalue)

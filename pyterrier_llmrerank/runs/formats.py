@@ -1,8 +1,8 @@
-"""Files of rankings and of what they rank, in TREC's and Tevatron's forms, read and written a line at a time.
+"""Read and write runs, rerank files, topics, texts and qrels, line by line, in the forms of TREC, BEIR and Tevatron.
 
-Every reader checks as it goes. What is malformed is a ValueError that names the file, the line, the value and
-what is wanted. Lines are UTF-8; a byte order mark, CRLF and empty lines are tolerated; a file whose name ends in
-``.gz`` is compressed. Memory grows with the number of queries at most, not with the lines.
+Readers check each line. A malformed one raises a ValueError with the file, the line, the value and the expected value.
+Files are UTF-8, and compressed if their name ends in ``.gz``. Readers skip empty lines, and accept a byte order mark
+and CRLF. Memory use grows at most with the number of queries, not with the number of lines.
 """
 
 from __future__ import annotations
@@ -25,21 +25,20 @@ from typing import Any, BinaryIO, NamedTuple, Protocol, TextIO, TypeVar, cast
 
 from ..values import problem_of
 
-#: The longest line that is read, in bytes: a hostile file cannot fill the memory.
+#: The longest line to read, in bytes, so that a hostile file cannot fill the memory.
 MAX_LINE = 16 * 2**20
 
-#: The forms of a run that are written: ``qid docno score``, and TREC's ``qid Q0 docno rank score tag``.
+#: The forms of a run to write: ``qid docno score``, and TREC's ``qid Q0 docno rank score tag``.
 FORMS = ("three", "trec")
 
-#: The columns of a run by how many there are; ``_`` is one that is not read.
+#: The columns of a run by their number; ``_`` is a column to ignore.
 COLUMNS = {
     3: ("qid", "docno", "score"),
     4: ("qid", "docno", "rank", "score"),
     6: ("qid", "_", "docno", "rank", "score", "_"),
 }
 
-#: How a user says which columns a run has.
-_SAY = "name the columns by --columns (a baseline's by --baseline-columns)"
+_NAME_COLUMNS = "name the columns with --columns (for a baseline, --baseline-columns)"
 
 _BOM = b"\xef\xbb\xbf"
 _WORD = re.compile(r"\S+", re.ASCII)
@@ -48,7 +47,7 @@ _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 class RunRow(NamedTuple):
-    """A line of a run; ``rank`` is None where the form has no ranks."""
+    """A line of a run. ``rank`` is None if the run has no ranks."""
 
     qid: str
     docno: str
@@ -58,7 +57,7 @@ class RunRow(NamedTuple):
 
 
 class RerankRow(NamedTuple):
-    """A line of a rerank file: a query and a document, to be scored; None for what it does not say."""
+    """A line of a rerank file: a query and a candidate. Missing fields are None."""
 
     qid: str
     query: str
@@ -71,7 +70,7 @@ class RerankRow(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A document; None for what its file does not say."""
+    """A document. Missing fields are None."""
 
     docno: str
     title: str | None
@@ -89,7 +88,7 @@ class Topic(NamedTuple):
 
 
 class Judgement(NamedTuple):
-    """How relevant a document is to a query."""
+    """A line of qrels: the relevance of a document to a query."""
 
     qid: str
     docno: str
@@ -108,41 +107,42 @@ class _Ranked(Protocol):
 Ranked = TypeVar("Ranked", bound=_Ranked)
 
 
-# -- rankings
+# -- runs and rerank files
 
 
 def read_run(path: Path, columns: str | None = None) -> Iterator[RunRow]:
-    """Read a run of 3 columns (qid docno score), 4 (qid docno rank score) or 6 (TREC's), or of those that are named.
+    """Read a run of 3 columns (qid docno score), 4 (qid docno rank score) or 6 (TREC), or with the given columns.
 
     Args:
         path: the run.
-        columns: its columns, ``"qid,docno,rank"``: qid, docno, and rank or score or both, with ``_`` for each
-            column that is not read. Without a score, the score is minus the rank. None goes by their number.
+        columns: names of the columns, such as ``"qid,docno,rank"``: qid, docno, and rank, score or both, with ``_`` for
+            each column to ignore. Without a score column, scores are negated ranks. None infers the columns from
+            their number.
 
     Raises:
-        ValueError: a line is malformed, has another number of columns than the first, names a document a second
-            time for its query, or returns to a query after lines of another; ranks and scores contradict each
-            other; without ``columns``, scores look like ranks in every query; or ``columns`` is not what is allowed.
+        ValueError: a line is malformed, has more or fewer columns than the first, repeats a document of its query, or
+            belongs to an earlier query; ranks and scores contradict each other; without ``columns``, scores look like
+            ranks in every query; or ``columns`` is invalid.
         OSError: the file cannot be read.
     """
     names = None if columns is None else _names(columns)
-    hint = ", as sort -s -k1,1 puts them"
-    like_ranks: bool | None = None
+    hint = " (sort -s -k1,1 groups them)"
+    like_ranks: bool | None = None  # None until a query has several documents
     line = 0
-    for _, rows in by_query(_each_once(path, _run_rows(path, names), hint)):
+    for _, rows in by_query(_check_unique(path, _run_rows(path, names), hint)):
         _check_agreement(path, rows)
         scores = [row.score for row in rows]
         if len(rows) == 1:
             like_ranks = like_ranks if scores[0].is_integer() else False
         elif like_ranks is not False:
-            line, like_ranks = line or rows[0].line, _like_ranks(scores)
+            line, like_ranks = line or rows[0].line, _look_like_ranks(scores)
         yield from rows
     if like_ranks and names is None:
         raise malformed(
             path,
             line,
-            f"scores that count up, as ranks do, here and in every other query; wanted to know which they are: {_SAY}, "
-            "like qid,docno,rank or qid,docno,score",
+            f"the scores count up like ranks, in this query and all others; {_NAME_COLUMNS} as "
+            "qid,docno,rank or qid,docno,score",
         )
 
 
@@ -151,25 +151,25 @@ def _names(columns: str) -> tuple[str, ...]:
     read = [name for name in names if name != "_"]
     if sorted(read) not in (["docno", "qid", "rank"], ["docno", "qid", "score"], ["docno", "qid", "rank", "score"]):
         raise ValueError(
-            f"columns={columns!r}; allowed: qid, docno, and rank or score or both, with _ for each column that is not "
-            "read, like qid,docno,rank or qid,_,docno,_,score,_."
+            f"columns={columns!r}; allowed: qid, docno, and rank, score or both, with _ for each column to ignore, "
+            "such as qid,docno,rank or qid,_,docno,_,score,_."
         )
     return names
 
 
 def _run_rows(path: Path, names: tuple[str, ...] | None) -> Iterator[RunRow]:
-    allowed = {3: "qid docno score", 4: "qid docno rank score", 6: "TREC's"}
+    allowed = {3: "qid docno score", 4: "qid docno rank score", 6: "TREC"}
     if names is not None:
         allowed = {len(names): " ".join(names)}
     for line, words in _columns(path, allowed):
         row = dict(zip(names or COLUMNS[len(words)], words, strict=True))
-        rank = _whole(path, line, "rank", row["rank"]) if "rank" in row else None
+        rank = _integer(path, line, "rank", row["rank"]) if "rank" in row else None
         score = float(-(rank or 0)) if "score" not in row else _score(path, line, row["score"])
         yield RunRow(row["qid"], row["docno"], rank, score, line)
 
 
 def _check_agreement(path: Path, rows: list[RunRow]) -> None:
-    """Raise ValueError where a document of a query has the better rank and the lower score."""
+    """Raise ValueError if a document of a query has a better rank and a lower score than another."""
     ranked = sorted((row for row in rows if row.rank is not None), key=lambda row: (row.rank or 0, -row.score))
     for above, below in pairwise(ranked):
         if below.score > above.score:
@@ -177,13 +177,13 @@ def _check_agreement(path: Path, rows: list[RunRow]) -> None:
                 path,
                 below.line,
                 f"docno {below.docno!r} has rank {below.rank} and score {below.score:g}, but docno {above.docno!r} has "
-                f"rank {above.rank} and score {above.score:g} (query {above.qid!r}); wanted to know which counts: "
-                f"{_SAY}, with _ for the one that does not, like qid,_,docno,_,score,_",
+                f"rank {above.rank} and score {above.score:g} (query {above.qid!r}), which contradict each other; "
+                f"{_NAME_COLUMNS}, with _ for the column to ignore, such as qid,_,docno,_,score,_",
             )
 
 
-def _like_ranks(scores: list[float]) -> bool:
-    """Whether the scores of a query, as they stand in a file, may be ranks, and do not begin with the best."""
+def _look_like_ranks(scores: list[float]) -> bool:
+    """Return whether the scores of a query, in the order of the file, may be ranks and are not sorted by score."""
     if not all(score.is_integer() and score >= 0 for score in scores):
         return False
     if all(above < below for above, below in pairwise(scores)):
@@ -194,18 +194,18 @@ def _like_ranks(scores: list[float]) -> bool:
 
 
 def run_line(qid: str, docno: str, rank: int, score: float, form: str, tag: str) -> str:
-    r"""A line of a run, with its line end.
+    r"""Format a line of a run, including the line end.
 
     Args:
-        qid: of the query.
-        docno: of the document.
-        rank: from 1; the three-column form leaves it out.
-        score: finite; written so that reading it gives the same float.
-        form: ``"three"`` (Tevatron's, parted by tabs) or ``"trec"``.
-        tag: the run's name; the three-column form leaves it out.
+        qid: the query's id.
+        docno: the document's id.
+        rank: the rank, from 1; omitted from the three-column form.
+        score: a finite score, written so that it reads back as the same float.
+        form: ``"three"`` (Tevatron's three tab-separated columns) or ``"trec"``.
+        tag: the run's name; omitted from the three-column form.
 
     Raises:
-        ValueError: one of them cannot be written in this form.
+        ValueError: a value cannot be represented, or ``form`` is unknown.
 
     >>> run_line("q1", "d7", 1, 0.5, "trec", "rankllama")
     'q1 Q0 d7 1 0.5 rankllama\n'
@@ -214,7 +214,7 @@ def run_line(qid: str, docno: str, rank: int, score: float, form: str, tag: str)
         if problem := _problem_of_id(value):
             raise ValueError(f"{name} is {problem}.")
     if not math.isfinite(score):
-        raise ValueError(f"the score of query {qid!r}, docno {docno!r} is {score!r}; wanted a finite number.")
+        raise ValueError(f"the score of query {qid!r}, docno {docno!r} is {score!r}; expected a finite number.")
     if form == "three":
         return f"{qid}\t{docno}\t{float(score)!r}\n"
     if form == "trec":
@@ -223,21 +223,22 @@ def run_line(qid: str, docno: str, rank: int, score: float, form: str, tag: str)
 
 
 def read_rerank(path: Path) -> Iterator[RerankRow]:
-    """The lines of a rerank file: JSON objects with ``query_id``, ``query``, ``docid`` and ``text``, all strings.
+    """Read a rerank file: JSON objects with the strings ``query_id``, ``query``, ``docid`` and ``text``.
 
-    ``title`` and ``url`` (strings) and ``score`` (a finite number) may be there; other keys are passed over.
+    ``title`` and ``url`` (strings) and ``score`` (a finite number) are optional; other keys are ignored. Ids may be
+    integers, too.
 
     Raises:
         ValueError, OSError: as :func:`read_run`.
     """
-    return _each_once(path, _rerank_rows(path))
+    return _check_unique(path, _rerank_rows(path))
 
 
 def _rerank_rows(path: Path) -> Iterator[RerankRow]:
     for line, record in objects(path):
         score = record.get("score")
         if score is not None and not _is_finite(score):
-            raise malformed(path, line, f"score is {reprlib.repr(score)}; wanted a finite number")
+            raise malformed(path, line, f"score is {reprlib.repr(score)}; expected a finite number")
         yield RerankRow(
             _id(path, line, record, "query_id"),
             _text(path, line, record, "query"),
@@ -251,21 +252,21 @@ def _rerank_rows(path: Path) -> Iterator[RerankRow]:
 
 
 def rerank_line(row: RerankRow) -> str:
-    """Write a line of a rerank file, with its line end; what is None is left out.
+    """Format a line of a rerank file, including the line end. Fields that are None are omitted.
 
     Raises:
-        ValueError: :func:`read_rerank` would not read it.
+        ValueError: :func:`read_rerank` would reject the line.
     """
     texts = {"query": row.query, "text": row.text}
     texts |= {name: value for name, value in (("title", row.title), ("url", row.url)) if value is not None}
     problems = {"query_id": _problem_of_id(row.qid), "docid": _problem_of_id(row.docno)}
     problems |= {name: _problem_of_text(value) for name, value in texts.items()}
     if row.score is not None and not _is_finite(row.score):
-        problems["score"] = f"{reprlib.repr(row.score)}; wanted a finite number"
-    of = f"docno {reprlib.repr(row.docno)} (query {reprlib.repr(row.qid)})"
+        problems["score"] = f"{reprlib.repr(row.score)}; expected a finite number"
+    label = f"docno {reprlib.repr(row.docno)} (query {reprlib.repr(row.qid)})"
     for name, problem in problems.items():
         if problem:
-            raise ValueError(f"{of}: {name} is {problem}.")
+            raise ValueError(f"{label}: {name} is {problem}.")
     record = {
         "query_id": row.qid,
         "query": row.query,
@@ -277,58 +278,64 @@ def rerank_line(row: RerankRow) -> str:
     }
     line = json.dumps({key: value for key, value in record.items() if value is not None}, ensure_ascii=False) + "\n"
     if (length := len(line.encode())) > MAX_LINE:
-        raise ValueError(f"{of}: a line of {length} bytes; allowed: up to {MAX_LINE}. Cut its text.")
+        raise ValueError(f"{label}: the line has {length} bytes; allowed: up to {MAX_LINE}. Truncate its text.")
     return line
 
 
 def by_query(rows: Iterable[Ranked]) -> Iterator[tuple[str, list[Ranked]]]:
-    """The rows of one query after the other."""
+    """Group consecutive rows by query."""
     for qid, group in groupby(rows, attrgetter("qid")):
         yield qid, list(group)
 
 
 def best_first(rows: Iterable[RunRow]) -> list[RunRow]:
-    """By score; equal ones by rank where there are ranks, then as they stand."""
+    """Sort the rows of a query by score; ties by rank if there are ranks, then by position."""
     return sorted(rows, key=lambda row: (-row.score, row.rank or 0))
 
 
-def _each_once(path: Path, rows: Iterable[Ranked], hint: str = "") -> Iterator[Ranked]:
-    """The rows, checked to name each document once, and to keep those of a query together; the hint says how to."""
+def _check_unique(path: Path, rows: Iterable[Ranked], hint: str = "") -> Iterator[Ranked]:
+    """Pass on rows; raise ValueError if a document repeats within a query, or a query after another one.
+
+    Args:
+        path: the file, for the message.
+        rows: its rows.
+        hint: how to group rows by query, for the message.
+    """
     done: set[str] = set()
     qid: str | None = None
     lines: dict[str, int] = {}
     for row in rows:
         if row.qid != qid:
             if row.qid in done:
-                problem = f"query {row.qid!r} again, after others; wanted the lines of a query together{hint}"
+                problem = f"query {row.qid!r} again, after others; expected consecutive lines for each query{hint}"
                 raise malformed(path, row.line, problem)
             qid, lines = row.qid, {}
             done.add(qid)
         first = lines.setdefault(row.docno, row.line)
         if first != row.line:
             raise malformed(
-                path, row.line, f"docno {row.docno!r} again for query {qid!r}, as in line {first}; wanted it once"
+                path, row.line, f"docno {row.docno!r} again for query {qid!r}, as in line {first}; expected it once"
             )
         yield row
 
 
-# -- what they rank
+# -- topics, texts and qrels
 
 
 def read_topics(path: Path) -> Iterator[Topic]:
-    """Read queries: two columns parted by a tab (qid, query); TREC's ``<top>`` elements; or, if named so, JSON lines.
+    """Read queries from tab-separated columns (qid, query), TREC ``<top>`` elements or JSON lines.
 
-    The JSON objects (``.jsonl``, ``.json``) have a ``qid``, ``query_id``, ``_id`` or ``id`` and a ``query`` or
-    ``text``. Of TREC's elements ``<num>`` is the qid and ``<title>`` the query.
+    JSON lines (``.jsonl``, ``.json``) have ``qid``, ``query_id``, ``_id`` or ``id``, and ``query`` or ``text``. In
+    ``<top>`` elements, ``<num>`` is the qid and ``<title>`` the query.
 
     Raises:
-        ValueError, OSError: as :func:`read_run`; or a qid comes twice.
+        ValueError, OSError: as :func:`read_run`; or a qid repeats.
     """
     lines: dict[str, int] = {}
     for topic in _topics(path):
         first = lines.setdefault(topic.qid, topic.line)
         if first != topic.line:
-            raise malformed(path, topic.line, f"qid {topic.qid!r} again, as in line {first}; wanted it once")
+            raise malformed(path, topic.line, f"qid {topic.qid!r} again, as in line {first}; expected it once")
         yield topic
 
 
@@ -347,7 +354,7 @@ def _topics(path: Path) -> Iterator[Topic]:
         yield from _trec_topics(path, lines)
     elif text.startswith(("<?xml", "<!DOCTYPE", "<topic")):
         raise malformed(
-            path, line, "XML; wanted lines of qid, tab, query; TREC's <top> elements; or JSON lines (.jsonl)"
+            path, line, "XML; expected lines of qid, tab, query; TREC <top> elements; or JSON lines (.jsonl)"
         )
     else:
         for line, (qid, query) in _fields(path, lines, {2: "qid, query"}):
@@ -359,17 +366,17 @@ def _trec_topics(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[Topic
     element = ""
     for line, text in lines:
         if (text.lstrip()[:5].lower() == "<top>") != (begun is None):
-            raise malformed(path, line, f"{reprlib.repr(text)}; wanted <top> ... </top>, one after the other")
+            raise malformed(path, line, f"{reprlib.repr(text)}; expected a sequence of <top> ... </top> elements")
         begun = begun or line
         element += text + "\n"
         if "</top>" in text.lower():
             yield _trec_topic(path, begun, element)
             begun, element = None, ""
     if begun is not None:
-        raise malformed(path, begun, "<top> without </top>; wanted both")
+        raise malformed(path, begun, "<top> without </top>")
 
 
-#: A field of TREC's topics: up to its end tag, or to the next line that begins with a tag.
+#: A field of a TREC topic: up to its end tag, or to the next line that begins with a tag.
 _FIELD = re.compile(r"(?:^|>)\s*<(num|title)>\s*(?:number:|topic:)?(.*?)(?=</\1>|</top>|^\s*<)", re.I | re.M | re.S)
 
 
@@ -377,16 +384,16 @@ def _trec_topic(path: Path, line: int, element: str) -> Topic:
     fields = [(name.lower(), " ".join(value.split())) for name, value in _FIELD.findall(element)]
     for name in ("num", "title"):
         if sum(one == name for one, _ in fields) != 1 or not dict(fields)[name]:
-            raise malformed(path, line, f"a <top> without a <{name}>, with an empty one or with several; wanted one")
+            raise malformed(path, line, f"a <top> element with no <{name}>, an empty one or several; expected one")
     return Topic(_checked_id(path, line, "num", dict(fields)["num"]), dict(fields)["title"], line)
 
 
 def read_texts(path: Path) -> Iterator[Text]:
-    """Read documents: 2 to 4 columns parted by tabs, or, if named so, JSON lines.
+    """Read documents from 2 to 4 tab-separated columns or JSON lines.
 
-    The columns are docno, text; docno, title, text; or docno, url, title, text, as in ``msmarco-docs.tsv``. The JSON
-    objects (``.jsonl``, ``.json``) have a ``docno``, ``docid``, ``_id`` or ``id``, a ``text`` or ``contents``, and
-    perhaps ``title`` and ``url``. That a docno comes once is not checked: there may be more of them than memory holds.
+    The columns are docno, text; docno, title, text; or docno, url, title, text, as in ``msmarco-docs.tsv``. JSON lines
+    (``.jsonl``, ``.json``) have ``docno``, ``docid``, ``_id`` or ``id``, and ``text`` or ``contents``; ``title`` and
+    ``url`` are optional. Repeated docnos are not detected, since there may be more documents than fit in memory.
 
     Raises:
         ValueError, OSError: as :func:`read_run`.
@@ -407,27 +414,28 @@ def read_texts(path: Path) -> Iterator[Text]:
             yield Text(_checked_id(path, line, "docno", docno), title, url, text, line)
 
 
-#: The first line of BEIR's judgements.
+#: The header of BEIR qrels.
 _BEIR = ["query-id", "corpus-id", "score"]
 
 
 def read_qrels(path: Path) -> Iterator[Judgement]:
-    """Read judgements: TREC's 4 columns (qid, iteration, docno, label), or 3 (qid docno label), BEIR's header or none.
+    """Read qrels of TREC's 4 columns (qid iteration docno label) or BEIR's 3 (qid docno label, with or without header).
 
-    A judgement that is repeated counts once.
+    Repeated lines count once, and lines may have any order.
 
     Raises:
-        ValueError, OSError: as :func:`read_run`, but that lines may come in any order; or a document has two labels.
+        ValueError: a line is malformed, or a document has two labels for a query.
+        OSError: the file cannot be read.
     """
     seen: dict[tuple[str, str], tuple[int, int]] = {}
-    for line, words in _columns(path, {3: "qid docno label", 4: "TREC's"}):
+    for line, words in _columns(path, {3: "qid docno label", 4: "TREC"}):
         if line == 1 and words == _BEIR:
             continue
-        qid, docno, label = words[0], words[-2], _whole(path, line, "label", words[-1])
+        qid, docno, label = words[0], words[-2], _integer(path, line, "label", words[-1])
         first, before = seen.setdefault((qid, docno), (line, label))
         if label != before:
             problem = f"docno {docno!r} again for query {qid!r}, with label {label}, but {before} in line {first}"
-            raise malformed(path, line, f"{problem}; wanted one label")
+            raise malformed(path, line, f"{problem}; expected one label")
         if first == line:
             yield Judgement(qid, docno, label)
 
@@ -436,12 +444,12 @@ def read_qrels(path: Path) -> Iterator[Judgement]:
 
 
 def malformed(path: Path, line: int, problem: str) -> ValueError:
-    """The error that says what is wrong in which line of a file."""
+    """Return the error for a line of a file."""
     return ValueError(f"{path}, line {line}: {problem}.")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines that hold something, without their ends, numbered from 1."""
+    """Read the lines that are not empty, without line ends, with their numbers from 1."""
     number = 0
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         while True:
@@ -449,51 +457,51 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             try:
                 raw = file.readline(MAX_LINE + 1)
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                raise malformed(path, number, f"the compressed file is cut off or damaged here ({error})") from error
+                raise malformed(path, number, f"the compressed file is truncated or damaged here ({error})") from error
             if not raw:
                 return
             if len(raw) > MAX_LINE:
-                raise malformed(path, number, f"longer than {MAX_LINE} bytes; wanted lines up to that")
+                raise malformed(path, number, f"longer than {MAX_LINE} bytes, the limit")
             if number == 1:
                 raw = raw.removeprefix(_BOM)
             raw = raw.removesuffix(b"\n").removesuffix(b"\r")
             if b"\0" in raw:
-                raise malformed(path, number, f"a NUL byte at byte {raw.index(0) + 1}; wanted text")
+                raise malformed(path, number, f"byte {raw.index(0) + 1} is NUL; expected text")
             try:
                 text = raw.decode()
             except UnicodeDecodeError as error:
-                problem = f"byte {error.start + 1} is 0x{raw[error.start]:02x}, which is not UTF-8 there"
+                problem = f"byte {error.start + 1} (0x{raw[error.start]:02x}) is not valid UTF-8"
                 raise malformed(path, number, problem) from error
             if text.strip(" "):
                 yield number, text
 
 
 def _split(
-    path: Path, lines: Iterable[tuple[int, list[str]]], allowed: dict[int, str], how: str
+    path: Path, lines: Iterable[tuple[int, list[str]]], allowed: dict[int, str], separator: str
 ) -> Iterator[tuple[int, list[str]]]:
-    """The parts of each line, checked to be as many in each as in the first and as is allowed."""
+    """Pass on the columns of each line; raise ValueError if their number changes or is not allowed."""
     count: int | None = None
     for line, parts in lines:
         if len(parts) != (count or len(parts)):
-            raise malformed(path, line, f"{len(parts)} columns, but {count} in the lines before; wanted as many")
+            raise malformed(path, line, f"{len(parts)} columns, but {count} in the lines before")
         count = len(parts)
         if count not in allowed:
-            wanted = " or ".join(f"{columns} ({names})" for columns, names in allowed.items())
-            raise malformed(path, line, f"{count} columns {how}; wanted {wanted}")
+            expected = " or ".join(f"{columns} ({names})" for columns, names in allowed.items())
+            raise malformed(path, line, f"{count} {separator}-separated columns; expected {expected}")
         yield line, parts
 
 
 def _columns(path: Path, allowed: dict[int, str]) -> Iterator[tuple[int, list[str]]]:
     words = ((line, _WORD.findall(text)) for line, text in _lines(path))
-    return _split(path, words, allowed, "parted by white space")
+    return _split(path, words, allowed, "whitespace")
 
 
 def _fields(path: Path, lines: Iterable[tuple[int, str]], allowed: dict[int, str]) -> Iterator[tuple[int, list[str]]]:
-    return _split(path, ((line, text.split("\t")) for line, text in lines), allowed, "parted by tabs")
+    return _split(path, ((line, text.split("\t")) for line, text in lines), allowed, "tab")
 
 
 def objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a JSON lines file, each with its line.
+    """Read the objects of a JSON lines file, with their line numbers.
 
     Raises:
         ValueError, OSError: as :func:`read_run`.
@@ -504,7 +512,7 @@ def objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         except (ValueError, RecursionError) as error:
             raise malformed(path, line, f"not JSON ({error})") from error
         if not isinstance(record, dict):
-            raise malformed(path, line, f"{reprlib.repr(record)}; wanted a JSON object")
+            raise malformed(path, line, f"{reprlib.repr(record)}; expected a JSON object")
         yield line, record
 
 
@@ -515,16 +523,16 @@ def _is_json(path: Path) -> bool:
 # -- values
 
 
-def _whole(path: Path, line: int, name: str, word: str) -> int:
+def _integer(path: Path, line: int, name: str, word: str) -> int:
     if not _INTEGER.fullmatch(word):
-        raise malformed(path, line, f"{name} is {reprlib.repr(word)}; wanted a whole number")
+        raise malformed(path, line, f"{name} is {reprlib.repr(word)}; expected an integer")
     return int(word)
 
 
 def _score(path: Path, line: int, word: str) -> float:
     score = float(word) if _NUMBER.fullmatch(word) else math.nan
     if not math.isfinite(score):
-        raise malformed(path, line, f"score is {reprlib.repr(word)}; wanted a finite number")
+        raise malformed(path, line, f"score is {reprlib.repr(word)}; expected a finite number")
     return score
 
 
@@ -538,17 +546,17 @@ def _is_finite(value: object) -> bool:
 
 
 def _problem_of_id(value: object) -> str | None:
-    """What is wrong with a qid, docno or tag, or None."""
+    """Return the problem with a qid, docno or tag, or None."""
     if not isinstance(value, str) or not value:
-        return f"{reprlib.repr(value)}; wanted a string that is not empty"
+        return f"{reprlib.repr(value)}; expected a non-empty string"
     if not _WORD.fullmatch(value) or "\0" in value:
-        return f"{reprlib.repr(value)}; wanted no white space in it, which parts a run's columns, and no NUL"
+        return f"{reprlib.repr(value)}; expected no whitespace, which separates the columns of a run, and no NUL"
     return problem_of(value)
 
 
 def _problem_of_text(value: object) -> str | None:
-    """What is wrong with a query, text, title or url, or None."""
-    return problem_of(value) if isinstance(value, str) else f"{reprlib.repr(value)}; wanted a string"
+    """Return the problem with a query, text, title or url, or None."""
+    return problem_of(value) if isinstance(value, str) else f"{reprlib.repr(value)}; expected a string"
 
 
 def _checked_id(path: Path, line: int, name: str, value: object) -> str:
@@ -557,23 +565,23 @@ def _checked_id(path: Path, line: int, name: str, value: object) -> str:
     return cast(str, value)
 
 
-def _found(path: Path, line: int, record: dict[str, Any], names: tuple[str, ...]) -> str:
-    """The first of the names that the record has."""
+def _key(path: Path, line: int, record: dict[str, Any], names: tuple[str, ...]) -> str:
+    """Return the first of the names that the record has."""
     for name in names:
         if name in record:
             return name
-    raise malformed(path, line, f"no key {' or '.join(map(repr, names))}; wanted one, with a string")
+    raise malformed(path, line, f"no key {' or '.join(map(repr, names))}; expected one, with a string")
 
 
 def _id(path: Path, line: int, record: dict[str, Any], *names: str) -> str:
-    """The first of the names that the record has; a whole number is the string of its digits."""
-    name = _found(path, line, record, names)
+    """Return the id under the first of the names that the record has. Integers become strings."""
+    name = _key(path, line, record, names)
     value = record[name]
     return _checked_id(path, line, name, str(value) if type(value) is int else value)
 
 
 def _text(path: Path, line: int, record: dict[str, Any], *names: str) -> str:
-    name = _found(path, line, record, names)
+    name = _key(path, line, record, names)
     value = record[name]
     if problem := _problem_of_text(value):
         raise malformed(path, line, f"{name} is {problem}")
@@ -589,24 +597,24 @@ def _optional(path: Path, line: int, record: dict[str, Any], name: str) -> str |
 
 @contextmanager
 def writing(path: Path) -> Iterator[TextIO]:
-    """A file that appears under its name when all of it is written, and not at all where that fails.
+    """Open a text file for writing, and create or replace it only once all of it is written.
 
     Args:
-        path: compressed where it ends in ``.gz``, without a time in it, so that equal texts give equal files. What
-            is no regular file (``/dev/stdout``) is written as it is.
+        path: the file, compressed if its name ends in ``.gz`` (without a timestamp, so equal texts give equal files).
+            A path that is not a regular file, such as ``/dev/stdout``, is written directly.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     regular = path.is_file() or not path.exists()
     if regular:
-        path = path.resolve()  # a link stays one
+        path = path.resolve()  # keeps a symbolic link
         if not path.parent.is_dir():
-            raise FileNotFoundError(f"{path}: there is no folder {path.parent}.")
+            raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist.")
     part = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}") if regular else path
     try:
         with part.open("xb" if regular else "wb") as raw:
-            with _packed(raw) if path.suffix == ".gz" else nullcontext(raw) as lines:
+            with _compressed(raw) if path.suffix == ".gz" else nullcontext(raw) as lines:
                 text = TextIOWrapper(lines, encoding="utf-8", newline="\n")
                 yield text
                 text.flush()
@@ -621,5 +629,5 @@ def writing(path: Path) -> Iterator[TextIO]:
         raise
 
 
-def _packed(raw: BinaryIO) -> BinaryIO:
+def _compressed(raw: BinaryIO) -> BinaryIO:
     return cast(BinaryIO, gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0))

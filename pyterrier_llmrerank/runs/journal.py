@@ -1,4 +1,4 @@
-"""A file that is written block by block, and the journal beside it: whatever interrupts the writing, it can go on."""
+"""Write a file in blocks, with a journal beside it, so that writing can resume after any interruption."""
 
 from __future__ import annotations
 
@@ -16,87 +16,88 @@ from typing import Any, NamedTuple
 
 logger = logging.getLogger(__name__)
 
-#: The last line of the journal of a file that is whole.
+#: Last line of the journal of a complete file.
 FINISHED = "finished"
 
 
 class Block(NamedTuple):
-    """What the journal says of a block.
+    """A journal entry.
 
     Args:
-        rows: of the source, that it came of.
-        source: the CRC-32 of these.
-        size: bytes that it has in the file.
-        checksum: the CRC-32 of these.
+        rows: number of source rows that the block was made from.
+        source_checksum: CRC-32 of these rows.
+        size: length of the block in bytes.
+        checksum: CRC-32 of the block.
     """
 
     rows: int
-    source: int
+    source_checksum: int
     size: int
     checksum: int
 
 
 class JournaledFile:
-    """A file of which blocks are there whole or not at all.
+    """Write a file in blocks, each of which is kept completely or not at all.
 
-    ``<file>.journal`` lies beside it: a JSON line of settings, one a block, which goes to disk ahead of the block, and
-    one that says when the file was finished. A block counts if its bytes are in the file and have the checksum; after
-    a kill or power cut at any moment, what comes after the last one that counts is cut off, from both files. Each
-    block is on disk (fsync) when :meth:`append` returns. Left by an error, the file ends with the last whole block.
+    The journal, ``<file>.journal``, has one JSON line for the settings, one for each block, and a last one once the
+    file is complete. A block's line reaches the disk before the block does. A block is valid if the file has its bytes
+    and they match the checksum. After a kill or a power failure, resuming truncates both files after the last valid
+    block. Each block is on disk (fsync) when :meth:`append` returns. After an error in the ``with`` block, the file
+    ends with the last complete block.
 
     Args:
         path: the file.
-        settings: what must be the same for the file to be gone on with; names, and values that JSON can hold.
-        resume: go on with a file that is there, be it finished; without one, or without this, a new one is begun.
+        settings: values that must be the same to resume the file; JSON must be able to represent them.
+        resume: resume an existing file, complete or not; begin a new one if there is none.
 
     Raises:
-        FileExistsError: the file is there, and ``resume`` is False, or there is no journal of it.
-        ValueError: the file was begun with other settings, or was changed after it had been finished; or its journal is
+        FileExistsError: the file exists, and ``resume`` is False or there is no journal.
+        ValueError: the file was written with other settings or changed after it was complete, or its journal is
             damaged.
-        BlockingIOError: another process is writing it.
-        OSError: it cannot be written.
+        BlockingIOError: another process is writing the file.
+        OSError: the file cannot be written.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], *, resume: bool = False) -> None:
         self.path = path
-        self.journal = journal_of(path)
-        #: Those that stood there when the file was opened.
+        self.journal = journal_path(path)
+        #: The blocks that the file had when it was opened.
         self.blocks: list[Block] = []
         self._end = 0
-        self._file, self._created = self._opened(resume)
-        #: Where the journal goes on, while a file that was finished has not been added to.
+        self._file, self._created = self._open_file(resume)
+        #: Offset of the journal's last line, if the file was complete and has not grown since.
         self._finished_at: int | None = None
         with ExitStack() as undo:
             undo.callback(self._file.close)
             if self._created:
                 undo.callback(path.unlink)
-            # A kill may have left an empty file.
-            self._begun = os.fstat(self._file.fileno()).st_size > 0 or _is_finished(self.journal)
-            self._log = self._opened_journal("r+" if self._begun else "w")
+            # An empty file without a complete journal is left by a kill: begin it again.
+            self._resumed = os.fstat(self._file.fileno()).st_size > 0 or _is_finished(self.journal)
+            self._log = self._open_journal("r+" if self._resumed else "w")
             undo.callback(self._log.close)
-            if self._begun:
-                self._go_on(settings)
+            if self._resumed:
+                self._resume(settings)
             else:
                 undo.callback(self.journal.unlink)
                 self._write(self._log, self.journal, _line(settings))
                 _sync_folder(path.parent)
             undo.pop_all()
 
-    def append(self, data: bytes, rows: int, source: int) -> None:
-        """Write a block, to the disk.
+    def append(self, data: bytes, rows: int, source_checksum: int) -> None:
+        """Write a block to disk.
 
         Args:
-            data: its bytes.
-            rows: of the source, that it came of.
-            source: the CRC-32 of these.
+            data: the block.
+            rows: number of source rows that it was made from.
+            source_checksum: CRC-32 of these rows.
 
         Raises:
-            OSError: it could not be written, for example on a full disk; nothing before it is lost.
+            OSError: the block could not be written, for example on a full disk. Earlier blocks are kept.
         """
         if self._finished_at is not None:
             self._log.truncate(self._log.seek(self._finished_at))
             self._finished_at = None
-        self._write(self._log, self.journal, _line(Block(rows, source, len(data), zlib.crc32(data))))
+        self._write(self._log, self.journal, _line(Block(rows, source_checksum, len(data), zlib.crc32(data))))
         self._write(self._file, self.path, data)
         self._end += len(data)
 
@@ -105,71 +106,70 @@ class JournaledFile:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:
-            if self._finished_at is not None:  # nothing was added
+            if self._finished_at is not None:  # unchanged
                 return
             if kind is None:
                 self._write(self._log, self.journal, _line(FINISHED))
                 return
             self._file.truncate(self._end)
-            if not self._begun and not self._end:  # nothing to go on with: not to stand in the way of another try
+            if not self._resumed and not self._end:  # an empty file would make the next attempt fail
                 self.journal.unlink()
                 if self._created:
                     self.path.unlink()
         finally:
             self._log.close()
-            self._file.close()  # last: it gives up the lock
+            self._file.close()  # last, since it releases the lock
 
-    def _opened(self, resume: bool) -> tuple[FileIO, bool]:
-        """The file, locked, and whether it is new."""
+    def _open_file(self, resume: bool) -> tuple[FileIO, bool]:
+        """Open and lock the file; return it, and whether it is new."""
         while True:
-            there = resume and self.path.exists()
+            existed = resume and self.path.exists()
             if not resume:
-                refuse(self.path)
+                refuse_existing(self.path)
             try:
-                file = FileIO(self.path, "r+" if there else "x")
+                file = FileIO(self.path, "r+" if existed else "x")
             except (FileNotFoundError, FileExistsError):
-                if there or self.path.exists():
-                    continue  # another process has just taken it away, or made it
+                if existed or self.path.exists():
+                    continue  # another process has just removed or created it
                 raise
             try:
                 self._lock(file)
                 if self.path.exists() and os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
-                    return file, not there
+                    return file, not existed
             except BaseException:
                 file.close()
                 raise
-            file.close()  # another process has put a file in its place
+            file.close()  # another process has replaced it
 
     def _lock(self, file: FileIO) -> None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise BlockingIOError(error.errno, "another process is writing it", str(self.path)) from None
-        except OSError as error:  # some network file systems
-            logger.info("%s cannot be locked: %s", self.path, error)
+            raise BlockingIOError(error.errno, "another process is writing this file", str(self.path)) from None
+        except OSError as error:  # on some network file systems
+            logger.info("Cannot lock %s: %s", self.path, error)
 
-    def _opened_journal(self, mode: str) -> FileIO:
+    def _open_journal(self, mode: str) -> FileIO:
         try:
             return FileIO(self.journal, mode)
         except FileNotFoundError:
             raise FileExistsError(
-                f"{self.path} is there already, with no journal ({self.journal.name}) that says how it was made; "
-                "it is not written over."
+                f"{self.path} already exists, without a journal ({self.journal.name}), and is not overwritten; delete "
+                "it or choose another file."
             ) from None
 
-    def _go_on(self, settings: Mapping[str, Any]) -> None:
-        """Find the blocks that count, and cut off what comes after them."""
-        first, *lines = self._log.readall().split(b"\n")[:-1] or [b""]  # what follows the last newline is torn
-        begun, given = _json(first), json.loads(_line(settings))
-        if not isinstance(begun, dict):
-            raise ValueError(f"{self.journal} is damaged: its first line is no JSON object. Delete {self.path}.")
-        if changed := [name for name in {**begun, **given} if begun.get(name) != given.get(name)]:
-            differences = ", ".join(f"{name}={begun.get(name)!r}, not {given.get(name)!r}" for name in changed)
-            raise ValueError(f"{self.path} was begun with {differences}; go on with the same, or delete it.")
-        finished = bool(lines) and _json(lines[-1]) == FINISHED
-        size, kept = os.fstat(self._file.fileno()).st_size, len(first) + 1
+    def _resume(self, settings: Mapping[str, Any]) -> None:
+        """Read the valid blocks, and truncate both files after them.
+
+        Raises:
+            ValueError: as the constructor.
+        """
+        first, *lines = self._log.readall().split(b"\n")[:-1] or [b""]  # bytes after the last newline are incomplete
+        self._check_settings(_parse(first), json.loads(_line(settings)))
+        finished = bool(lines) and _parse(lines[-1]) == FINISHED
+        size, journal_end = os.fstat(self._file.fileno()).st_size, len(first) + 1
         for line in lines[: len(lines) - finished]:
-            fields = _json(line)
+            fields = _parse(line)
             if not isinstance(fields, list) or [type(field) for field in fields] != [int] * len(Block._fields):
                 break
             block = Block(*fields)
@@ -177,17 +177,26 @@ class JournaledFile:
                 break
             self.blocks.append(block)
             self._end += block.size
-            kept += len(line) + 1
+            journal_end += len(line) + 1
         if finished and (size, len(self.blocks)) != (self._end, len(lines) - 1):
-            raise ValueError(f"{self.path} was changed after it had been finished; it is not gone on with.")
+            raise ValueError(f"{self.path} was changed after it was finished and cannot be resumed; delete it.")
         if size > self._end:
-            logger.warning("%s: %d bytes after the last whole block are cut off.", self.path, size - self._end)
+            logger.warning("%s: removed %d bytes after the last complete block.", self.path, size - self._end)
         if finished:
-            self._finished_at = kept
+            self._finished_at = journal_end
             return
-        for file, end in ((self._file, self._end), (self._log, kept)):
+        for file, end in ((self._file, self._end), (self._log, journal_end)):
             file.truncate(end)
             file.seek(end)
+
+    def _check_settings(self, before: object, now: dict[str, Any]) -> None:
+        if not isinstance(before, dict):
+            raise ValueError(f"{self.journal} is damaged: its first line is not a JSON object. Delete {self.path}.")
+        if changed := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
+            differences = ", ".join(f"{name}={before.get(name)!r}, not {now.get(name)!r}" for name in changed)
+            raise ValueError(
+                f"{self.path} was written with {differences}; resume with the original settings, or delete it."
+            )
 
     def _write(self, file: FileIO, path: Path, data: bytes) -> None:
         left = memoryview(data)
@@ -200,7 +209,7 @@ class JournaledFile:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Names of new files go to disk with the folder that they stand in."""
+    """Write a folder's list of files to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -208,21 +217,21 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def refuse(path: Path) -> None:
-    """Raise FileExistsError where there is something that a new file would be written over."""
+def refuse_existing(path: Path) -> None:
+    """Raise FileExistsError if a file exists. The message mentions ``resume`` if that may be possible."""
     if path.exists():
-        can = "; if it is of the same run, go on with resume (--resume)"
-        known = journal_of(path).exists() or not path.stat().st_size
-        raise FileExistsError(f"{path} is there already, and is not written over{can if known else ''}.")
+        resumable = journal_path(path).exists() or not path.stat().st_size
+        hint = "to continue it, set resume=True (--resume)" if resumable else "delete it or choose another file"
+        raise FileExistsError(f"{path} already exists and is not overwritten; {hint}.")
 
 
 def _is_finished(journal: Path) -> bool:
-    """Whether it says that its file is whole."""
+    """Return whether a journal ends with :data:`FINISHED`."""
     return journal.exists() and journal.read_bytes().endswith(b"\n" + _line(FINISHED))
 
 
-def journal_of(path: Path) -> Path:
-    """Where the journal of a file lies."""
+def journal_path(path: Path) -> Path:
+    """Return the path of a file's journal."""
     return path.with_name(f"{path.name}.journal")
 
 
@@ -230,8 +239,8 @@ def _line(value: object) -> bytes:
     return json.dumps(value, default=repr).encode() + b"\n"
 
 
-def _json(line: bytes) -> Any:
-    """What a line holds; None where it is torn."""
+def _parse(line: bytes) -> Any:
+    """Parse a journal line; return None if it is not JSON."""
     try:
         return json.loads(line)
     except ValueError:

@@ -1,51 +1,56 @@
-"""Files of any length: rerank JSON lines go in, a run comes out, and what is interrupted goes on where it was."""
+"""Rerank files of any length, and resume after an interruption."""
 
 from __future__ import annotations
 
 import gzip
 import logging
 import time
-import zlib
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import pyterrier as pt
 
 from ..engine.usage import Stopwatch, Usage
-from ..reranker import LLMReranker
 from ..values import positive
-from .formats import RerankRow, by_query, read_rerank, run_line
-from .journal import Block, JournaledFile, refuse
+from .chunks import Chunk, ScoredChunk, count_lines, read_chunks, score_chunk
+from .formats import run_line
+from .journal import Block, JournaledFile, refuse_existing
+
+if TYPE_CHECKING:
+    from ..reranker import LLMReranker
 
 logger = logging.getLogger(__name__)
 
-#: Constructor arguments with which a run may go on although it was begun with others: they leave scores as they are,
-#: to the last digits, unless something is quantised.
+#: Constructor arguments that may differ when a run is resumed: without quantization, they do not affect scores beyond
+#: the last digits.
 FREE = ("batch_size", "device", "training", "verbose")
+
+#: Scores chunks, in their order.
+ScoreChunks = Callable[[Iterator[Chunk]], Generator[tuple[Chunk, ScoredChunk]]]
 
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`rerank_file` did.
+    """Counts and times of a call of :func:`rerank_file`.
 
     Args:
         target: the run.
-        pairs: rows that were scored and written.
-        queries: those they belong to.
-        seconds: from call to return.
-        resumed_from: rows that stood in the run before.
-        usage: what scoring took; seconds in which the run was written are in it.
+        pairs: rows scored and written.
+        queries: queries scored and written.
+        seconds: duration of the call.
+        resumed_from: rows that the run contained before.
+        usage: tokens and seconds spent on scoring and writing.
 
     >>> print(Report(Path("run.tsv"), 2000, 20, 12.5, 1000))
-    run.tsv: 2,000 pairs of 20 queries in 12.5 s (160 pairs/s), after 1,000 pairs that stood there
+    run.tsv: 2,000 pairs of 20 queries in 12.5 s (160 pairs/s), resumed after 1,000 pairs
     """
 
     target: Path
@@ -56,30 +61,13 @@ class Report:
     usage: Usage = field(default_factory=Usage)
 
     def __str__(self) -> str:
-        after = f", after {self.resumed_from:,} pairs that stood there" if self.resumed_from else ""
-        model = f"; scored {self.usage}" if self.usage != Usage() else ""
+        resumed = f", resumed after {self.resumed_from:,} pairs" if self.resumed_from else ""
+        scored = f"; scored {self.usage}" if self.usage != Usage() else ""
         rate = self.pairs / self.seconds if self.seconds else 0.0
         return (
             f"{self.target}: {self.pairs:,} pairs of {self.queries:,} queries in {self.seconds:.1f} s "
-            f"({rate:,.0f} pairs/s){after}{model}"
+            f"({rate:,.0f} pairs/s){resumed}{scored}"
         )
-
-
-class Chunk(NamedTuple):
-    """Whole queries that are scored in one call, and written in one block.
-
-    Args:
-        frame: a result frame: ``qid``, ``query``, ``docno``, ``title``, ``url``, ``text``.
-        queries: how many.
-        checksum: the CRC-32 of what the frame holds.
-        first, last: their lines in the source, from 1.
-    """
-
-    frame: pd.DataFrame
-    queries: int
-    checksum: int
-    first: int
-    last: int
 
 
 def rerank_file(
@@ -95,46 +83,46 @@ def rerank_file(
 ) -> Report:
     """Rerank a file of any length.
 
-    Memory does not grow with the file, but for the queries' ids; the rows of one query are held together. Whole
-    queries are read until there are :data:`~pyterrier_llmrerank.engine.scoring.CHUNK` rows, scored in one call while
-    the next are read, and written in one block. Which queries go together depends on the source alone, so that a run
-    that was interrupted ends up with the same bytes as one that was not.
+    The file is read in chunks of whole queries with at least :data:`~pyterrier_llmrerank.engine.scoring.CHUNK` rows.
+    Each chunk is scored in one call, while the next one is read, and written in one block. Memory use does not grow
+    with the file, except for the ids of its queries. Chunks depend on the source alone, so an interrupted and resumed
+    run has the same bytes as an uninterrupted one.
 
-    ``<target>.journal`` lies beside it: what the run was made with, what of it is done, and whether it is finished. A
-    target that is there is never written over: without ``resume`` it is an error; with it
+    ``<target>.journal``, beside the run, records the options that affect scores, the blocks written so far, and
+    whether the run is finished. An existing target is never overwritten: it raises an error, unless ``resume`` is set.
+    ``resume`` continues after the last complete block. It
 
-    - it is gone on with after the last block that was written whole, if there is one: a finished run stays as it is,
-      unless rows have been added to its source. The rows before must be the same as then, and so must the arguments
-      and the dtype that scores depend on; later rows may have been mended, and workers, batch size and device may be
-      others (the last two where nothing is quantised). That a model's files are the same is not checked;
-    - without a journal it is an error: nothing says what made it;
-    - without a target, the run begins, so that the same command can be given again until it succeeds.
+    - begins a new run if there is no target, so the same command can be repeated until it succeeds;
+    - scores only new rows if the run is finished and its source has grown;
+    - raises an error if the target has no journal, if the rows already scored have changed, or if arguments or the
+      dtype that affect scores have changed. ``workers`` may change, and so may ``batch_size`` and ``device`` without
+      quantization. The model's files are not compared.
 
-    What stops it, an error, Ctrl-C, a full disk or a kill, leaves whole blocks; an error has a note that says how
-    to go on. The files go if nothing had been written.
+    After an error, Ctrl-C, a full disk or a kill, the target holds complete blocks, and the error has a note on how to
+    resume. If no block was written, both files are removed.
 
     Args:
-        reranker: what scores. Where it is ``verbose``, a progress bar counts pairs.
-        source: what :func:`~pyterrier_llmrerank.runs.formats.read_rerank` reads.
-        target: the run; compressed where the name ends in ``.gz``. Queries stand as in the source, the documents of
-            each from the best.
-        form: ``"three"`` or ``"trec"``, as :func:`~pyterrier_llmrerank.runs.formats.run_line`.
-        tag: the run's name, in the TREC form.
-        resume: go on with a target that is there.
-        workers: processes that score, on Ray (``pip install 'pyterrier-llmrerank[ray]'``), as
-            :func:`~pyterrier_llmrerank.runs.workers.scored_by`; 1 scores in this process, unless ``address`` is given.
-            What a call took that failed in a worker is not in ``usage``.
-        address: a Ray cluster's; None for one on this machine.
+        reranker: the reranker. If it is ``verbose``, a progress bar counts pairs.
+        source: the rerank file, as read by :func:`~pyterrier_llmrerank.runs.formats.read_rerank`.
+        target: the run to write, compressed if its name ends in ``.gz``. Queries keep the order of the source; the
+            documents of each are sorted by rank.
+        form: ``"three"`` or ``"trec"``, as for :func:`~pyterrier_llmrerank.runs.formats.run_line`.
+        tag: the run's name in the TREC form.
+        resume: continue an existing target.
+        workers: number of scoring processes. More than 1 run on Ray (``pip install 'pyterrier-llmrerank[ray]'``), as
+            described for :func:`~pyterrier_llmrerank.runs.workers.score_on_workers`; 1 scores in this process, unless
+            ``address`` is given. ``usage`` does not count calls that failed on a worker.
+        address: address of a Ray cluster. None starts Ray on this machine if needed.
 
     Returns:
-        What was done. It is logged, too (INFO), and added to ``reranker.usage``.
+        Counts and times. They are also logged (INFO), and the usage is added to ``reranker.usage``.
 
     Raises:
-        ValueError: an argument or a line is not what is allowed, or the target was begun with another source or
-            re-ranker, or is no file.
-        FileExistsError: the target is there, and ``resume`` is False, or nothing says how it was made.
+        ValueError: an argument or a line is invalid, the target is not a file, or it was written from another source
+            or with other options.
+        FileExistsError: the target exists, and ``resume`` is False or there is no journal.
         ScoringError: as :meth:`LLMReranker.transform`.
-        ImportError: Ray is asked for, and not installed.
+        ImportError: Ray is needed and not installed.
         OSError: a file cannot be read or written.
 
     >>> from pyterrier_llmrerank import RankLLaMAReranker
@@ -143,144 +131,156 @@ def rerank_file(
     from ..engine.scoring import CHUNK
 
     source, target = Path(source), Path(target)
-    positive("workers", workers)
-    run_line("q", "d", 1, 0.0, form, tag)  # raises on what none could be written with
-    if target.exists() and not target.is_file():
-        raise ValueError(f"target={str(target)!r} is no file; wanted one that can be gone on with.")
-    if not resume:
-        refuse(target)  # before anything is started
-    begun, writing = time.perf_counter(), Stopwatch()
-    pairs = queries = stood = 0
-    usage = Usage()
-    quiet = reranker.quiet()  # the whole run has one progress bar, and one log line
-    compress = partial(gzip.compress, mtime=0) if target.suffix == ".gz" else bytes
-    total = _count(source) if reranker.verbose and source.is_file() else None  # a pipe is read once
+    _check_arguments(target, form, tag, resume, workers)
+    started = time.perf_counter()
+    quiet = reranker.quiet()
+    total = count_lines(source) if reranker.verbose and source.is_file() else None  # a pipe can be read only once
     with ExitStack() as stack:
-        if workers == 1 and address is None:
-            scorer = reranker.scorer()  # the reranker keeps the weights for its next call
-            quiet.dtype, kind = str(scorer.dtype).removeprefix("torch."), scorer.device.type
-            scored = partial(_scored, quiet)
-        else:
-            from .workers import connected, resolve_worker_dtype, scored_by
-
-            stack.enter_context(connected(workers, address))
-            quiet.dtype, kind = resolve_worker_dtype(quiet, workers)
-            scored = partial(scored_by, quiet, workers=workers)
-        run = stack.enter_context(JournaledFile(target, _settings(quiet, kind, form, tag), resume=resume))
-        chunks = _chunks(source, chain((block.rows for block in run.blocks), repeat(CHUNK)))
-        for block in run.blocks:
-            _check(next(chunks, None), block, source, target)
-            stood += block.rows
-        bar = pt.tqdm(
-            total=total, initial=stood, desc=type(reranker).__name__, unit="pair", disable=not reranker.verbose
-        )
+        score_chunks, device_type = stack.enter_context(_scoring(quiet, workers, address))
+        file = stack.enter_context(JournaledFile(target, _settings(quiet, device_type, form, tag), resume=resume))
+        chunks = read_chunks(source, chain((block.rows for block in file.blocks), repeat(CHUNK)))
+        resumed_from = _skip_written(chunks, file.blocks, source, target)
+        name, hidden = type(reranker).__name__, not reranker.verbose
+        bar = stack.enter_context(pt.tqdm(total=total, initial=resumed_from, desc=name, unit="pair", disable=hidden))
+        run = _RunWriter(file, form, tag)
+        usage = Usage()
         try:
-            with bar, closing(scored(chunks)) as results:
-                for chunk, (result, used) in results:
-                    usage += used
-                    with writing:
-                        data = compress(_written(result, form, tag))
-                        run.append(data, len(chunk.frame), chunk.checksum)
-                    pairs += len(chunk.frame)
-                    queries += chunk.queries
+            with closing(score_chunks(chunks)) as results:
+                for chunk, scored in results:
+                    usage += scored.usage
+                    run.write(chunk, scored.frame)
                     bar.update(len(chunk.frame))
         except BaseException as error:
-            usage += quiet.usage  # of the call that it came out of
-            if stood + pairs:
-                error.add_note(
-                    f"{target} holds {stood + pairs:,} pairs, of whole queries; go on with resume (--resume)."
-                )
-            elif isinstance(error, KeyboardInterrupt):
-                error.add_note(f"Nothing had been written: that is done in blocks of {CHUNK:,} pairs or more.")
+            usage += quiet.usage  # of the call that raised the error
+            _add_note(error, target, resumed_from + run.pairs)
             raise
         finally:
-            usage += Usage(writing_seconds=writing.seconds)
+            usage += Usage(writing_seconds=run.stopwatch.seconds)
             reranker.add_usage(usage)
-    report = Report(target, pairs, queries, time.perf_counter() - begun, stood, usage)
-    if stood and not pairs:
-        logger.warning("%s was finished already: nothing was scored.", target)
+    report = Report(target, run.pairs, run.queries, time.perf_counter() - started, resumed_from, usage)
+    if resumed_from and not run.pairs:
+        logger.warning("%s is already finished; nothing was scored.", target)
     logger.info("%s", report)
     return report
+
+
+def _check_arguments(target: Path, form: str, tag: str, resume: bool, workers: int) -> None:
+    """Raise an error for invalid arguments, before Ray or a model starts."""
+    positive("workers", workers)
+    run_line("q", "d", 1, 0.0, form, tag)
+    if target.exists() and not target.is_file():
+        raise ValueError(f"target={str(target)!r} is not a file; allowed: a file that can be resumed, or a new one.")
+    if not resume:
+        refuse_existing(target)
+
+
+def _add_note(error: BaseException, target: Path, pairs: int) -> None:
+    """Add to an error the number of pairs that the target holds, and how to resume."""
+    from ..engine.scoring import CHUNK
+
+    if pairs:
+        error.add_note(
+            f"{target} holds {pairs:,} pairs, all of complete queries; to continue, set resume=True (--resume)."
+        )
+    elif isinstance(error, KeyboardInterrupt):
+        error.add_note(f"Nothing was written yet: results are written in blocks of at least {CHUNK:,} pairs.")
 
 
 # -- reading
 
 
-def _chunks(source: Path, sizes: Iterable[int]) -> Iterator[Chunk]:
-    """Whole queries until there are so many rows, for each of these sizes."""
-    queries = by_query(read_rerank(source))
-    for size in sizes:
-        rows: list[RerankRow] = []
-        count = 0
-        while len(rows) < size and (query := next(queries, None)) is not None:
-            rows += query[1]
-            count += 1
-        if not rows:
-            return
-        yield _chunk(rows, count)
+def _skip_written(chunks: Iterator[Chunk], blocks: Sequence[Block], source: Path, target: Path) -> int:
+    """Skip the chunks that the target already contains, and return their number of rows.
 
-
-def _chunk(rows: list[RerankRow], queries: int) -> Chunk:
-    names = ("qid", "query", "docno", "title", "url", "text")
-    columns = {name: [getattr(row, name) for row in rows] for name in names}
-    return Chunk(
-        pd.DataFrame(columns, dtype=object), queries, zlib.crc32(repr(columns).encode()), rows[0].line, rows[-1].line
-    )
-
-
-def _check(chunk: Chunk | None, block: Block, source: Path, target: Path) -> None:
-    """Raise ValueError where a block was written from other rows."""
-    if chunk is None:
-        raise ValueError(f"{source} has fewer rows than {target} was written from; go on with the same, or delete it.")
-    if (len(chunk.frame), chunk.checksum) != (block.rows, block.source):
-        raise ValueError(
-            f"{source}, lines {chunk.first} to {chunk.last}: not those that {target} was written from; "
-            "go on with the same, or delete it."
-        )
-
-
-def _count(path: Path) -> int | None:
-    """Its lines, in a fraction of the time that any model takes; None where a damaged file does not tell."""
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            return sum(part.count(b"\n") for part in iter(partial(file.read, 1 << 20), b""))
-    except (EOFError, gzip.BadGzipFile, zlib.error):  # who reads it will say so, with the line
-        return None
+    Raises:
+        ValueError: a block was written from other rows.
+    """
+    for block in blocks:
+        chunk = next(chunks, None)
+        if chunk is None:
+            raise ValueError(
+                f"{source} has fewer rows than {target} was written from; resume with the original file, or delete "
+                f"{target}."
+            )
+        if (len(chunk.frame), chunk.checksum) != (block.rows, block.source_checksum):
+            raise ValueError(
+                f"{source}, lines {chunk.first_line} to {chunk.last_line}: the rows have changed since {target} was "
+                f"written; resume with the original file, or delete {target}."
+            )
+    return sum(block.rows for block in blocks)
 
 
 # -- scoring
 
 
-def _scored(reranker: LLMReranker, chunks: Iterator[Chunk]) -> Generator[tuple[Chunk, tuple[pd.DataFrame, Usage]]]:
-    """Each chunk with its result; the next one is read, in a thread, while one is scored."""
+@contextmanager
+def _scoring(reranker: LLMReranker, workers: int, address: str | None) -> Iterator[tuple[ScoreChunks, str]]:
+    """Open the model or connect to Ray, and set the reranker's ``dtype`` to the one that scores are computed in.
+
+    Yields:
+        A function that scores chunks, and the type of the device (``""`` if scores do not depend on it).
+    """
+    if workers == 1 and address is None:
+        scorer = reranker.scorer()  # the reranker keeps the weights for its next call
+        reranker.dtype, device_type = str(scorer.dtype).removeprefix("torch."), scorer.device.type
+        yield partial(_score_here, reranker), device_type
+    else:
+        from .workers import ray_cluster, resolve_worker_dtype, score_on_workers
+
+        with ray_cluster(workers, address):
+            reranker.dtype, device_type = resolve_worker_dtype(reranker, workers)
+            yield partial(score_on_workers, reranker, workers=workers), device_type
+
+
+def _score_here(reranker: LLMReranker, chunks: Iterator[Chunk]) -> Generator[tuple[Chunk, ScoredChunk]]:
+    """Score chunks in this process, while a thread reads the next one."""
     with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, chunks, None)
-        while (chunk := coming.result()) is not None:
-            coming = thread.submit(next, chunks, None)
-            yield chunk, score_with_usage(reranker, chunk.frame)
-
-
-def score_with_usage(reranker: LLMReranker, frame: pd.DataFrame) -> tuple[pd.DataFrame, Usage]:
-    """A frame's scores and ranks without its texts, and what they took; the re-ranker's usage begins anew."""
-    result = reranker.transform(frame)[["qid", "docno", "rank", "score"]]
-    return result, reranker.take_usage()
+        upcoming = thread.submit(next, chunks, None)
+        while (chunk := upcoming.result()) is not None:
+            upcoming = thread.submit(next, chunks, None)
+            yield chunk, score_chunk(reranker, chunk.frame)
 
 
 # -- writing
 
 
-def _written(result: pd.DataFrame, form: str, tag: str) -> bytes:
-    """The lines of a run; queries as they stand in the result, the documents of each from the best."""
-    order = np.lexsort((result["rank"], pd.factorize(result["qid"])[0]))
-    columns = (result[name].to_numpy()[order] for name in ("qid", "docno", "rank", "score"))
-    return "".join(
-        run_line(qid, docno, rank + 1, score, form, tag) for qid, docno, rank, score in zip(*columns, strict=True)
-    ).encode()
+class _RunWriter:
+    """Write scored chunks to a run, one block each, and count them.
+
+    Args:
+        file: the run.
+        form: ``"three"`` or ``"trec"``.
+        tag: the run's name in the TREC form.
+    """
+
+    def __init__(self, file: JournaledFile, form: str, tag: str) -> None:
+        self._file, self._form, self._tag = file, form, tag
+        self._compress = partial(gzip.compress, mtime=0) if file.path.suffix == ".gz" else bytes
+        self.pairs = self.queries = 0
+        self.stopwatch = Stopwatch()
+
+    def write(self, chunk: Chunk, scores: pd.DataFrame) -> None:
+        """Write the scores of a chunk. Queries keep their order; the documents of each are sorted by rank."""
+        with self.stopwatch:
+            self._file.append(self._compress(self._lines(scores)), len(chunk.frame), chunk.checksum)
+        self.pairs += len(chunk.frame)
+        self.queries += chunk.queries
+
+    def _lines(self, scores: pd.DataFrame) -> bytes:
+        order = np.lexsort((scores["rank"], pd.factorize(scores["qid"])[0]))
+        columns = (scores[name].to_numpy()[order] for name in ("qid", "docno", "rank", "score"))
+        return "".join(
+            run_line(qid, docno, rank + 1, score, self._form, self._tag)
+            for qid, docno, rank, score in zip(*columns, strict=True)
+        ).encode()
 
 
-def _settings(reranker: LLMReranker, kind: str, form: str, tag: str) -> dict[str, Any]:
-    """What a run is the same by: the arguments that its scores depend on; where it is quantised, the kind of device."""
+def _settings(reranker: LLMReranker, device_type: str, form: str, tag: str) -> dict[str, Any]:
+    """Return the settings that must stay the same when a run is resumed.
+
+    These are the arguments that affect scores. With quantization, batch size and type of device do, too.
+    """
     arguments = {name: value for name, value in reranker.arguments().items() if name not in FREE}
     if reranker.quantization:
-        arguments |= {"batch_size": reranker.batch_size, "device": kind}
+        arguments |= {"batch_size": reranker.batch_size, "device": device_type}
     return {"reranker": type(reranker).__name__, **arguments, "form": form, "tag": tag}

@@ -1,4 +1,4 @@
-"""Several processes, on one machine or many, that each hold the model and score what one process reads and writes."""
+"""Score chunks in several processes, on one machine or many, with Ray."""
 
 from __future__ import annotations
 
@@ -7,239 +7,224 @@ import os
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from ..engine.usage import Usage
+from .chunks import Chunk, ScoredChunk, score_chunk
 
 if TYPE_CHECKING:
     from ..reranker import LLMReranker
-    from .streaming import Chunk
 
 logger = logging.getLogger(__name__)
 
-#: Chunks a worker that may be under way, or wait for earlier ones to be written.
-AHEAD = 3
+#: Chunks per worker that are being scored, or wait until earlier ones have been written.
+CHUNKS_AHEAD = 3
 
-#: So many workers lost over one frame, or over opening the model, are too many.
-LOSSES = 3
+#: Losses of a worker over the same task after which a run stops.
+MAX_LOSSES = 3
 
-#: Seconds without any news of a worker after which a warning says what the cluster has.
-PATIENCE = 120
-
-#: A frame with its scores, and what these took.
-Scored = tuple[pd.DataFrame, Usage]
+#: Seconds without a first worker after which a warning lists the cluster's free resources.
+WARN_AFTER = 120
 
 
-def scored_by(
-    reranker: LLMReranker, chunks: Iterator[Chunk], *, workers: int, address: str | None = None
-) -> Generator[tuple[Chunk, Scored]]:
-    """Score chunks in Ray actors.
+def score_on_workers(
+    reranker: LLMReranker, chunks: Iterator[Chunk], *, workers: int
+) -> Generator[tuple[Chunk, ScoredChunk]]:
+    """Score chunks in Ray actors, within :func:`ray_cluster`.
 
-    Each opens the model once, and gets a chunk whenever it is free. Where the cluster has GPUs each has one of its own,
-    or as many as ``device`` lists; else an equal share of the CPUs, and as many threads. One that joins late, or
-    never, holds nothing up, but for a warning while none has; where one is lost, another is started, and its chunk is
-    scored again. Results come in the order of the chunks, and no more than :data:`AHEAD` chunks a worker are held.
-    Scores are those of one process: to the last bit where that has as many threads, on the same hardware.
+    Each worker opens the model once, and takes a chunk whenever it is idle. On a cluster with GPUs, each worker has one
+    GPU, or as many as ``device`` lists; otherwise, an equal share of the CPUs, and as many threads. Workers that start
+    late hold nothing up. A lost worker is replaced, and its chunk is scored again. Results keep the order of the
+    chunks, and memory holds at most :data:`CHUNKS_AHEAD` chunks per worker. Scores equal those of one process, to the
+    last bit on the same hardware with as many threads.
 
     Args:
-        reranker: what scores; its model has to be there under its name, and this package installed, on each machine.
-            Name a ``dtype`` where not all of them compute in bf16: ``"auto"`` is what each finds.
-        chunks: what is to be scored.
-        workers: how many.
-        address: as :func:`connected`.
+        reranker: the reranker. Each machine needs this package and the model, under the same name. With a ``dtype``
+            of ``"auto"``, each worker chooses its own: resolve it first (:func:`resolve_worker_dtype`).
+        chunks: the chunks.
+        workers: number of workers.
 
     Yields:
         Each chunk with its result.
 
     Raises:
-        ImportError, ConnectionError: as :func:`connected`.
-        ValueError: there are GPUs, and fewer than the workers want, or ``device`` names others than a worker's own.
-        ConnectionError: :data:`LOSSES` workers were lost over one chunk, or over opening the model.
-        Exception: whatever reading or scoring a chunk raised, when all chunks before it have been yielded.
+        ValueError: the cluster has fewer GPUs than the workers need, or ``device`` names GPUs outside a worker's own.
+        ConnectionError: :data:`MAX_LOSSES` workers were lost over one chunk, or while opening the model.
+        Exception: an error from reading or scoring a chunk, once all chunks before it have been yielded.
     """
-    coming = _errors_last(chunks)
-    begin = next(coming, None)
-    if isinstance(begin, Exception):
-        raise begin
-    if begin is None:
+    import ray
+
+    first = next(chunks, None)
+    if first is None:  # no workers are needed
         return
-    coming = chain([begin], coming)
-    with connected(workers, address) as ray, Workers(ray, reranker, workers) as pool:
-        last: Exception | None = None
-        held: dict[int, Chunk] = {}
-        done: dict[int, Scored | Exception] = {}
-        given = yielded = 0
-        more = True
+    tasks = _tasks(chain([first], chunks))
+    pending: deque[Task] = deque()  # submitted, and not yielded yet
+    with WorkerPool(ray, reranker, workers) as pool:
         while True:
-            while yielded in done:
-                result = done.pop(yielded)
+            while pool.idle and len(pending) < CHUNKS_AHEAD * workers and (task := next(tasks, None)) is not None:
+                pending.append(task)
+                if task.result is None:
+                    pool.submit(task)
+            if pending and (result := pending[0].result) is not None:
+                chunk = pending.popleft().chunk
                 if isinstance(result, Exception):
                     raise result
-                yield held.pop(yielded), result
-                yielded += 1
-            while more and pool.free and given - yielded < AHEAD * workers:
-                chunk = next(coming, None)
-                if chunk is None or isinstance(chunk, Exception):
-                    more, last = False, chunk
-                else:
-                    held[given] = chunk
-                    pool.give(given, chunk.frame)
-                    given += 1
-            if yielded == given and not more:
-                if last is not None:
-                    raise last
+                assert chunk is not None
+                yield chunk, result
+            elif pending or not pool.idle:
+                pool.wait()
+            else:
                 return
-            done |= pool.wait()
 
 
 class Worker:
-    """A process that opens the model once, and scores frames."""
+    """A process that opens the model once, and scores chunks."""
 
     def __init__(self, reranker: LLMReranker) -> None:
         self._reranker = reranker
 
     def open(self) -> None:
-        """Read the model. An error here arrives as itself; one in the constructor of an actor would not."""
+        """Open the model. Ray reports an error here as it is, but not one in the constructor of an actor."""
         self._reranker.scorer().open()
 
-    def score(self, frame: pd.DataFrame) -> Scored:
-        """As :func:`~pyterrier_llmrerank.runs.streaming.score_with_usage`."""
-        from .streaming import score_with_usage
-
-        return score_with_usage(self._reranker, frame)
+    def score(self, frame: pd.DataFrame) -> ScoredChunk:
+        """Score the frame of a chunk."""
+        return score_chunk(self._reranker, frame)
 
 
-class Task(NamedTuple):
-    """What a worker does.
+@dataclass(eq=False)
+class Task:
+    """Work for a worker: open the model or score a chunk.
 
     Args:
-        number: by which its result is known.
-        frame: what is scored; None to open the model.
-        losses: workers that were lost over it.
+        chunk: the chunk; None to open the model.
+        result: the scored chunk, or the error raised by reading or scoring it; None until then.
+        losses: number of workers lost while working on it.
     """
 
-    number: int
-    frame: pd.DataFrame | None
+    chunk: Chunk | None
+    result: ScoredChunk | Exception | None = None
     losses: int = 0
 
     def __str__(self) -> str:
-        if self.frame is None:
+        if self.chunk is None:
             return "opening the model"
-        return f"queries {self.frame['qid'].iloc[0]!r} to {self.frame['qid'].iloc[-1]!r}"
+        qids = self.chunk.frame["qid"]
+        return f"scoring queries {qids.iloc[0]!r} to {qids.iloc[-1]!r}"
 
 
-class Workers:
-    """So many workers, and what they are doing. On leaving they are ended.
+def _tasks(chunks: Iterator[Chunk]) -> Iterator[Task]:
+    """Turn chunks into tasks, and an error from reading them into a last task with that result."""
+    try:
+        for chunk in chunks:
+            yield Task(chunk)
+    except Exception as error:
+        yield Task(None, result=error)
+
+
+class WorkerPool:
+    """A number of workers and the tasks that they work on. On exit, the workers are killed.
 
     Args:
-        ray: the module, connected to a cluster.
-        reranker: what each scores with.
-        count: how many.
+        ray: the ``ray`` module, connected to a cluster.
+        reranker: the reranker that each worker opens.
+        count: number of workers.
 
     Raises:
-        ValueError: as :func:`scored_by`.
+        ValueError: as :func:`score_on_workers`.
     """
 
     def __init__(self, ray: Any, reranker: LLMReranker, count: int) -> None:
         self._ray = ray
         self._reranker = reranker
         self._actor = ray.remote(Worker).options(**_worker_resources(ray.nodes(), reranker.device, count))
-        self._busy: dict[Any, tuple[Any, Task]] = {}  # worker and task by what is waited for
-        self._idle: list[Any] = []
-        self._again: deque[Task] = deque()
-        self._opened = False  # whether any of them has
+        self._busy: dict[Any, tuple[Any, Task]] = {}  # by the reference to the result
+        self._queue: deque[Task] = deque()
+        self._has_opened = False
+        #: Workers without a task.
+        self.idle: list[Any] = []
         for _ in range(count):
-            self._start(Task(-1, None))
+            self._start(Task(None))
 
-    def __enter__(self) -> Workers:
+    def __enter__(self) -> WorkerPool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        for worker in [*self._idle, *(worker for worker, _ in self._busy.values())]:
+        for worker in [*self.idle, *(worker for worker, _ in self._busy.values())]:
             self._ray.kill(worker)
 
-    @property
-    def free(self) -> bool:
-        """Whether one has nothing to do."""
-        return bool(self._idle)
+    def submit(self, task: Task) -> None:
+        """Have the next idle worker score a chunk."""
+        self._queue.append(task)
+        self._assign()
 
-    def give(self, number: int, frame: pd.DataFrame) -> None:
-        """Have a free one score a frame."""
-        self._score(self._idle.pop(), Task(number, frame))
-
-    def wait(self) -> dict[int, Scored | Exception]:
-        """Wait for one that opens the model or scores to be done with it.
-
-        Returns:
-            What came of its frame, by number, or what scoring it raised; nothing if it is free for a first frame, or
-            was lost and another is starting.
+    def wait(self) -> None:
+        """Wait until a worker has finished or failed a task. A finished task has a ``result``.
 
         Raises:
-            ConnectionError: as :func:`scored_by`.
-            Exception: whatever opening the model raised.
+            ConnectionError: as :func:`score_on_workers`.
+            Exception: an error from opening the model.
         """
-        if self._opened:
-            ready = self._ray.wait(list(self._busy))[0][0]
+        references = list(self._busy)
+        if self._has_opened:
+            ready = self._ray.wait(references)[0][0]
         else:
-            ready = _first(self._ray, list(self._busy), "has opened the model")
+            ready = _wait_for_first(self._ray, references, "has opened the model")
         worker, task = self._busy.pop(ready)
-        result: Scored | Exception
         try:
-            result = self._ray.get(ready)
+            task.result = self._ray.get(ready)
         except self._ray.exceptions.RayTaskError as error:
-            failed: Exception = error.cause
-            failed.__cause__ = error  # it tells where in the worker
-            if task.frame is None:
-                raise failed from error
-            result = failed
+            cause: Exception = error.cause
+            if task.chunk is None:
+                raise cause from error
+            cause.__cause__ = error  # has the worker's traceback
+            task.result = cause
         except self._ray.exceptions.RayError as error:
             self._replace(worker, task, error)
-            return {}
-        self._opened = True
-        if self._again:
-            self._score(worker, self._again.popleft())
-        else:
-            self._idle.append(worker)
-        return {} if task.frame is None else {task.number: result}
+            return
+        self._has_opened = True
+        self.idle.append(worker)
+        self._assign()
 
     def _start(self, opening: Task) -> None:
         worker = self._actor.remote(self._reranker)
         self._busy[worker.open.remote()] = worker, opening
 
-    def _score(self, worker: Any, task: Task) -> None:
-        self._busy[worker.score.remote(task.frame)] = worker, task
+    def _assign(self) -> None:
+        while self._queue and self.idle:
+            worker, task = self.idle.pop(), self._queue.popleft()
+            assert task.chunk is not None
+            self._busy[worker.score.remote(task.chunk.frame)] = worker, task
 
     def _replace(self, worker: Any, task: Task, error: Exception) -> None:
-        """Start another in place of a lost one, whose frame is scored again by the next that is free."""
-        self._ray.kill(worker)  # where it is only out of reach
-        task = task._replace(losses=task.losses + 1)
-        if task.losses == LOSSES:
-            raise ConnectionError(f"{LOSSES} workers were lost over {task}, the last one by: {error}") from error
-        logger.warning("a worker was lost over %s and is replaced: %s", task, error)
-        if task.frame is None:
+        """Start another worker in place of a lost one, and queue its chunk again."""
+        self._ray.kill(worker)  # it may only be unreachable
+        task.losses += 1
+        if task.losses == MAX_LOSSES:
+            raise ConnectionError(f"{MAX_LOSSES} workers were lost while {task}; the last error: {error}") from error
+        logger.warning("A worker was lost while %s and is replaced: %s", task, error)
+        if task.chunk is None:
             self._start(task)
         else:
-            self._again.append(task)
-            self._start(Task(-1, None))
-        if self._again and self._idle:
-            self._score(self._idle.pop(), self._again.popleft())
+            self._start(Task(None))
+            self.submit(task)
 
 
 @contextmanager
-def connected(workers: int, address: str | None = None) -> Iterator[Any]:
-    """Within, there is a cluster; it is left as it was found.
+def ray_cluster(workers: int, address: str | None = None) -> Iterator[Any]:
+    """Connect to a Ray cluster, or start one, for the duration of a ``with`` block.
 
     Args:
-        workers: for how many; named in errors.
-        address: the cluster's. None for the one that this process is connected to, or that ``RAY_ADDRESS`` names, or
-            else one on this machine that ends with the work.
+        workers: number of workers, for the error message.
+        address: address of the cluster. By default, the cluster that this process is connected to, else the one that
+            ``RAY_ADDRESS`` names, else a new one on this machine, which is stopped at the end.
 
     Yields:
-        Ray's module.
+        The ``ray`` module.
 
     Raises:
         ImportError: Ray is not installed.
@@ -261,87 +246,81 @@ def connected(workers: int, address: str | None = None) -> Iterator[Any]:
 
 
 def resolve_worker_dtype(reranker: LLMReranker, workers: int) -> tuple[str, str]:
-    """The dtype that all workers shall compute in, and on what kind of device: as the first of them finds it.
-
-    Where another dtype than ``"auto"`` is named and nothing is quantised, none is asked, and the kind is ``""``.
+    """Resolve the dtype that all workers compute in, and their type of device, on the first free worker.
 
     Args:
-        reranker: whose ``dtype`` and ``device`` are looked at.
-        workers: how many there will be.
+        reranker: the reranker.
+        workers: number of workers.
+
+    Returns:
+        The reranker's own ``dtype`` and ``""``, without asking a worker, if it names one and quantizes nothing.
 
     Raises:
-        ConnectionError: the first was lost.
-        ValueError: as :func:`scored_by`.
+        ConnectionError: the worker was lost.
+        ValueError: as :func:`score_on_workers`.
     """
     import ray
 
     if reranker.dtype != "auto" and not reranker.quantization:
         return reranker.dtype, ""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    look = ray.remote(max_calls=1)(_found)  # its process would keep some of a GPU's memory
-    found = look.options(**_worker_resources(nodes, reranker.device, workers)).remote(reranker.dtype, reranker.device)
-    _first(ray, [found], "says which dtype it computes in")
+    resolve = ray.remote(max_calls=1)(_resolve_dtype_here)  # a process that lived on would keep GPU memory
+    reference = resolve.options(**_worker_resources(nodes, reranker.device, workers)).remote(
+        reranker.dtype, reranker.device
+    )
+    _wait_for_first(ray, [reference], "has resolved its dtype")
     try:
-        dtype, kind = ray.get(found)
+        dtype, device_type = ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        failed: Exception = error.cause
-        raise failed from error
+        cause: Exception = error.cause
+        raise cause from error
     except ray.exceptions.RayError as error:
-        raise ConnectionError(f"a worker was lost over its dtype: {error}") from error
-    return dtype, kind
+        raise ConnectionError(f"a worker was lost while resolving its dtype: {error}") from error
+    return dtype, device_type
 
 
-def _found(dtype: str, device: str | tuple[str, ...] | None) -> tuple[str, str]:
-    from ..engine.weights import resolve_devices, resolve_dtype
+def _resolve_dtype_here(dtype: str, device: str | tuple[str, ...] | None) -> tuple[str, str]:
+    from ..engine.devices import resolve_devices, resolve_dtype
 
-    places = resolve_devices(device)
-    return str(resolve_dtype(dtype, *places)).removeprefix("torch."), places[0].type
+    devices = resolve_devices(device)
+    return str(resolve_dtype(dtype, *devices)).removeprefix("torch."), devices[0].type
 
 
-def _first(ray: Any, waited_for: list[Any], what: str) -> Any:
-    """The first that is there; a warning, while none is, that resources may be missing."""
-    ready, _ = ray.wait(waited_for, timeout=PATIENCE)
+def _wait_for_first(ray: Any, references: list[Any], event: str) -> Any:
+    """Return the first reference that is ready. Warn if that takes long, since resources may be missing."""
+    ready, _ = ray.wait(references, timeout=WARN_AFTER)
     if not ready:
-        logger.warning(
-            "no worker %s after %d s; the cluster has %s free. It is waited for.",
-            what, PATIENCE, {name: amount for name, amount in ray.available_resources().items() if ":" not in name},
-        )  # fmt: skip
-        ready, _ = ray.wait(waited_for)
+        free = {name: amount for name, amount in ray.available_resources().items() if ":" not in name}
+        logger.warning("No worker %s after %d s; still waiting. Free on the cluster: %s", event, WARN_AFTER, free)
+        ready, _ = ray.wait(references)
     return ready[0]
 
 
 def _worker_resources(
     nodes: Sequence[Mapping[str, Any]], device: str | tuple[str, ...] | None, workers: int
 ) -> dict[str, int]:
-    """What each worker has to itself, such that all find room on the machines."""
+    """Return the CPUs and GPUs to reserve for each worker, such that all workers fit on the machines."""
     machines = [node["Resources"] for node in nodes if node["Alive"]]
 
-    def places(**each: int) -> int:
-        return sum(min(int(machine.get(name, 0)) // number for name, number in each.items()) for machine in machines)
+    def capacity(**each: int) -> int:
+        """Count the workers that fit if each reserves so much."""
+        return sum(min(int(machine.get(name, 0)) // amount for name, amount in each.items()) for machine in machines)
 
     names = device if isinstance(device, tuple) else (device,)
-    each = sum(name is None or name.startswith("cuda") for name in names)
-    if not each or not places(GPU=1):
-        # Where there are more workers than CPUs, none: they would wait for one for ever.
+    gpus = sum(name is None or name.startswith("cuda") for name in names)
+    if not gpus or not capacity(GPU=1):
+        # More workers than CPUs reserve none: otherwise, some would wait forever.
         most = int(max((machine.get("CPU", 0) for machine in machines), default=0))
-        return {"num_cpus": next((cpus for cpus in range(most, 0, -1) if places(CPU=cpus) >= workers), 0)}
-    own = {"cuda", *(f"cuda:{number}" for number in range(each))}
+        return {"num_cpus": next((cpus for cpus in range(most, 0, -1) if capacity(CPU=cpus) >= workers), 0)}
+    own = {"cuda", *(f"cuda:{index}" for index in range(gpus))}
     if others := [name for name in names if name is not None and name.startswith("cuda") and name not in own]:
         raise ValueError(
-            f"workers={workers} with device={device!r}: each has GPUs of its own, which it counts from 0, so that it "
-            f"has no {others[0]!r}; allowed: None, 'cuda', 'cpu', or 'cuda:0' and those after it."
+            f"workers={workers} with device={device!r}: each worker numbers its own GPUs from 0 and has no "
+            f"{others[0]!r}; allowed: None, 'cuda', 'cpu', 'cuda:0', or a list counting up from it."
         )
-    if workers > (room := places(GPU=each)):
+    if workers > (most := capacity(GPU=gpus)):
         raise ValueError(
-            f"workers={workers} with device={device!r}: {each} of the cluster's {places(GPU=1)} GPUs each; "
-            f"allowed: at most {room}, or device='cpu'."
+            f"workers={workers} with device={device!r}: each worker needs {gpus} of the cluster's {capacity(GPU=1)} "
+            f"GPUs; allowed: at most {most} workers, or device='cpu'."
         )
-    return {"num_cpus": int(places(GPU=each, CPU=1) >= workers), "num_gpus": each}
-
-
-def _errors_last(chunks: Iterator[Chunk]) -> Iterator[Chunk | Exception]:
-    """Chunks, and last what reading them raised, if anything: those before it are still to be scored."""
-    try:
-        yield from chunks
-    except Exception as error:
-        yield error
+    return {"num_cpus": int(capacity(GPU=gpus, CPU=1) >= workers), "num_gpus": gpus}

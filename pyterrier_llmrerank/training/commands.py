@@ -120,6 +120,7 @@ def parse(command: str, argv: Sequence[str]) -> tuple[Recipe, Sources, TrainingA
         SystemExit: an option is unknown or malformed; argparse has printed which.
     """
     recipe_type = RECIPES[command]
+    argv = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in argv]
     if "activation_checkpointing" in _trainers():  # the newer name of gradient_checkpointing
         argv = [re.sub("^--gradient_checkpointing", "--activation_checkpointing", word) for word in argv]
     defaults = {

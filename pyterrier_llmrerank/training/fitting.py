@@ -16,7 +16,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..checkpoints.saving import empty_folder
-from ..engine.weights import resolve_device, resolve_dtype
+from ..engine.devices import resolve_device, resolve_dtype
 from .batches import Groups
 from .frames import judged, records_of, validation_of
 from .recipes import MatroyshkaTraining, Recipe

@@ -335,13 +335,16 @@ class MatroyshkaTraining(Recipe):
         """
         from ..checkpoints.adapters import Adapter
         from ..checkpoints.checkpoint import MatroyshkaCheckpoint, is_layer_wise
+        from ..checkpoints.description import described
         from ..checkpoints.locate import folder_of
 
         continued, folder = None, folder_of(model, "model")
         if (folder / "adapter_config.json").is_file():
             continued = Adapter(folder, f"model={model!r}")
             continued.base_folder()  # if it is missing, the error names the adapter
-            model, adapters = continued.base, [*adapters, str(folder)]
+            description = described(model, folder, "matroyshka", f"model={model!r}")
+            earlier = [name for name in description.adapters if name != model] if description is not None else []
+            model, adapters = continued.base, [*(adapters or earlier), str(folder)]
         # A layer-wise checkpoint has its own head layers.
         head_layers = (None, None) if is_layer_wise(model) else (self.start_layer, self.layer_sep)
         checkpoint = MatroyshkaCheckpoint(model, adapters, *head_layers)

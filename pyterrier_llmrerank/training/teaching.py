@@ -19,7 +19,7 @@ import pyterrier as pt
 
 from ..errors import short
 from ..runs.formats import MAX_LINE, malformed, objects
-from ..runs.journal import JournaledFile, refuse
+from ..runs.journal import JournaledFile, refuse_existing
 from .examples import is_finite, read_example
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def teach(
     if not source.is_file():
         raise FileNotFoundError(f"source={str(source)!r}: no such file; wanted JSON lines.")
     if not resume:
-        refuse(target)
+        refuse_existing(target)
     total = sum(1 for _ in _records(source, overwrite))
     if not total:
         raise ValueError(f"{source}: no training data in it.")
@@ -100,7 +100,7 @@ def teach(
         blocks = _blocks(_records(source, overwrite), chain((block.rows for block in file.blocks), repeat(0)))
         for block in file.blocks:
             records = next(blocks, [])
-            if (len(records), _checksum(records)) != (block.rows, block.source):
+            if (len(records), _checksum(records)) != (block.rows, block.source_checksum):
                 first = f"line {records[0][0]}" if records else "its end"
                 raise ValueError(
                     f"{source}, from {first}: not the lines that {target} was made from; use the same, or delete it."

@@ -217,13 +217,13 @@ MODULE = "layers.0.mlp.up_proj"
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"lora_alpha": "16"}, "lora_alpha is '16'; wanted a number"),
-        ({"lora_alpha": None}, "lora_alpha is None; wanted a number"),
-        ({"lora_alpha": True}, "lora_alpha is True; wanted a number"),
-        ({"lora_alpha": float("nan")}, "lora_alpha is nan; wanted a number"),
-        ({"lora_alpha": 10**400}, r"lora_alpha is 10+\.\.\.; wanted a number"),
-        ({"alpha_pattern": [1]}, r"alpha_pattern is \[1\]; wanted an object"),
-        ({"alpha_pattern": {"up_proj": "x"}}, "alpha_pattern 'up_proj' is 'x'; wanted a number"),
+        ({"lora_alpha": "16"}, "lora_alpha is '16'; expected a number"),
+        ({"lora_alpha": None}, "lora_alpha is None; expected a number"),
+        ({"lora_alpha": True}, "lora_alpha is True; expected a number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan; expected a number"),
+        ({"lora_alpha": 10**400}, r"lora_alpha is 10+\.\.\.; expected a number"),
+        ({"alpha_pattern": [1]}, r"alpha_pattern is \[1\]; expected an object"),
+        ({"alpha_pattern": {"up_proj": "x"}}, "alpha_pattern 'up_proj' is 'x'; expected a number"),
         ({"alpha_pattern": {"(": 1}}, r"alpha_pattern '\('.*unterminated subpattern"),
         ({"alpha_pattern": {"(a+)+$": 1, "(l|l|l)*": 1}}, "too intricate"),
         ({"alpha_pattern": {"(.*)(.*)(.*)x": 1}}, "too intricate"),
@@ -248,8 +248,8 @@ def test_patterns_as_peft_writes_them_are_read(change: Callable[..., Path]) -> N
 @pytest.mark.parametrize(
     ("tensor", "message"),
     [
-        (torch.full((8, 64), float("nan")), "not all numbers of tensor .*up_proj.lora_A.weight' are finite"),
-        (torch.ones(8, 64, dtype=torch.int64), r"up_proj.lora_A.weight' is torch\.int64; wanted one of"),
+        (torch.full((8, 64), float("nan")), "not all values of tensor .*up_proj.lora_A.weight' are finite"),
+        (torch.ones(8, 64, dtype=torch.int64), r"up_proj.lora_A.weight' is torch\.int64; allowed:"),
     ],
 )
 def test_numbers_that_are_no_update_are_named(change: Callable[..., Path], tensor: torch.Tensor, message: str) -> None:

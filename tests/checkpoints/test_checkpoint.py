@@ -197,7 +197,9 @@ def test_a_tensor_of_no_account_changes_nothing(changed: Callable[..., str], mod
 
 def test_a_tensor_by_two_names(changed: Callable[..., str]) -> None:
     folder = changed(RAW, **{"norm.weight": torch.ones(64)})
-    with pytest.raises(ValueError, match=r"has both '(model\.)?norm\.weight' and '(model\.)?norm\.weight'; one is"):
+    with pytest.raises(
+        ValueError, match=r"has both '(model\.)?norm\.weight' and '(model\.)?norm\.weight'; expected one"
+    ):
         MatroyshkaReranker(folder).compute_score(("a", "b"))
 
 
@@ -265,7 +267,7 @@ def test_no_model_folder() -> None:
     ("config", "message"),
     [
         ({"model_type": "vit"}, "model_type 'vit' is not supported; allowed: llama, mistral"),
-        ({"model_type": "bart"}, "model_type 'bart' is an encoder and a decoder; wanted a decoder alone"),
+        ({"model_type": "bart"}, "model_type 'bart' is an encoder and a decoder; expected a decoder alone"),
         ({"quantization_config": {"bits": 4}}, "weights are quantised"),
         ({"attention_dropout": "much"}, r"config\.json does not describe a model_type 'mistral'"),
         ({"num_attention_heads": "many"}, "num_attention_heads is 'many'; allowed: integers from 1 to 16777216"),
@@ -299,7 +301,7 @@ def test_a_head_that_is_missing(changed: Callable[..., str]) -> None:
 
 
 def test_a_head_of_two_labels(changed: Callable[..., str]) -> None:
-    with pytest.raises(ValueError, match=r"'score\.weight' is \[2, 64\]; wanted \[1, 64\]"):
+    with pytest.raises(ValueError, match=r"'score\.weight' is \[2, 64\]; expected \[1, 64\]"):
         heads(RankLLaMACheckpoint(changed(BASE, **{"score.weight": torch.ones(2, 64)}), None))
 
 

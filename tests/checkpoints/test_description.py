@@ -91,6 +91,11 @@ def test_arguments_win_over_the_file(saved: Path) -> None:
     same(other, reranker(token_adapters={}, **POOLED))  # none fits
 
 
+def test_a_saved_reranker_is_no_adapter(saved: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"adapters: .*saved has no adapter_config.json; it is a saved rer"):
+        reranker(adapters=str(saved))
+
+
 @pytest.mark.parametrize(("name", "value", "own"), [("start_layer", 1, 2), ("layer_sep", 2, 1)])
 def test_arguments_that_contradict_the_trained_heads_are_refused(
     tmp_path: Path, name: str, value: int, own: int
@@ -211,6 +216,8 @@ def test_what_training_writes_opens_by_its_folder(tmp_path: Path) -> None:
     again = MatroyshkaReranker(tmp_path / "distilled", training=token, dtype="float32")
     train(again)
     shutil.rmtree(tmp_path / "distilled")  # the later one has a copy
+    resumed = token.open(str(tmp_path / "token"))  # and training continues over it
+    assert [Path(str(adapter.name)).name for adapter in resumed.adapters] == ["adapter-1"]
     compensated = MatroyshkaReranker(tmp_path / "token", dtype="float32")
     same(compensated, reranker(adapters=[str(tmp_path / "token" / "adapter-1")], token_adapters={}))
     assert repr(compensated.at(**POOLED)).endswith(" over adapter-1, token")

@@ -62,9 +62,7 @@ def test_a_weight_that_is_not_in_the_cache_is_named(cached: Cache, tmp_path: Pat
         MatroyshkaReranker("owner/none").compute_score(PAIR)
     (tmp_path / "model" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "part-1.safetensors"}}')
     cached.add("owner/part", tmp_path / "model", NOW, "main", listed=("part-1.safetensors",))
-    with pytest.raises(
-        FileNotFoundError, match=r"model='owner/part': .* names part-1\.safetensors, which is not there"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"model='owner/part': .* names part-1\.safetensors, which is missing"):
         MatroyshkaReranker("owner/part").compute_score(PAIR)
 
 

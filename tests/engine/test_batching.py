@@ -1,4 +1,4 @@
-"""Every pair is run once, alike lengths together, and lack of memory makes batches smaller, not scores fewer."""
+"""Every pair runs once, beside pairs of similar length; if memory runs out, batches shrink and no score is lost."""
 
 from itertools import groupby
 
@@ -36,7 +36,7 @@ def size(pairs: list[Ids], batch: list[int]) -> int:
 
 
 @given(PAIRS, LIMIT, LIMIT)
-def test_each_pair_once_within_the_limits(pairs: list[Ids], tokens: int | None, rows: int | None) -> None:
+def test_each_pair_runs_once_within_the_limits(pairs: list[Ids], tokens: int | None, rows: int | None) -> None:
     seen: list[list[int]] = []
     assert run_in_batches(pairs, seen.append, Budget(tokens, rows)) is None
     assert sorted(index for batch in seen for index in batch) == list(range(len(pairs)))
@@ -49,7 +49,7 @@ def test_each_pair_once_within_the_limits(pairs: list[Ids], tokens: int | None, 
 
 
 @given(PAIRS)
-def test_a_prefix_is_left_once_and_its_longest_pair_goes_first(pairs: list[Ids]) -> None:
+def test_a_prefixs_pairs_follow_each_other_longest_first(pairs: list[Ids]) -> None:
     seen: list[list[int]] = []
     run_in_batches(pairs, seen.append, Budget(pairs=1))
     in_order = [pairs[index] for (index,) in seen]
@@ -61,7 +61,7 @@ def test_a_prefix_is_left_once_and_its_longest_pair_goes_first(pairs: list[Ids])
 
 
 @given(PAIRS, st.integers(1, 300), LIMIT, LIMIT)
-def test_the_work_goes_on_when_memory_is_short(
+def test_all_pairs_run_when_memory_is_short(
     pairs: list[Ids], memory: int, tokens: int | None, rows: int | None
 ) -> None:
     done: list[int] = []
@@ -81,7 +81,7 @@ def test_the_work_goes_on_when_memory_is_short(
 
 
 @given(st.lists(st.integers(0, 5), max_size=30), st.integers(1, 12))
-def test_chunks_part_no_query(queries: list[int], size: int) -> None:
+def test_chunks_hold_whole_queries(queries: list[int], size: int) -> None:
     made = list(query_chunks(queries, size))
     assert sorted(index for chunk in made for index in chunk) == list(range(len(queries)))
     assert all(len(chunk) >= size for chunk in made[:-1])
@@ -89,8 +89,7 @@ def test_chunks_part_no_query(queries: list[int], size: int) -> None:
     assert sum(map(len, of_chunks)) == len(set(queries))
 
 
-def test_what_fitted_once_is_not_tried_larger() -> None:
-    """One failure shows the limit; it is not run into again with every batch."""
+def test_one_failure_sets_the_limit_for_all_later_batches() -> None:
     failures = 0
 
     def run(batch: list[int]) -> None:
@@ -103,7 +102,7 @@ def test_what_fitted_once_is_not_tried_larger() -> None:
     assert failures == 4  # 100, 50, 25, 13
 
 
-def test_one_failure_halves_and_no_more() -> None:
+def test_one_failure_halves_a_batch_once() -> None:
     """Long prefixes and short bodies: a batch of half as many pairs has nearly as many tokens."""
     pairs = [Ids([1] * 190, [2] * 10, [3] * 17)] * 80
     sizes: list[int] = []
@@ -117,7 +116,7 @@ def test_one_failure_halves_and_no_more() -> None:
     assert sizes == [80, 40, 40]
 
 
-def test_halving_ends_where_pairs_are_nothing_but_a_prefix() -> None:
+def test_halving_ends_for_pairs_without_body_and_suffix() -> None:
     def run(batch: list[int]) -> None:
         if len(batch) > 1:
             raise MemoryError
@@ -125,7 +124,7 @@ def test_halving_ends_where_pairs_are_nothing_but_a_prefix() -> None:
     assert run_in_batches([Ids([1] * 9, [], [])] * 8, run, Budget(tokens=100)) is None
 
 
-def test_a_score_that_failed_is_no_lack_of_memory() -> None:
+def test_a_scoring_error_is_not_taken_for_lack_of_memory() -> None:
     def run(batch: list[int]) -> None:
         raise ScoringError("the score of docno 'out of memory' is not finite", None)
 
@@ -133,7 +132,7 @@ def test_a_score_that_failed_is_no_lack_of_memory() -> None:
         run_in_batches([Ids([1], [2], [])], run, Budget())
 
 
-def test_other_errors_pass() -> None:
+def test_other_errors_are_raised() -> None:
     def run(batch: list[int]) -> None:
         raise RuntimeError("shapes do not match")
 

@@ -1,4 +1,4 @@
-"""A text that is cut before it is tokenised has the ids that it has uncut."""
+"""Cutting a text before it is tokenised does not change its first ids."""
 
 from collections.abc import Callable
 from functools import cache
@@ -55,7 +55,7 @@ def fast(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def with_model(normalizer: Any, pre_tokenizer: Any, added: AddedToken | None = None, **options: Any) -> Any:
-    """The tiny tokenizer's merges under other steps; with an option of the model changed, or a token added."""
+    """The tiny tokenizer with other steps, other model options or an added token."""
     made = Tokenizer.from_str(RAW.backend_tokenizer.to_str())
     made.normalizer, made.pre_tokenizer = normalizer, pre_tokenizer
     for name, value in options.items():
@@ -66,7 +66,7 @@ def with_model(normalizer: Any, pre_tokenizer: Any, added: AddedToken | None = N
 
 
 def with_piece(*pieces: str) -> PreTrainedTokenizerFast:
-    """One whose merges reach across a space."""
+    """A tokenizer with merges across a space."""
     vocabulary = {piece: number for number, piece in enumerate(["▁", "a", "b", *pieces])}
     merges = [("a", "▁"), ("▁", "a"), ("a▁", "b")]
     made = Tokenizer(models.BPE(vocabulary, [pair for pair in merges if "".join(pair) in vocabulary], unk_token="b"))
@@ -139,7 +139,7 @@ NOT_CUT = {
 
 
 @pytest.mark.parametrize("kind", NOT_CUT)
-def test_texts_are_not_cut_where_that_cannot_be_proven(kind: str) -> None:
+def test_texts_are_not_cut_unless_that_is_provably_safe(kind: str) -> None:
     tokenizer = NOT_CUT[kind]()
     assert not may_cut(tokenizer)
     text = words(1, 400) + " new york 4"
@@ -158,7 +158,7 @@ def test_texts_are_not_cut_where_that_cannot_be_proven(kind: str) -> None:
         ("a normalizer of its own", "a b", 1),
     ],
 )
-def test_and_cutting_there_would_be_wrong(kind: str, text: str, cut: int) -> None:
+def test_cutting_those_would_change_ids(kind: str, text: str, cut: int) -> None:
     tokenizer = NOT_CUT[kind]()
     whole, before = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (text, text[:cut]))
     assert whole[: len(before)] != before
@@ -180,7 +180,7 @@ def test_first_ids_are_those_of_the_whole_text(kind: str, made: Callable, monkey
 
 
 class Watched:
-    """A tokenizer that says how many characters it was given with each call."""
+    """A tokenizer that records how many characters each call gets."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -194,7 +194,7 @@ class Watched:
         return self.tokenizer(texts, **options)
 
 
-def test_of_a_long_text_only_its_beginning_is_tokenised() -> None:
+def test_only_the_beginning_of_a_long_text_is_tokenised() -> None:
     long = [words(seed, 3_000) * 8 for seed in range(4)]
     watched = Watched(RAW)
     got = RankLLaMAInputs()(watched, [("panda", text) for text in [*long, "short"]])
@@ -207,7 +207,7 @@ def test_of_a_long_text_only_its_beginning_is_tokenised() -> None:
 
 
 class Letters:
-    """A tokenizer that says nothing of how it works: an id a character."""
+    """A tokenizer with an id per character, and no description of its steps."""
 
     added_tokens_decoder: ClassVar[dict[int, AddedToken]] = {}
 
@@ -219,13 +219,13 @@ class Letters:
         return {"input_ids": [list(map(ord, text)) for text in texts]}
 
 
-def test_few_long_texts_that_cannot_be_cut_are_tokenised_together() -> None:
+def test_long_texts_that_cannot_be_cut_go_into_calls_of_limited_size() -> None:
     tokenizer, texts = Letters(), ["a b" * 300_000, "panda", "b c" * 50_000, "c" * 1_200_000, "tide"]
     assert token_ids(tokenizer, texts, 4) == [list(map(ord, text[:4])) for text in texts]
     assert tokenizer.calls == [[900_000, 5], [150_000], [1_200_000], [4]]
 
 
-def test_it_is_found_out_once_for_a_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokenizer_is_examined_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(boundaries, "may_cut", lambda tokenizer: asked.append(tokenizer) or True)
     tokenizer = fast(byte_level())

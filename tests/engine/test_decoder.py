@@ -1,4 +1,4 @@
-"""The walk through the layers equals transformers' own forward, and compression equals its definition."""
+"""Layer-wise execution equals transformers' own forward, and compression equals its definition."""
 
 import pytest
 import torch
@@ -6,7 +6,8 @@ from test_pooling import by_definition
 from transformers import AutoConfig, AutoModel, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from pyterrier_llmrerank.checkpoints.families import FAMILIES
-from pyterrier_llmrerank.engine.decoder import ATTENTION, KnownPrefix, decode, embedded, run_layers
+from pyterrier_llmrerank.engine.attention import ATTENTION, PrefixCache
+from pyterrier_llmrerank.engine.decoder import decode, embedded, run_layers
 from pyterrier_llmrerank.engine.inputs import Ids
 from pyterrier_llmrerank.engine.packing import PackedPairs
 
@@ -31,7 +32,7 @@ CONFIGS = {
             "original_max_position_embeddings": 64,
         },
     ),
-    "llama, stray window": LlamaConfig(**SIZES, sliding_window=5),  # which its layers do not look at
+    "llama, stray window": LlamaConfig(**SIZES, sliding_window=5),  # its layers ignore it
     "mistral": MistralConfig(**SIZES, sliding_window=None),
     "mistral, window": MistralConfig(**SIZES, sliding_window=5),
     "qwen2": Qwen2Config(**SIZES),
@@ -42,7 +43,7 @@ ROWS = [(4, 9, 3), (2, 0, 2), (3, 17, 2), (4, 6, 3)]
 
 
 def models(name: str) -> tuple[AutoModel, AutoModel]:
-    """The same random weights under our attention and under transformers' eager one."""
+    """The same random weights with our attention and with transformers' eager one."""
     torch.manual_seed(1)
     ours = AutoModel.from_config(CONFIGS[name], attn_implementation=ATTENTION).eval()
     theirs = AutoModel.from_config(AutoConfig.for_model(**CONFIGS[name].to_dict()), attn_implementation="eager").eval()
@@ -51,7 +52,7 @@ def models(name: str) -> tuple[AutoModel, AutoModel]:
 
 
 def pairs() -> list[Ids]:
-    """As long as ROWS says; the first and the last have one prefix."""
+    """Random pairs of the lengths in ROWS; the first and the last share a prefix."""
     generator = torch.Generator().manual_seed(2)
     made = [Ids(*(torch.randint(0, 60, (size,), generator=generator).tolist() for size in row)) for row in ROWS]
     return [*made[:-1], made[-1]._replace(prefix=made[0].prefix)]
@@ -78,7 +79,7 @@ def test_equals_the_models_own_forward(name: str, whole_layers: bool) -> None:
 @pytest.mark.parametrize("ratio", [2, 4])
 @torch.inference_mode()
 def test_compression_equals_full_attention_matrices(name: str, ratio: int) -> None:
-    """Layers 1 and 3 pool; a reference takes their weights out of transformers' eager attention, row by row."""
+    """Pooling before layers 1 and 3 gives the same as weights out of transformers' eager attention, row by row."""
     ours, theirs = models(name)
     states = decode(ours, PackedPairs(pairs()), [2, 4], compress_layers={1, 3}, compress_ratio=ratio)
     for row, (prefix, body, suffix) in enumerate(ROWS):
@@ -106,21 +107,21 @@ def test_compression_equals_full_attention_matrices(name: str, ratio: int) -> No
 @pytest.mark.parametrize("pooling", [{}, {"compress_layers": {1, 3}, "compress_ratio": 2}])
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.inference_mode()
-def test_what_a_batch_has_run_of_a_prefix_is_seen_by_the_next(name: str, pooling: dict) -> None:
+def test_a_batch_reuses_the_prefix_of_the_one_before(name: str, pooling: dict) -> None:
     ours, _ = models(name)
     one, *others, two = pairs()
-    prefix = KnownPrefix(one.prefix)
-    first, _ = run_layers(ours, embedded(ours, PackedPairs([*others, one])), [2, 4], leaves=prefix, **pooling)
-    row = embedded(ours, PackedPairs([two, others[0]], known=prefix.ids))
+    prefix = PrefixCache(one.prefix)
+    first, _ = run_layers(ours, embedded(ours, PackedPairs([*others, one])), [2, 4], save_prefix=prefix, **pooling)
+    row = embedded(ours, PackedPairs([two, others[0]], cached_prefix=prefix.ids))
     assert len(row.states) == len(two.body + two.suffix) + others[0].length
-    second, _ = run_layers(ours, row, [2, 4], before=prefix, **pooling)
+    second, _ = run_layers(ours, row, [2, 4], reuse_prefix=prefix, **pooling)
     for got, pair in ((first[:, 2], one), (second[:, 0], two), (second[:, 1], others[0])):
         alone = decode(ours, PackedPairs([pair]), [2, 4], **pooling)
         torch.testing.assert_close(got, alone[:, 0], atol=2e-5, rtol=2e-5)
 
 
 @torch.inference_mode()
-def test_a_window_is_honoured_after_compression_and_never_gives_nan() -> None:
+def test_a_sliding_window_is_honoured_after_compression_and_never_gives_nan() -> None:
     ours, _ = models("mistral, window")
     together = decode(ours, PackedPairs(pairs()), [4], compress_layers={1, 2}, compress_ratio=2)
     assert together.isfinite().all()
@@ -130,18 +131,18 @@ def test_a_window_is_honoured_after_compression_and_never_gives_nan() -> None:
 
 
 @torch.inference_mode()
-def test_layers_below_the_cutoff_are_not_touched() -> None:
+def test_layers_above_the_cutoff_do_not_run() -> None:
     ours, _ = models("mistral")
-    ours.layers[2] = ours.layers[3] = torch.nn.Identity()  # which would fail on the arguments of a layer
+    ours.layers[2] = ours.layers[3] = torch.nn.Identity()  # fails on the arguments of a layer
     assert decode(ours, PackedPairs(pairs()), [2]).shape == (1, len(ROWS), 32)
 
 
 def test_gradients_flow_through_the_pooling_weights() -> None:
-    """Training the compressed pass needs the attention that weighs the pooling to learn too."""
+    """In training with compression, the attention that weighs the pooling learns too."""
     ours, _ = models("mistral")
     for projection in (ours.layers[0].self_attn.q_proj, ours.layers[0].self_attn.k_proj):
         projection.weight.data *= 30  # sharp attention, so that the weights are far from equal
-    ours.layers[0].self_attn.o_proj.weight.data.zero_()  # now the pooling is all that this attention does
+    ours.layers[0].self_attn.o_proj.weight.data.zero_()  # this attention now acts through pooling alone
     query = ours.layers[0].self_attn.q_proj.weight
     direction = torch.randn(1, len(ROWS), 32, generator=torch.Generator().manual_seed(3))
 

@@ -1,4 +1,4 @@
-"""Decoders of other families are run by their own forward, and those of ours get the same scores from it."""
+"""Decoders of other families run by their own forward, which gives supported families the same scores."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ CONFIGS = {
     "gpt_neox": GPTNeoXConfig(**SIZES, intermediate_size=48, pad_token_id=0),
     "mixtral": MixtralConfig(**LLAMA_LIKE, num_local_experts=2, pad_token_id=0),
     "phi3": Phi3Config(**LLAMA_LIKE, pad_token_id=0),
-    "qwen2_moe": Qwen2MoeConfig(  # is saved with a sliding window of 0
+    "qwen2_moe": Qwen2MoeConfig(  # saved with a sliding window of 0
         **LLAMA_LIKE, num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16, pad_token_id=0
     ),
 }
@@ -52,7 +52,7 @@ PAIRS = [("panda", words(3, 9)), ("panda", words(4, 30)), ("bear tree", words(5,
 
 
 def saved(folder: Path, config: PreTrainedConfig, kind: type = AutoModelForSequenceClassification) -> torch.nn.Module:
-    """A random model on disk, with the tokenizer of another."""
+    """Save a random model, with the tokenizer of another."""
     torch.manual_seed(3)
     options = {"num_labels": 1} if kind is AutoModelForSequenceClassification else {}
     config = type(config)(**{**config.to_dict(), **options})
@@ -63,7 +63,7 @@ def saved(folder: Path, config: PreTrainedConfig, kind: type = AutoModelForSeque
 
 
 def add(folder: Path, name: str, tensor: torch.Tensor | None = torch.ones(3)) -> None:  # noqa: B008
-    """Put one more tensor into a model's file, or take one out."""
+    """Add a tensor to a model's file, or remove one."""
     file = folder / "model.safetensors"
     tensors = load_file(file)
     tensors.pop(name, None)
@@ -99,26 +99,26 @@ def test_matroyshka_over_another_family_reads_layers_through_the_final_norm(tmp_
                 assert score == pytest.approx((state @ head).item(), abs=1e-5)
 
 
-def test_both_paths_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_decoders_give_the_same_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     makers = [
         lambda: MatroyshkaReranker(BASE, adapters=[MODELS / "adapter_sd"], start_layer=2, cutoff=[2, 5, 8]),
         lambda: RankLLaMAReranker(MODELS / "rankllama_adapter", base_model=MODELS / "rankllama_base"),
     ]
     for make in makers:
-        walked = make()
-        walked.dtype = "float32"
-        wanted = walked.compute_score(PAIRS)
+        layerwise = make()
+        layerwise.dtype = "float32"
+        wanted = layerwise.compute_score(PAIRS)
         with monkeypatch.context() as patched:
             patched.setattr(checkpoints, "FAMILIES", ())
             plain = make()
             plain.dtype = "float32"
-            del walked  # or it would share its weights
+            del layerwise  # else its weights are shared
             np.testing.assert_allclose(plain.compute_score(PAIRS), wanted, atol=1e-4)
             assert not plain._weights().checkpoint.supports_layerwise
 
 
-def test_a_size_for_each_layer(tmp_path: Path) -> None:
-    """Gemma 3n has layers of several widths, and its layers leave several states a token."""
+def test_layers_may_differ_in_size(tmp_path: Path) -> None:
+    """Gemma 3n has layers of several widths, and several states per token between them."""
     config = Gemma3nTextConfig(
         **LLAMA_LIKE | {"intermediate_size": [48, 64, 32]}, head_dim=8, hidden_size_per_layer_input=8, laurel_rank=4,
         vocab_size_per_layer_input=700, num_kv_shared_layers=0, activation_sparsity_pattern=[0.0] * 3, pad_token_id=0,
@@ -132,7 +132,7 @@ def test_a_size_for_each_layer(tmp_path: Path) -> None:
         with torch.inference_mode():
             state = model.base_model(input_ids=torch.tensor([pair.flat()])).last_hidden_state[0, -1]
             assert score == pytest.approx((state @ head).item(), abs=1e-5)
-    with pytest.raises(ValueError, match="cutoff=2: .* is not a model of which the final norm is known; allowed: 3"):
+    with pytest.raises(ValueError, match="cutoff=2: the final norm of .* is not known; allowed: 3"):
         reranker.at(cutoff=2).compute_score(PAIRS)
     path = tmp_path / "config.json"
     for sizes in ([0, 64, 32], [48, 64, 2.5], "48"):
@@ -175,14 +175,14 @@ def test_gemma_2_under_the_name_of_gemma_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("buffer", ["attn.masked_bias", "attention.bias", "rotary_emb.inv_freq", "lm_head.weight"])
-def test_a_tensor_of_no_account_changes_nothing(tmp_path: Path, name: str, buffer: str) -> None:
+def test_tensors_that_are_computed_or_unused_change_nothing(tmp_path: Path, name: str, buffer: str) -> None:
     saved(tmp_path, CONFIGS[name])
     wanted = RankLLaMAReranker(tmp_path).compute_score(PAIRS)
     add(tmp_path, buffer if buffer == "lm_head.weight" else f"model.layers.0.{buffer}")
     np.testing.assert_array_equal(RankLLaMAReranker(tmp_path).compute_score(PAIRS), wanted)
 
 
-def test_a_language_models_head_that_is_missing_is_not_made_up(tmp_path: Path) -> None:
+def test_a_missing_language_model_head_is_an_error(tmp_path: Path) -> None:
     saved(tmp_path, CONFIGS["phi3"])
     add(tmp_path, "score.weight", None)
     with pytest.raises(ValueError, match=r"the checkpoint has no tensor 'lm_head\.weight'"):
@@ -190,8 +190,8 @@ def test_a_language_models_head_that_is_missing_is_not_made_up(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", [AutoModelForSequenceClassification, AutoModelForCausalLM])
-def test_weights_are_read_from_the_form_that_is_whole(tmp_path: Path, kind: type) -> None:
-    """An index that was left of another form is passed over."""
+def test_weights_are_read_from_the_complete_format(tmp_path: Path, kind: type) -> None:
+    """A leftover index of another format is ignored."""
     saved(tmp_path, CONFIGS["gpt2"], kind)
     reranker = RankLLaMAReranker if kind is AutoModelForSequenceClassification else MatroyshkaReranker
     wanted = reranker(tmp_path, dtype="float32").compute_score(PAIRS)
@@ -231,7 +231,7 @@ def test_linear_layers_are_quantised(tmp_path: Path) -> None:
         RankLLaMAReranker(tmp_path / "gpt2", quantization="int8").compute_score(PAIRS)
 
 
-def test_what_the_plain_path_does_not_do_is_said(tmp_path: Path) -> None:
+def test_unsupported_options_are_refused(tmp_path: Path) -> None:
     saved(tmp_path / "gpt2", CONFIGS["gpt2"], AutoModelForCausalLM)
     with pytest.raises(ValueError, match=r"compress_ratio=2: the layers of .*'gpt2'.* cannot be run one by one"):
         MatroyshkaReranker(tmp_path / "gpt2", compress_layers=1, compress_ratio=2)
@@ -250,11 +250,11 @@ def test_what_the_plain_path_does_not_do_is_said(tmp_path: Path) -> None:
     )
     saved(tmp_path / "opt", opt, AutoModelForCausalLM)
     assert np.isfinite(MatroyshkaReranker(tmp_path / "opt", start_layer=1).compute_score(PAIRS[0]))
-    with pytest.raises(ValueError, match="cutoff=2: .* is not a model of which the final norm is known; allowed: 3"):
+    with pytest.raises(ValueError, match="cutoff=2: the final norm of .* is not known; allowed: 3"):
         MatroyshkaReranker(tmp_path / "opt", start_layer=1, cutoff=2).compute_score(PAIRS[0])
     bert = BertConfig(**SIZES, intermediate_size=48)
     saved(tmp_path / "bert", bert)
-    with pytest.raises(ValueError, match="model_type 'bert' lets a token see those after it"):
+    with pytest.raises(ValueError, match="in model_type 'bert' a token sees later ones"):
         RankLLaMAReranker(tmp_path / "bert").compute_score(PAIRS[0])
 
 
@@ -277,8 +277,8 @@ TABLES = {
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_a_pair_that_is_longer_than_a_models_positions_is_named(tmp_path: Path, name: str) -> None:
-    """The longest that fits is scored, one token more is refused before its chunk is scored."""
+def test_a_pair_longer_than_the_models_positions_is_named(tmp_path: Path, name: str) -> None:
+    """The longest pair that fits is scored; one more token is refused before its chunk is scored."""
     saved(tmp_path, TABLES[name], AutoModelForCausalLM)
     reranker = MatroyshkaReranker(tmp_path, dtype="float32")
     reranker._encode = lambda _, pairs: [Ids([1, 2], list(range(3, int(text))), [7, 8, 9]) for _, text in pairs]
@@ -291,7 +291,7 @@ def test_a_pair_that_is_longer_than_a_models_positions_is_named(tmp_path: Path, 
     assert info.value.scores.empty
 
 
-def test_computed_positions_have_no_end(tmp_path: Path) -> None:
+def test_computed_positions_allow_any_length(tmp_path: Path) -> None:
     config = Phi3Config(**LLAMA_LIKE, pad_token_id=0, max_position_embeddings=8, original_max_position_embeddings=8)
     saved(tmp_path, config)
     assert np.isfinite(RankLLaMAReranker(tmp_path, dtype="float32").compute_score(PAIRS)).all()

@@ -1,4 +1,4 @@
-"""Texts become exactly the ids that the original programs make of them."""
+"""Texts become exactly the ids of the original programs."""
 
 import pytest
 from conftest import MODELS, golden
@@ -18,7 +18,7 @@ def test_rankllama_ids_are_the_original_ones(run: str) -> None:
     pairs, run_golden = RANKLLAMA["pairs"], next(r for r in RANKLLAMA["runs"] if r["id"] == run)
     got = RankLLaMAInputs()(TOKENIZER, [(p["query"], document(p["text"], p.get("title"))) for p in pairs])
     for pair, ids, wanted in zip(pairs, got, run_golden["input_ids"], strict=True):
-        if "title" in pair or run == "title_fixed_unpadded":  # the other run drops the prefix with the title
+        if "title" in pair or run == "title_fixed_unpadded":  # the other run drops prefix and title together
             assert ids.flat() == wanted
 
 
@@ -52,7 +52,7 @@ def test_matroyshkas_training_ids_are_the_original_ones(batch: str) -> None:
 
 
 @given(st.text(max_size=60), st.text(max_size=300), st.integers(1, 40), st.integers(1, 60))
-def test_rankllama_never_exceeds_its_cap_at_the_passages_expense(query: str, text: str, q: int, p: int) -> None:
+def test_rankllama_cuts_queries_rather_than_passages_to_its_limit(query: str, text: str, q: int, p: int) -> None:
     (ids,) = RankLLaMAInputs(q, p)(TOKENIZER, [(query, document(text))])
     body = token_ids(TOKENIZER, [document(text)], p)[0]
     assert ids.body == [1, *body]
@@ -82,5 +82,5 @@ def test_parts_of_a_document() -> None:
     assert document("text", "") == "document:  text"
 
 
-def test_nothing_in_nothing_out() -> None:
+def test_no_texts_have_no_ids() -> None:
     assert token_ids(TOKENIZER, [], 5) == []

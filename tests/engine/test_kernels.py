@@ -1,4 +1,4 @@
-"""Every kernel of attention gives what SDPA gives; what cannot run is said before anything is scored."""
+"""All attention kernels give the same as SDPA; a kernel that cannot run raises an error before scoring starts."""
 
 from typing import Any
 
@@ -23,13 +23,13 @@ FLASH = "flash_attention_2"
 
 @pytest.fixture(autouse=True)
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FlexAttention's reference, so that no test waits for a compiler."""
+    """Use FlexAttention's uncompiled reference, so that no test waits for a compiler."""
     monkeypatch.setattr(kernels, "_compiled_flex", lambda: flex_attention)
 
 
 @pytest.fixture
 def flash(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
-    """In place of FlashAttention, what asks as it does and lays its output out as it does; the windows it is given."""
+    """Replace FlashAttention by a function with its signature and output layout; return the windows it gets."""
     windows: list[int | None] = []
 
     def stand_in(
@@ -52,7 +52,7 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
 @pytest.mark.parametrize("name", ["eager", "flex_attention", FLASH])
 @pytest.mark.parametrize("family", CONFIGS)
 @torch.inference_mode()
-def test_every_kernel_gives_what_sdpa_gives(flash: list[int | None], family: str, name: str) -> None:
+def test_all_kernels_equal_sdpa(flash: list[int | None], family: str, name: str) -> None:
     ours, _ = models(family)
     calls = []
     kernel = kernels.kernel_of(name, CPU, torch.float32)
@@ -65,7 +65,7 @@ def test_every_kernel_gives_what_sdpa_gives(flash: list[int | None], family: str
         wanted = decode(ours, PackedPairs(pairs()), [2, 4], **pooled)
         got, _ = run_layers(ours, embedded(ours, PackedPairs(pairs())), [2, 4], kernel=counted, **pooled)
         torch.testing.assert_close(got, wanted, atol=2e-5, rtol=2e-5)
-    assert len(calls) == 6  # of two times four layers all but the last, which is taken apart
+    assert len(calls) == 6  # four layers twice, without the deepest, which calls no kernel
     if name == FLASH:
         windowed = family in ("mistral, window", "qwen2, window")
         assert set(flash) - {None} == ({5} if windowed else set())
@@ -90,7 +90,7 @@ def test_scores_do_not_depend_on_the_kernel(flash: list[int | None], name: str) 
 
 
 def test_padding_is_masked_by_sdpa(flash: list[int | None]) -> None:
-    """Before the first pooling, the released code's padding stands in the sequence."""
+    """Before the first pooling, the released code's padding is part of the sequence."""
     shape = {"compress_layers": 3, "compress_ratio": 2, "released": True, "dtype": "float32"}
     wanted = MatroyshkaReranker(FULL, **shape)(frame())["score"]
     got = MatroyshkaReranker(FULL, attn_implementation=FLASH, **shape)(frame())["score"]
@@ -98,7 +98,7 @@ def test_padding_is_masked_by_sdpa(flash: list[int | None]) -> None:
     assert len(flash) == 4  # layers 3 to 6 of 0 to 7
 
 
-def test_flash_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attention_that_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in kernels.FLASH:
         reranker = MatroyshkaReranker(FULL, attn_implementation=name, device="cpu")
         with pytest.raises(
@@ -114,20 +114,20 @@ def test_flash_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(kernels.kernel_of(FLASH, cuda, torch.bfloat16), kernels.Flash)
 
 
-def test_flex_where_it_cannot_run() -> None:
+def test_flex_attention_that_cannot_run_is_refused() -> None:
     with pytest.raises(ValueError, match="attn_implementation='flex_attention' cannot be used on mps"):
         kernels.kernel_of("flex_attention", torch.device("mps"), torch.float32)
 
 
-def test_the_real_flash_functions_take_what_is_given() -> None:
-    """Transformers' function is reached, and fails on nothing but the missing package."""
+def test_transformers_flash_function_accepts_the_call() -> None:
+    """It fails only because the package is missing."""
     states = torch.zeros(1, 2, 3, 8, dtype=torch.bfloat16)
     with pytest.raises(ImportError, match="flash_attn|kernels|flash_attention_2"):
         kernels.Flash(FLASH)(states, states, states, 1.0, None)
 
 
 def test_eager_attention_does_not_overflow_in_fp16() -> None:
-    """The products are too large for fp16 before they are scaled, not after."""
+    """Products of queries and keys overflow in fp16 unless queries are scaled first."""
     generator = torch.Generator().manual_seed(1)
     query, key, value = (torch.randn(2, 4, 9, 64, generator=generator) for _ in range(3))
     query, key = (40 * states.sign() + states for states in (query, key[:, :2]))

@@ -1,4 +1,4 @@
-"""Operations counted from tokens are those that torch counts when they are run."""
+"""Operations counted from tokens equal those that torch counts while the model runs."""
 
 from pathlib import Path
 from typing import Any
@@ -32,20 +32,20 @@ def counted(reranker: MatroyshkaReranker, queries: int, documents: int) -> tuple
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_those_of_the_layers_matrices_are_what_torch_counts(name: str) -> None:
+def test_operations_of_the_layers_matrices_equal_torchs_count(name: str) -> None:
     reranker = FULL.at(**SHAPES[name])
     operations, rows = counted(reranker, 3, 8)
     with FlopCounterMode(display=False) as counter:
         scored = reranker.transform(rows)
     exits = scored["exit_layer"].to_numpy() if "exit_layer" in scored else None
     shape = reranker._shape(reranker._weights().checkpoint)
-    operations._width = 0  # heads and attention are products of batches to torch
+    operations._width = 0  # torch counts heads and attention apart, as batched products
     operations._layers = [layer._replace(attended=0) for layer in operations._layers]
     own = operations(shape.cutoffs, shape.compress_layers, shape.compress_ratio, exits).sum()
     assert own == counter.get_flop_counts()["Global"][torch.ops.aten.mm]
 
 
-def test_attention_and_heads_token_by_token() -> None:
+def test_operations_of_attention_and_heads_equal_a_count_by_token() -> None:
     operations, _ = counted(FULL, 2, 3)
     matrices = operations._layers
     operations._layers = [layer._replace(matrices=0, keys_values=0) for layer in matrices]
@@ -55,18 +55,18 @@ def test_attention_and_heads_token_by_token() -> None:
     ):
         length = prefix + body + suffix
         keys = sum(range(prefix + 1, length + 1)) + (sum(range(1, prefix + 1)) if pair % 3 == 0 else 0)
-        wanted[pair // 3] += 4 * 64 * (2 * keys + length) + 2 * 64 * 2  # two whole layers and one for what is read
+        wanted[pair // 3] += 4 * 64 * (2 * keys + length) + 2 * 64 * 2  # two layers for all tokens, one for the last
     assert operations([2, 3]).tolist() == wanted.tolist()
 
 
 @pytest.mark.parametrize("window", [None, 1, 4, 50])
-def test_a_window_bounds_what_a_token_sees(window: int | None) -> None:
+def test_a_sliding_window_limits_the_keys(window: int | None) -> None:
     layer = Layer(0, 0, 0, window)
     wanted = [sum(min(token, window or token) for token in range(1, n + 1)) for n in range(9)]
     assert layer.keys(np.arange(9)).tolist() == wanted
 
 
-def test_a_query_whose_pairs_another_has_takes_none() -> None:
+def test_a_query_without_pairs_of_its_own_takes_none() -> None:
     operations, _ = counted(FULL, 2, 3)
     operations._queries = 3
     by_query = operations([8])
@@ -75,7 +75,7 @@ def test_a_query_whose_pairs_another_has_takes_none() -> None:
     assert (by_query[:2] > 0).all()
 
 
-def test_models_that_are_not_walked_cost_the_same_at_any_depth(tmp_path: Path) -> None:
+def test_a_fallback_decoder_takes_the_same_at_any_depth(tmp_path: Path) -> None:
     config = GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=700, n_positions=128, pad_token_id=0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(MODELS / "mistral_base").save_pretrained(tmp_path)
@@ -85,4 +85,4 @@ def test_models_that_are_not_walked_cost_the_same_at_any_depth(tmp_path: Path) -
     operations = Operations(decoder, ids, np.zeros(4, dtype=int), 1)
     assert operations([1]) == operations([3])
     per_layer = 2 * 12 * 32 * 32 * sum(pair.length for pair in ids)
-    assert operations([3])[0] == pytest.approx(3 * per_layer, rel=0.5)  # and attention
+    assert operations([3])[0] == pytest.approx(3 * per_layer, rel=0.5)  # the rest is attention

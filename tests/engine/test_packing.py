@@ -1,4 +1,4 @@
-"""Every pair can be read back out of the packed row, and a prefix stands there once."""
+"""Every pair can be read back from the packed row, which holds each prefix once."""
 
 import numpy as np
 from hypothesis import given
@@ -15,7 +15,7 @@ PAIRS = st.lists(
 
 
 @given(PAIRS)
-def test_pairs_are_read_back_as_they_were(pairs: list[Ids]) -> None:
+def test_pairs_are_read_back_unchanged(pairs: list[Ids]) -> None:
     rows = PackedPairs(pairs)
     assert len(rows) == len(pairs)
     assert rows.longest == max(pair.length for pair in pairs)
@@ -27,24 +27,24 @@ def test_pairs_are_read_back_as_they_were(pairs: list[Ids]) -> None:
 
 
 @given(PAIRS, st.sampled_from(PREFIXES), st.sampled_from([1, 2, 4]))
-def test_a_known_prefix_stands_after_the_row(pairs: list[Ids], known: list[int], ratio: int) -> None:
-    pairs = [*pairs, Ids([6], [], [])]  # which is read at the end of its prefix
-    rows = PackedPairs(pairs, known=known)
-    in_places = np.concatenate([rows.ids, np.array(known, dtype=int)])
+def test_a_cached_prefix_follows_the_row(pairs: list[Ids], cached: list[int], ratio: int) -> None:
+    pairs = [*pairs, Ids([6], [], [])]  # read at the end of its prefix
+    rows = PackedPairs(pairs, cached_prefix=cached)
+    in_places = np.concatenate([rows.ids, np.array(cached, dtype=int)])
     for index, pair in enumerate(pairs):
         assert in_places[rows.places[index, : pair.length]].tolist() == pair.flat()
-        assert (rows.owner[index] < 0) == (pair.prefix == known)
-    distinct = {tuple(pair.prefix) for pair in pairs} - {tuple(known)}
+        assert (rows.owner[index] < 0) == (pair.prefix == cached)
+    distinct = {tuple(pair.prefix) for pair in pairs} - {tuple(cached)}
     assert len(rows.ids) == sum(map(len, distinct)) + sum(len(pair.body) + len(pair.suffix) for pair in pairs)
     assert rows.ids[rows.last_prefix].tolist() == pairs[-1].prefix
-    assert PackedPairs(pairs, known=[6]).owner[-1] == len(pairs) - 1
+    assert PackedPairs(pairs, cached_prefix=[6]).owner[-1] == len(pairs) - 1
     pooled = rows.pooled(ratio)
     own = pooled.places[pooled.pair_of_token, pooled.positions]
     np.testing.assert_array_equal(own, np.arange(len(own)))
 
 
 @given(PAIRS, st.none() | st.just(7))
-def test_rows_and_positions_say_where_each_token_stands(pairs: list[Ids], pad_id: int | None) -> None:
+def test_pair_and_position_of_each_token_lead_back_to_it(pairs: list[Ids], pad_id: int | None) -> None:
     rows = PackedPairs(pairs, pad_id)
     back = rows.places[rows.pair_of_token, rows.positions]
     np.testing.assert_array_equal(back, np.arange(len(rows.ids)))
@@ -52,7 +52,7 @@ def test_rows_and_positions_say_where_each_token_stands(pairs: list[Ids], pad_id
 
 
 @given(PAIRS)
-def test_padding_fills_up_to_a_multiple_of_eight_and_counts_as_nothing(pairs: list[Ids]) -> None:
+def test_pairs_are_padded_to_a_multiple_of_eight(pairs: list[Ids]) -> None:
     rows = PackedPairs(pairs, pad_id=7)
     for index, pair in enumerate(pairs):
         assert rows.lengths[index] % 8 == 0
@@ -63,7 +63,7 @@ def test_padding_fills_up_to_a_multiple_of_eight_and_counts_as_nothing(pairs: li
 
 
 @given(PAIRS, st.sampled_from([2, 4, 8]))
-def test_pooling_shortens_bodies_alone(pairs: list[Ids], ratio: int) -> None:
+def test_pooling_shortens_bodies_only(pairs: list[Ids], ratio: int) -> None:
     after = PackedPairs(pairs).pooled(ratio)
     assert after.body.tolist() == [-(-len(pair.body) // ratio) for pair in pairs]
     assert after.lengths.tolist() == [len(p.prefix) + -(-len(p.body) // ratio) + len(p.suffix) for p in pairs]

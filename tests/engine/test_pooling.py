@@ -1,4 +1,4 @@
-"""Pooling does what its definition says, written out here token by token."""
+"""Pooling equals its definition, which is written out here token by token."""
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ def packing(rows: list[tuple[int, int, int]], owner: list[int] | None = None) ->
 @settings(deadline=None)
 @given(ROWS, st.sampled_from([1, 2, 4, 8]), st.booleans(), st.integers(0, 2**16))
 def test_equals_the_definition(rows: list[tuple[int, int, int]], ratio: int, shares: bool, seed: int) -> None:
-    rows = [*rows, (rows[0][0], 5, 1)] if shares else rows  # and it has the first one's prefix
+    rows = [*rows, (rows[0][0], 5, 1)] if shares else rows  # shares the first pair's prefix
     before = packing(rows, [*range(len(rows) - 1), 0] if shares else None)
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(len(before.pair_of_token), 6, generator=generator)
@@ -47,15 +47,15 @@ def test_equals_the_definition(rows: list[tuple[int, int, int]], ratio: int, sha
         torch.testing.assert_close(got[pooling.after.places[index, : len(wanted)]], wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_vanishing_weights_still_weigh() -> None:
-    """Weights of e^-300 are 0 in fp32, but their proportions are known."""
+def test_weights_too_small_for_fp32_keep_their_proportions() -> None:
+    """Weights of e^-300 are 0 in fp32; their logarithms are not."""
     hidden = torch.tensor([[0.0], [1.0], [3.0], [9.0]])
     log_weights = torch.tensor([[0.0, -300.0, -300.0 + torch.tensor(3.0).log(), 0.0]])
     got = Pooling(packing([(1, 2, 1)]), 2, CPU)(hidden, log_weights)
     torch.testing.assert_close(got, torch.tensor([[0.0], [2.5], [9.0]]))
 
 
-def test_unseen_groups_become_their_mean() -> None:
+def test_groups_outside_the_window_become_their_mean() -> None:
     lowest = torch.finfo(torch.float32).min
     got = Pooling(packing([(0, 2, 1)]), 2, CPU)(torch.tensor([[2.0], [4.0], [1.0]]), torch.full((1, 3), lowest))
     torch.testing.assert_close(got, torch.tensor([[3.0], [1.0]]))

@@ -1,17 +1,20 @@
-"""Linear layers in eight bits: which are, how, and what stays as it was."""
+"""Linear layers are quantised to eight bits; nothing else changes."""
 
 import gc
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import MODELS, frame
+from conftest import MODELS, frame, layers_in_memory
 from safetensors.torch import load_file
 
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker
+from pyterrier_llmrerank.engine import weights as weights_module
 from pyterrier_llmrerank.engine.quantization import quantization_of
 
 ao = pytest.importorskip("torchao.quantization")
@@ -40,7 +43,7 @@ def make(**options: object) -> list[LLMReranker]:
         ("float8", CUDA, "float16", (9, 0), "Float8WeightOnlyConfig"),
     ],
 )
-def test_activations_too_where_that_is_fast(
+def test_activations_are_quantised_only_where_that_is_faster(
     monkeypatch: pytest.MonkeyPatch, name: str, device: torch.device, dtype: str, capability: object, wanted: str
 ) -> None:
     given = []
@@ -57,7 +60,7 @@ def test_activations_too_where_that_is_fast(
 @pytest.mark.parametrize(("name", "error"), [("int8", 0.02), ("float8", 0.05)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
-def test_a_layer_does_nearly_the_same_and_to_each_token_alone(name: str, error: float, dtype: torch.dtype) -> None:
+def test_a_quantised_layer_is_accurate_and_treats_each_token_alone(name: str, error: float, dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     layer = torch.nn.Linear(64, 48, dtype=dtype)
     tokens = torch.randn(9, 64, dtype=dtype) * torch.logspace(-2, 2, 9, dtype=dtype)[:, None]
@@ -72,8 +75,8 @@ def test_a_layer_does_nearly_the_same_and_to_each_token_alone(name: str, error: 
     )
 
 
-def test_scores_are_near() -> None:
-    """How near differs with the processor's kernels, whose roundings the layers of a random model amplify."""
+def test_scores_are_close() -> None:
+    """How close depends on the processor: a random model's layers amplify the rounding of its kernels."""
     for usual, quantised in zip(make(dtype="float32"), make(dtype="float32", quantization="int8"), strict=True):
         wanted, got = (reranker(frame(6, 4))["score"].to_numpy() for reranker in (usual, quantised))
         assert np.abs(got - wanted).max() > 0
@@ -81,21 +84,41 @@ def test_scores_are_near() -> None:
 
 
 @pytest.mark.parametrize("name", ["int8", "float8"])
-def test_layers_that_nobody_needs_are_dropped_and_come_again(name: str, tmp_path: Path) -> None:
-    own = shutil.copytree(FULL, tmp_path / "own")  # of which no other test has a re-ranker
-    shallow = MatroyshkaReranker(own, cutoff=2, dtype="float32", quantization=name)
-    deep = shallow.at(cutoff=8)
+def test_layers_are_quantised_one_by_one_when_loaded_and_when_loaded_again(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So no more than one layer is in memory unquantised; a dropped layer leaves nothing there."""
+    unquantised = []
+
+    def counted(*arguments: Any) -> Callable[[torch.nn.Module], None]:
+        quantize = quantization_of(*arguments)
+
+        def counting(layer: torch.nn.Module) -> None:
+            there = [p for other in weights.at_depth(0)[0].layers for p in other.parameters() if not p.is_meta]
+            unquantised.append(sum(p.dim() == 2 and type(p.data) is torch.Tensor for p in there))
+            quantize(layer)
+
+        return counting
+
+    monkeypatch.setattr(weights_module, "quantization_of", counted)
+    own = shutil.copytree(FULL, tmp_path / "own")  # no other test uses this copy
+    shallow = MatroyshkaReranker(own, cutoff=3, dtype="float32", quantization=name)
     weights = shallow._weights()
+    before = shallow(frame())["score"]
+    deep = shallow.at(cutoff=7)
     wanted = deep(frame())["score"]
+    assert unquantised == [7] * 7
     del deep
     gc.collect()
-    assert weights.loaded_layers == 2
-    layers = weights.at_depth(2)[0].layers
-    assert all(tensor.device.type == "meta" for layer in layers[2:] for tensor in layer.parameters())
-    np.testing.assert_allclose(shallow.at(cutoff=8)(frame())["score"], wanted, atol=1e-5)
+    assert layers_in_memory(weights) == [1, 2, 3]
+    dropped = weights.at_depth(0)[0].layers[3:]
+    assert all(tensor.device.type == "meta" for layer in dropped for tensor in layer.parameters())
+    np.testing.assert_array_equal(shallow(frame())["score"], before)
+    np.testing.assert_array_equal(shallow.at(cutoff=7)(frame())["score"], wanted)
+    assert len(unquantised) == 11
 
 
-def test_the_projections_of_layers_and_nothing_else() -> None:
+def test_only_projections_are_quantised() -> None:
     weights = MatroyshkaReranker(FULL, dtype="float32", quantization="int8")._weights()
     model, heads, _ = weights.at_depth(8)
     kinds = {name: type(parameter.data).__name__ for name, parameter in model.named_parameters()}
@@ -105,8 +128,8 @@ def test_the_projections_of_layers_and_nothing_else() -> None:
     assert heads.dtype == torch.float32
 
 
-def test_a_score_depends_on_its_pair_alone_where_weights_alone_are_quantised() -> None:
-    """Where activations are too, a last bit may turn one of their eight."""
+def test_with_quantised_weights_a_score_does_not_depend_on_its_batch() -> None:
+    """With quantised activations it may: a difference in the last bit can change a rounded value."""
     rows = frame(2, 5)
     for reranker in make(dtype="float32", quantization="float8"):
         alone = [reranker(rows.iloc[[row]])["score"].item() for row in range(len(rows))]
@@ -124,7 +147,7 @@ def test_a_merged_model_is_not_quantised(tmp_path: Path) -> None:
         assert all(torch.equal(usual[name], quantised[name]) for name in usual)
 
 
-def test_without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_torchao_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao", None)
     with pytest.raises(ImportError, match=r"quantization='int8' needs torchao: pip install 'pyterrier-llmrerank\["):
         MatroyshkaReranker(FULL, dtype="float16", quantization="int8")

@@ -505,7 +505,7 @@ def test_ctrl_c_keeps_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted_at_the_third(*args: object, **options: object) -> tuple[torch.Tensor, Row]:
         calls.append(1)
         if len(calls) == 3:
-            signal.raise_signal(signal.SIGINT)
+            signal.default_int_handler(signal.SIGINT, None)
         return real(*args, **options)
 
     monkeypatch.setattr(scoring, "run_layers", interrupted_at_the_third)

@@ -1,4 +1,4 @@
-"""What is written is read again; what is malformed is named by file and line, whatever it is."""
+"""Round trips of all file formats, and errors that name the file and line."""
 
 import gzip
 import json
@@ -43,7 +43,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Iterator[Any]]]] = {
     "qrels": ("qrels.txt", read_qrels),
 }
 
-#: Hypothesis and tmp_path: each example writes the same file anew.
+#: All examples of a test share its tmp_path.
 ANEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 IDS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=6).filter(
@@ -73,7 +73,7 @@ def rerank(**changed: Any) -> str:
 def test_a_run_is_read_as_it_was_written(
     tmp_path: Path, name: str, rows: list[tuple[str, str, float]], form: str
 ) -> None:
-    rows.sort(key=lambda row: (row[0], -row[2]))  # as runs are written: the best first
+    rows.sort(key=lambda row: (row[0], -row[2]))  # runs are sorted by score
     lines = [run_line(*row[:2], rank, row[2], form, "mine") for rank, row in enumerate(rows, 1)]
     path = written(tmp_path / name, *lines)
     ranks = [None if form == "three" else rank for rank in range(1, len(rows) + 1)]
@@ -92,7 +92,7 @@ def test_a_rerank_file_is_read_as_it_was_written(tmp_path: Path, row: RerankRow)
     assert list(read_rerank(written(tmp_path / "rerank.jsonl", rerank_line(row)))) == [row]
 
 
-def test_the_seeds_line_is_ours(tmp_path: Path) -> None:
+def test_a_rerank_line_may_have_other_keys(tmp_path: Path) -> None:
     assert list(read_rerank(written(tmp_path / "x", rerank(more=[1])))) == [
         RerankRow("q1", "panda", "d1", "", None, "a panda", 1.5, 1)
     ]
@@ -112,7 +112,7 @@ def test_runs_have_three_four_or_six_columns(tmp_path: Path, lines: str, rank: i
     assert second == RunRow("q1", "d2", rank and rank + 1, -0.001, 2)
 
 
-#: The last of three columns, query by query: what counts up, or counts in any order but from the best, may be ranks.
+#: The last of three columns, by query. Numbers that count up, or count in any order but descending, may be ranks.
 LIKE_RANKS = [[[1, 2, 3]], [[1, 2, 3], [1, 2]], [[1], [1, 2, 3], [1]], [[0, 1, 2]], [[1, 4, 9]], [[2, 1, 3]], [[3, 5]]]
 LIKE_SCORES = [
     [[3, 2, 1]], [[1, 2, 3], [2, 1]], [[1, 2, 3], [0.5]], [[1], [1]], [[1, 2, 2.5]], [[-3, -2, -1]], [[9, 1, 4]],
@@ -128,9 +128,7 @@ def of_scores(queries: list[list[float]]) -> str:
 def test_ranks_are_not_taken_for_scores(tmp_path: Path, queries: list[list[float]]) -> None:
     path = written(tmp_path / "run.txt", of_scores(queries))
     first = 1 if len(queries[0]) > 1 else 2
-    with pytest.raises(
-        ValueError, match=f"^{path}, line {first}: scores that count up, as ranks do, .* --columns .*qid"
-    ):
+    with pytest.raises(ValueError, match=f"^{path}, line {first}: the scores count up like ranks, .* --columns .*qid"):
         list(read_run(path))
     values = [value for scores in queries for value in scores]
     assert [row.score for row in read_run(path, "qid,docno,score")] == values
@@ -154,7 +152,7 @@ def test_scores_are_not_taken_for_ranks(tmp_path: Path, queries: list[list[float
             "line 3: docno 'd3' has rank 2 and score 0.5, but",
         ),
         ("q 0 d1 2 8.5 t\nq 0 d2 1 7 t\n", "qid,_,docno,_,score,_", "line 1: docno 'd1' has rank 2 and score 8.5, but"),
-        ("q d1 20 1\nq d2 10 2\n", "qid,docno,score,rank", "line 1: scores that count up, as ranks do"),  # swapped
+        ("q d1 20 1\nq d2 10 2\n", "qid,docno,score,rank", "line 1: the scores count up like ranks"),  # swapped
     ],
 )
 def test_ranks_and_scores_that_contradict_each_other(tmp_path: Path, lines: str, columns: str, problem: str) -> None:
@@ -175,15 +173,15 @@ def test_equal_ranks_or_scores_contradict_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("columns", ["", "qid,docno", "qid,score", "qid,docno,scores", "qid,docno,score,qid", "docno"])
-def test_columns_that_do_not_serve(tmp_path: Path, columns: str) -> None:
+def test_invalid_columns_are_errors(tmp_path: Path, columns: str) -> None:
     path = written(tmp_path / "run", "q d 1\n")
-    with pytest.raises(ValueError, match=f"^columns='{columns}'; allowed: qid, docno, and rank or score"):
+    with pytest.raises(ValueError, match=f"^columns='{columns}'; allowed: qid, docno, and rank, score"):
         list(read_run(path, columns))
-    with pytest.raises(ValueError, match="line 1: 3 columns parted by white space; wanted 2 \\(docno qid rank\\)|4"):
+    with pytest.raises(ValueError, match="line 1: 3 whitespace-separated columns; expected 2 \\(docno qid rank\\)|4"):
         list(read_run(path, "docno,qid,_,rank"))
 
 
-def test_what_is_ranked(tmp_path: Path) -> None:
+def test_topics_and_texts(tmp_path: Path) -> None:
     topics = [Topic("1", "what is\xa0a panda", 1), Topic("q2", "", 2)]
     assert list(read_topics(written(tmp_path / "a.tsv", "1\twhat is\xa0a panda\nq2\t\n"))) == topics
     lines = ['{"_id": "1", "text": "what is\\u00a0a panda"}\n', '{"query_id": "q2", "query": ""}\n']
@@ -194,7 +192,7 @@ def test_what_is_ranked(tmp_path: Path) -> None:
     assert list(read_texts(written(tmp_path / "d.jsonl", line))) == [Text("d1", "T", "u", "a", 1)]
 
 
-def test_forms_of_others(tmp_path: Path) -> None:
+def test_files_of_other_projects(tmp_path: Path) -> None:
     docs = written(tmp_path / "msmarco-docs.tsv", "D1\thttp://x\tT\ta body\n")
     assert list(read_texts(docs)) == [Text("D1", "T", "http://x", "a body", 1)]
     pyserini = written(tmp_path / "pyserini.jsonl", '{"id": 7, "contents": "a"}\n{"id": "d-2", "contents": ""}\n')
@@ -231,18 +229,18 @@ ROW = RerankRow("q1", "panda", "d1", "T", "u", "a panda", 1.5, 1)
 @pytest.mark.parametrize(
     ("changed", "problem"),
     [
-        ({"qid": "a b"}, r"docno 'd1' \(query 'a b'\): query_id is 'a b'; wanted no white space"),
+        ({"qid": "a b"}, r"docno 'd1' \(query 'a b'\): query_id is 'a b'; expected no whitespace"),
         ({"docno": ""}, r"docno '' \(query 'q1'\): docid is ''"),
-        ({"text": b"<html>"}, r"docno 'd1' \(query 'q1'\): text is b'<html>'; wanted a string"),
-        ({"text": ["a", "b"]}, r"text is \['a', 'b'\]; wanted a string"),
-        ({"query": None}, "query is None; wanted a string"),
-        ({"title": 3}, "title is 3; wanted a string"),
+        ({"text": b"<html>"}, r"docno 'd1' \(query 'q1'\): text is b'<html>'; expected a string"),
+        ({"text": ["a", "b"]}, r"text is \['a', 'b'\]; expected a string"),
+        ({"query": None}, "query is None; expected a string"),
+        ({"title": 3}, "title is 3; expected a string"),
         ({"url": "\ud800"}, "url is not valid Unicode"),
-        ({"score": float("nan")}, "score is nan; wanted a finite number"),
-        ({"text": "ä" * (MAX_LINE // 2)}, f"a line of 1[0-9]* bytes; allowed: up to {MAX_LINE}"),
+        ({"score": float("nan")}, "score is nan; expected a finite number"),
+        ({"text": "ä" * (MAX_LINE // 2)}, f"the line has 1[0-9]* bytes; allowed: up to {MAX_LINE}"),
     ],
 )
-def test_what_rerank_would_refuse_is_not_written(changed: dict[str, Any], problem: str) -> None:
+def test_invalid_rerank_lines_are_not_written(changed: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         rerank_line(ROW._replace(**changed))
 
@@ -273,7 +271,7 @@ def test_best_first() -> None:
     assert [row.docno for row in best_first(rows)] == ["b", "a"]
 
 
-def test_lines_are_given_as_they_are_read(tmp_path: Path) -> None:
+def test_rows_are_yielded_as_they_are_read(tmp_path: Path) -> None:
     rows = read_rerank(written(tmp_path / "rerank.jsonl", rerank(), rerank(docid="d2"), "{"))
     assert next(rows).docno == "d1"
     assert next(rows).docno == "d2"
@@ -281,7 +279,7 @@ def test_lines_are_given_as_they_are_read(tmp_path: Path) -> None:
         next(rows)
 
 
-def test_rows_of_a_query_come_together(tmp_path: Path) -> None:
+def test_rows_are_grouped_by_query(tmp_path: Path) -> None:
     path = written(tmp_path / "run", "q1 d1 2\nq1 d2 1\nq0 d1 1\n")
     assert [(qid, [row.docno for row in rows]) for qid, rows in by_query(read_run(path))] == [
         ("q1", ["d1", "d2"]), ("q0", ["d1"]),
@@ -296,59 +294,63 @@ def test_rows_of_a_query_come_together(tmp_path: Path) -> None:
     [
         ("run", "q1 d1 1\nq1 d2\n", "line 2: 2 columns, but 3 in the lines before"),
         ("run", "q1 d1 1\nq1 Q0 d2 1 2 t\n", "line 2: 6 columns, but 3"),
-        ("run", "q1 Q0 d1 1 2\n", "line 1: 5 columns parted by white space; wanted 3 .* or 4 .* or 6"),
-        ("run", "q1 d1 1\nq1 d2 nan\n", "line 2: score is 'nan'; wanted a finite number"),
+        ("run", "q1 Q0 d1 1 2\n", "line 1: 5 whitespace-separated columns; expected 3 .* or 4 .* or 6"),
+        ("run", "q1 d1 1\nq1 d2 nan\n", "line 2: score is 'nan'; expected a finite number"),
         ("run", "q1 d1 1e999\n", "line 1: score is '1e999'"),
         ("run", "q1 d1 1_000\n", "line 1: score is '1_000'"),
         ("run", "q1 d1 \u0661\n", "line 1: score is '\u0661'"),
-        ("run", "q1 d1 1.5 2\n", "line 1: rank is '1.5'; wanted a whole number"),
+        ("run", "q1 d1 1.5 2\n", "line 1: rank is '1.5'; expected an integer"),
         ("run", "q1 d1 1\n\nq1 d1 2\n", "line 3: docno 'd1' again for query 'q1', as in line 1"),
-        ("run", "q1 d1 1\nq2 d1 2\nq1 d2 2\n", "line 3: query 'q1' again, .* together, as sort -s -k1,1 puts them"),
-        ("rerank", rerank(score="1"), "line 1: score is '1'; wanted a finite number"),
+        (
+            "run",
+            "q1 d1 1\nq2 d1 2\nq1 d2 2\n",
+            r"line 3: query 'q1' again, .* consecutive .* \(sort -s -k1,1 groups them",
+        ),
+        ("rerank", rerank(score="1"), "line 1: score is '1'; expected a finite number"),
         ("rerank", rerank(score=True), "line 1: score is True"),
         ("rerank", rerank(score=float("nan")), "line 1: score is nan"),
         ("rerank", rerank(score=10**400), "line 1: score is 1000"),
-        ("rerank", rerank(query_id=7.0), "line 1: query_id is 7.0; wanted a string that is not empty"),
-        ("rerank", rerank(docid=True), "line 1: docid is True; wanted a string that is not empty"),
-        ("rerank", rerank(docid=""), "line 1: docid is ''; wanted a string that is not empty"),
-        ("rerank", rerank(docid="a b"), "line 1: docid is 'a b'; wanted no white space"),
+        ("rerank", rerank(query_id=7.0), "line 1: query_id is 7.0; expected a non-empty string"),
+        ("rerank", rerank(docid=True), "line 1: docid is True; expected a non-empty string"),
+        ("rerank", rerank(docid=""), "line 1: docid is ''; expected a non-empty string"),
+        ("rerank", rerank(docid="a b"), "line 1: docid is 'a b'; expected no whitespace"),
         ("rerank", rerank(docid="a\0"), "line 1: docid is .*no NUL"),
         ("rerank", rerank(docid="\ud800"), "line 1: docid is not valid Unicode"),
         ("rerank", rerank(text="\ud800"), "line 1: text is not valid Unicode"),
-        ("rerank", rerank(text=None), "line 1: text is None; wanted a string"),
-        ("rerank", rerank(text=...), "line 1: no key 'text'; wanted one, with a string"),
-        ("rerank", rerank(title=["x"] * 1000), r"line 1: title is \['x', .*\.\.\.\]; wanted a string"),
+        ("rerank", rerank(text=None), "line 1: text is None; expected a string"),
+        ("rerank", rerank(text=...), "line 1: no key 'text'; expected one, with a string"),
+        ("rerank", rerank(title=["x"] * 1000), r"line 1: title is \['x', .*\.\.\.\]; expected a string"),
         ("rerank", rerank() + rerank(query="koala"), "line 2: docno 'd1' again for query 'q1', as in line 1"),
-        ("rerank", '["q1"]', r"line 1: \['q1'\]; wanted a JSON object"),
+        ("rerank", '["q1"]', r"line 1: \['q1'\]; expected a JSON object"),
         ("rerank", rerank()[:-9], "line 1: not JSON"),
         ("rerank", "[" * 100_000, "line 1: not JSON"),
         ("rerank", '{"score": ' + "1" * 5000 + "}", "line 1: not JSON"),
         ("topics", "q1\tpanda\nq2\n", "line 2: 1 columns, but 2"),
-        ("topics", "q1\ta\tb\n", "line 1: 3 columns parted by tabs; wanted 2"),
-        ("topics", "q 1\ta\n", "line 1: qid is 'q 1'; wanted no white space"),
+        ("topics", "q1\ta\tb\n", "line 1: 3 tab-separated columns; expected 2"),
+        ("topics", "q 1\ta\n", "line 1: qid is 'q 1'; expected no whitespace"),
         ("topics", "q1\ta\nq1\tb\n", "line 2: qid 'q1' again, as in line 1"),
         ("topics in JSON lines", '{"query": "x"}', "line 1: no key 'qid' or 'query_id' or '_id'"),
         ("texts", "d1\ta\nd2\tt\ta\n", "line 2: 3 columns, but 2"),
-        ("texts in JSON lines", '{"docno": "d1", "text": 1}', "line 1: text is 1; wanted a string"),
-        ("qrels", "q1 0 d1 1.0\n", "line 1: label is '1.0'; wanted a whole number"),
+        ("texts in JSON lines", '{"docno": "d1", "text": 1}', "line 1: text is 1; expected a string"),
+        ("qrels", "q1 0 d1 1.0\n", "line 1: label is '1.0'; expected an integer"),
         ("qrels", "q1 d1 1\nquery-id corpus-id score\n", "line 2: label is 'score'"),
         (
             "qrels",
             "q1 0 d1 1\nq2 0 d1 1\nq1 0 d1 0\n",
-            "line 3: docno 'd1' again for query 'q1', with label 0, but 1 in line 1; wanted one label",
+            "line 3: docno 'd1' again for query 'q1', with label 0, but 1 in line 1; expected one label",
         ),
-        ("topics", "<?xml version='1.0'?>\n<topics>\n", "line 1: XML; wanted lines of qid, tab, query"),
+        ("topics", "<?xml version='1.0'?>\n<topics>\n", "line 1: XML; expected lines of qid, tab, query"),
         ("topics", "\n<top>\n<num> 1\n<title> a\n", "line 2: <top> without </top>"),
-        ("topics", "<top>\n<num> 1\n<top>\n", "line 3: '<top>'; wanted <top> ... </top>, one after the other"),
+        ("topics", "<top>\n<num> 1\n<top>\n", "line 3: '<top>'; expected a sequence of <top> ... </top>"),
         (
             "topics",
             "<top><num>1</num><title>a</title></top>\n<num> 2\n",
-            "line 2: '<num> 2'; wanted <top> ... </top>, one after",
+            "line 2: '<num> 2'; expected a sequence of <top> ... </top>",
         ),
-        ("topics", "<top>\n<num> 1\n<desc> a\n</top>\n", "line 1: a <top> without a <title>, with an empty one"),
-        ("topics", "<top>\n<num> 1\n<title>\n<desc> a\n</top>\n", "line 1: a <top> without a <title>"),
-        ("topics", "<top>\n<num> 1\n<num> 2\n<title> a\n</top>\n", "line 1: a <top> without a <num>, .* several"),
-        ("topics", "<top>\n<num> 1 2\n<title> a\n</top>\n", "line 1: num is '1 2'; wanted no white space"),
+        ("topics", "<top>\n<num> 1\n<desc> a\n</top>\n", "line 1: a <top> element with no <title>, an empty one"),
+        ("topics", "<top>\n<num> 1\n<title>\n<desc> a\n</top>\n", "line 1: a <top> element with no <title>"),
+        ("topics", "<top>\n<num> 1\n<num> 2\n<title> a\n</top>\n", "line 1: a <top> element with no <num>, .* several"),
+        ("topics", "<top>\n<num> 1 2\n<title> a\n</top>\n", "line 1: num is '1 2'; expected no whitespace"),
         ("topics", "<top>\n<num>1\n<title>a\n</top>\n" * 2, "line 5: qid '1' again, as in line 1"),
     ],
 )
@@ -365,9 +367,9 @@ EACH = pytest.mark.parametrize(("name", "reader"), READERS.values(), ids=READERS
 
 
 @EACH
-def test_bytes_that_are_no_text_are_named(tmp_path: Path, name: str, reader: Callable[[Path], Iterator[Any]]) -> None:
+def test_invalid_bytes_are_named(tmp_path: Path, name: str, reader: Callable[[Path], Iterator[Any]]) -> None:
     path = tmp_path / name
-    for raw, problem in ((b"q\xff", "byte 2 is 0xff, which is not UTF-8"), (b"ab\0", "a NUL byte at byte 3")):
+    for raw, problem in ((b"q\xff", r"byte 2 \(0xff\) is not valid UTF-8"), (b"ab\0", "byte 3 is NUL")):
         path.write_bytes(b"\n" + raw)
         with pytest.raises(ValueError, match=f"line 2: {problem}"):
             list(reader(path))
@@ -376,7 +378,7 @@ def test_bytes_that_are_no_text_are_named(tmp_path: Path, name: str, reader: Cal
 @EACH
 @ANEW
 @given(lines=st.lists(st.binary(max_size=30) | st.text('q1d \t\n{}[]":,.-e0\\u', max_size=30).map(str.encode)))
-def test_whatever_is_in_a_file_it_is_read_or_named(
+def test_any_bytes_are_read_or_named(
     tmp_path: Path, name: str, reader: Callable[[Path], Iterator[Any]], lines: list[bytes]
 ) -> None:
     path = tmp_path / name
@@ -413,7 +415,7 @@ def test_long_lines_are_read_and_longer_ones_named(tmp_path: Path) -> None:
     assert peak < 4 * MAX_LINE
 
 
-def test_files_that_are_not_there(tmp_path: Path) -> None:
+def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="none.gz"):
         list(read_run(tmp_path / "none.gz"))
 
@@ -421,14 +423,14 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"qid": "a b"}, "qid is 'a b'; wanted no white space"),
-        ({"docno": ""}, "docno is ''; wanted a string that is not empty"),
+        ({"qid": "a b"}, "qid is 'a b'; expected no whitespace"),
+        ({"docno": ""}, "docno is ''; expected a non-empty string"),
         ({"tag": "my run"}, "tag is 'my run'"),
         ({"score": float("inf")}, "the score of query 'q', docno 'd' is inf"),
         ({"form": "four"}, "form='four'; allowed: three, trec"),
     ],
 )
-def test_what_no_run_can_hold_is_not_written(change: dict[str, Any], problem: str) -> None:
+def test_invalid_run_lines_are_not_written(change: dict[str, Any], problem: str) -> None:
     values = {"qid": "q", "docno": "d", "rank": 1, "score": 1.0, "form": "trec", "tag": "t", **change}
     with pytest.raises(ValueError, match=problem):
         run_line(**values)
@@ -437,7 +439,7 @@ def test_what_no_run_can_hold_is_not_written(change: dict[str, Any], problem: st
 # -- writing
 
 
-def test_a_file_appears_when_all_is_written(tmp_path: Path) -> None:
+def test_a_file_appears_once_it_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "run.txt"
     path.write_text("before")
     with pytest.raises(KeyError), writing(path) as file:  # noqa: PT012
@@ -449,7 +451,7 @@ def test_a_file_appears_when_all_is_written(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["run.txt"]
 
 
-def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_the_previous_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path / "run.gz", "before")
 
     def full(descriptor: int) -> None:
@@ -470,7 +472,7 @@ def test_equal_texts_give_equal_gz(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert gzip.decompress(one) == b"q1 d1 1\n"
 
 
-def test_links_and_devices_stay_what_they_are(tmp_path: Path) -> None:
+def test_links_devices_and_pipes_are_kept(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "target")
     written(tmp_path / "link", "x")
     assert (tmp_path / "link").is_symlink()
@@ -481,5 +483,5 @@ def test_links_and_devices_stay_what_they_are(tmp_path: Path) -> None:
     assert os.read(reading, 100) == b"through a pipe"
     os.close(reading)
     os.close(end)
-    with pytest.raises(FileNotFoundError, match="there is no folder"):
+    with pytest.raises(FileNotFoundError, match="the folder .*none does not exist"):
         written(tmp_path / "none" / "run.txt", "x")

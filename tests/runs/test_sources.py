@@ -1,4 +1,4 @@
-"""Topics, texts and judgements come out of files, ir_datasets and PyTerrier alike; what is missing is named."""
+"""Topics, texts and qrels from files, ir_datasets and PyTerrier, and errors for missing ones."""
 
 import datetime
 import enum
@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 class Tiny(pt.datasets.Dataset):
-    """A dataset of PyTerrier's own kind."""
+    """A PyTerrier dataset."""
 
     def get_topics(self, variant: str | None = None) -> pd.DataFrame:
         return pd.DataFrame({"qid": [1, 2], "query": ["panda", "coffee"]})
@@ -48,7 +48,7 @@ class Tiny(pt.datasets.Dataset):
 
 @pytest.fixture
 def named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same as ir_datasets' ``tiny-irds``, and ``tiny-pt`` and ``empty-pt``."""
+    """Register the files as ``tiny-irds`` with ir_datasets, and ``tiny-pt`` and ``empty-pt`` with PyTerrier."""
     monkeypatch.setenv("IR_DATASETS_HOME", str(folder / "irds"))
     parts = {"docs_tsv": "texts.tsv", "queries_tsv": "topics.tsv", "qrels_trec": "qrels.txt"}
     paths = {part: str(folder / name) for part, name in parts.items()}
@@ -60,7 +60,7 @@ def named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(pt.datasets.DATASET_MAP, "empty-pt", pt.datasets.Dataset())
 
 
-def test_a_run_with_what_it_ranks(folder: Path) -> None:
+def test_a_run_is_joined_with_its_texts(folder: Path) -> None:
     rows = rerank_rows(folder / "run.txt", str(folder / "topics.tsv"), str(folder / "texts.tsv"), 2)
     assert list(rows) == [
         RerankRow("q2", "coffee", "d2", None, None, "some coffee", 3.0, 2),
@@ -75,10 +75,10 @@ def test_a_run_with_what_it_ranks(folder: Path) -> None:
         ({"topics.tsv": "q1\tpanda\n"}, "run.txt, line 2: query 'q2' is not among the topics of .*topics.tsv"),
         ({"texts.tsv": "d2\tx\n"}, r"run.txt, line 3: docno 'd3' \(query 'q2'\) is not among the texts of .*texts.tsv"),
         ({"texts.tsv": "d2\tx\nd2\tx\n"}, "texts.tsv, line 2: docno 'd2' again, as in line 1"),
-        ({"run.txt": "\n"}, "run.txt: no line in it"),
+        ({"run.txt": "\n"}, "run.txt is empty"),
     ],
 )
-def test_what_is_missing_or_double_is_named(folder: Path, changed: dict[str, str], problem: str) -> None:
+def test_missing_and_repeated_entries_are_named(folder: Path, changed: dict[str, str], problem: str) -> None:
     for name, lines in changed.items():
         (folder / name).write_text(lines)
     with pytest.raises(ValueError, match=problem):
@@ -94,7 +94,7 @@ def test_ir_datasets(name: str) -> None:
 
 
 @pytest.mark.usefixtures("named")
-def test_pyterriers_datasets() -> None:
+def test_pyterrier_datasets() -> None:
     assert queries("tiny-pt") == {"1": "panda", "2": "coffee"}
     assert documents("tiny-pt", {"d1", "d9"}) == {"d1": Text("d1", "T", None, "a panda", 0)}
     assert judgements("tiny-pt") == [Judgement("1", "d1", 2)]
@@ -104,18 +104,18 @@ def test_pyterriers_datasets() -> None:
 @pytest.mark.parametrize(
     ("read", "name", "problem"),
     [
-        (queries, "docs-irds", "topics='docs-irds': the dataset has none"),
-        (judgements, "docs-irds", "qrels='docs-irds': the dataset has none"),
-        (lambda name: documents(name, {"d1"}), "qrels-irds", "texts='qrels-irds': the dataset has none"),
+        (queries, "docs-irds", "topics='docs-irds': the dataset has no topics"),
+        (judgements, "docs-irds", "qrels='docs-irds': the dataset has no qrels"),
+        (lambda name: documents(name, {"d1"}), "qrels-irds", "texts='qrels-irds': the dataset has no documents"),
         (queries, "empty-pt", "'empty-pt': the dataset has no topics"),
         (judgements, "empty-pt", "'empty-pt': the dataset has no qrels"),
         (lambda name: documents(name, {"d1"}), "empty-pt", "'empty-pt': the dataset has no corpus"),
-        (queries, "irds:none", "topics='irds:none': no such file, nor a dataset"),
+        (queries, "irds:none", "topics='irds:none': no such file or dataset"),
         (judgements, "./none.txt", "qrels='./none.txt': no such file"),
-        (judgements, "/dev/null", "qrels='/dev/null': no judgement in it"),
+        (judgements, "/dev/null", "qrels='/dev/null' is empty"),
     ],
 )
-def test_names_that_do_not_serve(read: Callable[[str], object], name: str, problem: str) -> None:
+def test_invalid_names_are_errors(read: Callable[[str], object], name: str, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         read(name)
 
@@ -124,15 +124,13 @@ def test_names_that_do_not_serve(read: Callable[[str], object], name: str, probl
 @pytest.mark.parametrize(
     ("read", "part"), [(queries, "topics"), (judgements, "qrels"), (lambda name: documents(name, {"d1"}), "texts")]
 )
-def test_a_dataset_that_cannot_be_fetched(
-    read: Callable[[str], object], part: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_download_is_named(read: Callable[[str], object], part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def failed(*_: object) -> None:
         raise RuntimeError("All download sources failed", [])
 
     for method in ("queries_iter", "qrels_iter", "docs_store"):
         monkeypatch.setattr(ir_datasets.registry._registered["tiny-irds"], method, failed, raising=False)
-    with pytest.raises(ConnectionError, match=f"{part}='tiny-irds' could not be fetched: .*All download sources"):
+    with pytest.raises(ConnectionError, match=f"{part}='tiny-irds' could not be downloaded: .*All download sources"):
         read("tiny-irds")
 
 
@@ -140,7 +138,7 @@ def test_a_dataset_that_cannot_be_fetched(
 
 
 def classes(part: str) -> dict[str, type[Any]]:
-    """The classes of all datasets that ir_datasets knows."""
+    """Return the record classes of all datasets of ir_datasets."""
     found: dict[str, type[Any]] = {}
     for dataset in ir_datasets.registry._registered.values():
         if getattr(dataset, f"has_{part}")():
@@ -154,7 +152,7 @@ PAGE = b"<html><head><title>a page</title></head><body>\nits \xe2\x82\xac body</
 
 
 def made_up(hint: Any, name: str) -> Any:
-    """A value of this type."""
+    """Make a value of a type."""
     arguments = [argument for argument in typing.get_args(hint) if argument not in (type(None), ...)]
     origin = typing.get_origin(hint)
     if origin is typing.Union:
@@ -175,7 +173,7 @@ def made_up(hint: Any, name: str) -> Any:
 
 
 def made(kind: Any, **given: Any) -> Any:
-    """An instance of a class with fields."""
+    """Make an instance of a record class."""
     hints = typing.get_type_hints(kind)
     usual = {"doc_id": "d1", "query_id": "q1", "http_headers": None}
     if "http_headers" in kind._fields:
@@ -187,7 +185,7 @@ def made(kind: Any, **given: Any) -> Any:
 
 @pytest.fixture
 def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, Any], RerankRow]:
-    """What prepare writes and rerank reads of one document and one query of ir_datasets."""
+    """Return a function that prepares a query and a document of ir_datasets, and reads the rerank file back."""
     (tmp_path / "run.txt").write_text("q1 d1 0.5\n")
 
     def prepare(document: Any, query: Any) -> RerankRow:
@@ -212,7 +210,7 @@ def test_every_kind_of_document(kind: Any, prepared: Callable[[Any, Any], Rerank
     document = made(kind)
     if kind.__name__ == "ToucheImageDoc":
         with pytest.raises(
-            ValueError, match="^texts='made-up': no text of doc_id 'd1', a ToucheImageDoc .*: doc_id, png"
+            ValueError, match="^texts='made-up': cannot get a text for doc_id 'd1', a ToucheImageDoc .*doc_id, png"
         ):
             prepared(document, QUERY)
         return
@@ -226,7 +224,7 @@ def test_every_kind_of_document(kind: Any, prepared: Callable[[Any, Any], Rerank
         try:
             row = prepared(made(kind, **{name: None}), QUERY)
         except ValueError as error:
-            assert f"no text of doc_id 'd1', a {kind.__name__}" in str(error)  # noqa: PT017
+            assert f"cannot get a text for doc_id 'd1', a {kind.__name__}" in str(error)  # noqa: PT017
         else:
             assert "None" not in f"{row.title or ''} {row.text}"
 
@@ -235,7 +233,7 @@ def test_every_kind_of_document(kind: Any, prepared: Callable[[Any, Any], Rerank
 def test_every_kind_of_query(kind: Any, prepared: Callable[[Any, Any], RerankRow]) -> None:
     query = made(kind)
     if kind.__name__ == "TrecBackgroundLinkingQuery":
-        with pytest.raises(ValueError, match="^topics='made-up': no text of query_id 'q1', a TrecBackgroundLinking"):
+        with pytest.raises(ValueError, match="^topics='made-up': cannot get a text for query_id 'q1', a TrecBack"):
             prepared(DOCUMENT, query)
         return
     assert prepared(DOCUMENT, query).query == (query.default_text() if hasattr(query, "default_text") else "some text")
@@ -243,7 +241,7 @@ def test_every_kind_of_query(kind: Any, prepared: Callable[[Any, Any], RerankRow
         try:
             row = prepared(DOCUMENT, made(kind, **{name: None}))
         except ValueError as error:
-            assert f"no text of query_id 'q1', a {kind.__name__}" in str(error)  # noqa: PT017
+            assert f"cannot get a text for query_id 'q1', a {kind.__name__}" in str(error)  # noqa: PT017
         else:
             assert "None" not in row.query
 
@@ -266,7 +264,7 @@ def test_every_kind_of_query(kind: Any, prepared: Callable[[Any, Any], RerankRow
         ("csl.CslDoc", "some title", "some abstract"),
     ],
 )
-def test_titles_stand_apart_from_texts(
+def test_titles_are_separated_from_texts(
     kind: str, title: str | None, text: str, prepared: Callable[[Any, Any], RerankRow]
 ) -> None:
     row = prepared(made(DOCS[kind]), QUERY)
@@ -284,13 +282,13 @@ class Page(typing.NamedTuple):
 
 
 def test_a_page_that_cannot_be_decoded_is_named(prepared: Callable[[Any, Any], RerankRow]) -> None:
-    with pytest.raises(ValueError, match="^texts='made-up': no text of doc_id 'd1', a Page .*decode.*: doc_id, body"):
+    with pytest.raises(ValueError, match="^texts='made-up': cannot get a text for doc_id 'd1', a Page .*body .*decode"):
         prepared(Page("d1", b"\xff"), QUERY)
 
 
-def test_a_query_without_a_text_matters_only_to_a_run_that_has_it(prepared: Callable[[Any, Any], RerankRow]) -> None:
+def test_queries_without_text_are_an_error_only_if_the_run_has_them(prepared: Callable[[Any, Any], RerankRow]) -> None:
     kind = QUERIES["trec.TrecQuery"]
-    with pytest.raises(ValueError, match=r"no text of query_id 'q1', a TrecQuery \(nothing in title\)"):
+    with pytest.raises(ValueError, match=r"cannot get a text for query_id 'q1', a TrecQuery .*\(no value for title\)"):
         prepared(DOCUMENT, made(kind, title=None))
     with pytest.raises(ValueError, match="query 'q1' is not among the topics"):
         prepared(DOCUMENT, made(kind, query_id="q2", title=None))
@@ -305,6 +303,6 @@ def test_every_kind_of_judgement(kind: Any, monkeypatch: pytest.MonkeyPatch) -> 
     assert judgements("made-up") == [Judgement("q1", "d1", 2)] or one.doc_id != "d1"
     given = [one, one._replace(relevance=0)]
     with pytest.raises(
-        ValueError, match="qrels='made-up': docno .* is judged 2 and 0 for query 'q1'; wanted one label"
+        ValueError, match="qrels='made-up': docno .* is judged 2 and 0 for query 'q1'; expected one label"
     ):
         judgements("made-up")

@@ -1,4 +1,4 @@
-"""Files of any length: what interrupts a run costs nothing that was written, and changes nothing of what follows."""
+"""Reranking of files: an interruption loses nothing that was written, and the resumed run has the same bytes."""
 
 import copy
 import gzip
@@ -8,6 +8,7 @@ import logging
 import os
 import random
 import resource
+import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
@@ -27,15 +28,15 @@ from hypothesis import strategies as st
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker, ScoringError
 from pyterrier_llmrerank.engine import scoring
 from pyterrier_llmrerank.engine.usage import Usage
-from pyterrier_llmrerank.runs import streaming
+from pyterrier_llmrerank.runs import chunks
 from pyterrier_llmrerank.runs.formats import read_rerank, read_run
-from pyterrier_llmrerank.runs.journal import JournaledFile, journal_of
+from pyterrier_llmrerank.runs.journal import JournaledFile, journal_path
 from pyterrier_llmrerank.runs.streaming import Report, rerank_file
 
 MATROYSHKA = MatroyshkaReranker(MODELS / "costwise_full", dtype="float32", cutoff=2)
 RANKLLAMA = RankLLaMAReranker(MODELS / "rankllama_adapter", base_model=MODELS / "rankllama_base", dtype="float32")
 
-#: Rows of each query: chunks of at least 5 rows hold 6, 7, 5, 5, 9 and 1.
+#: Rows of each query, and of each chunk if chunks have at least 5 rows.
 QUERIES = (3, 3, 1, 6, 2, 2, 1, 5, 4, 5, 1)
 CHUNKS = (6, 7, 5, 5, 9, 1)
 
@@ -44,7 +45,7 @@ CHUNKS = (6, 7, 5, 5, 9, 1)
 def small_chunks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scoring, "CHUNK", 5)
-        patch.setattr(os, "fsync", lambda file: None)  # no power fails here
+        patch.setattr(os, "fsync", lambda file: None)  # only a power failure would need it
         yield
 
 
@@ -76,7 +77,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(source: Path) -> bytes:
-    """The run that nothing interrupted."""
+    """Return the bytes of an uninterrupted run."""
     target = source.with_name("whole.tsv")
     rerank_file(MATROYSHKA, source, target)
     return target.read_bytes()
@@ -84,7 +85,7 @@ def whole(source: Path) -> bytes:
 
 @contextmanager
 def transforming(instead: Callable[[LLMReranker, pd.DataFrame, int], None]) -> Iterator[list[int]]:
-    """With each call of transform, first something else, told how many calls there were; the rows of each call."""
+    """Call a function before each ``transform``, with the number of calls so far. Yields the rows of each call."""
     calls: list[int] = []
     real = LLMReranker.transform
 
@@ -99,7 +100,7 @@ def transforming(instead: Callable[[LLMReranker, pd.DataFrame, int], None]) -> I
 
 
 def interrupted(source: Path, target: Path, error: BaseException, after: int, **options: object) -> None:
-    """Rerank, and raise instead of scoring the chunk ``after`` so many."""
+    """Rerank, and raise an error in place of scoring the chunk of this index."""
 
     def stop(reranker: LLMReranker, inp: pd.DataFrame, calls: int) -> None:
         if calls == after:
@@ -109,16 +110,16 @@ def interrupted(source: Path, target: Path, error: BaseException, after: int, **
         rerank_file(MATROYSHKA, source, target, **options)
 
 
-# -- what is written
+# -- output
 
 
 @pytest.mark.parametrize("name", ["run.tsv", "run.tsv.gz"])
 @pytest.mark.parametrize("form", ["three", "trec"])
 @pytest.mark.parametrize("reranker", [MATROYSHKA, RANKLLAMA], ids=["matroyshka", "rankllama"])
-def test_a_run_holds_what_the_frame_gives(
+def test_a_run_has_the_scores_of_transform(
     reranker: LLMReranker, form: str, name: str, source: Path, tmp_path: Path
 ) -> None:
-    """RankLLaMA reads titles, too."""
+    """RankLLaMA also reads titles."""
     target = tmp_path / name
     report = rerank_file(reranker, write_rows(tmp_path / "rerank.jsonl.gz", rows()), target, form=form, tag="mine")
     given = pd.DataFrame(rows()).rename(columns={"query_id": "qid", "docid": "docno"})
@@ -133,13 +134,13 @@ def test_a_run_holds_what_the_frame_gives(
         assert form == "three" or list(query["rank"]) == list(range(1, len(query) + 1))
 
 
-def test_equal_scores_stand_in_the_order_of_the_source(tmp_path: Path) -> None:
+def test_ties_keep_the_order_of_the_source(tmp_path: Path) -> None:
     records = [{**record, "docid": f"d{9 - n}"} for n, record in enumerate([rows()[0]] * 4)]
     rerank_file(MATROYSHKA, write_rows(tmp_path / "rerank.jsonl", records), tmp_path / "run.tsv")
     assert [row.docno for row in read_run(tmp_path / "run.tsv")] == ["d9", "d8", "d7", "d6"]
 
 
-def test_whole_queries_are_scored_together_and_few_are_held(source: Path, tmp_path: Path) -> None:
+def test_chunks_hold_whole_queries_and_one_is_read_ahead(source: Path, tmp_path: Path) -> None:
     read = 0
 
     def counted(path: Path) -> Iterator[object]:
@@ -149,13 +150,13 @@ def test_whole_queries_are_scored_together_and_few_are_held(source: Path, tmp_pa
             yield row
 
     def check(reranker: LLMReranker, inp: pd.DataFrame, calls: int) -> None:
-        assert read <= sum(CHUNKS[: calls + 2]) + 1  # one chunk ahead, and the row that ends it
+        assert read <= sum(CHUNKS[: calls + 2]) + 1  # one chunk ahead, and the row after it
         assert set(inp["qid"]) & written == set()
         written.update(inp["qid"])
 
     written: set[str] = set()
     with pytest.MonkeyPatch.context() as patch, transforming(check) as calls:
-        patch.setattr(streaming, "read_rerank", counted)
+        patch.setattr(chunks, "read_rerank", counted)
         rerank_file(MATROYSHKA, source, tmp_path / "run.tsv")
     assert tuple(calls) == CHUNKS
 
@@ -176,14 +177,14 @@ def test_the_report_is_one_line_and_logged(source: Path, tmp_path: Path, caplog:
     assert report.usage.tokens > 0
     assert report.usage.writing_seconds > 0
     assert reranker.usage == before + report.usage
-    assert caplog.messages[-1:] == [str(report)] == [m for m in caplog.messages if "tokens" in m]  # none a chunk
+    assert caplog.messages[-1:] == [str(report)] == [m for m in caplog.messages if "tokens" in m]  # not once per chunk
     assert str(Report(Path("run.tsv"), 2000, 20, 12.5, 1000, Usage(pairs=1990))) == (
-        "run.tsv: 2,000 pairs of 20 queries in 12.5 s (160 pairs/s), after 1,000 pairs that stood there; scored "
+        "run.tsv: 2,000 pairs of 20 queries in 12.5 s (160 pairs/s), resumed after 1,000 pairs; scored "
         "1,990 pairs, 0 tokens, padding 0.0%, seconds: tokenising 0.00, model 0.00, writing 0.00"
     )
 
 
-def test_progress_counts_pairs_when_asked_for(source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_verbose_shows_a_progress_bar_of_pairs(source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     target, verbose = tmp_path / "run.tsv", copy.copy(MATROYSHKA)
     verbose.verbose = True
     interrupted(source, target, KeyboardInterrupt(), 2)
@@ -191,25 +192,35 @@ def test_progress_counts_pairs_when_asked_for(source: Path, tmp_path: Path, capf
     rerank_file(verbose, source, target, resume=True)
     shown = capfd.readouterr().err
     assert "MatroyshkaReranker:  39%" in shown
-    assert "13/33" in shown  # what stood there
+    assert "13/33" in shown  # resumed
     assert "33/33" in shown
     assert verbose.verbose
 
 
-# -- what interrupts it
+# -- interruptions
 
 
-@pytest.mark.parametrize("name", ["run.tsv", "run.tsv.gz"])
+@pytest.fixture(scope="module")
+def stopped(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with runs that were interrupted before the last chunk."""
+    folder = tmp_path_factory.mktemp("stopped")
+    for name in ("run.tsv", "run.tsv.gz"):
+        interrupted(source, folder / name, KeyboardInterrupt(), 5)
+    return folder
+
+
 @settings(max_examples=25, deadline=None)
-@given(data=st.data())
-def test_cut_anywhere_it_goes_on_to_the_same_bytes(name: str, source: Path, whole: bytes, data: st.DataObject) -> None:
+@given(name=st.sampled_from(["run.tsv", "run.tsv.gz"]), data=st.data())
+def test_a_run_truncated_anywhere_resumes_to_the_same_bytes(
+    name: str, source: Path, whole: bytes, stopped: Path, data: st.DataObject
+) -> None:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / name
-        interrupted(source, target, KeyboardInterrupt(), 5)
+        shutil.copytree(stopped, folder, dirs_exist_ok=True)
         stood = target.read_bytes()
         wanted = gzip.decompress(stood) if name.endswith(".gz") else stood
         assert whole.startswith(wanted)
-        ends = [0, *(sum(block) for block in _cumulated(journal_of(target)))]
+        ends = [0, *(sum(block) for block in _cumulated(journal_path(target)))]
         for _ in range(data.draw(st.integers(1, 3), "kills")):
             cut = data.draw(st.integers(0, target.stat().st_size), "bytes left")
             os.truncate(target, cut)
@@ -220,7 +231,7 @@ def test_cut_anywhere_it_goes_on_to_the_same_bytes(name: str, source: Path, whol
         kept = sum(end <= target.stat().st_size for end in ends) - 1
         with transforming(lambda *_: None) as calls:
             rerank_file(MATROYSHKA, source, target, resume=True)
-        assert tuple(calls) == CHUNKS[kept:]  # nothing twice
+        assert tuple(calls) == CHUNKS[kept:]  # no chunk is scored twice
         assert (gzip.decompress(target.read_bytes()) if name.endswith(".gz") else target.read_bytes()) == whole
         assert target.read_bytes().startswith(stood)
 
@@ -231,7 +242,7 @@ def _cumulated(journal: Path) -> list[list[int]]:
 
 
 def _torn(run: JournaledFile, write: Any, numbers: Iterator[int], fatal: int | None, part: float, *what: Any) -> None:
-    """A write of which the fatal one stops after a part of its bytes, and the process with it."""
+    """Write, but kill the process in the middle of the write with the number ``fatal``."""
     if next(numbers) == fatal:
         *where, data = what
         write(run, *where, data[: int(part * len(data))])
@@ -240,12 +251,11 @@ def _torn(run: JournaledFile, write: Any, numbers: Iterator[int], fatal: int | N
 
 
 @pytest.mark.parametrize("name", ["run.tsv", "run.trec.gz"])
-def test_killed_in_the_middle_of_any_write_it_ends_with_the_same_bytes(name: str, source: Path, tmp_path: Path) -> None:
-    """By a signal that no handler sees, when some bytes of a block, or of a journal's line, have been written."""
+def test_a_run_killed_in_any_write_resumes_to_the_same_bytes(name: str, source: Path, tmp_path: Path) -> None:
     draw, form, write = random.Random(name), "trec" if "trec" in name else "three", JournaledFile._write
     rerank_file(MATROYSHKA, source, tmp_path / name, form=form)
     target = tmp_path / f"killed-{name}"
-    for fatal in (1, 2, 3, 2, 1, 5, 4, None):  # which write of a process: lines of the journal and blocks take turns
+    for fatal in (1, 2, 3, 2, 1, 5, 4, None):  # journal lines and blocks alternate
         part = draw.random()
         child = os.fork()
         if child == 0:
@@ -259,13 +269,15 @@ def test_killed_in_the_middle_of_any_write_it_ends_with_the_same_bytes(name: str
         status = os.waitpid(child, 0)[1]
         assert os.WIFSIGNALED(status) if fatal else os.WEXITSTATUS(status) == 0
     assert target.read_bytes() == (tmp_path / name).read_bytes()
-    assert journal_of(target).read_bytes() == journal_of(tmp_path / name).read_bytes()
+    assert journal_path(target).read_bytes() == journal_path(tmp_path / name).read_bytes()
 
 
-def test_ctrl_c_leaves_whole_queries_and_says_how_to_go_on(source: Path, whole: bytes, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_complete_queries_and_a_note_on_resuming(source: Path, whole: bytes, tmp_path: Path) -> None:
     target, stop = tmp_path / "run.tsv", KeyboardInterrupt()
     interrupted(source, target, stop, 3)
-    assert stop.__notes__ == [f"{target} holds 18 pairs, of whole queries; go on with resume (--resume)."]
+    assert stop.__notes__ == [
+        f"{target} holds 18 pairs, all of complete queries; to continue, set resume=True (--resume)."
+    ]
     assert len(list(read_run(target))) == 18
     assert whole.startswith(target.read_bytes())
     rerank_file(MATROYSHKA, source, target, resume=True)
@@ -273,7 +285,7 @@ def test_ctrl_c_leaves_whole_queries_and_says_how_to_go_on(source: Path, whole: 
 
 
 def test_a_score_that_is_not_finite_names_its_row(source: Path, whole: bytes, tmp_path: Path) -> None:
-    """What was written before it stays."""
+    """The chunks before it are kept."""
     target = tmp_path / "run.tsv"
     real = scoring.run_layers
     with pytest.MonkeyPatch.context() as patch, transforming(lambda *_: None) as calls:
@@ -290,11 +302,14 @@ def test_a_score_that_is_not_finite_names_its_row(source: Path, whole: bytes, tm
     assert target.read_bytes() == whole
 
 
-def test_a_full_disk_is_named_and_what_stood_there_stays(source: Path, tmp_path: Path) -> None:
-    target, form = tmp_path / "run.tsv", {"form": "trec", "tag": "x" * 200}  # longer than its journal
+def test_a_full_disk_is_named_and_complete_blocks_are_kept(source: Path, tmp_path: Path) -> None:
+    target, form = (
+        tmp_path / "run.tsv",
+        {"form": "trec", "tag": "x" * 200},
+    )  # so that the run reaches the limit before its journal
     rerank_file(MATROYSHKA, source, tmp_path / "whole.tsv", **form)
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))  # the system writes what fits, and fails then
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))  # a write beyond it is partial, and then fails
     try:
         with pytest.raises(OSError, match=r"File too large: '.*run\.tsv'") as error:
             rerank_file(MATROYSHKA, source, target, **form)
@@ -307,7 +322,7 @@ def test_a_full_disk_is_named_and_what_stood_there_stays(source: Path, tmp_path:
     assert target.read_bytes() == (tmp_path / "whole.tsv").read_bytes()
 
 
-def test_a_bad_line_is_named_and_may_be_mended(source: Path, whole: bytes, tmp_path: Path) -> None:
+def test_a_bad_line_is_named_and_can_be_fixed(source: Path, whole: bytes, tmp_path: Path) -> None:
     target, mended = tmp_path / "run.tsv", tmp_path / "rerank.jsonl"
     lines = source.read_text().splitlines(keepends=True)
     mended.write_text("".join([*lines[:27], "{\n", *lines[28:]]))
@@ -320,27 +335,27 @@ def test_a_bad_line_is_named_and_may_be_mended(source: Path, whole: bytes, tmp_p
     assert target.read_bytes() == whole
 
 
-def test_a_query_that_comes_again_is_named(tmp_path: Path) -> None:
+def test_a_repeated_query_is_named(tmp_path: Path) -> None:
     records = rows()
     bad = write_rows(tmp_path / "rerank.jsonl", [*records, {**records[0], "docid": "other"}])
     with pytest.raises(ValueError, match=r"rerank\.jsonl, line 34: query 'q0' again"):
         rerank_file(MATROYSHKA, bad, tmp_path / "run.tsv")
 
 
-# -- what it goes on with
+# -- resuming
 
 
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        ({"cutoff": 4}, {}, r"run\.tsv was begun with cutoff=2, not 4;"),
+        ({"cutoff": 4}, {}, r"run\.tsv was written with cutoff=2, not 4;"),
         ({"dtype": "bfloat16"}, {}, "dtype='float32', not 'bfloat16'"),
         ({"compress_layers": [1], "compress_ratio": 2}, {}, r"compress_layers=.*, not \[1\], compress_ratio=1, not 2"),
         ({}, {"form": "trec"}, "form='three', not 'trec'"),
         ({}, {"tag": "x"}, "tag='llmrerank', not 'x'"),
     ],
 )
-def test_another_reranker_or_form_is_refused(
+def test_options_that_affect_scores_cannot_change(
     change: dict[str, object], options: dict[str, str], message: str, source: Path, whole: bytes, tmp_path: Path
 ) -> None:
     target = tmp_path / "run.tsv"
@@ -348,18 +363,18 @@ def test_another_reranker_or_form_is_refused(
     other = MatroyshkaReranker(**{**MATROYSHKA.arguments(), **change})
     with pytest.raises(ValueError, match=message):
         rerank_file(other, source, target, resume=True, **options)
-    rerank_file(MATROYSHKA, source, target, resume=True)  # nothing came of it
+    rerank_file(MATROYSHKA, source, target, resume=True)  # the error changed nothing
     assert target.read_bytes() == whole
 
 
-def test_what_does_not_change_scores_may_be_another(source: Path, tmp_path: Path) -> None:
+def test_options_that_do_not_affect_scores_may_change(source: Path, tmp_path: Path) -> None:
     target = tmp_path / "run.tsv"
     interrupted(source, target, KeyboardInterrupt(), 2)
     other = MatroyshkaReranker(**{**MATROYSHKA.arguments(), "batch_size": 2, "device": "cpu"})
     assert rerank_file(other, source, target, resume=True).resumed_from == 13
 
 
-def test_another_source_is_refused(source: Path, tmp_path: Path) -> None:
+def test_rows_already_scored_cannot_change(source: Path, tmp_path: Path) -> None:
     target, other = tmp_path / "run.tsv", tmp_path / "rerank.jsonl"
     interrupted(source, target, KeyboardInterrupt(), 2)
     before = target.read_bytes()
@@ -369,63 +384,63 @@ def test_another_source_is_refused(source: Path, tmp_path: Path) -> None:
         if key == "query":
             for record in changed[7:]:
                 record["query"] = changed[8][key]
-        with pytest.raises(ValueError, match=r"rerank\.jsonl, lines 7 to 13: not those that .*run\.tsv was written"):
+        with pytest.raises(ValueError, match=r"rerank\.jsonl, lines 7 to 13: the rows have changed since .*run\.tsv"):
             rerank_file(MATROYSHKA, write_rows(other, changed), target, resume=True)
-    with pytest.raises(ValueError, match=r"rerank\.jsonl, lines 7 to 10: not those"):
+    with pytest.raises(ValueError, match=r"rerank\.jsonl, lines 7 to 10: the rows have changed"):
         rerank_file(MATROYSHKA, write_rows(other, rows()[:10]), target, resume=True)
     with pytest.raises(ValueError, match=r"rerank\.jsonl has fewer rows than .*run\.tsv was written from"):
         rerank_file(MATROYSHKA, write_rows(other, rows()[:6]), target, resume=True)
     assert target.read_bytes() == before
 
 
-def test_a_target_that_is_there_is_not_written_over(source: Path, whole: bytes, tmp_path: Path) -> None:
+def test_an_existing_target_is_not_overwritten(source: Path, whole: bytes, tmp_path: Path) -> None:
     target = tmp_path / "run.tsv"
     interrupted(source, target, KeyboardInterrupt(), 2)
     before = target.read_bytes()
-    with pytest.raises(FileExistsError, match=r"go on with resume \(--resume\)"):
+    with pytest.raises(FileExistsError, match=r"set resume=True \(--resume\)"):
         rerank_file(MATROYSHKA, source, target)
     assert target.read_bytes() == before
 
 
-def test_what_is_finished_is_left_alone_unless_there_is_more(
+def test_a_finished_run_is_unchanged_unless_its_source_has_grown(
     source: Path, whole: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     target, grown = tmp_path / "run.tsv", tmp_path / "rerank.jsonl"
     write_rows(grown, rows()[:13])
-    rerank_file(MATROYSHKA, grown, target, resume=True)  # nothing to go on with: it begins
+    rerank_file(MATROYSHKA, grown, target, resume=True)  # begins the run
     with transforming(lambda *_: None) as calls:
         report = rerank_file(MATROYSHKA, grown, target, resume=True)
         assert (report.pairs, report.resumed_from) == (0, 13)
-        assert "run.tsv was finished already: nothing was scored." in caplog.text
+        assert "run.tsv is already finished; nothing was scored." in caplog.text
         assert calls == []
         other = MatroyshkaReranker(**{**MATROYSHKA.arguments(), "cutoff": 3})
-        with pytest.raises(ValueError, match="was begun with cutoff=2, not 3"):
+        with pytest.raises(ValueError, match="was written with cutoff=2, not 3"):
             rerank_file(other, grown, target, resume=True)
         rerank_file(MATROYSHKA, source, target, resume=True)
         assert tuple(calls) == CHUNKS[2:]
     assert target.read_bytes() == whole
 
 
-def test_what_is_quantised_depends_on_more(source: Path, tmp_path: Path) -> None:
+def test_batch_size_and_device_cannot_change_with_quantization(source: Path, tmp_path: Path) -> None:
     pytest.importorskip("torchao")
     target, arguments = tmp_path / "run.tsv", {**MATROYSHKA.arguments(), "quantization": "int8"}
     rerank_file(MatroyshkaReranker(**arguments), source, target)
-    rerank_file(MatroyshkaReranker(**{**arguments, "device": "cpu"}), source, target, resume=True)  # which None is here
-    with pytest.raises(ValueError, match="was begun with batch_size=None, not 2"):
+    rerank_file(MatroyshkaReranker(**{**arguments, "device": "cpu"}), source, target, resume=True)  # as None
+    with pytest.raises(ValueError, match="was written with batch_size=None, not 2"):
         rerank_file(MatroyshkaReranker(**{**arguments, "batch_size": 2}), source, target, resume=True)
-    settings, *lines = journal_of(target).read_text().splitlines()
+    settings, *lines = journal_path(target).read_text().splitlines()
     assert json.loads(settings)["device"] == "cpu"
-    journal_of(target).write_text("\n".join([settings.replace('"cpu"', '"cuda"'), *lines, ""]))
-    with pytest.raises(ValueError, match="was begun with device='cuda', not 'cpu'"):
+    journal_path(target).write_text("\n".join([settings.replace('"cpu"', '"cuda"'), *lines, ""]))
+    with pytest.raises(ValueError, match="was written with device='cuda', not 'cpu'"):
         rerank_file(MatroyshkaReranker(**arguments), source, target, resume=True)
 
 
-def test_a_target_that_is_no_file_is_refused(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="target='/dev/null' is no file"):
+def test_a_target_must_be_a_file(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="target='/dev/null' is not a file"):
         rerank_file(MATROYSHKA, source, Path("/dev/null"))
 
 
-def test_the_usage_of_a_call_that_failed_counts(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_usage_includes_a_failed_call(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reranker, real = copy.copy(MATROYSHKA), scoring.run_layers
 
     def run_layers(*args: object, **options: object) -> object:
@@ -451,7 +466,7 @@ def test_the_usage_of_a_call_that_failed_counts(source: Path, tmp_path: Path, mo
     ("options", "message"),
     [
         ({"form": "two"}, "form='two'; allowed: three, trec"),
-        ({"tag": "a b"}, "tag is 'a b'; wanted no white space"),
+        ({"tag": "a b"}, "tag is 'a b'; expected no whitespace"),
         ({"workers": 0}, "workers=0; allowed: an integer of at least 1"),
     ],
 )
@@ -461,8 +476,8 @@ def test_bad_arguments_are_named(options: dict[str, object], message: str, sourc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_fails_before_anything_is_written_leaves_nothing(source: Path, tmp_path: Path) -> None:
-    """And says so where it may be expected to have left something."""
+def test_no_files_are_left_if_nothing_was_written(source: Path, tmp_path: Path) -> None:
+    """After Ctrl-C, a note says so."""
     with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl"):
         rerank_file(MATROYSHKA, tmp_path / "nowhere.jsonl", tmp_path / "run.tsv")
     of_bodies = MatroyshkaReranker(MODELS / "costwise_full", dtype="float32", text_field="body")
@@ -470,21 +485,21 @@ def test_what_fails_before_anything_is_written_leaves_nothing(source: Path, tmp_
         rerank_file(of_bodies, source, tmp_path / "run.tsv")
     stop = KeyboardInterrupt()
     interrupted(source, tmp_path / "run.tsv", stop, 0)
-    assert stop.__notes__ == ["Nothing had been written: that is done in blocks of 5 pairs or more."]
+    assert stop.__notes__ == ["Nothing was written yet: results are written in blocks of at least 5 pairs."]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_damaged_source_does_not_keep_the_progress_bar_from_beginning(tmp_path: Path) -> None:
+def test_a_damaged_source_with_a_progress_bar_is_scored_up_to_the_damage(tmp_path: Path) -> None:
     cut = write_rows(tmp_path / "rerank.jsonl.gz", rows())
     cut.write_bytes(cut.read_bytes()[:-9])
     verbose = copy.copy(MATROYSHKA)
     verbose.verbose = True
-    with pytest.raises(ValueError, match=r"rerank\.jsonl\.gz, line 34: the compressed file is cut off"):
+    with pytest.raises(ValueError, match=r"rerank\.jsonl\.gz, line 34: the compressed file is truncated"):
         rerank_file(verbose, cut, tmp_path / "run.tsv")
     assert len(list(read_run(tmp_path / "run.tsv"))) == sum(CHUNKS[:-1])
 
 
-def test_a_pipe_is_read_once_with_a_progress_bar_too(source: Path, whole: bytes, tmp_path: Path) -> None:
+def test_a_pipe_works_with_a_progress_bar(source: Path, whole: bytes, tmp_path: Path) -> None:
     pipe, target = tmp_path / "pipe", tmp_path / "run.tsv"
     os.mkfifo(pipe)
     with ThreadPoolExecutor(1) as thread:

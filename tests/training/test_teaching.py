@@ -131,7 +131,7 @@ def test_another_source_or_teacher_is_not_resumed(source: Path) -> None:
         teach(source, target, Teacher(stop))
     assert stopped.value.__notes__ == [f"{target} holds 2 lines; continue with resume (--resume)."]
     before = target.read_bytes()
-    with pytest.raises(FileExistsError, match="is there already"):
+    with pytest.raises(FileExistsError, match="already exists and is not overwritten"):
         teach(source, target, Teacher())
     with pytest.raises(ValueError, match=r"teacher='<.*Teacher object>', not 'pt.apply.generic\(\)'"):
         teach(source, target, pt.apply.generic(lambda frame: frame), resume=True)
@@ -228,6 +228,6 @@ def test_the_command_teaches_by_a_reranker(kind: str, source: Path, capsys: pyte
     assert written[1]["pos_scores"] == [pytest.approx(wanted, abs=1e-5)]
     assert [len(line["neg_scores"]) for line in written] == [3, 2, 1, 1]
     assert main(command) == 1
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists and is not overwritten" in capsys.readouterr().err
     assert main(["teach", str(source), "x.jsonl", "--compress-ratio", "2"]) == 1
     assert "error: --compress-ratio is no option of --reranker=rankllama" in capsys.readouterr().err

@@ -1,0 +1,276 @@
+"""Compute causal attention within each pair of a packed row.
+
+A decoder layer gets a batch as one row of tokens, and works on each token alone everywhere except in attention.
+transformers' layers call :func:`attention` by its registered name. A :class:`Layout` tells it which tokens form a
+pair::
+
+    row        A A b b b S c c S         A: a query's prefix, which both pairs share; b, c: passages; S: the suffix
+                     |  gather
+    sequences  A A b b b S
+               A A c c S .               attention runs on [pairs, heads, length, width]
+                     |  scatter
+    row        A A b b b S c c S
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from .kernels import Kernel, causal_mask
+from .packing import Packing, on_device
+
+#: The name under which transformers finds :func:`attention`.
+ATTENTION = "pyterrier_llmrerank"
+
+#: Query positions in a block, if attention runs in blocks of fixed size.
+BLOCK = 32
+
+
+class AttentionTap:
+    """Collects the attention weights that a layer's pooling needs, beside the layer's output.
+
+    Not a dataclass, because parallel wrappers pass layers copies of those.
+    """
+
+    #: Log of the attention that the tapped position pays each key, summed over the heads, fp32 ``[pairs, length]``.
+    log_weights: Tensor | None = None
+
+
+class PrefixCache:
+    """Holds what one batch computed for a query's prefix, so that the next batch need not compute it again.
+
+    It is small compared with a batch: per token and layer, the keys and values of all key heads. That makes 23 kB a
+    token for SmolLM2-135M in bf16 and 131 kB for Mistral-7B.
+
+    Args:
+        ids: the prefix's token ids.
+    """
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self.ids = ids
+        #: Keys, already rotated, and values by layer index, ``[1, heads, tokens, width]`` each.
+        self.keys_values: dict[int, tuple[Tensor, Tensor]] = {}
+        #: Hidden states after the last layer that was run, ``[tokens, width]``.
+        self.states: Tensor | None = None
+
+
+class Layout:
+    """Maps a packed row to one sequence per pair and back, on the device.
+
+    Not a dataclass, because parallel wrappers pass layers copies of those.
+
+    Args:
+        packing: which tokens of the row form a pair.
+        device: the device of the hidden states.
+        in_blocks: compute attention in blocks of fixed size, see :func:`needs_blocks`; pads sequences to whole blocks.
+        kernel: computes attention if every key is real; None for SDPA, which also serves where some are masked.
+        reuse_prefix: the prefix that pairs with owner -1 begin with, which is not in the row.
+        save_prefix: filled with the last pair's prefix, which is in the row.
+    """
+
+    def __init__(
+        self,
+        packing: Packing,
+        device: torch.device,
+        in_blocks: bool = False,
+        kernel: Kernel | None = None,
+        reuse_prefix: PrefixCache | None = None,
+        save_prefix: PrefixCache | None = None,
+    ) -> None:
+        length = -(-packing.longest // BLOCK) * BLOCK if in_blocks else packing.longest
+        places = np.pad(packing.places, ((0, 0), (0, length - packing.longest)))
+        self.shape = len(packing), length
+        self.in_blocks = in_blocks
+        #: Each token's position in its pair, ``[tokens]``.
+        self.positions = on_device(packing.positions, device)
+        #: Index of each pair's last real token in the row, ``[pairs]``.
+        self.last = on_device(packing.last, device)
+        #: The position in each pair that an :class:`AttentionTap` reads: the last one, padding included, ``[pairs]``.
+        self.tapped = on_device(packing.lengths - 1, device)
+        #: Which keys are real, ``[pairs, length]``. None if causality hides all others anyway: then no mask is needed,
+        #: and fused causal kernels can run.
+        self.real_keys = None
+        if packing.padding.any():
+            self.real_keys = on_device(np.arange(length) < packing.real[:, None], device)
+        self.kernel = kernel if self.real_keys is None else None
+        self._places = self._query_places = on_device(places.flatten(), device)
+        self._sources = on_device(packing.pair_of_token * length + packing.positions, device)
+        self._reuse_prefix, self._save_prefix, self._last_prefix = reuse_prefix, save_prefix, packing.last_prefix
+        if reuse_prefix is not None:  # its tokens have no queries in the row: any other fills their positions
+            in_row = np.where(places < len(packing.positions), places, 0)
+            self._query_places = on_device(in_row.flatten(), device)
+
+    def gather_queries(self, states: Tensor) -> Tensor:
+        """Gather queries of the row, ``[1, heads, tokens, width]``, to ``[pairs, heads, length, width]``."""
+        return self._gather(states, self._query_places)
+
+    def gather_keys_values(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Gather a layer's keys and values like its queries, including a reused prefix's; fill ``save_prefix``."""
+        if self._save_prefix is not None:
+            prefix = self._last_prefix
+            self._save_prefix.keys_values[layer] = key[:, :, prefix].clone(), value[:, :, prefix].clone()
+        if self._reuse_prefix is not None:
+            prefix_key, prefix_value = self._reuse_prefix.keys_values[layer]
+            key, value = torch.cat([key, prefix_key], dim=2), torch.cat([value, prefix_value], dim=2)
+        return self._gather(key, self._places), self._gather(value, self._places)
+
+    def _gather(self, states: Tensor, places: Tensor) -> Tensor:
+        states = states[0].transpose(0, 1)
+        return states.index_select(0, places).view(*self.shape, *states.shape[1:]).transpose(1, 2)
+
+    def scatter(self, states: Tensor) -> Tensor:
+        """Put ``[pairs, heads, length, width]`` back into the row, ``[1, tokens, heads, width]``."""
+        return states.transpose(1, 2).flatten(0, 1).index_select(0, self._sources)[None]
+
+
+def needs_blocks(device: torch.device, dtype: torch.dtype, training: bool) -> bool:
+    """Return whether attention has to run in blocks of fixed size for a score not to depend on its batch.
+
+    The CPU kernel divides its work by the sequence's length, which changes the last bits of a result. In bf16 the
+    layers above amplify that until it reorders candidates.
+    """
+    return device.type == "cpu" and dtype != torch.float32 and not training
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    layout: Layout,
+    tap: AttentionTap | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Compute causal attention within each pair, with the signature that transformers' layers expect.
+
+    Args:
+        module: the attention module of the layer.
+        query: of the row, ``[1, heads, tokens, width]``.
+        key: of the row; may have fewer heads.
+        value: of the row, with the heads of ``key``.
+        attention_mask: unused; ``layout`` has the masks.
+        scaling: factor of the logits.
+        dropout: probability to drop a weight; 0 outside training.
+        sliding_window: most keys that a query sees, itself included; None for all before it.
+        layout: which tokens form a pair.
+        tap: filled with the attention of each pair's last position.
+
+    Returns:
+        The output, ``[1, tokens, heads, width]``, and None for the weights.
+    """
+    query = layout.gather_queries(query)
+    key, value = layout.gather_keys_values(cast(int, module.layer_idx), key, value)
+    window = sliding_window if sliding_window is not None and sliding_window < key.shape[2] else None
+    if layout.kernel is not None:
+        output = layout.kernel(query, key, value, scaling, window)
+    elif layout.in_blocks:
+        output = _sdpa_in_blocks(query, key, value, layout.real_keys, scaling, window)
+    else:
+        output = _sdpa(query, key, value, layout.real_keys, scaling, window, dropout)
+    if tap is not None:
+        tapped = query[torch.arange(len(query), device=query.device), :, layout.tapped]
+        logits = single_query_logits(tapped, key, layout.tapped, layout.real_keys, scaling, window)
+        tap.log_weights = logits.log_softmax(-1).flatten(1, 2).logsumexp(1).float()
+    return layout.scatter(output), None
+
+
+def _sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    real_keys: Tensor | None,
+    scaling: float,
+    window: int | None,
+    dropout: float,
+) -> Tensor:
+    """Call torch's attention, without a mask if causality suffices."""
+    length, dtype, mask = key.shape[2], query.dtype, None
+    if real_keys is not None or window is not None:
+        mask = causal_mask(torch.arange(length, device=key.device)[None], length, real_keys, window)
+    if query.device.type == "cpu":  # the bf16 kernel's gradient takes twice as long
+        query, key, value = query.float(), key.float(), value.float()
+    with torch.autocast("cpu", enabled=False):  # it would convert them back
+        output = scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            dropout_p=dropout,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+    return output.to(dtype)
+
+
+def _sdpa_in_blocks(
+    query: Tensor, key: Tensor, value: Tensor, real_keys: Tensor | None, scaling: float, window: int | None
+) -> Tensor:
+    """Call torch's attention per block of queries, each with the same number of keys however long the batch is."""
+    blocks = []
+    for start in range(0, key.shape[2], BLOCK):
+        end = start + BLOCK
+        mask = causal_mask(
+            torch.arange(start, end)[None], end, None if real_keys is None else real_keys[:, :end], window
+        )
+        blocks.append(
+            scaled_dot_product_attention(
+                query[:, :, start:end],
+                key[:, :, :end],
+                value[:, :, :end],
+                attn_mask=mask,
+                scale=scaling,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+        )
+    return torch.cat(blocks, dim=2)
+
+
+def single_query_logits(
+    query: Tensor, key: Tensor, position: Tensor, real_keys: Tensor | None, scaling: float, window: int | None
+) -> Tensor:
+    """Compute the attention logits of one query per pair.
+
+    Args:
+        query: ``[pairs, heads, width]``.
+        key: ``[pairs, key heads, length, width]``.
+        position: of each query in its pair, ``[pairs]``.
+        real_keys: which keys are real, ``[pairs, length]``; None for all.
+        scaling: factor of the logits.
+        window: most keys that a query sees; None for all before it.
+
+    Returns:
+        ``[pairs, key heads, heads per key head, length]``, in fp64 on the CPU, else in fp32.
+    """
+    _, kv_heads, length, width = key.shape
+    # Twice the precision, where there is one, hides in which order kernels add: see needs_blocks.
+    precise = torch.float64 if key.device.type == "cpu" else torch.float32
+    query = query.view(len(query), kv_heads, -1, width).to(precise)
+    with torch.autocast(key.device.type, enabled=False):
+        logits = query @ key.to(precise).transpose(2, 3) * scaling
+    # Hidden keys get a finite logit. So its gradient stays finite, and a group of body tokens that lies wholly
+    # outside a sliding window is pooled to its plain mean.
+    return logits.masked_fill(~causal_mask(position[:, None], length, real_keys, window), -1e30)
+
+
+def sliding_window_of(attention_module: Any) -> int | None:
+    """Return an attention module's sliding window; Mistral's layers look for it in their configuration."""
+    mistral = attention_module.config.model_type == "mistral"
+    window: int | None = getattr(attention_module.config if mistral else attention_module, "sliding_window", None)
+    return window
+
+
+# Compiled layers call it uncompiled: lengths differ from batch to batch, and its kernels are fused already.
+AttentionInterface.register(ATTENTION, torch.compiler.disable(attention))  # type: ignore[no-untyped-call]
