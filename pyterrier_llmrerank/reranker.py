@@ -177,7 +177,7 @@ class LLMReranker(pt.Estimator):
     _usage = Usage()
     _usage_level = logging.INFO
     _has_warned = False  # of ties, once
-    _made_with = cast("dict[str, Any] | None", None)  # the first arguments of a reranker that was changed since
+    _made_with = cast("dict[str, Any] | None", None)  # the first values of a reranker that was changed since
     _shared = cast("tuple[Hashable, tuple[Weights, ...]] | None", None)  # the weights in use, and their key
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -499,6 +499,10 @@ class LLMReranker(pt.Estimator):
         """Return the constructor arguments of this reranker, with the values in use."""
         return {name: getattr(self, name) for name in list(inspect.signature(type(self).__init__).parameters)[1:]}
 
+    def compared(self) -> dict[str, Any]:
+        """Return the values by which rerankers are equal: the arguments, and in subclasses others that scores need."""
+        return self.arguments()
+
     def subtransformers(self) -> dict[str, pt.Transformer]:
         """Return none: PyTerrier would take an empty tuple among the arguments for a list of transformers."""
         return {}
@@ -524,7 +528,7 @@ class LLMReranker(pt.Estimator):
     def __setattr__(self, name: str, value: Any) -> None:
         if self._made_with is None and name in self.__dict__ and not name.startswith("_"):
             with suppress(AttributeError):  # a subclass's constructor that is still setting its arguments
-                self._made_with = self.arguments()
+                self._made_with = self.compared()
         super().__setattr__(name, value)
 
     def __eq__(self, other: object) -> bool:
@@ -532,10 +536,10 @@ class LLMReranker(pt.Estimator):
             return True
         if not isinstance(other, LLMReranker) or type(self) is not type(other):
             return False
-        return self._made_with is other._made_with is None and self.arguments() == other.arguments()
+        return self._made_with is other._made_with is None and self.compared() == other.compared()
 
     def __hash__(self) -> int:
-        return hash((type(self), *(self._made_with or self.arguments()).values()))
+        return hash((type(self), *(self._made_with or self.compared()).values()))
 
     def __repr__(self) -> str:
         parameters = list(inspect.signature(type(self).__init__).parameters.values())[1:]
