@@ -175,6 +175,7 @@ class LLMReranker(pt.Estimator):
 
     # Without annotations, which would make them options.
     _usage = Usage()
+    _works_for = cast("LLMReranker | None", None)  # a reranker that counts this one's usage, too
     _usage_level = logging.INFO
     _has_warned = False  # of ties, once
     _made_with = cast("dict[str, Any] | None", None)  # the first values of a reranker that was changed since
@@ -351,6 +352,8 @@ class LLMReranker(pt.Estimator):
         """Add to :attr:`usage`; for work that was done on behalf of this reranker."""
         with _LOCK:
             self._usage += usage
+            if self._works_for is not None:
+                self._works_for.add_usage(usage)
 
     def take_usage(self) -> Usage:
         """Return :attr:`usage`, and start again from zero."""

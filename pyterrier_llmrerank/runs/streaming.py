@@ -278,7 +278,8 @@ class _RunWriter:
 def _settings(reranker: LLMReranker, device_type: str, form: str, tag: str) -> dict[str, Any]:
     """Return the settings that must stay the same when a run is resumed.
 
-    These are the arguments that affect scores, and the base that an adapter names. With quantization, batch size and type of device do, too.
+    These are the arguments that affect scores, and the base that an adapter names. With quantization, batch size and
+    type of device do, too.
     """
     arguments = {name: value for name, value in reranker.compared().items() if name not in FREE}
     if reranker.quantization:

@@ -376,9 +376,7 @@ def test_the_base_that_an_adapter_names_cannot_change(
     monkeypatch.chdir(tmp_path / "x")
     rerank_file(RankLLaMAReranker(MODELS / "rankllama_adapter", dtype="float32"), source, target)
     monkeypatch.chdir(tmp_path / "y")
-    with pytest.raises(
-        ValueError, match="was written with named_base='.*/x/rankllama_base', not '.*/y/rankllama_base'"
-    ):
+    with pytest.raises(ValueError, match=r"was written with named_base='.*/x/\w+', not '.*/y/\w+'"):
         rerank_file(RankLLaMAReranker(MODELS / "rankllama_adapter", dtype="float32"), source, target, resume=True)
 
 
