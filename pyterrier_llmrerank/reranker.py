@@ -122,7 +122,8 @@ class LLMReranker(pt.Estimator):
 
     Rerankers made with equal arguments are equal, so experiments share their work. A reranker that is changed later
     (:meth:`set_parameter`, :meth:`fit`, an attribute) equals only itself from then on and keeps its hash. Dicts still
-    find it, and the keys of a grid stay distinct whatever values it sets. (Two rerankers that are equal from the start
+    find it, and the keys of a grid stay distinct whatever values it sets. A copy or pickle of it compares by its values
+    at that time, like a new reranker. (Two rerankers that are equal from the start
     are one key, as in any dict: give one of them another ``batch_size``, for example.)
     """
 
@@ -529,10 +530,13 @@ class LLMReranker(pt.Estimator):
                 setattr(self, argument, after)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        before = None
         if self._made_with is None and name in self.__dict__ and not name.startswith("_"):
             with suppress(AttributeError):  # a subclass's constructor that is still setting its arguments
-                self._made_with = self.compared()
+                before = self.compared()
         super().__setattr__(name, value)
+        if before is not None and self.compared() != before:
+            self._made_with = before
 
     def __eq__(self, other: object) -> bool:
         if self is other:

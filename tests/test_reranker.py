@@ -470,6 +470,7 @@ def test_a_changed_reranker_keeps_its_hash_and_equals_only_itself(how: str, monk
     known, before = {first: "first", other: "other"}, hash(first)
     assert known[second] == "first"
     first.set_parameter("cutoff", 8)  # no change
+    first.cutoff, first.verbose = [8], first.verbose
     assert first == second
     change(how, first)
     assert hash(first) == before

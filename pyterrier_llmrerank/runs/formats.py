@@ -17,6 +17,7 @@ import secrets
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from html import unescape
 from io import TextIOWrapper
 from itertools import chain, groupby, pairwise
 from operator import attrgetter
@@ -352,7 +353,7 @@ def _topics(path: Path) -> Iterator[Topic]:
         return
     line, text = first
     lines = chain([first], lines)
-    if text.lstrip()[:5].lower() == "<top>":
+    if _TOP.match(text):
         yield from _trec_topics(path, lines)
     elif text.startswith(("<?xml", "<!DOCTYPE", "<topic")):
         raise malformed(
@@ -367,7 +368,7 @@ def _trec_topics(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[Topic
     begun: int | None = None
     element = ""
     for line, text in lines:
-        if (text.lstrip()[:5].lower() == "<top>") != (begun is None):
+        if (_TOP.match(text) is not None) != (begun is None):
             raise malformed(path, line, f"{reprlib.repr(text)}; expected a sequence of <top> ... </top> elements")
         begun = begun or line
         element += text + "\n"
@@ -379,11 +380,15 @@ def _trec_topics(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[Topic
 
 
 #: A field of a TREC topic: up to its end tag, or to the next line that begins with a tag.
-_FIELD = re.compile(r"(?:^|>)\s*<(num|title)>\s*(?:number:|topic:)?(.*?)(?=</\1>|</top>|^\s*<)", re.I | re.M | re.S)
+_FIELD = re.compile(
+    r"(?:^|>)\s*<(num|title)>\s*(?:number:|topic:|title:)?(.*?)(?=</\1>|</top>|^\s*</?(?:num|title|desc|narr|dom|smry|con|fac|def)\b)",
+    re.I | re.M | re.S,
+)
+_TOP = re.compile(r"\s*<top[\s>]", re.I)
 
 
 def _trec_topic(path: Path, line: int, element: str) -> Topic:
-    fields = [(name.lower(), " ".join(value.split())) for name, value in _FIELD.findall(element)]
+    fields = [(name.lower(), " ".join(unescape(value).split())) for name, value in _FIELD.findall(element)]
     for name in ("num", "title"):
         if sum(one == name for one, _ in fields) != 1 or not dict(fields)[name]:
             raise malformed(path, line, f"a <top> element with no <{name}>, an empty one or several; expected one")

@@ -211,14 +211,16 @@ def test_files_of_other_projects(tmp_path: Path) -> None:
         "<top>\n\n<num> Number: 51 \n<title> Topic: Airbus\n  Subsidies\n\n<desc> Its <title>.\n</top>\n",
         "<top>\n<num> 51\n<dom> Domain: Law\n<title>\nAirbus Subsidies\n\n<narr> Narrative:\nx\n\n</top>\n",
         "<TOP><NUM>51</NUM><TITLE>Airbus  Subsidies</TITLE><DESC>x</DESC></TOP>\n",
+        '<top lang="en">\n<num> 51\n<title> TITLE: Airbus\n<i>Subsidies</i>\n<desc> x\n</top>\n',
         "  <top>\n  <num>Number: 51</num>\n  <title>Airbus Subsidies</title>\n  </top>",
     ],
 )
 def test_topics_of_trec(tmp_path: Path, element: str) -> None:
-    second = "<top>\n<num> Number: 052\n<title> AT&T < 5\n</top>\n"
+    second = "<top>\n<num> Number: 052\n<title> AT&T < 5 &amp; 6\n</top>\n"
     first, other = read_topics(written(tmp_path / "topics.txt", f"{element}\n{second}"))
-    assert first == Topic("51", "Airbus Subsidies", 1)
-    assert other[:2] == ("052", "AT&T < 5")
+    title = "Airbus <i>Subsidies</i>" if "<i>" in element else "Airbus Subsidies"
+    assert first == Topic("51", title, 1)
+    assert other[:2] == ("052", "AT&T < 5 & 6")
 
 
 def test_a_judgement_that_is_repeated_counts_once(tmp_path: Path) -> None:
