@@ -337,7 +337,10 @@ class MatroyshkaReranker(LLMReranker):
             raise ValueError(f"prune={dict(self.prune)}: not every candidate reaches every depth; allowed: ().")
         if not isinstance(self.cutoff, tuple):
             return {self.cutoffs()[0]: self}
-        logits = self.at(normalize=False) if self.normalize else self  # each depth is ranked by them
+        logits = self
+        if self.normalize:  # each depth is ranked by logits
+            logits = self.at(normalize=False)
+            logits._works_for = self
         return {layer: logits >> AtDepth(layer, self.cutoff, self.normalize) for layer in self.cutoff}
 
     def fuse_feature_union(self, other: pt.Transformer, is_left: bool) -> pt.Transformer | None:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from .checkpoints import bundled
 from .checkpoints.description import described
-from .checkpoints.locate import folder_of, located, named_base, require, shown
+from .checkpoints.locate import folder_of, located, named_base, portable, require, shown
 from .engine.inputs import Ids, RankLLaMAInputs, document
 from .frames import row_name
 from .options import Option, with_options
@@ -179,12 +179,16 @@ class RankLLaMAReranker(LLMReranker):
     def _take_up(self, adapter: str) -> None:
         self.base_model, self.model = located(self._base()), adapter
 
-    def set_parameter(self, name: str, value: Any) -> None:
-        """Change a constructor argument, as :meth:`LLMReranker.set_parameter`."""
-        before = self.model
-        super().set_parameter(name, value)
-        if self.model != before:  # another adapter may name another base
+    def __setattr__(self, name: str, value: Any) -> None:
+        before = vars(self).get("model")
+        super().__setattr__(name, value)
+        if self.model != before and "named_base" in vars(self):  # another adapter may name another base
             self.named_base = named_base(self._source())
+
+    def compared(self) -> dict[str, Any]:
+        """Return the arguments, and the local base that the adapter names, if it is used."""
+        named = {} if self.base_model or self.named_base is None else {"named_base": portable(self.named_base)}
+        return self.arguments() | named
 
     def _shown(self, name: str) -> Any:
         value = getattr(self, name)

@@ -122,7 +122,8 @@ class LLMReranker(pt.Estimator):
 
     Rerankers made with equal arguments are equal, so experiments share their work. A reranker that is changed later
     (:meth:`set_parameter`, :meth:`fit`, an attribute) equals only itself from then on and keeps its hash. Dicts still
-    find it, and the keys of a grid stay distinct whatever values it sets. (Two rerankers that are equal from the start
+    find it, and the keys of a grid stay distinct whatever values it sets. A copy or pickle of it compares by its values
+    at that time, like a new reranker. (Two rerankers that are equal from the start
     are one key, as in any dict: give one of them another ``batch_size``, for example.)
     """
 
@@ -175,9 +176,10 @@ class LLMReranker(pt.Estimator):
 
     # Without annotations, which would make them options.
     _usage = Usage()
+    _works_for = cast("LLMReranker | None", None)  # a reranker that counts this one's usage, too
     _usage_level = logging.INFO
     _has_warned = False  # of ties, once
-    _made_with = cast("dict[str, Any] | None", None)  # the first arguments of a reranker that was changed since
+    _made_with = cast("dict[str, Any] | None", None)  # the first values of a reranker that was changed since
     _shared = cast("tuple[Hashable, tuple[Weights, ...]] | None", None)  # the weights in use, and their key
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -351,6 +353,8 @@ class LLMReranker(pt.Estimator):
         """Add to :attr:`usage`; for work that was done on behalf of this reranker."""
         with _LOCK:
             self._usage += usage
+            if self._works_for is not None:
+                self._works_for.add_usage(usage)
 
     def take_usage(self) -> Usage:
         """Return :attr:`usage`, and start again from zero."""
@@ -499,6 +503,10 @@ class LLMReranker(pt.Estimator):
         """Return the constructor arguments of this reranker, with the values in use."""
         return {name: getattr(self, name) for name in list(inspect.signature(type(self).__init__).parameters)[1:]}
 
+    def compared(self) -> dict[str, Any]:
+        """Return the values by which rerankers are equal: the arguments, and in subclasses others that scores need."""
+        return self.arguments()
+
     def subtransformers(self) -> dict[str, pt.Transformer]:
         """Return none: PyTerrier would take an empty tuple among the arguments for a list of transformers."""
         return {}
@@ -522,20 +530,23 @@ class LLMReranker(pt.Estimator):
                 setattr(self, argument, after)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        before = None
         if self._made_with is None and name in self.__dict__ and not name.startswith("_"):
             with suppress(AttributeError):  # a subclass's constructor that is still setting its arguments
-                self._made_with = self.arguments()
+                before = self.compared()
         super().__setattr__(name, value)
+        if before is not None and self.compared() != before:
+            self._made_with = before
 
     def __eq__(self, other: object) -> bool:
         if self is other:
             return True
         if not isinstance(other, LLMReranker) or type(self) is not type(other):
             return False
-        return self._made_with is other._made_with is None and self.arguments() == other.arguments()
+        return self._made_with is other._made_with is None and self.compared() == other.compared()
 
     def __hash__(self) -> int:
-        return hash((type(self), *(self._made_with or self.arguments()).values()))
+        return hash((type(self), *(self._made_with or self.compared()).values()))
 
     def __repr__(self) -> str:
         parameters = list(inspect.signature(type(self).__init__).parameters.values())[1:]

@@ -168,6 +168,14 @@ def test_ranks_follow_the_logits_where_scores_are_normalised(loud: MatroyshkaRer
     assert loud.at(**pruned).transform(rows)["rank"].equals(loud.at(**pruned, normalize=False).transform(rows)["rank"])
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_usage_of_depths_is_the_rerankers(normalize: bool) -> None:
+    reranker, rows = MatroyshkaReranker(FULL, dtype="float32", cutoff=[2, 4], normalize=normalize), frame(2, 3)
+    for depth in reranker.depths().values():
+        depth.transform(rows)
+    assert reranker.usage.pairs == 12
+
+
 def test_scores_that_evaluators_cannot_tell_apart_are_warned_of_once(
     loud: MatroyshkaReranker, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -11,7 +11,9 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -355,7 +357,8 @@ def test_relative_paths_are_resolved_when_the_reranker_is_made(
     for other in (reranker, changed, pickle.loads(pickled), copy.deepcopy(reranker), *fresh):
         assert other.compute_score(("a", "b")) == pytest.approx(wanted, abs=1e-5)
     assert said != repr(reranker)  # paths are relative to the current folder
-    assert eval(repr(reranker).partition(" over ")[0], {kind.__name__: kind}) == reranker
+    again = eval(repr(reranker).partition(" over ")[0], {kind.__name__: kind})
+    assert (again == reranker) is (name != "rankllama that names its base")  # "rankllama_base" is a hub id here
 
 
 def test_relative_and_absolute_paths_share_weights(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,16 +385,43 @@ def test_repr_shortens_paths() -> None:
     assert above != MatroyshkaReranker("mistral_base", start_layer=2, adapters="layer")
 
 
-def test_a_new_adapter_brings_its_own_base(elsewhere: Path) -> None:
+@pytest.mark.parametrize("change", [LLMReranker.set_parameter, setattr])
+def test_a_new_adapter_brings_its_own_base(elsewhere: Path, change: Callable[[Any, str, str], None]) -> None:
     shutil.copytree("rankllama_adapter", "other")
     config = json.loads(Path("other/adapter_config.json").read_text())
     Path("other/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "someone/other"}))
     reranker = RankLLaMAReranker("rankllama_adapter")
-    reranker.set_parameter("model", "other")
+    change(reranker, "model", "other")
     with pytest.raises(ConnectionError, match="someone/other"):
         reranker.compute_score(("a", "b"))
-    reranker.set_parameter("model", "rankllama_adapter")
+    change(reranker, "model", "rankllama_adapter")
     assert reranker.scorer().checkpoint.folder == Path("rankllama_base").absolute()
+
+
+def test_an_adapter_that_is_set_again_keeps_its_base(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reranker, base = RankLLaMAReranker("rankllama_adapter"), Path("rankllama_base").absolute()
+    monkeypatch.chdir(elsewhere)
+    reranker.model = reranker.model
+    assert reranker.scorer().checkpoint.folder == base
+
+
+def test_rerankers_over_different_bases_differ(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One adapter that names a relative base, opened in two folders."""
+    adapter = Path("rankllama_adapter").absolute()
+    shutil.copytree("rankllama_base", elsewhere / "rankllama_base")
+    here, twin = RankLLaMAReranker(adapter), RankLLaMAReranker(adapter)
+    given = [RankLLaMAReranker(adapter, base_model=Path("rankllama_base").absolute())]
+    monkeypatch.chdir(elsewhere)
+    there = RankLLaMAReranker(adapter)
+    given += [RankLLaMAReranker(adapter, base_model=given[0].base_model)]
+    assert here == twin
+    assert hash(here) == hash(twin)
+    assert here != there
+    assert len({here, twin, there, pickle.loads(pickle.dumps(here)), copy.copy(there)}) == 2
+    assert given[0] == given[1]  # the base that the adapter names has no effect
+    before = hash(here)
+    here.model = str(MODELS / "rankllama_adapter")
+    assert hash(here) == before
 
 
 def test_a_relative_output_dir_is_found_from_anywhere(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -440,6 +470,7 @@ def test_a_changed_reranker_keeps_its_hash_and_equals_only_itself(how: str, monk
     known, before = {first: "first", other: "other"}, hash(first)
     assert known[second] == "first"
     first.set_parameter("cutoff", 8)  # no change
+    first.cutoff, first.verbose = [8], first.verbose
     assert first == second
     change(how, first)
     assert hash(first) == before

@@ -364,17 +364,17 @@ class DeviceScorer:
         """Return token ids, or raise a ScoringError that names the pair whose tokenisation fails."""
         try:
             return self._encode(texts)
-        except (MemoryError, KeyboardInterrupt):
-            raise
-        except BaseException as error:  # a panic of a tokenizer in Rust is no Exception
+        except BaseException as error:
+            if not _is_failure(error):
+                raise
             failure = error
         at = f"{self._label(pairs[0])} and {len(pairs) - 1} more pairs together"  # unless one pair fails alone
         for pair, text in zip(pairs, texts, strict=True):
             try:
                 self._encode([text])
-            except (MemoryError, KeyboardInterrupt):
-                raise
             except BaseException as error:
+                if not _is_failure(error):
+                    raise
                 at, failure = self._label(pair), error
                 break
         raise self.call.error(f"cannot tokenise {at}: {type(failure).__name__}: {reason(failure)}") from failure
@@ -536,3 +536,10 @@ def one_ahead(make: Callable[[Item], Made], items: Iterable[Item], waiting: Stop
         yield from made
     finally:
         thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _is_failure(error: BaseException) -> bool:
+    """Return whether a tokenizer failed, rather than memory ran out or the process is to end."""
+    if isinstance(error, Exception):
+        return not isinstance(error, MemoryError)
+    return type(error).__module__ == "pyo3_runtime"  # a panic in Rust is no Exception, and cannot be imported

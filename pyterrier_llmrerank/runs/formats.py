@@ -17,6 +17,7 @@ import secrets
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from html import unescape
 from io import TextIOWrapper
 from itertools import chain, groupby, pairwise
 from operator import attrgetter
@@ -122,28 +123,30 @@ def read_run(path: Path, columns: str | None = None) -> Iterator[RunRow]:
     Raises:
         ValueError: a line is malformed, has more or fewer columns than the first, repeats a document of its query, or
             belongs to an earlier query; ranks and scores contradict each other; without ``columns``, scores look like
-            ranks in every query; or ``columns`` is invalid.
+            ranks in most queries, or are 1, 2, 3 and so on in one; or ``columns`` is invalid.
         OSError: the file cannot be read.
     """
     names = None if columns is None else _names(columns)
     hint = " (sort -s -k1,1 groups them)"
-    like_ranks: bool | None = None  # None until a query has several documents
-    line = 0
+    like_ranks = unlike_ranks = line = 0  # queries; integers of single documents may be either
     for _, rows in by_query(_check_unique(path, _run_rows(path, names), hint)):
         _check_agreement(path, rows)
         scores = [row.score for row in rows]
-        if len(rows) == 1:
-            like_ranks = like_ranks if scores[0].is_integer() else False
-        elif like_ranks is not False:
-            line, like_ranks = line or rows[0].line, _look_like_ranks(scores)
+        if names is None and len(scores) > 2 and scores == list(range(1, len(scores) + 1)):
+            raise _like_ranks(path, rows[0].line, "")
+        if len(scores) > 1 and _look_like_ranks(scores):
+            line, like_ranks = line or rows[0].line, like_ranks + 1
+        elif len(scores) > 1 or not scores[0].is_integer():
+            unlike_ranks += 1
         yield from rows
-    if like_ranks and names is None:
-        raise malformed(
-            path,
-            line,
-            f"the scores count up like ranks, in this query and all others; {_NAME_COLUMNS} as "
-            "qid,docno,rank or qid,docno,score",
-        )
+    if names is None and like_ranks > unlike_ranks:
+        raise _like_ranks(path, line, " and most others")
+
+
+def _like_ranks(path: Path, line: int, others: str) -> ValueError:
+    """Return the error for scores that look like ranks."""
+    problem = f"the scores count up like ranks, in this query{others}"
+    return malformed(path, line, f"{problem}; {_NAME_COLUMNS} as qid,docno,rank or qid,docno,score")
 
 
 def _names(columns: str) -> tuple[str, ...]:
@@ -350,7 +353,7 @@ def _topics(path: Path) -> Iterator[Topic]:
         return
     line, text = first
     lines = chain([first], lines)
-    if text.lstrip()[:5].lower() == "<top>":
+    if _TOP.match(text):
         yield from _trec_topics(path, lines)
     elif text.startswith(("<?xml", "<!DOCTYPE", "<topic")):
         raise malformed(
@@ -365,7 +368,7 @@ def _trec_topics(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[Topic
     begun: int | None = None
     element = ""
     for line, text in lines:
-        if (text.lstrip()[:5].lower() == "<top>") != (begun is None):
+        if (_TOP.match(text) is not None) != (begun is None):
             raise malformed(path, line, f"{reprlib.repr(text)}; expected a sequence of <top> ... </top> elements")
         begun = begun or line
         element += text + "\n"
@@ -377,11 +380,15 @@ def _trec_topics(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[Topic
 
 
 #: A field of a TREC topic: up to its end tag, or to the next line that begins with a tag.
-_FIELD = re.compile(r"(?:^|>)\s*<(num|title)>\s*(?:number:|topic:)?(.*?)(?=</\1>|</top>|^\s*<)", re.I | re.M | re.S)
+_FIELD = re.compile(
+    r"(?:^|>)\s*<(num|title)>\s*(?:number:|topic:|title:)?(.*?)(?=</\1>|</top>|^\s*</?(?:num|title|desc|narr|dom|smry|con|fac|def)\b)",
+    re.I | re.M | re.S,
+)
+_TOP = re.compile(r"\s*<top[\s>]", re.I)
 
 
 def _trec_topic(path: Path, line: int, element: str) -> Topic:
-    fields = [(name.lower(), " ".join(value.split())) for name, value in _FIELD.findall(element)]
+    fields = [(name.lower(), " ".join(unescape(value).split())) for name, value in _FIELD.findall(element)]
     for name in ("num", "title"):
         if sum(one == name for one, _ in fields) != 1 or not dict(fields)[name]:
             raise malformed(path, line, f"a <top> element with no <{name}>, an empty one or several; expected one")

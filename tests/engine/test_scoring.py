@@ -454,6 +454,23 @@ def test_any_exception_names_its_pairs_and_keeps_the_scores(monkeypatch: pytest.
 class Panic(BaseException):
     """An error like those of tokenizers in Rust."""
 
+    __module__ = "pyo3_runtime"
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("error", [SystemExit(143), GeneratorExit(), MemoryError()])
+def test_an_exit_during_tokenisation_is_no_scoring_error(error: BaseException, alone: bool) -> None:
+    """Alone: the batch fails with another error, and the exit comes while the pair at fault is looked for."""
+
+    def encode(given: list[tuple[str, str]]) -> object:
+        raise ValueError("odd") if alone and len(given) > 1 else error
+
+    device = object.__new__(scoring.DeviceScorer)
+    device._encode, device._label = encode, "pairs[{}]".format
+    with pytest.raises(type(error)) as info:
+        device._encode_or_name([0, 1], [("a", "b"), ("c", "d")])
+    assert info.value is error
+
 
 @pytest.mark.parametrize("error", [ValueError("odd"), Panic("odd")])
 @pytest.mark.parametrize("alone", [True, False])

@@ -113,9 +113,12 @@ def test_runs_have_three_four_or_six_columns(tmp_path: Path, lines: str, rank: i
 
 
 #: The last of three columns, by query. Numbers that count up, or count in any order but descending, may be ranks.
-LIKE_RANKS = [[[1, 2, 3]], [[1, 2, 3], [1, 2]], [[1], [1, 2, 3], [1]], [[0, 1, 2]], [[1, 4, 9]], [[2, 1, 3]], [[3, 5]]]
+LIKE_RANKS = [
+    [[1, 2, 3]], [[1, 2, 3], [1, 2]], [[1], [1, 2, 3], [1]], [[0, 1, 2]], [[1, 4, 9]], [[2, 1, 3]], [[3, 5]],
+    [[1, 2, 3], [2, 1]], [[1, 2, 3], [9, 5], [5, 5]], [[0, 1], [2, 1], [0, 1]],
+]  # fmt: skip
 LIKE_SCORES = [
-    [[3, 2, 1]], [[1, 2, 3], [2, 1]], [[1, 2, 3], [0.5]], [[1], [1]], [[1, 2, 2.5]], [[-3, -2, -1]], [[9, 1, 4]],
+    [[3, 2, 1]], [[1, 2], [2, 1]], [[1, 2], [0.5]], [[1], [1]], [[1, 2, 2.5]], [[-3, -2, -1]], [[9, 1, 4]],
     [[1, 1, 2]], [[1, 2], [5, 5]],
 ]  # fmt: skip
 
@@ -208,14 +211,16 @@ def test_files_of_other_projects(tmp_path: Path) -> None:
         "<top>\n\n<num> Number: 51 \n<title> Topic: Airbus\n  Subsidies\n\n<desc> Its <title>.\n</top>\n",
         "<top>\n<num> 51\n<dom> Domain: Law\n<title>\nAirbus Subsidies\n\n<narr> Narrative:\nx\n\n</top>\n",
         "<TOP><NUM>51</NUM><TITLE>Airbus  Subsidies</TITLE><DESC>x</DESC></TOP>\n",
+        '<top lang="en">\n<num> 51\n<title> TITLE: Airbus\n<i>Subsidies</i>\n<desc> x\n</top>\n',
         "  <top>\n  <num>Number: 51</num>\n  <title>Airbus Subsidies</title>\n  </top>",
     ],
 )
 def test_topics_of_trec(tmp_path: Path, element: str) -> None:
-    second = "<top>\n<num> Number: 052\n<title> AT&T < 5\n</top>\n"
+    second = "<top>\n<num> Number: 052\n<title> AT&T < 5 &amp; 6\n</top>\n"
     first, other = read_topics(written(tmp_path / "topics.txt", f"{element}\n{second}"))
-    assert first == Topic("51", "Airbus Subsidies", 1)
-    assert other[:2] == ("052", "AT&T < 5")
+    title = "Airbus <i>Subsidies</i>" if "<i>" in element else "Airbus Subsidies"
+    assert first == Topic("51", title, 1)
+    assert other[:2] == ("052", "AT&T < 5 & 6")
 
 
 def test_a_judgement_that_is_repeated_counts_once(tmp_path: Path) -> None:

@@ -367,6 +367,19 @@ def test_options_that_affect_scores_cannot_change(
     assert target.read_bytes() == whole
 
 
+def test_the_base_that_an_adapter_names_cannot_change(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("x", "y"):
+        shutil.copytree(MODELS / "rankllama_base", tmp_path / folder / "rankllama_base")
+    target = tmp_path / "run.tsv"
+    monkeypatch.chdir(tmp_path / "x")
+    rerank_file(RankLLaMAReranker(MODELS / "rankllama_adapter", dtype="float32"), source, target)
+    monkeypatch.chdir(tmp_path / "y")
+    with pytest.raises(ValueError, match=r"was written with named_base='.*/x/\w+', not '.*/y/\w+'"):
+        rerank_file(RankLLaMAReranker(MODELS / "rankllama_adapter", dtype="float32"), source, target, resume=True)
+
+
 def test_options_that_do_not_affect_scores_may_change(source: Path, tmp_path: Path) -> None:
     target = tmp_path / "run.tsv"
     interrupted(source, target, KeyboardInterrupt(), 2)
