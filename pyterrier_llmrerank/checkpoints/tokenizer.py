@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from transformers import (
-    AutoTokenizer,
     GPT2Tokenizer,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen2Tokenizer,
 )
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available
 
@@ -64,6 +64,10 @@ BYTE_LEVEL: dict[str | None, type[PreTrainedTokenizerBase]] = {
 }
 
 
+#: Classes that say nothing of a first token.
+GENERIC = (None, "TokenizersBackend", "PreTrainedTokenizerFast", "MistralCommonBackend")
+
+
 def vocabulary_of(folder: Path) -> tuple[str, ...] | None:
     """Return the names of a folder's vocabulary files; None if it has no vocabulary."""
     return next((names for names in VOCABULARIES if all((folder / name).is_file() for name in names)), None)
@@ -90,15 +94,23 @@ def open_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenize
         read_json(folder / name) if (folder / name).is_file() else {}
         for name in ("tokenizer_config.json", "special_tokens_map.json")
     )
-    named = settings.get("tokenizer_class") or getattr(config, "tokenizer_class", None)
+    named = settings.get("tokenizer_class") or getattr(config, "tokenizer_class", None) or _class_of(config)
     opened: PreTrainedTokenizerBase
     if vocabulary == ("tokenizer.json",):
         opened = PreTrainedTokenizerFast.from_pretrained(folder)
         if "bos_token" not in settings | special:
             if named is None:
                 raise ValueError("its tokenizer_config.json has neither bos_token nor tokenizer_class; expected one")
-            by_class = AutoTokenizer.from_pretrained(folder, config=PreTrainedConfig(), trust_remote_code=False)
+            by_name = tokenizer_class_from_name(named) if isinstance(named, str) else None
+            if by_name is None or named == "MistralCommonBackend":
+                raise ValueError(
+                    f"tokenizer_class is {short(named)}, which transformers does not have, and no bos_token is named; "
+                    'expected a class of transformers, or "bos_token" (null for none) in tokenizer_config.json'
+                )
+            by_class = by_name.from_pretrained(folder)
             opened.bos_token = by_class.bos_token
+        if getattr(opened.backend_tokenizer.model, "dropout", None):
+            opened.backend_tokenizer.model.dropout = None  # it drops merges at random, for training
     else:
         allowed: Collection[str | None] = SENTENCEPIECE if vocabulary == ("tokenizer.model",) else BYTE_LEVEL
         name = None if named is None else str(named).removesuffix("Fast")
@@ -115,6 +127,12 @@ def open_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenize
     if len(opened) <= len(opened.added_tokens_decoder):
         raise ValueError(f"the vocabulary in {' and '.join(vocabulary)} has special tokens only")
     return opened
+
+
+def _class_of(config: PreTrainedConfig) -> str | None:
+    """Return the tokenizer class that transformers has for a model type; None if it is a generic one."""
+    name = TOKENIZER_MAPPING_NAMES.get(config.model_type)
+    return name if name not in GENERIC else None
 
 
 def _sentencepiece(

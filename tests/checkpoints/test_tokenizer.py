@@ -15,6 +15,8 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from transformers import (
     AutoTokenizer,
     GemmaConfig,
+    GPT2Config,
+    GPT2Tokenizer,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
@@ -188,6 +190,42 @@ def test_the_first_token_may_be_its_classes(tmp_path: Path) -> None:
     assert open_tokenizer(folder, LlamaConfig()).bos_token_id == 2
     with pytest.raises(ValueError, match="has neither bos_token nor tokenizer_class"):
         open_tokenizer(folder_of(tmp_path / "m", None, None, tokenizer__json=content), LlamaConfig())
+
+
+@pytest.mark.parametrize("named", ["MyTokenizer", "InternLM2Tokenizer", "MistralCommonBackend", ["x"]])
+def test_a_class_that_transformers_lacks_is_refused_if_no_first_token_is_named(tmp_path: Path, named: object) -> None:
+    content = (RAW / "tokenizer.json").read_bytes()
+    folder = folder_of(tmp_path / "m", None, {"tokenizer_class": named}, tokenizer__json=content)
+    with pytest.raises(ValueError, match="which transformers does not have, and no bos_token is named"):
+        open_tokenizer(folder, LlamaConfig())
+    settings = {"tokenizer_class": named if isinstance(named, str) else "x", "bos_token": None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert open_tokenizer(folder, LlamaConfig()).bos_token is None
+
+
+def test_the_model_type_names_the_class_if_no_file_does(tmp_path: Path) -> None:
+    """As in openai-community/gpt2, whose settings hold a length alone."""
+    tokenizer = byte_level(None, None)
+    folder = folder_of(tmp_path / "m", None, {"model_max_length": 1024}, tokenizer__json=tokenizer.to_str().encode())
+    expected = GPT2Tokenizer.from_pretrained(folder)
+    opened = open_tokenizer(folder, GPT2Config())
+    assert opened.bos_token == expected.bos_token == "<|endoftext|>"
+    with pytest.raises(ValueError, match="has neither bos_token nor tokenizer_class"):
+        open_tokenizer(folder, MistralConfig())
+
+
+def test_merges_are_not_dropped_at_random(tmp_path: Path) -> None:
+    content = json.loads((RAW / "tokenizer.json").read_text())
+    with_dropout = {**content, "model": {**content["model"], "dropout": 0.9}}
+    settings = {"bos_token": "<s>"}
+    folders = [
+        folder_of(tmp_path / name, None, settings, tokenizer__json=json.dumps(value).encode())
+        for name, value in {"without": content, "with": with_dropout}.items()
+    ]
+    text = "panda coffee volcano tide train glacier"
+    expected, opened = (open_tokenizer(folder, LlamaConfig()) for folder in folders)
+    for _ in range(5):
+        assert opened(text)["input_ids"] == expected(text)["input_ids"]
 
 
 @pytest.mark.parametrize(
