@@ -90,14 +90,18 @@ class Adapter:
         originals: dict[str, str] = {}
         for key in self._files:
             if match := self._ORIGINAL.fullmatch(key):  # its value before training
-                originals[canonical(match["module"]) + ".weight"] = key
+                same = originals.setdefault(canonical(match["module"]) + ".weight", key)
             elif match := self._KEY.fullmatch(key):
-                self._sides.setdefault(canonical(match["module"]), {})[match["side"]] = key
+                same = self._sides.setdefault(canonical(match["module"]), {}).setdefault(match["side"], key)
                 self._full_names[canonical(match["module"])] = match["module"]
             elif (match := self._WHOLE.fullmatch(key)) and ".lora_" not in key:
-                self.whole[canonical(match["module"]) + ".weight"] = key
+                same = self.whole.setdefault(canonical(match["module"]) + ".weight", key)
             else:
                 raise ValueError(f"{argument}: tensor {short(key)} is no part of a plain LoRA adapter.")
+            if same != key:
+                raise ValueError(
+                    f"{argument}: the adapter has both {short(same, 200)} and {short(key, 200)}; expected one."
+                )
         if untrained := sorted(set(originals) - set(self.whole)):
             raise ValueError(
                 f"{argument}: tensor {short(originals[untrained[0]])} is there without the trained "

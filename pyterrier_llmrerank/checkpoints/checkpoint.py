@@ -122,6 +122,11 @@ class Checkpoint(ABC):
             raise ValueError(
                 f"{self.argument}: model_type {model_type!r} is an encoder and a decoder; expected a decoder alone."
             )
+        if getattr(config, "is_causal", True) is not True:  # transformers lets such a model see later tokens
+            raise ValueError(
+                f"{self.argument}: is_causal is {short(config.is_causal)} in config.json; allowed: true, because a token "
+                "of a reranker never sees later ones."
+            )
         rope = getattr(config, "rope_parameters", None)
         rotary = rope.get("rope_type", "default") if isinstance(rope, dict) else "default"
         if rotary in ("dynamic", "longrope"):

@@ -178,6 +178,24 @@ def test_an_update_beside_a_whole_weight_is_named(change: Callable[..., Path]) -
         Adapter(folder, "adapters")
 
 
+@pytest.mark.parametrize(
+    ("key", "twin"),
+    [
+        ("score.weight", "score.modules_to_save.weight"),
+        ("score.weight", "model.score.weight"),
+        ("score.original_module.weight", "model.score.original_module.weight"),
+        ("model.layers.0.mlp.up_proj.lora_B.weight", "model.layers.0.mlp.up_proj.lora_B.default.weight"),
+        ("model.layers.0.mlp.up_proj.lora_A.weight", "layers.0.mlp.up_proj.lora_A.weight"),
+    ],
+)
+def test_a_tensor_by_two_names_is_refused(change: Callable[..., Path], key: str, twin: str) -> None:
+    folder = change(**{f"base_model.model.{name}": torch.ones(1, 64) for name in (key, twin)})
+    with pytest.raises(ValueError, match="adapters: 'mine': the adapter has both ") as info:
+        Adapter(folder, "adapters: 'mine'")
+    assert f"'base_model.model.{key}'" in str(info.value)
+    assert f"'base_model.model.{twin}'" in str(info.value)
+
+
 def test_a_foreign_tensor_is_named(change: Callable[..., Path]) -> None:
     with pytest.raises(ValueError, match="'lora_embedding_A' is no part"):
         Adapter(change(lora_embedding_A=torch.ones(2, 2)), "adapters")
