@@ -124,8 +124,8 @@ class Checkpoint(ABC):
             )
         if getattr(config, "is_causal", True) is not True:  # transformers lets such a model see later tokens
             raise ValueError(
-                f"{self.argument}: is_causal is {short(config.is_causal)} in config.json; allowed: true, because a token "
-                "of a reranker never sees later ones."
+                f"{self.argument}: is_causal is {short(config.is_causal)} in config.json; allowed: true, because a "
+                "token of a reranker never sees later ones."
             )
         rope = getattr(config, "rope_parameters", None)
         rotary = rope.get("rope_type", "default") if isinstance(rope, dict) else "default"
