@@ -22,7 +22,7 @@ from .features import PAPER, AtDepth, MatroyshkaFeatures
 from .frames import sigmoid
 from .options import Converted, Option, with_options
 from .reranker import LLMReranker, Scores, model_path, require_layerwise
-from .values import flag, integer, items, layers, optional, path_like, positive, refuse, string
+from .values import RATIOS, flag, integer, items, layers, optional, path_like, positive, refuse, string
 
 if TYPE_CHECKING:
     from .checkpoints.checkpoint import Checkpoint, MatroyshkaCheckpoint
@@ -39,9 +39,9 @@ def _adapters(name: str, value: object) -> tuple[str, ...]:
 
 def _token_adapters(name: str, value: object) -> tuple[tuple[int, str], ...]:
     """Return adapters by the ratio they compensate for, ascending."""
-    allowed = "a folder for each ratio, {2: folder, 4: folder}, ratios from 2 on"
+    allowed = "a folder for each ratio, {2: folder, 4: folder}, powers of two from 2 to 64"
     by_ratio = {integer(name, ratio, allowed): path_like(name, folder) for ratio, folder in items(name, value, allowed)}
-    if any(ratio < 2 for ratio in by_ratio):
+    if any(ratio == 1 or ratio not in RATIOS for ratio in by_ratio):
         refuse(name, value, allowed)
     return tuple(sorted(by_ratio.items()))
 
@@ -57,7 +57,7 @@ def _cutoff(name: str, value: object) -> int | tuple[int, ...] | None:
 
 
 def _compress_ratio(name: str, value: object) -> int:
-    if (ratio := positive(name, value)) not in (1, 2, 4, 8, 16, 32, 64):
+    if (ratio := positive(name, value)) not in RATIOS:
         refuse(name, value, "1, 2, 4, 8 (or a power of two up to 64)")
     return ratio
 
@@ -119,8 +119,8 @@ class MatroyshkaReranker(LLMReranker):
     adapters: Converted[str | Sequence[str], tuple[str, ...]] = Converted(
         default=(),
         check=_adapters,
-        help="LoRA folders to merge, in this order: paths, folders below the model's own "
-        '(``"compensate/layer/full"``), or hub ids. The default is the adapters in the model\'s '
+        help="LoRA folders, merged in the order given. Each is a path, a folder below the model's own "
+        '(``"compensate/layer/full"``) or a hub id. The default is the adapters in the model\'s '
         "``reranker.json``, if it has one.",
     )
     token_adapters: Converted[Mapping[int, str] | Sequence[tuple[int, str]], tuple[tuple[int, str], ...]] = Converted(
@@ -134,8 +134,8 @@ class MatroyshkaReranker(LLMReranker):
     cutoff: Converted[int | Sequence[int] | None, int | tuple[int, ...] | None] = Converted(
         default=None,
         check=_cutoff,
-        help="the layer that scores, or several; None for the model's last layer. With several, ``score`` is the "
-        "deepest's, and each has a column ``score_<layer>``; all are computed in one pass. Deeper layers are not run, "
+        help="the layer that scores, or several; None for the deepest layer with a head. With several, ``score`` is "
+        "the deepest's, and each has a column ``score_<layer>``; all are computed in one pass. Deeper layers are not run, "
         "and not kept in memory unless another reranker needs them.",
     )
     compress_layers: Converted[int | Sequence[int], tuple[int, ...]] = Converted(
@@ -174,13 +174,14 @@ class MatroyshkaReranker(LLMReranker):
     max_length: Option[int] = Option(
         default=512,
         check=positive,
-        help="tokens kept of ``B: {passage}``. Prefix and passage together are limited to about this length too.",
+        help="tokens kept of ``B: {passage}``. Prefix and passage together have at most this length plus the prompt's "
+        "tokens.",
     )
     normalize: Option[bool] = Option(
         default=False,
         check=flag,
-        help="return the sigmoid of the scores, between 0 and 1. Ranks still follow the logits. A warning says so if "
-        "different logits become equal in single precision, in which evaluators compare scores.",
+        help="return the sigmoid of the scores, between 0 and 1. Ranks still follow the logits. A warning "
+        "says if different logits become equal in float32, which evaluators use.",
     )
     released: Option[bool] = Option(
         default=False,
@@ -200,14 +201,14 @@ class MatroyshkaReranker(LLMReranker):
     layer_sep: Option[int | None] = Option(
         default=None,
         check=optional(positive),
-        help="layers between two such heads; None for the value in ``reranker.json`` or the checkpoint, or 1 for a "
-        "plain model.",
+        help="the distance between consecutive layers with heads; None for the value in ``reranker.json`` or the "
+        "checkpoint, or 1 for a plain model.",
     )
     training: Option[MatroyshkaTraining | None] = Option(
         default=None,
         check=_training,
         help="the recipe that :meth:`fit` trains by: ``DistillTraining`` (the default, with the original settings) or "
-        "``CompensateTraining``. The result becomes one more of ``adapters``.",
+        "``CompensateTraining``. The result is appended to ``adapters``.",
     )
 
     def __post_init__(self) -> None:
@@ -479,7 +480,7 @@ class MatroyshkaReranker(LLMReranker):
         return cutoffs
 
     def _check_stages(self, deepest: int | None) -> None:
-        """Raise ValueError if a cascade does not end above the deepest cutoff; None if that is not known yet."""
+        """Raise ValueError unless all stages are shallower than the deepest cutoff, or None if it is not known yet."""
         if deepest is not None and self.prune and (layer := self.prune[-1][0]) >= deepest:
             raise ValueError(f"prune={dict(self.prune)}: layer {layer} is not shallower than the cutoff, {deepest}.")
 

@@ -121,8 +121,8 @@ class LLMReranker(pt.Estimator):
     copy in memory.
 
     Rerankers made with equal arguments are equal, so experiments share their work. A reranker that is changed later
-    (:meth:`set_parameter`, :meth:`fit`, an attribute) equals only itself from then on and keeps its hash. Dicts still
-    find it, and the keys of a grid stay distinct whatever values it sets. A copy or pickle of it compares by its values
+    (:meth:`set_parameter`, :meth:`fit`, an attribute) equals only itself from then on and keeps its hash. So it can
+    stay a key of a dict. A copy or pickle of it compares by its values
     at that time, like a new reranker. (Two rerankers that are equal from the start
     are one key, as in any dict: give one of them another ``batch_size``, for example.)
     """
@@ -143,7 +143,7 @@ class LLMReranker(pt.Estimator):
         check=devices,
         help='for example ``"cuda:1"``; None for CUDA or MPS if available, else the CPU. With several devices, '
         '``["cuda:0", "cuda:1"]``, each holds a copy of the weights and takes some queries at a time, with all their '
-        "candidates. They are kept as a tuple. :meth:`fit` takes one device.",
+        "candidates. They are kept as a tuple. :meth:`fit` trains on the CPU or the first GPU.",
     )
     dtype: Option[str] = Option(
         default="auto",
@@ -346,7 +346,7 @@ class LLMReranker(pt.Estimator):
 
     @property
     def usage(self) -> Usage:
-        """The total usage of all calls so far. After each call, a log line (INFO) says the usage of that call."""
+        """The usage of all calls since the last :meth:`take_usage`. Each call logs its own usage (INFO)."""
         return self._usage
 
     def add_usage(self, usage: Usage) -> None:
@@ -363,7 +363,7 @@ class LLMReranker(pt.Estimator):
         return usage
 
     def quiet(self) -> Self:
-        """Return a copy without usage that shows no progress bar and logs its usage at DEBUG level only."""
+        """Return a copy with zero usage and no progress bar, which logs at DEBUG level."""
         quiet = copy.copy(self)
         quiet._usage = Usage()
         quiet.verbose = False
@@ -406,7 +406,8 @@ class LLMReranker(pt.Estimator):
 
         Args:
             topics_or_res_tr: results with texts, in the columns that :meth:`transform` takes. A column ``teacher``, if
-                present, holds another model's scores to distil from (Matroyshka).
+                present, holds another model's scores: RankLLaMA learns from them if its recipe sets ``teacher_weight``
+                or ``absolute_margin``, a Matroyshka if its ``train_method`` ends in ``_teacher``.
             qrels_tr: columns ``qid``, ``docno`` and ``label``.
             topics_or_res_va: results to validate on; give it together with ``qrels_va``.
             qrels_va: their qrels.

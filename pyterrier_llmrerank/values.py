@@ -17,6 +17,9 @@ from .errors import short
 
 Kept = TypeVar("Kept")
 
+#: The ratios in which hidden states may be pooled.
+RATIOS = (1, 2, 4, 8, 16, 32, 64)
+
 #: Torch's names of devices that can hold a model.
 DEVICE = re.compile(r"(cpu|cuda|mps|xpu)(:\d+)?")
 

@@ -191,7 +191,7 @@ def test_an_adapter_with_its_own_embeddings_scores_as_in_peft(tmp_path: Path, fa
         ours.save(tmp_path / "merged", merged=True)
         merged = RankLLaMAReranker(tmp_path / "merged", dtype="float32")
         np.testing.assert_allclose(merged.compute_score(pairs), wanted, atol=1e-4)
-        with pytest.raises(ValueError, match=r"holds the whole tensor 'embed_tokens.weight', which would not go on"):
+        with pytest.raises(ValueError, match=r"holds the whole tensor 'embed_tokens.weight', which cannot be trained"):
             ours.fit(frame(1), frame(1).assign(label=[1, 0, 0])[["qid", "docno", "label"]])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -20,18 +21,20 @@ def canonical(name: str) -> str:
     return name.removeprefix("model.")
 
 
+#: Fields of PEFT's LoraConfig that say which modules have an update, and that the tensors have to agree with.
+TARGETS = {"exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"}
+
 #: Fields of PEFT's LoraConfig that this module reads.
-READ = {
-    "alpha_pattern", "base_model_name_or_path", "init_lora_weights", "lora_alpha", "peft_type", "revision",
-    "use_rslora",
+READ = TARGETS | {
+    "alpha_pattern", "base_model_name_or_path", "init_lora_weights", "lora_alpha", "peft_type", "r", "rank_pattern",
+    "revision", "use_rslora",
 }  # fmt: skip
 
-#: Fields that matter for training alone, or that repeat the shapes of the tensors.
+#: Fields that matter for training alone.
 WITHOUT_EFFECT = {
-    "auto_mapping", "bias", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
-    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config",
-    "megatron_core", "modules_to_save", "peft_version", "qalora_group_size", "r", "rank_pattern", "runtime_config",
-    "target_modules", "task_type",
+    "auto_mapping", "bias", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out",
+    "inference_mode", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save",
+    "peft_version", "qalora_group_size", "runtime_config", "task_type",
 }  # fmt: skip
 
 #: Fields that turn LoRA into a variant of it, unless they are null, false or empty.
@@ -44,8 +47,8 @@ VARIANTS = {
 #: The initialisations of LoRA with which PEFT leaves the base's weights unchanged.
 INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 
-#: PEFT's default for lora_alpha.
-LORA_ALPHA = 8
+#: PEFT's defaults for lora_alpha and r.
+LORA_ALPHA = LORA_RANK = 8
 
 #: The operators by which a regular expression can match in more than one way.
 WILD = re.compile(r"[*+?|{]")
@@ -114,6 +117,14 @@ class Adapter:
                 )
             if f"{module}.weight" in self.whole:
                 raise ValueError(f"{argument}: module {short(module)} has an update and a whole weight; expected one.")
+        self._check_targets()
+        for module, sides in self._sides.items():
+            rank = self._by_pattern("rank", self._full_names[module], "r", LORA_RANK)
+            if (shape := self._files.shape(sides["A"]))[0] != rank:
+                raise ValueError(
+                    f"{argument}: lora_A of {short(module)} is {list(shape)}, but its rank in adapter_config.json is "
+                    f"{short(rank)}."
+                )
 
     def _check_config(self) -> None:
         """Raise ValueError on a configuration by which the tensors are not plain LoRA."""
@@ -133,6 +144,26 @@ class Adapter:
                 f"{self.argument}: init_lora_weights is {short(initialisation)}, which may change the base's weights; "
                 f"allowed: {', '.join(map(repr, INITIALISATIONS))}. PEFT's save_pretrained converts the others with "
                 "path_initial_model_for_weight_conversion, or merge the adapter with PEFT and open the merged model."
+            )
+
+    def _check_targets(self) -> None:
+        """Raise ValueError on an update of a module that PEFT, by the configuration, would leave alone."""
+        from peft import LoraConfig
+        from peft.tuners.tuners_utils import check_target_module_exists
+
+        given = {name: self.config[name] for name in TARGETS if self.config.get(name) is not None}
+        patterns = [value for value in given.values() if isinstance(value, str)]
+        if "target_modules" not in given or any(len(WILD.findall(pattern)) > 2 for pattern in patterns):
+            return  # PEFT's defaults for the model, or a match that could take forever
+        try:
+            config = LoraConfig(**given)
+            unnamed = [name for name in self._full_names.values() if not check_target_module_exists(config, name)]
+        except Exception as error:
+            raise ValueError(f"{self.argument}: {', '.join(sorted(given))} in adapter_config.json: {error}") from error
+        if unnamed and config.target_modules != "all-linear":
+            raise ValueError(
+                f"{self.argument}: module {short(unnamed[0])} has an update, but is not among the modules that "
+                f"{', '.join(sorted(given))} in adapter_config.json name ({len(unnamed)} such modules)."
             )
 
     @property
@@ -222,24 +253,30 @@ class Adapter:
         return tensor
 
     def _alpha(self, module: str) -> float:
-        """Return a module's ``lora_alpha``; PEFT's ``alpha_pattern`` has regular expressions for module names."""
-        patterns = self.config.get("alpha_pattern") or {}
-        if not isinstance(patterns, dict):
-            raise ValueError(f"{self.argument}: alpha_pattern is {short(patterns)}; expected an object.")
-        name, alpha = "lora_alpha", self.config.get("lora_alpha", LORA_ALPHA)
-        for pattern, value in patterns.items():
-            if self._fits(pattern, module):
-                name, alpha = f"alpha_pattern {short(pattern)}", value
-                break
+        """Return a module's ``lora_alpha``."""
+        alpha = self._by_pattern("alpha", module, "lora_alpha", LORA_ALPHA)
         number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
         if not number or not -MOST < alpha < MOST:
-            raise ValueError(f"{self.argument}: {name} is {short(alpha)}; expected a number.")
+            raise ValueError(
+                f"{self.argument}: lora_alpha of {short(module)} is {short(alpha)}, by lora_alpha or alpha_pattern; "
+                "expected a number."
+            )
         return float(alpha)
 
-    def _fits(self, pattern: str, module: str) -> bool:
+    def _by_pattern(self, name: str, module: str, field: str, default: int) -> Any:
+        """Return a module's value; PEFT's ``<name>_pattern`` has regular expressions for module names."""
+        patterns = self.config.get(f"{name}_pattern") or {}
+        if not isinstance(patterns, dict):
+            raise ValueError(f"{self.argument}: {name}_pattern is {short(patterns)}; expected an object.")
+        for pattern, value in patterns.items():
+            if self._fits(f"{name}_pattern", pattern, module):
+                return value
+        return self.config.get(field, default)
+
+    def _fits(self, field: str, pattern: str, module: str) -> bool:
         if len(pattern) > 1000 or len(WILD.findall(pattern)) > 2:  # a match could take forever
-            raise ValueError(f"{self.argument}: alpha_pattern {short(pattern)} is too intricate.")
+            raise ValueError(f"{self.argument}: {field} {short(pattern)} is too intricate.")
         try:
             return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None
         except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(f"{self.argument}: alpha_pattern {short(pattern)}: {error}.") from error
+            raise ValueError(f"{self.argument}: {field} {short(pattern)}: {error}.") from error

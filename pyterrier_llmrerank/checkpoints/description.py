@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import short
+from ..values import RATIOS
 from .config import read_json
 from .locate import HUB_ID, adapter_folder, below, is_hub_id
 
@@ -264,7 +265,7 @@ class _Reader:
 
     def token_adapters(self) -> tuple[tuple[int, str], ...]:
         by_ratio = self.content.get("token_adapters", {})
-        ratios = [str(ratio) for ratio in (2, 4, 8, 16, 32, 64)]
+        ratios = [str(ratio) for ratio in RATIOS if ratio > 1]
         if not isinstance(by_ratio, dict) or not by_ratio.keys() <= set(ratios):
             raise self.refused("token_adapters", f"an object with a folder for ratios among {', '.join(ratios)}")
         pairs = [(int(ratio), self.folder("token_adapters", name)) for ratio, name in by_ratio.items()]

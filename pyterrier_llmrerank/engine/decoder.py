@@ -11,7 +11,8 @@ layers::
                                        norm              norm  -> states of each pair's last token
 
 Each layer is called as a module, so that adapters, gradient checkpointing and parallel wrappers work. The exception is
-the deepest layer of inference: only last tokens are read there, so the rest of it is skipped.
+the deepest layer of inference: only last tokens are read there, so everything but keys and
+values is computed for these alone.
 """
 
 from __future__ import annotations

@@ -223,4 +223,4 @@ def on_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
     tensor = torch.from_numpy(array)
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)  # other devices may read unpinned memory only after it was freed
+    return tensor.to(device)  # an asynchronous copy could read the memory after it is freed

@@ -68,7 +68,7 @@ class Shape:
 
     @property
     def stages(self) -> list[tuple[int, ...]]:
-        """The cutoffs in groups, each of which ends where candidates are dropped."""
+        """The cutoffs in groups; all but the last end where candidates are dropped."""
         drops = [layer for layer, _ in self.prune]
         bounds = zip([0, *drops], [*drops, self.cutoffs[-1]], strict=True)
         return [tuple(cutoff for cutoff in self.cutoffs if above < cutoff <= last) for above, last in bounds]
@@ -150,9 +150,9 @@ class Scorer:
 
         Raises:
             ValueError, ImportError: the attention kernel or a cutoff cannot be used with this model.
-            ScoringError: a pair has no tokens, unknown tokens or more tokens than the model has positions (checked
-                before its chunk is scored); a score is not finite; memory runs out; or anything else fails. The
-                other devices finish their batch. ``scores`` holds all logits computed so far.
+            ScoringError: a pair has no tokens, unknown tokens or more tokens than its table of positions, if it has
+                one (checked before its chunk is scored); a score is not finite; memory runs out; or anything else
+                fails. The other devices finish their batch. ``scores`` holds all logits computed so far.
             KeyboardInterrupt: Ctrl-C, with ``scores`` as above.
         """
         observer = observer or Observer()
@@ -330,11 +330,11 @@ class DeviceScorer:
                 self.call.observer.used(Usage(tokenising_seconds=self._tokenising.seconds, model_seconds=seconds))
 
     def _raise(self, error: BaseException) -> NoReturn:
-        """Raise an error, as a ScoringError that names the latest batch if it is another library's."""
+        """Re-raise our own errors; wrap any other in a ScoringError that names the latest batch."""
         if isinstance(error, ScoringError) or not isinstance(error, Exception):
             raise error
         if isinstance(error, MemoryError):
-            message = "out of memory between two batches; rerank fewer queries at a time."
+            message = "out of memory outside the model; rerank fewer queries at a time."
         else:
             pairs = self._latest
             others = f" or one of {len(pairs) - 1} more pairs in its batch" if len(pairs) > 1 else ""

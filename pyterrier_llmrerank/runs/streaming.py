@@ -86,7 +86,7 @@ def rerank_file(
     The file is read in chunks of whole queries with at least :data:`~pyterrier_llmrerank.engine.scoring.CHUNK` rows.
     Each chunk is scored in one call, while the next one is read, and written in one block. Memory use does not grow
     with the file, except for the ids of its queries. Chunks depend on the source alone, so an interrupted and resumed
-    run has the same bytes as an uninterrupted one.
+    run has the same bytes as an uninterrupted one, if the options are the same.
 
     ``<target>.journal``, beside the run, records the options that affect scores, the blocks written so far, and
     whether the run is finished. An existing target is never overwritten: it raises an error, unless ``resume`` is set.
@@ -94,12 +94,12 @@ def rerank_file(
 
     - begins a new run if there is no target, so the same command can be repeated until it succeeds;
     - scores only new rows if the run is finished and its source has grown;
-    - raises an error if the target has no journal, if the rows already scored have changed, or if arguments or the
-      dtype that affect scores have changed. ``workers`` may change, and so may ``batch_size`` and ``device`` without
-      quantization. The model's files are not compared.
+    - raises an error if the target has no journal, if the rows already scored have changed, or if arguments
+      that affect scores, or the dtype, have changed. ``workers`` may change; ``batch_size`` and ``device``, too, if the
+      reranker is not quantised. The model's files are not compared.
 
-    After an error, Ctrl-C, a full disk or a kill, the target holds complete blocks, and the error has a note on how to
-    resume. If no block was written, both files are removed.
+    After an error or Ctrl-C, the target holds complete blocks only, and the error says how to resume if there are any;
+    if there are none, both files are removed. After a kill, resuming removes an incomplete block.
 
     Args:
         reranker: the reranker. If it is ``verbose``, a progress bar counts pairs.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import pyterrier as pt
 
 from ..engine.inputs import PROMPT, MatroyshkaInputs, RankLLaMAInputs, document
+from ..values import RATIOS
 from .objectives import METHODS, CascadeLoss, DistilledLoss, Loss
 from .options import Declared, check_numbers, default_of, documented, make_tuple, option
 from .widths import Widths
@@ -250,7 +251,7 @@ class RankLLaMATraining(Recipe):
         from ..checkpoints.checkpoint import RankLLaMACheckpoint
 
         if adapters:
-            raise ValueError(f"raw_peft={list(adapters)}: RankLLaMA trains on one model or adapter.")
+            raise ValueError(f"raw_peft={list(adapters)}: RankLLaMA merges no adapters; give one model or adapter.")
         return RankLLaMACheckpoint(model, base_model)
 
     def heads(self, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, seed: int) -> Tensor:
@@ -308,7 +309,7 @@ class MatroyshkaTraining(Recipe):
         super().__post_init__()
         make_tuple(self, "compress_layers", int)
         make_tuple(self, "compress_ratios", int)
-        if not self.compress_ratios or any(ratio not in (1, 2, 4, 8, 16, 32, 64) for ratio in self.compress_ratios):
+        if not self.compress_ratios or any(ratio not in RATIOS for ratio in self.compress_ratios):
             raise ValueError(f"compress_ratios={list(self.compress_ratios)}; allowed: powers of two from 1 to 64.")
         if any(layer < 0 for layer in self.compress_layers):
             raise ValueError(f"compress_layers={list(self.compress_layers)}; allowed: layer indices, from 0.")
@@ -388,7 +389,8 @@ class MatroyshkaTraining(Recipe):
 class DistillTraining(MatroyshkaTraining):
     """Train every layer from ``start_layer`` to rank, by cascaded self-distillation.
 
-    If the data has no teacher scores, choose a ``train_method`` without ``_teacher``.
+    Without teacher scores, :meth:`fit` warns and uses the method without ``_teacher``; training from files raises an
+    error.
 
     >>> from pyterrier_llmrerank.training import DistillTraining
     >>> DistillTraining().train_method

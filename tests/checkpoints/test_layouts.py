@@ -334,11 +334,16 @@ def naive(tensors: Tensors, updates: list[Tensors], pairs: list[Any], alpha: flo
     return np.transpose(scores)
 
 
+def modules_of(tensors: Tensors) -> set[str]:
+    """The ends of the names of the modules that an adapter's tensors update."""
+    return {name.partition(".lora_")[0].rpartition(".")[2] for name in tensors if ".lora_" in name}
+
+
 def lora(folder: Path, tensors: Tensors, layout: Callable[..., None]) -> None:
     """An adapter's folder as the original training writes it."""
     folder.mkdir(parents=True)
     layout(folder, tensors, stem="adapter_model")
-    said = EARLY | {"r": 2, "task_type": "CAUSAL_LM", "target_modules": ["q_proj", "down_proj", "linear_head"]}
+    said = EARLY | {"r": 2, "task_type": "CAUSAL_LM", "target_modules": sorted(modules_of(tensors))}
     (folder / "adapter_config.json").write_text(json.dumps(said))
 
 
