@@ -135,8 +135,8 @@ class MatroyshkaReranker(LLMReranker):
         default=None,
         check=_cutoff,
         help="the layer that scores, or several; None for the deepest layer with a head. With several, ``score`` is "
-        "the deepest's, and each has a column ``score_<layer>``; all are computed in one pass. Deeper layers are not run, "
-        "and not kept in memory unless another reranker needs them.",
+        "the deepest's, and each has a column ``score_<layer>``; all are computed in one pass. Deeper layers are not "
+        "run, and not kept in memory unless another reranker needs them.",
     )
     compress_layers: Converted[int | Sequence[int], tuple[int, ...]] = Converted(
         default=(),
