@@ -31,20 +31,20 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 CARD = """---
 library_name: peft
 ---
-# {folder}
+# An adapter of {base}
 
-An adapter of `{base}`, trained by pyterrier_llmrerank for {steps} steps with
+Trained by pyterrier_llmrerank for {steps} steps with
 
 ```python
 {recipe}
 ```
 
-It opens with
+This folder, and a hub repository with its files, opens by its name alone:
 
 ```python
 from pyterrier_llmrerank import {name}
 
-{call}
+{name}("path/to/this/folder")
 ```
 """
 
@@ -194,10 +194,8 @@ class Recipe(Declared, ABC):
         """Write the model card of an adapter, without tokens of the hub."""
         settings = {name: value for name, value in self.arguments.items() if not name.endswith("_token")}
         recipe = replace(self, output_dir=None, text=None, arguments=settings)
-        call = self.opening_call(checkpoint, folder)
-        return CARD.format(
-            folder=folder, base=checkpoint.base, steps=steps, recipe=recipe, call=call, name=call.partition("(")[0]
-        )
+        name = self.opening_call(checkpoint, folder).partition("(")[0]
+        return CARD.format(base=checkpoint.base, steps=steps, recipe=recipe, name=name)
 
     @staticmethod
     @abstractmethod

@@ -148,9 +148,14 @@ def test_distil_and_compensate(data: Path, tmp_path: Path, capsys: pytest.Captur
     assert np.isfinite(reranker.compute_score(("panda", "a panda")))
     assert opened_as_said(capsys, tmp_path / "token") == reranker
     card = (tmp_path / "token" / "README.md").read_text()
-    assert f"An adapter of `{MISTRAL}`, trained by pyterrier_llmrerank for 4 steps" in card
+    assert f"# An adapter of {MISTRAL}\n\nTrained by pyterrier_llmrerank for 4 steps" in card
     assert "CompensateTraining(group_size=4, " in card
-    assert f", {str(tmp_path / 'layer')!r}, 'token'], start_layer=4)" in card
+    assert 'MatroyshkaReranker("path/to/this/folder")' in card
+    described = MatroyshkaReranker(tmp_path / "token", dtype="float32")  # its last adapter serves its ratio alone
+    reranker.set_parameter("dtype", "float32")
+    pooled = [each.at(compress_layers=[4], compress_ratio=2) for each in (described, reranker)]
+    scores = [each.compute_score(("panda", "x " * 9)) for each in pooled]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
     assert "[More Information Needed]" not in card
 
 
