@@ -14,6 +14,7 @@ import os
 import re
 import reprlib
 import secrets
+import shutil
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,12 +23,16 @@ from io import TextIOWrapper
 from itertools import chain, groupby, pairwise
 from operator import attrgetter
 from pathlib import Path
+from tempfile import SpooledTemporaryFile
 from typing import Any, BinaryIO, NamedTuple, Protocol, TextIO, TypeVar, cast
 
 from ..values import problem_of
 
 #: The longest line to read, in bytes, so that a hostile file cannot fill the memory.
 MAX_LINE = 16 * 2**20
+
+#: Bytes of an output to a pipe that are held in memory; more are held in a temporary file.
+HELD_IN_MEMORY = 16 * 2**20
 
 #: The forms of a run to write: ``qid docno score``, and TREC's ``qid Q0 docno rank score tag``.
 FORMS = ("three", "trec")
@@ -608,7 +613,7 @@ def writing(path: Path) -> Iterator[TextIO]:
 
     Args:
         path: the file, compressed if its name ends in ``.gz`` (without a timestamp, so equal texts give equal files).
-            A path that is not a regular file, such as ``/dev/stdout``, is written directly.
+            A path that is not a regular file, such as ``/dev/stdout``, gets all of the text at the end.
 
     Raises:
         OSError: the file cannot be written.
@@ -620,14 +625,18 @@ def writing(path: Path) -> Iterator[TextIO]:
             raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist.")
     part = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}") if regular else path
     try:
-        with part.open("xb" if regular else "wb") as raw:
-            with _compressed(raw) if path.suffix == ".gz" else nullcontext(raw) as lines:
-                text = TextIOWrapper(lines, encoding="utf-8", newline="\n")
+        with part.open("xb") if regular else SpooledTemporaryFile(HELD_IN_MEMORY) as raw:
+            with _compressed(cast(BinaryIO, raw)) if path.suffix == ".gz" else nullcontext(raw) as lines:
+                text = TextIOWrapper(cast(BinaryIO, lines), encoding="utf-8", newline="\n")
                 yield text
                 text.flush()
             raw.flush()
             if regular:
                 os.fsync(raw.fileno())
+            else:
+                raw.seek(0)
+                with path.open("wb") as target:
+                    shutil.copyfileobj(raw, target)
         if regular:
             part.replace(path)
     except BaseException:

@@ -5,6 +5,7 @@ import json
 import os
 import tracemalloc
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -490,3 +491,19 @@ def test_links_devices_and_pipes_are_kept(tmp_path: Path) -> None:
     os.close(end)
     with pytest.raises(FileNotFoundError, match="the folder .*none does not exist"):
         written(tmp_path / "none" / "run.txt", "x")
+
+
+def test_a_pipe_gets_nothing_of_what_fails(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        with suppress(ValueError), writing(pipe) as lines:
+            lines.write("x" * 10_000)
+            raise ValueError
+        assert os.read(reader, 10) == b""
+        with writing(pipe) as lines:
+            lines.write("all")
+        assert os.read(reader, 10) == b"all"
+    finally:
+        os.close(reader)
