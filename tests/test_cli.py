@@ -157,7 +157,7 @@ RANKS = "q0\td0\t1\nq0\td3\t2\nq1\td1\t1\nq1\td2\t2\nq1\td0\t3\nq2\td1\t1\n"
 def test_ranks_are_not_read_as_scores(folder: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("ranks.tsv").write_text(RANKS)
     assert run(command) == 1
-    assert "ranks.tsv, line 1: the scores count up like ranks" in capsys.readouterr().err
+    assert "ranks.tsv, line 3: the scores count up like ranks" in capsys.readouterr().err
     assert not Path("o").exists()
 
 

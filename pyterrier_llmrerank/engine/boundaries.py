@@ -20,16 +20,26 @@ if TYPE_CHECKING:
 #: A place to cut: between the two characters.
 CUT = re.compile(r"[^\W_] ")
 
-#: Alternatives in the patterns of GPT-2, Llama 3, Qwen, Mistral's Tekken and others. None matches a space after
-#: anything but white space. Only ``\s+(?!\S)`` looks ahead, and it matches nothing but white space.
-ALTERNATIVES = frozenset(
+#: Alternatives of patterns that match a word, and a number, up to its end.
+LETTERS = frozenset(
     [
-        "'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "(?i:'s", "'d)",
-        r" ?\p{L}+", r" ?\p{N}+", r" ?[^\s\p{L}\p{N}]+", r" ?[^\s\p{L}\p{N}]+[\r\n]*", r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
-        r"[^\r\n\p{L}\p{N}]?\p{L}+", r"\p{N}", r"\p{N}{1,3}", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+",
+        r" ?\p{L}+", r"[^\r\n\p{L}\p{N}]?\p{L}+",
         r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
         r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*",
     ]
+)  # fmt: skip
+NUMBERS = frozenset([r" ?\p{N}+", r"\p{N}", r"\p{N}{1,3}"])
+
+#: Alternatives in the patterns of GPT-2, Llama 3, Qwen, Mistral's Tekken and others. None matches a space after
+#: anything but white space. Only ``\s+(?!\S)`` looks ahead, and it matches nothing but white space.
+ALTERNATIVES = (
+    LETTERS
+    | NUMBERS
+    | {
+        "'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "(?i:'s", "'d)",
+        r" ?[^\s\p{L}\p{N}]+", r" ?[^\s\p{L}\p{N}]+[\r\n]*", r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+        r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+",
+    }
 )  # fmt: skip
 
 _known: WeakKeyDictionary[PreTrainedTokenizerBase, bool] = WeakKeyDictionary()
@@ -80,9 +90,7 @@ def _json_may_cut(described: dict[str, Any]) -> bool:
     (space,) = spaces
     if not all(_is_local_split(part, space) for part in splits):
         return False
-    if space == "Ġ" and any(
-        part["type"] == "Split" or part.get("use_regex", part["type"] == "ByteLevel") for part in splits
-    ):
+    if space == "Ġ" and any(map(_parts_words, splits)):
         return not model.get("dropout")  # no token spans two pieces of a split
     unsupported = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
     vocabulary = model["vocab"] if model["type"] == "BPE" else [piece for piece, _ in model["vocab"]]
@@ -122,6 +130,14 @@ def _is_local_split(split: dict[str, Any], space: str) -> bool:
         kept = (split["behavior"], split["invert"]) in (("Isolated", False), ("Removed", True))
         return kept and set(str(split["pattern"].get("Regex", "?")).split("|")) <= ALTERNATIVES
     return split["type"] in ("ByteLevel", "Digits")
+
+
+def _parts_words(split: dict[str, Any]) -> bool:
+    """Return whether a pre-tokenizer ends a piece wherever a space follows a letter or a digit."""
+    if split["type"] != "Split":
+        return bool(split["type"] == "ByteLevel" and split.get("use_regex", True))
+    alternatives = set(str(split["pattern"].get("Regex", "?")).split("|"))
+    return bool(alternatives & LETTERS and alternatives & NUMBERS)
 
 
 def _none_spans_a_cut(space: str, vocabulary: Iterable[str]) -> bool:

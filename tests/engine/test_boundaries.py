@@ -125,6 +125,7 @@ def test_ids_before_a_cut_are_those_of_the_whole_text(kind: str, made: Callable)
 NOT_CUT = {
     "a piece across a space": lambda: with_piece("a▁", "a▁b"),
     "no piece for a space": lambda: fast(Tokenizer(models.BPE({"a": 0, "b": 1}, [], unk_token="b", fuse_unk=True))),
+    "tokens of several words": lambda: fast(byte_level(None, r"\p{N}")),
     "an unknown pattern": lambda: fast(byte_level(None, r"\p{L}+ \p{L}+|\s+|.")),
     "a pattern that looks ahead": lambda: fast(byte_level(None, r"\p{L}(?=.*4)|\p{L}+|\s+|.")),
     "an added token across a space": lambda: with_model(REPLACE, None, AddedToken("new york", normalized=False)),
