@@ -211,8 +211,8 @@ class Checkpoint(ABC):
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         folder = self._tokenizer_folder()
         try:
-            for file in folder.glob("tokenizer*"):
-                refuse_pointer(file)
+            for name in vocabulary_of(folder) or ():  # files that are not used may be pointers
+                refuse_pointer(folder / name)
             with errors_only():  # transformers warns of every unknown model type
                 opened = open_tokenizer(folder, self.config)
             opened("Yes")  # some wrong settings raise only when they are used

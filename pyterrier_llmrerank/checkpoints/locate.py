@@ -154,8 +154,12 @@ def adapter_folder(reference: str, model: str) -> Path:
     if is_hub_id(model) and is_hub_id(reference) and "@" not in reference:
         try:
             return _hub_folder(below(model, reference), "adapters")
-        except FileNotFoundError:  # not in the model's repository, so a repository of its own
-            pass
+        except FileNotFoundError as error:  # not in the model's repository, so a repository of its own
+            missing = error
+        try:
+            return folder_of(reference, "adapters")
+        except (FileNotFoundError, ConnectionError) as error:
+            raise type(error)(f"{missing} Nor is it a repository of its own: {error}") from error
     return folder_of(reference, "adapters")
 
 

@@ -363,3 +363,15 @@ def test_the_public_tokenizer_cuts_windows(reranker: MatroyshkaReranker, tmp_pat
     for tokenizer in (reranker.tokenizer, MatroyshkaReranker(folder).tokenizer):
         text = words(3, 20)
         assert tokenizer.convert_tokens_to_string(tokenizer.tokenize(text)).strip() == text
+
+
+def test_a_pointer_beside_the_vocabulary_that_is_used_does_no_harm(tmp_path: Path) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\n"
+    folder = tmp_path / "m"
+    shutil.copytree(MODELS / "costwise_full", folder)
+    expected = MatroyshkaReranker(folder, dtype="float32").compute_score(("panda", "coffee"))
+    (folder / "tokenizer.model").write_bytes(pointer)
+    assert MatroyshkaReranker(folder, dtype="float32").compute_score(("panda", "coffee")) == expected
+    (folder / "tokenizer.json").write_bytes(pointer)
+    with pytest.raises(ValueError, match=r"tokenizer\.json.*Git"):
+        MatroyshkaReranker(folder, dtype="float32").compute_score(("panda", "coffee"))
