@@ -234,7 +234,9 @@ class MatroyshkaReranker(LLMReranker):
 
     @classmethod
     def untrained(cls, base: str, *, start_layer: int | None = None, **options: Any) -> MatroyshkaReranker:
-        """Make a reranker from a causal language model, to be trained by :meth:`fit`. Until then it scores by ``Yes``.
+        """Make a reranker from a causal language model, to be trained by :meth:`fit`.
+
+        Until then, its score is the logit of the token ``Yes``.
 
         Args:
             base: a folder, ``.gguf`` file or hub id; ``"smollm2-135m"`` is the small model without its adapters.
@@ -376,7 +378,7 @@ class MatroyshkaReranker(LLMReranker):
         return None
 
     def _pools(self) -> bool:
-        """Return whether the shape compresses, regardless of the cutoff, which must not affect shallower scores."""
+        """Return whether the shape compresses, whatever the cutoff: a score is the same at any deeper cutoff."""
         return self.compress_ratio > 1 and any(layer > 0 for layer in self.compress_layers)
 
     def _token_adapter(self, parts: Description) -> tuple[str, ...]:

@@ -162,7 +162,7 @@ class LLMReranker(pt.Estimator):
     torch_compile: Option[bool] = Option(
         default=False,
         check=flag,
-        help="compile the layers with torch.compile on first use. Batches of other shapes are not compiled again. "
+        help="compile the layers with torch.compile on first use. New batch shapes do not trigger compilation. "
         "On a CPU this needs a C++ compiler. (It is not named ``compile``, which PyTerrier's pipelines call.)",
     )
     attn_implementation: Option[str | None] = Option(
@@ -214,7 +214,7 @@ class LLMReranker(pt.Estimator):
         return list(frame[self.text_field])
 
     def _body(self, text: str) -> str:
-        """Return a text that comes without a frame as the model reads it."""
+        """Format a bare text, without a frame, for the model."""
         return text
 
     def _columns(self, scores: Scores) -> dict[str, np.ndarray]:
@@ -391,7 +391,7 @@ class LLMReranker(pt.Estimator):
         topics_or_res_va: pd.DataFrame | None = None,
         qrels_va: pd.DataFrame | None = None,
     ) -> None:
-        """Train on results and qrels. In a pipeline, ``(bm25 >> reranker).fit(...)`` trains on the first stage's.
+        """Train on results and qrels. In a pipeline, ``(bm25 >> reranker).fit(...)`` trains on BM25's results.
 
         For each query, the relevant results compete with its other results, judged or not. A query without relevant
         results takes the documents judged relevant from other queries' results or from the recipe's ``text``, or is
@@ -509,7 +509,7 @@ class LLMReranker(pt.Estimator):
         return self.arguments()
 
     def subtransformers(self) -> dict[str, pt.Transformer]:
-        """Return none: PyTerrier would take an empty tuple among the arguments for a list of transformers."""
+        """Return {}: PyTerrier would mistake an empty tuple among the arguments for a list of transformers."""
         return {}
 
     def set_parameter(self, name: str, value: Any) -> None:

@@ -150,7 +150,7 @@ _FIELDS = {"format_version", "package_version", *Description.__dataclass_fields_
 
 
 def described(model: str, folder: Path, kind: str, argument: str) -> Description | None:
-    """Read a model's description, with references in place of the names of folders and of the base.
+    """Read a model's description, with folder names resolved to paths or hub references.
 
     Args:
         model: the model as its user names it: a folder or a hub id.

@@ -185,7 +185,7 @@ def _read_only_last(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tens
     parts: Any = layer
     attention = parts.self_attn
     cos, sin = rotary
-    # A matrix of one row takes another kernel than one of several, which rounds differently: see needs_blocks.
+    # A matrix of one row uses another kernel than one of several rows, which rounds differently: see needs_blocks.
     last = layout.last.repeat(2) if len(layout.last) == 1 else layout.last
     normed = parts.input_layernorm(hidden)
     key = _rotate(_project(attention, "k", normed), cos, sin).transpose(1, 2)

@@ -393,7 +393,7 @@ class DeviceScorer:
                 raise self.call.error(
                     f"out of memory on {self.weights.device} with one pair alone: "
                     f"{self._label(chunk.pairs[alive[too_large]])}, {ids[too_large].length} tokens; "
-                    "allow fewer tokens a passage, a smaller dtype, or a larger device."
+                    "allow fewer tokens a passage, a 16-bit dtype, or a device with more memory."
                 )
             if not stage.is_last and self.call.cascade is not None:
                 alive = self._survivors(chunk, stage, self.call.cascade)
@@ -502,7 +502,7 @@ def to_host(computed: Tensor) -> Callable[[], np.ndarray]:
     """Start copying a tensor to the host.
 
     Returns:
-        Waits for the copy, though not for work that a GPU was given after it, and returns the array.
+        A function that waits for this copy only, not for later GPU work, and returns the array.
     """
     if computed.device.type != "cuda":
         return lambda: computed.cpu().numpy()

@@ -191,7 +191,7 @@ class Recipe(Declared, ABC):
         """Write the Python call that opens the adapter in a folder, trained on this checkpoint."""
 
     def card(self, checkpoint: Checkpoint, folder: str, steps: int) -> str:
-        """Write the model card of an adapter, without tokens of the hub."""
+        """Write the model card of an adapter, without access tokens of the hub."""
         settings = {name: value for name, value in self.arguments.items() if not name.endswith("_token")}
         recipe = replace(self, output_dir=None, text=None, arguments=settings)
         name = self.opening_call(checkpoint, folder).partition("(")[0]
