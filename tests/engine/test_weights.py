@@ -197,7 +197,7 @@ def test_garbage_collection_while_a_layer_loads_does_not_deadlock(tmp_path: Path
     ("value", "message"),
     [
         (str(MODELS), r"token_adapters='.*'; allowed: a folder for each ratio, \{2: folder, 4: folder\}"),
-        ({1: "x"}, r"token_adapters=\{1: 'x'\}; allowed: .* ratios from 2 on"),
+        ({1: "x"}, r"token_adapters=\{1: 'x'\}; allowed: .*powers of two from 2 to 64"),
         ({"2": "x"}, "token_adapters='2'; allowed"),
         ({2: ""}, "token_adapters=''; allowed: a folder"),
         ({2: "./nowhere"}, "token_adapters='./nowhere': no such model folder"),
