@@ -149,7 +149,7 @@ def test_a_missing_lm_head_is_not_replaced_by_the_embedding(changed: Callable[..
         heads(MatroyshkaCheckpoint(untied, (), None))
 
 
-#: Tensors that some model has and the fixtures' do not, by what they are put beside.
+#: Tensors that the fixtures lack and other models have, by the tensor that they accompany.
 UNUSED = [
     (RAW, "model.layers.1.self_attn.q_proj.bias"),
     (RAW, "model.layers.1.self_attn.q_norm.weight"),
