@@ -169,7 +169,7 @@ def test_benchmark_of_a_gpu(monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
     for rows in training:
         losses = [row["first loss"] for row in rows]
         assert max(losses) - min(losses) < 2e-2
-    assert [row["opened"] for row in found["tables"]["Opening the 7B, files in memory"]][0] == "merged model"
+    assert len(found["tables"]["Opening the 7B, files in memory"]) == 2
     assert [failure["reason"] for failure in found["not measured"]] == ["torchao is not installed"]
     out = capfd.readouterr().out
     assert out.count("| full depth |") == 4  # as soon as it is known, and at the end

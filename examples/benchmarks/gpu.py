@@ -16,6 +16,7 @@ Each section's seconds are a share of the minutes; making models and compiling t
 needed.
 """
 
+# ruff: noqa: E402 # the environment is set before torch is imported
 from __future__ import annotations
 
 import argparse
@@ -213,7 +214,12 @@ class Bench:
     def left(self) -> float:
         return self.total - (time.perf_counter() - self.begun)
 
-    def section(self, title: str, needs: float, run: Callable[[float], None], share: float = 0.0) -> None:
+    def wanted(self, title: str) -> bool:
+        return not self.only or any(title.startswith(name) for name in self.only)
+
+    def section(
+        self, title: str, needs: float, run: Callable[[float], None], share: float = 0.0, always: bool = False
+    ) -> None:
         """Run a section if there is time, and keep its failure from the others.
 
         Args:
@@ -221,8 +227,9 @@ class Bench:
             needs: seconds that it takes at least, on a GPU.
             run: takes the seconds that its measurements may take.
             share: these, as a part of all minutes.
+            always: run it whatever sections are wanted.
         """
-        if self.only and not any(title.startswith(name) for name in self.only):
+        if not (always or self.wanted(title)):
             return
         if not self.tiny and self.left < needs:
             self.failed.append({"section": title, "reason": f"{self.left:.0f} s left, it needs {needs:.0f}"})
@@ -241,8 +248,8 @@ class Bench:
         self.tidy()
 
     def tidy(self) -> None:
-        gc.collect()
         if self.device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
@@ -433,10 +440,10 @@ def measure_peak(bench: Bench, seconds: float) -> None:
     rows, inner, outer = (64, 32, 48) if bench.tiny else (16384, 4096, 14336)
     x = torch.randn(rows, inner, device=bench.device, dtype=bench.dtype)
     weight = torch.randn(outer, inner, device=bench.device, dtype=bench.dtype)
-    taken = bench.median(lambda: torch.nn.functional.linear(x, weight), 0.5)
+    taken = bench.median(lambda: torch.nn.functional.linear(x, weight), seconds / 4)
     bench.peak = 2.0 * rows * inner * outer / taken
     big = torch.empty((1 if bench.tiny else 1024) * 2**20, dtype=torch.uint8, device=bench.device)
-    copy = bench.median(big.clone, 0.3)
+    copy = bench.median(big.clone, seconds / 8)
     row = {"matrix products, TFLOP/s": round(bench.peak / 1e12, 3), "copy, GB/s": round(2 * big.numel() / copy / 1e9)}
     bench.show("Peak", [row])
 
@@ -781,6 +788,36 @@ def head(bench: Bench) -> str:
     return f"{card}; {', '.join(versions)}; {work}; medians"
 
 
+#: Sections of a model: title, seconds that it needs with a 7B, share of the minutes, and what it runs.
+SECTIONS: list[tuple[str, float, float, Callable[[Bench, Model, Weights, float], None]]] = [
+    ("scoring", 20, 0.2, measure_scoring),
+    ("kernels", 12, 0.08, measure_kernels),
+    ("profile", 8, 0.02, measure_profile),
+    ("options", 90, 0.1, measure_options),
+]
+
+
+def measure_model(bench: Bench, name: str, scale: float) -> None:
+    """Make a model and run its sections; a smaller one needs that part of the 7B's time."""
+    titles = {f"{title} of the {name}": rest for title, *rest in SECTIONS if name == "7B" or title != "options"}
+    if not any(map(bench.wanted, titles)):
+        return
+    made: list[tuple[Model, Weights]] = []
+
+    def make(seconds: float) -> None:
+        model = Model(bench, name)
+        weights = model.weights()
+        taken, _ = bench.timed(lambda: weights.at_depth(model.layers))
+        print(f"copied into the package's layers in {taken:.1f} s")
+        made.append((model, weights))
+
+    bench.section(f"making the {name}", 15 * scale, make, always=True)
+    for title, (needs, share, run) in titles.items() if made else ():
+        bench.section(title, needs * scale, lambda seconds, run=run: run(bench, *made[0], seconds), share * scale)
+    made.clear()
+    bench.tidy()
+
+
 def main(arguments: Sequence[str] | None = None) -> Bench:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=8.0, help="all of it, about; 3 or more on a GPU")
@@ -797,47 +834,10 @@ def main(arguments: Sequence[str] | None = None) -> Bench:
     said = head(bench)
     print(said, flush=True)
 
-    bench.section("peak", 5, lambda seconds: measure_peak(bench, seconds))
-    for name, scale in (("7B", 1.0), ("135M", 0.3)):
-        made: dict[str, Any] = {}
-
-        def make(seconds: float, made: dict[str, Any] = made, name: str = name) -> None:
-            model = Model(bench, name)
-            weights = model.weights()
-            taken, _ = bench.timed(lambda: weights.at_depth(model.layers))
-            print(f"weights copied into the package's layers in {taken:.1f} s")
-            made.update(model=model, weights=weights)
-
-        parts: list[tuple[str, float, float, Any]] = [
-            ("scoring", 20, 0.2, measure_scoring),
-            ("kernels", 12, 0.08, measure_kernels),
-            ("profile of", 8, 0.02, measure_profile),
-        ]
-        titles = [f"{title} the {name}" for title, *_ in parts] + [f"options of the {name}"]
-        if bench.only and not any(title.startswith(chosen) for title in titles for chosen in bench.only):
-            continue
-        bench.only = bench.only and [*bench.only, f"making the {name}"]
-        bench.section(f"making the {name}", 15, make)
-        if made:
-            for title, needs, share, run in parts:
-                bench.section(
-                    f"{title} the {name}",
-                    needs * scale,
-                    lambda seconds, run=run: run(bench, made["model"], made["weights"], seconds),
-                    share * scale,
-                )
-            if name == "7B":
-                bench.section("attention", 8, lambda seconds: measure_attention(bench, seconds), 0.03)
-                bench.section(
-                    f"options of the {name}",
-                    90,
-                    lambda seconds: measure_options(bench, made["model"], made["weights"], seconds),
-                    0.1,
-                )
-        made.clear()
-        bench.tidy()
-    if bench.only and "attention" not in bench.tables and any("attention".startswith(name) for name in bench.only):
-        bench.section("attention", 8, lambda seconds: measure_attention(bench, seconds), 0.03)
+    bench.section("peak", 5, lambda seconds: measure_peak(bench, seconds), 0.01)
+    measure_model(bench, "7B", 1.0)
+    bench.section("attention", 8, lambda seconds: measure_attention(bench, seconds), 0.03)
+    measure_model(bench, "135M", 0.3)
     bench.section("opening", 15, lambda seconds: measure_opening(bench, seconds))
     bench.section("training the 135M", 12, lambda seconds: measure_training(bench, "135M", seconds), 0.06)
     layers = 2 if bench.tiny else 8 if bench.left < 100 else None
