@@ -200,6 +200,7 @@ class Bench:
         self.total = 60.0 * chosen.minutes
         self.begun = time.perf_counter()
         self.only = chosen.only
+        self.json = chosen.json
         self.attention = chosen.attention
         self.dtype = torch.bfloat16
         self.pairs_of_query = 6 if self.tiny else 100
@@ -245,7 +246,14 @@ class Bench:
             self.failed.append({"section": title, "reason": f"{type(error).__name__}: {said[0][:150]}"})
         self.times[title] = time.perf_counter() - began
         print(f"\n({self.times[title]:.1f} s)", flush=True)
+        self.save()
         self.tidy()
+
+    def save(self) -> None:
+        """Write the figures so far."""
+        if self.json is not None:
+            figures = {"machine": head(self), "tables": self.tables, "not measured": self.failed, "seconds": self.times}
+            self.json.write_text(json.dumps(figures, indent=2), encoding="utf-8")
 
     def tidy(self) -> None:
         if self.device.type == "cuda":
@@ -428,7 +436,7 @@ class Model:
             AutoModelForSequenceClassification.from_config(small).save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
             model = CrossEncoder(folder, device=str(self.bench.device), max_length=1024)
-        module = next(part for part in model.modules() if isinstance(getattr(part, "model", None), type(self.plain)))
+        module = next(part for part in model.modules() if isinstance(part._modules.get("model"), type(self.plain)))
         module.model = self.plain
         return lambda: np.asarray(
             model.predict(self.pairs, activation_fn=torch.nn.Identity(), show_progress_bar=False), dtype=float
@@ -851,9 +859,6 @@ def main(arguments: Sequence[str] | None = None) -> Bench:
         f"\n{time.perf_counter() - bench.begun:.0f} s in all: "
         + ", ".join(f"{t} {s:.0f}" for t, s in bench.times.items())
     )
-    if chosen.json:
-        figures = {"machine": said, "tables": bench.tables, "not measured": bench.failed, "seconds": bench.times}
-        chosen.json.write_text(json.dumps(figures, indent=2), encoding="utf-8")
     return bench
 
 
