@@ -7,6 +7,7 @@ import runpy
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ir_measures
@@ -18,7 +19,7 @@ import pytest
 import torch
 from conftest import MODELS, RECORDS, collection
 from nbclient import NotebookClient
-from transformers import MistralConfig
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, MistralConfig
 
 from pyterrier_llmrerank import RankLLaMAReranker
 from pyterrier_llmrerank.checkpoints import bundled
@@ -133,6 +134,51 @@ def test_benchmark_of_random_weights(
     systems = json.loads((tmp_path / "figures.json").read_text())["systems"]
     assert [row["system"] for row in systems] == ["RankLLaMA", "RankLLaMA +", "(b) padded to 194"]
     assert min(row["tokens/s"] for row in systems) > 0
+
+
+def test_benchmark_of_a_gpu(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """All of its sections in tiny shapes, with a stand-in for sentence-transformers."""
+
+    class CrossEncoder(torch.nn.Module):
+        def __init__(self, folder: str, **_: Any) -> None:
+            super().__init__()
+            self.model = AutoModelForSequenceClassification.from_pretrained(folder)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+
+        def predict(self, pairs: list[tuple[str, str]], **_: Any) -> np.ndarray:
+            queries, passages = zip(*pairs, strict=True)
+            batch = self.tokenizer(list(queries), list(passages), padding=True, return_tensors="pt")
+            with torch.inference_mode():
+                return self.model(batch["input_ids"], batch["attention_mask"]).logits[:, 0].float().numpy()
+
+    monkeypatch.setitem(sys.modules, "sentence_transformers", SimpleNamespace(CrossEncoder=CrossEncoder))
+    monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
+    figures = tmp_path / "figures.json"
+    gpu = importlib.import_module("gpu")
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)  # torchao is tested elsewhere
+    gpu.main(["--tiny", "--minutes", "0", "--json", str(figures)])
+    found = json.loads(figures.read_text())
+    for name in ("7B", "135M"):
+        table = {row["system"]: row for row in found["tables"][f"Scoring, {name}"]}
+        assert len(table) == 5
+        for peer in ("transformers, padded", "CrossEncoder"):
+            assert float(table[peer]["largest difference from full depth"]) < 2e-2
+        assert len(found["tables"][f"Attention kernels, end to end, {name}"]) >= 3
+    training = [rows for title, rows in found["tables"].items() if title.startswith("Training")]
+    assert [len(rows) for rows in training] == [2, 3]
+    for rows in training:
+        losses = [row["first loss"] for row in rows]
+        assert max(losses) - min(losses) < 2e-2
+    assert len(found["tables"]["Opening the 7B, files in memory"]) == 2
+    assert [failure["reason"] for failure in found["not measured"]] == ["torchao is not installed"]
+    out = capfd.readouterr().out
+    assert out.count("| full depth |") == 4  # as soon as it is known, and at the end
+    # A section that fails is listed, and the next one runs.
+    monkeypatch.setattr(gpu, "measure_attention", lambda *_: 1 / 0)
+    failing = gpu.main(["--tiny", "--minutes", "0", "--only", "attention", "opening"])
+    assert failing.failed == [{"section": "attention", "reason": "ZeroDivisionError: division by zero"}]
+    assert list(failing.tables) == ["Opening the 7B, files in memory"]
+    assert "Traceback" in capfd.readouterr().out
 
 
 def test_pareto(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
