@@ -69,7 +69,6 @@ def train(
         adapters = [*checkpoint.adapters, *([checkpoint.adapter] if checkpoint.adapter else [])]
         refuse_own_inputs(folder, [checkpoint.folder, *(adapter.folder for adapter in adapters)])
     set_seed(arguments.seed)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each new shape of a batch: 40 ms on an H100
     arguments.dataloader_pin_memory &= torch.accelerator.is_available()
     arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel cannot split our batches; torchrun uses several GPUs
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
