@@ -4,7 +4,8 @@
     python examples/measure_held_out.py mixture.held_out.jsonl --matroyshka FOLDER --layers 10 20 30
 
 Each line's first positive competes with all its negatives, as in training. The file is one that training_mixture.py
-writes. Printed are means with the standard error, ready for the log beside a model card.
+writes. Printed are means with the standard error, ready for the log beside a model card, and the p-value of a paired
+t-test against the first model at the same depth.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import ttest_rel
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
 
@@ -57,13 +59,18 @@ def main() -> None:
         columns = [f"score_{layer}" for layer in arguments.layers] if len(arguments.layers) > 1 else ["score"]
         scored.append((name, reranker(joined), columns))
 
-    print(f"| {rows['qid'].nunique()} held-out queries | cross-entropy | RR@10 |\n|---|---|---|")
+    print(f"| {rows['qid'].nunique()} held-out queries | cross-entropy | p | RR@10 | p |\n|---|---|---|---|---|")
+    first: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for name, frame, columns in scored:
         for column in columns:
             groups = [torch.tensor(scores.to_numpy()) for _, scores in frame.groupby("qid", sort=False)[column]]
             losses = np.array([-group.log_softmax(0)[0].item() for group in groups])
             ranks = np.array([1 + int((group[1:] >= group[0]).sum()) for group in groups])
-            print(f"| {name} {column} | {with_error(losses)} | {with_error(np.where(ranks <= 10, 1 / ranks, 0.0))} |")
+            measured = losses, np.where(ranks <= 10, 1 / ranks, 0.0)
+            cells = []
+            for values, others in zip(measured, first.setdefault(column, measured), strict=True):
+                cells += [with_error(values), "" if values is others else f"{ttest_rel(values, others).pvalue:.3f}"]
+            print(f"| {name} {column} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

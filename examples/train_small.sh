@@ -1,38 +1,71 @@
 #!/usr/bin/env bash
-# Train the small models' adapters, unattended, on one GPU: RankLLaMA, then Matroyshka's distillation and compensation.
+# Train the small models' adapters, unattended, on one GPU of 80 GB: RankLLaMA and, beside it, Matroyshka's distillation,
+# then its compensation; and measure all states on the held-out queries.
 #
 #     bash examples/train_small.sh DATA OUTPUT
 #
 # DATA holds folders train and train_more (docs.jsonl.gz, train.ids.jsonl.gz) and teacher/minilm.jsonl.gz. The mixture of
-# sources and the queries held out of it are those of the adapters that come with the package. Planned for 25 minutes on
-# an H100, of which RankLLaMA and the distillation take ten each; not yet run on a GPU.
+# sources and the queries held out of it are those of the adapters that come with the package.
 set -euo pipefail
 data=$1 output=$2
 examples=$(dirname "$0")
-train="python -m pyterrier_llmrerank train"
 mkdir -p "$output"
 
-python "$examples/training_mixture.py" "$output/mixture.jsonl" "$data/train" "$data/train_more" \
-    --teacher "$data/teacher/minilm.jsonl.gz" --negatives 12 --held_out "$examples/held_out.txt" --seed 29 --take \
-    msmarco-dev=7000 insuranceqa=6000 clapnq=2204 qed-nq-dev=1355 wikiqa=999 selqa=2374 boolq=4000 squad-v1.1-dev=3500 \
-    squad-train-nqg=1500 squadshifts-newwiki=1500 squadshifts-reddit=600 squadshifts-amazon=400 nfcorpus-train=2582 \
-    medquad=3000 covidqa=700 pubmedqa=1000
+if [ ! -f "$output/mixture.jsonl" ]; then
+    python3 "$examples/training_mixture.py" "$output/mixture.jsonl" "$data/train" "$data/train_more" \
+        --teacher "$data/teacher/minilm.jsonl.gz" --negatives 12 --held_out "$examples/held_out.txt" --seed 29 --take \
+        msmarco-dev=7000 insuranceqa=9000 clapnq=2204 qed-nq-dev=1355 wikiqa=999 selqa=2374 boolq=4000 \
+        squad-v1.1-dev=4500 squad-train-nqg=4000 squadshifts-newwiki=1500 squadshifts-reddit=600 \
+        squadshifts-amazon=400 nfcorpus-train=2582 medquad=3000 covidqa=700 pubmedqa=1000
+fi
 
-common="--train_data $output/mixture.jsonl --group_size 8 --per_device_train_batch_size 16 \
-    --gradient_accumulation_steps 1 --query_max_len 32 --lora_rank 16 --lora_alpha 32 --bf16 --warmup_steps 0.05 \
-    --lr_scheduler_type cosine --logging_steps 50 --save_steps 300 --report_to none --dataloader_num_workers 4 \
-    --gradient_checkpointing False --seed 2026"
+# Groups of 8, so that a step of 32 queries has 256 pairs. STEPS and SHORT are optimizer steps.
+train() {
+    python3 -m pyterrier_llmrerank train "$1" --train_data "$output/mixture.jsonl" --group_size 8 \
+        --gradient_accumulation_steps 1 --query_max_len 32 --absolute_margin 0 --bf16 --warmup_steps 0.05 \
+        --lr_scheduler_type cosine --logging_steps 20 --report_to none --dataloader_num_workers 6 \
+        --gradient_checkpointing False --disable_tqdm True --seed 2026 "${@:2}"
+}
 
-$train rankllama --model_name_or_path smollm2-135m --output_dir "$output/rankllama" $common \
-    --passage_max_length 131 --teacher_weight 2 --absolute_margin 0 --lora_dropout 0 --learning_rate 4e-4 --max_steps 2400
+# Store an adapter in fp16, as it is published; later steps and measurements then read the same numbers.
+halve() {
+    python3 - "$1/adapter_model.safetensors" <<'PYTHON'
+import sys
+import torch
+from safetensors.torch import load_file, save_file
+save_file({k: v.to(torch.float16).contiguous() for k, v in load_file(sys.argv[1]).items()}, sys.argv[1], {"format": "pt"})
+PYTHON
+}
 
-$train distill --model_name_or_path smollm2-135m --output_dir "$output/distilled" $common \
-    --passage_max_length 128 --absolute_margin 0 --learning_rate 4e-4 --max_steps 1500 \
-    --train_method distill_fix_layer_teacher --compress_layers 8 16 --compress_ratios 1 2 4
+(
+    train rankllama --model_name_or_path smollm2-135m --output_dir "$output/rankllama" --passage_max_length 183 \
+        --per_device_train_batch_size 32 --max_steps "${STEPS:-800}" --save_steps "${SAVE:-200}" \
+        --lora_rank 24 --lora_alpha 48 --lora_dropout 0 --learning_rate 5e-4 --teacher_weight 1
+    halve "$output/rankllama"
+) >"$output/rankllama.log" 2>&1 &
+rankllama=$!
 
-compensate="$train compensate --model_name_or_path smollm2-135m --raw_peft $output/distilled $common \
-    --passage_max_length 128 --lora_rank 8 --lora_alpha 16 --learning_rate 1e-4 --max_steps 300 --compress_layers 8 16"
-$compensate --finetune_type layer --output_dir "$output/layer"
-for ratio in 2 4; do
-    $compensate --finetune_type token --compress_ratios "$ratio" --output_dir "$output/token-$ratio"
-done
+train distill --model_name_or_path smollm2-135m --output_dir "$output/distilled" --passage_max_len 180 \
+    --per_device_train_batch_size 32 --max_steps "${STEPS:-800}" --save_steps "${SAVE:-200}" \
+    --lora_rank 24 --lora_alpha 48 --learning_rate 5e-4 \
+    --train_method distill_fix_layer_teacher --compress_layers 8 16 --compress_ratios 1 2 4 >"$output/distilled.log" 2>&1
+halve "$output/distilled"
+
+compensate() {
+    train compensate --model_name_or_path smollm2-135m --raw_peft "$output/distilled" --output_dir "$output/$1" \
+        --passage_max_len 180 --per_device_train_batch_size 32 --max_steps "${SHORT:-150}" --save_steps 1000 \
+        --lora_rank 4 --lora_alpha 8 --learning_rate 3e-4 --compress_layers 8 16 \
+        --train_method distill_fix_layer_teacher "${@:2}" >"$output/$1.log" 2>&1
+    halve "$output/$1"
+}
+compensate layer --finetune_type layer &
+layer=$!
+compensate token-2 --finetune_type token --compress_ratios 2 &
+token2=$!
+compensate token-4 --finetune_type token --compress_ratios 4 &
+token4=$!
+wait "$rankllama" && wait "$layer" && wait "$token2" && wait "$token4"
+
+held_out="python3 $examples/measure_held_out.py $output/mixture.held_out.jsonl"
+$held_out --rankllama "$output"/rankllama/checkpoint-* "$output/rankllama"
+$held_out --matroyshka "$output"/distilled/checkpoint-* "$output/distilled"
