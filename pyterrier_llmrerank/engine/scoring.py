@@ -297,7 +297,7 @@ class DeviceScorer:
     def __init__(self, scorer: Scorer, weights: Weights, call: Call) -> None:
         self.shape, self.weights, self.call = scorer.shape, weights, call
         self.model, heads, tokenizer = weights.at_depth(self.shape.cutoffs[-1])
-        self._heads = heads[list(self.shape.heads)]
+        self._heads = torch.stack([heads[index] for index in self.shape.heads])  # a list of indices would be copied
         self._encode = partial(scorer.encode, tokenizer)
         self._kernel = kernel_of(self.shape.attn_implementation, weights.device, weights.dtype)
         self._budget = Budget(pairs=scorer.batch_size) if scorer.batch_size else Budget.of_device(weights.device)
@@ -507,7 +507,7 @@ def to_host(computed: Tensor) -> Callable[[], np.ndarray]:
     if computed.device.type != "cuda":
         return lambda: computed.cpu().numpy()
     copy = computed.to("cpu", non_blocking=True)
-    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call] # leaves the core to the tokeniser
     copied.record()
 
     def result() -> np.ndarray:
