@@ -25,7 +25,7 @@ from .cascade import Cascade
 from .decoder import Decoder, embedded, run_layers
 from .fallback import FallbackDecoder
 from .inputs import Ids
-from .kernels import kernel_of
+from .kernels import kernel_of, without_cudnn
 from .packing import PackedPairs, Packing, Row, regrouped
 from .usage import Observer, Stopwatch, Usage
 from .weights import Weights
@@ -164,7 +164,11 @@ class Scorer:
         call = Call(pairs, self._chunks(pairs), len(self.shape.cutoffs), observer, cascade)
         devices = [DeviceScorer(self, weights, call) for weights in self.weights]
         try:
-            with ThreadPoolExecutor(len(devices)) as threads:  # starts a thread for each submitted task only
+            on_cuda = any(weights.device.type == "cuda" for weights in self.weights)
+            with (
+                without_cudnn() if on_cuda else nullcontext(),
+                ThreadPoolExecutor(len(devices)) as threads,  # starts a thread for each submitted task only
+            ):
                 try:
                     others = [threads.submit(device.run) for device in devices[1:]]
                     devices[0].run()
@@ -300,7 +304,8 @@ class DeviceScorer:
         self._heads = torch.stack([heads[index] for index in self.shape.heads])  # a list of indices would be copied
         self._encode = partial(scorer.encode, tokenizer)
         self._kernel = kernel_of(self.shape.attn_implementation, weights.device, weights.dtype)
-        self._budget = Budget(pairs=scorer.batch_size) if scorer.batch_size else Budget.of_device(weights.device)
+        width = int(weights.checkpoint.config.hidden_size)
+        self._budget = Budget(pairs=scorer.batch_size) if scorer.batch_size else Budget.of_device(weights.device, width)
         self._limits = limits_of(self.model)
         self._pending: deque[PendingBatch] = deque()
         self._latest: list[int] = []  # pairs of the latest batch

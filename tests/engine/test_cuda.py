@@ -28,12 +28,13 @@ from pyterrier_llmrerank.checkpoints.adapters import Adapter
 from pyterrier_llmrerank.checkpoints.families import FAMILIES
 from pyterrier_llmrerank.checkpoints.tensors import TensorFiles
 from pyterrier_llmrerank.engine import attention, decoder, devices, kernels, packing, pooling, scoring, weights
+from pyterrier_llmrerank.errors import ScoringError
 
 CUDA = torch.device("cuda", 0)
 FULL = str(MODELS / "costwise_full")
 
 
-class Waits(AssertionError):
+class Waits(AssertionError):  # noqa: N818
     """The host would wait for the device."""
 
 
@@ -152,33 +153,41 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def scored(reranker: LLMReranker) -> None:
-    """Open the weights, and score three queries of six passages without a wait."""
+    """Open the weights, and score two queries of four passages without a wait."""
     scorer = reranker.scorer()
     model: Any = scorer.open()
     places = {tensor.device for layer in model.layers[: scorer.shape.cutoffs[-1]] for tensor in layer.parameters()}
     assert places == {CUDA}
     with NoWaiting():
-        assert len(reranker(frame(3, 6))) == 18
+        assert len(reranker(frame(2, 4))) == 8
 
+
+def rankllama(**options: Any) -> LLMReranker:
+    return RankLLaMAReranker(MODELS / "rankllama_adapter", base_model=MODELS / "rankllama_base", **options)
+
+
+pooled = partial(MatroyshkaReranker, FULL, cutoff=4, compress_layers=[2], compress_ratio=2)
 
 SHAPES: dict[str, Callable[..., LLMReranker]] = {
-    "RankLLaMA": partial(
-        RankLLaMAReranker, MODELS / "rankllama_adapter", base_model=MODELS / "rankllama_base"
-    ),
-    "several cutoffs": partial(MatroyshkaReranker, FULL, cutoff=[3, 5, 8]),
-    "pooled twice": partial(MatroyshkaReranker, FULL, cutoff=[3, 8], compress_layers=[2, 5], compress_ratio=4),
-    "cascade": partial(MatroyshkaReranker, FULL, prune={3: 4, 5: 2}),
-    "pooled cascade": partial(MatroyshkaReranker, FULL, prune={3: 4, 5: 2}, compress_layers=[4], compress_ratio=2),
-    "as released": partial(MatroyshkaReranker, FULL, released=True, compress_layers=[2], compress_ratio=2),
-    "eager": partial(MatroyshkaReranker, FULL, attn_implementation="eager"),
-    "fp32": partial(MatroyshkaReranker, FULL, dtype="float32", compress_layers=[2], compress_ratio=2),
-}  # fmt: skip
+    "RankLLaMA": rankllama,
+    "several cutoffs": partial(MatroyshkaReranker, FULL, cutoff=[2, 4]),
+    "pooled twice": partial(MatroyshkaReranker, FULL, cutoff=4, compress_layers=[1, 3], compress_ratio=4),
+    "cascade": partial(MatroyshkaReranker, FULL, cutoff=5, prune={2: 3, 4: 2}),
+    "pooled cascade": partial(pooled, prune={3: 2}),
+    "with a compensation": partial(pooled, token_adapters={2: MODELS / "adapter_comp_token2"}),
+    "as released": partial(pooled, released=True),
+    "fp32": partial(pooled, dtype="float32"),
+    "eager": partial(pooled, attn_implementation="eager"),
+}
 
 
-@pytest.mark.parametrize("batch_size", [None, 2])
 @pytest.mark.parametrize("name", SHAPES)
-def test_scoring_never_waits(cuda: None, name: str, batch_size: int | None) -> None:
-    scored(SHAPES[name](batch_size=batch_size))
+def test_scoring_never_waits(cuda: None, name: str) -> None:
+    scored(SHAPES[name](batch_size=3))
+
+
+def test_no_wait_for_a_whole_call_in_one_batch(cuda: None) -> None:
+    scored(pooled())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -187,8 +196,72 @@ def test_no_family_waits(cuda: None, families: dict[str, Path], family: str) -> 
 
 
 def test_a_batch_is_waited_for_when_the_next_has_started(cuda: None) -> None:
-    scored(MatroyshkaReranker(FULL, batch_size=6))
+    scored(rankllama(batch_size=3))
     order = [step for step in Event.asked if step[0] != "made"]
-    assert order == [
-        ("record", 0), ("record", 1), ("wait", 0), ("record", 2), ("wait", 1), ("wait", 2)
-    ]  # fmt: skip
+    assert order == [("record", 0), ("record", 1), ("wait", 0), ("record", 2), ("wait", 1), ("wait", 2)]
+
+
+# -- faults that these tests are there to catch
+
+Fault = Callable[[pytest.MonkeyPatch], None]
+
+
+def _of_kernel(change: Callable[[torch.Tensor], Any]) -> Fault:
+    """Let something be done with the queries in attention."""
+
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        sound = attention._sdpa
+
+        def faulty(query: torch.Tensor, *rest: Any) -> torch.Tensor:
+            change(query)
+            return sound(query, *rest)
+
+        patch.setattr(attention, "_sdpa", faulty)
+
+    return plant
+
+
+def _of_copies(copy: Callable[[torch.Tensor, torch.device], torch.Tensor]) -> Fault:
+    """Let indices be copied in another way."""
+
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        for module in (attention, decoder, packing, pooling):
+            patch.setattr(module, "on_device", lambda array, device: copy(torch.from_numpy(array), device))
+
+    return plant
+
+
+MIXED = "same device|Device Propagation"  # torch 2.13's words and 2.11's
+
+FAULTS: dict[str, tuple[str, Fault]] = {
+    "a blocking copy to the device": ("blocking copy", _of_copies(lambda t, device: t.pin_memory().to(device))),
+    "memory that is not pinned": ("not pinned", _of_copies(lambda t, device: t.to(device, non_blocking=True))),
+    "indices that stay on the host": (MIXED, _of_copies(lambda t, device: t)),
+    "a blocking copy of the scores": (
+        "blocking copy",
+        lambda patch: patch.setattr(scoring, "to_host", lambda made: lambda: made.cpu().numpy()),
+    ),
+    "a value that is asked for": ("DataDependentOutput", _of_kernel(lambda query: query.max().item())),
+    "a condition": ("DataDependentOutput", _of_kernel(lambda query: bool(query.isfinite().all()))),
+    "a size that depends on values": ("DynamicOutputShape", _of_kernel(lambda query: query[query > 0])),
+    "a tensor on another device": (MIXED, _of_kernel(lambda query: query + torch.ones(query.shape[-1]))),
+    "an index on the host": ("operand on the host", _of_kernel(lambda query: query[torch.tensor([0, 0])])),
+    "a list as an index": ("blocking copy", _of_kernel(lambda query: query[[0, 0]])),
+    "a wait for everything": ("synchronize", _of_kernel(lambda query: torch.cuda.synchronize())),
+    "a mask on the host": (
+        "blocking copy",
+        lambda patch: patch.setattr(
+            attention, "causal_mask", lambda queries, *rest: kernels.causal_mask(queries.cpu(), *rest)
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_caught(cuda: None, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    said, plant = FAULTS[name]
+    reranker = pooled(batch_size=3)
+    reranker.scorer().open()
+    plant(monkeypatch)
+    with pytest.raises(ScoringError, match=said), NoWaiting():
+        reranker(frame(2, 4))
