@@ -7,17 +7,19 @@ above them raises where the host would wait for the device.
 from __future__ import annotations
 
 import ctypes
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import MODELS, frame
+from conftest import MODELS, RECORDS, frame
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -29,6 +31,11 @@ from pyterrier_llmrerank.checkpoints.families import FAMILIES
 from pyterrier_llmrerank.checkpoints.tensors import TensorFiles
 from pyterrier_llmrerank.engine import attention, decoder, devices, kernels, packing, pooling, scoring, weights
 from pyterrier_llmrerank.errors import ScoringError
+from pyterrier_llmrerank.training import DistillTraining, RankLLaMATraining, trainer
+from pyterrier_llmrerank.training.batches import Batch, Collator, Groups
+from pyterrier_llmrerank.training.lora import with_lora
+from pyterrier_llmrerank.training.recipes import Recipe
+from pyterrier_llmrerank.training.trainer import GroupTrainer
 
 CUDA = torch.device("cuda", 0)
 FULL = str(MODELS / "costwise_full")
@@ -201,6 +208,128 @@ def test_a_batch_is_waited_for_when_the_next_has_started(cuda: None) -> None:
     assert order == [("record", 0), ("record", 1), ("wait", 0), ("record", 2), ("wait", 1), ("wait", 2)]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "window", "capability", "repeated"),
+    [
+        ("bfloat16", None, (9, 0), False),
+        ("bfloat16", None, (7, 5), True),
+        ("bfloat16", 6, (9, 0), True),
+        ("float32", None, (9, 0), True),
+    ],
+)
+def test_key_heads_are_repeated_where_no_flash_kernel_runs(
+    cuda: None, monkeypatch: pytest.MonkeyPatch, dtype: str, window: int | None, capability: tuple[int, int],
+    repeated: bool,
+) -> None:  # fmt: skip
+    """Of the fused kernels on CUDA, flash alone takes grouped heads, and it takes no masks."""
+    calls = []
+    monkeypatch.setattr(kernels, "_capability", lambda device: capability)
+    monkeypatch.setattr(
+        attention, "scaled_dot_product_attention", lambda query, key, value, **options: calls.append((key, options))
+    )
+    query = torch.empty(2, 8, 16, 4, device=CUDA, dtype=getattr(torch, dtype))
+    with pytest.raises(AttributeError):  # the stand-in returns nothing
+        attention._sdpa(query, query[:, :2], query[:, :2], None, 1.0, window, 0.0)
+    [(key, options)] = calls
+    assert (key.shape[1], options["enable_gqa"]) == ((8, False) if repeated else (2, True))
+
+
+def test_attention_over_the_packed_row_never_waits(cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "kernel_of", lambda *_: kernels.packed_flash)
+    for make in (pooled, SHAPES["cascade"]):
+        scored(make(batch_size=3))
+
+
+def test_cudnn_is_left_out_while_pairs_are_scored(cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    enabled = torch.backends.cuda.cudnn_sdp_enabled
+    during = []
+    _of_kernel(lambda query: during.append(enabled()))(monkeypatch)
+    before = enabled()
+    pooled()(frame(1, 2))
+    assert set(during) == {False}
+    assert enabled() == before
+
+
+# -- training
+
+
+def trained(recipe: Recipe, base: Path, kind: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """A model with LoRA, whose weights are on a device without values."""
+    checkpoint = recipe.open(str(base))
+    with unset_fake_temporarily():
+        model = with_lora(checkpoint, recipe.heads(checkpoint, checkpoint.tokenizer(), 0), recipe, dtype)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            there = torch.empty(parameter.shape, dtype=parameter.dtype, device=kind)
+            module.register_parameter(name, torch.nn.Parameter(there, requires_grad=parameter.requires_grad))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype, device=kind))
+    return model.train()
+
+
+def batch_of(recipe: Recipe, base: Path) -> Batch:
+    tokenizer = recipe.open(str(base)).tokenizer()
+    records = [{**record, "pos_scores": [1.0], "neg_scores": [0.5] * len(record["neg"])} for record in RECORDS]
+    with unset_fake_temporarily():
+        groups = Groups(records, recipe.group_size, 0, recipe.body)
+        return Collator(tokenizer, recipe.inputs)([groups[0], groups[1]])
+
+
+RECIPES: dict[str, Recipe] = {
+    "RankLLaMA": RankLLaMATraining(group_size=3, teacher_weight=0.5, lora_rank=2),
+    "Matroyshka": DistillTraining(
+        group_size=3, start_layer=2, compress_layers=(2,), compress_ratios=(2,), lora_rank=2, lora_alpha=4
+    ),
+}
+
+
+def loss_of(recipe: Recipe, model: torch.nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
+    """A micro-step's loss by the trainer's own code."""
+    stand_in: Any = SimpleNamespace(
+        recipe=recipe, state=SimpleNamespace(global_step=0), _batch=(0, -1), _losses=deque(),
+        widths=SimpleNamespace(draw=lambda *_: ((2,), 2)), _get_learning_rate=lambda: 1e-4,
+        args=SimpleNamespace(device=device, output_dir=""),
+    )  # fmt: skip
+    stand_in.check_losses = partial(GroupTrainer.check_losses, stand_in)
+    loss: torch.Tensor = GroupTrainer.compute_loss(stand_in, model, {"batch": batch})
+    assert len(stand_in._losses) == (device.type == "cuda")  # the last loss is not waited for
+    return loss
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_training_loss_never_waits(cuda: None, families: dict[str, Path], name: str, checkpointing: bool) -> None:
+    recipe = RECIPES[name]
+    model = trained(recipe, families["qwen3"], CUDA, torch.bfloat16)
+    if checkpointing:
+        cast(Any, model).get_base_model().gradient_checkpointing_enable()
+    batch = batch_of(recipe, families["qwen3"])
+    with NoWaiting(), torch.autocast("cuda", torch.bfloat16):
+        loss = loss_of(recipe, model, batch, CUDA)
+    assert (loss.device, loss.shape, loss.requires_grad) == (CUDA, (), True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", RECIPES)
+def test_gradients_need_no_values(
+    families: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str, family: str
+) -> None:
+    """Forward and backward on the meta device, where a value cannot be asked for."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind="": False)  # torch does not know it for meta
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    recipe, meta = RECIPES[name], torch.device("meta")
+    model = trained(recipe, families[family], meta, torch.float32)
+    batch = batch_of(recipe, families[family])
+    scores = model(batch.packed, (2,), 2)
+    assert scores.device == meta
+    size = (-1, len(batch.packed) // batch.size, batch.size)
+    assert batch.teacher is not None
+    loss = recipe.loss(scores.view(size), scores.detach().view(size), batch.teacher.to(meta))
+    loss.backward()
+    learns = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert all(parameter.grad is not None and parameter.grad.device == meta for parameter in learns)
+
+
 # -- faults that these tests are there to catch
 
 Fault = Callable[[pytest.MonkeyPatch], None]
@@ -255,6 +384,35 @@ FAULTS: dict[str, tuple[str, Fault]] = {
         ),
     ),
 }
+
+
+TRAINING_FAULTS: dict[str, tuple[str, Fault]] = {
+    "a teacher that is copied late": (
+        "blocking copy",
+        lambda patch: patch.setattr(trainer, "on_device", lambda array, device: torch.from_numpy(array).to(device)),
+    ),
+    "a loss that is waited for": (
+        "DataDependentOutput|_local_scalar_dense",
+        lambda patch: patch.setattr(trainer, "to_host", lambda loss: torch.isfinite(loss).item()),
+    ),
+    "a mask on the host": (
+        "blocking copy",
+        lambda patch: patch.setattr(attention, "on_device", lambda array, device: torch.from_numpy(array).to(device)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRAINING_FAULTS)
+def test_a_fault_planted_in_training_is_caught(
+    cuda: None, families: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    said, plant = TRAINING_FAULTS[name]
+    recipe = RECIPES["RankLLaMA"]
+    model = trained(recipe, families["llama"], CUDA, torch.bfloat16)
+    batch = batch_of(recipe, families["llama"])
+    plant(monkeypatch)
+    with pytest.raises(Exception, match=said), NoWaiting(), torch.autocast("cuda", torch.bfloat16):
+        loss_of(recipe, model, batch, CUDA)
 
 
 @pytest.mark.parametrize("name", FAULTS)
