@@ -169,9 +169,9 @@ def tune(
 ) -> Tuning:
     """Measure a grid of shapes and cascades, with one pass for each width.
 
-    A pass reads the scores at all cutoffs. Survivors of a cascade get the same scores as without it, so the ranking of
-    every cascade follows from the pass. (In bf16, a cutoff that is read in a deeper pass differs in the last digits
-    from the same cutoff alone.)
+    A pass reads the scores at all cutoffs, after the first query has warmed up the device. Survivors of a cascade get
+    the same scores as without it, so the ranking of every cascade follows from the pass. (In bf16, a cutoff that is
+    read in a deeper pass differs in the last digits from the same cutoff alone.)
 
     Args:
         reranker: its cutoff bounds the depth of the shapes; its own cascade is ignored.

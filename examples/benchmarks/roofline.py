@@ -114,7 +114,12 @@ def batch(pairs: int, tokens: int) -> list[Ids]:
     return [Ids([3] * 8, [4] * (tokens - 8), []) for _ in range(pairs)]
 
 
-@mock.patch.object(torch, "autocast", lambda *_, **__: nullcontext())  # torch does not know it for such tensors
+def no_autocast(*_: Any, **__: Any) -> Any:
+    """Stand in for torch.autocast, which does not know tensors without values."""
+    return nullcontext()
+
+
+@mock.patch.object(torch, "autocast", no_autocast)
 @torch.inference_mode()
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -141,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
             for depth, part in (keep or {}).items():
                 options = {"kernel": functions[chosen.kernel], "resumable": True, **shape}
                 _, row = run_layers(model, row, (depth,), **options)
-                rows = pairs[: int(part * len(pairs))]
+                rows = pairs[: max(1, int(part * len(pairs)))]
                 row = regrouped([(row, number) for number in range(len(rows))], rows)
             states, _ = run_layers(model, row, (cutoff,), kernel=functions[chosen.kernel], **shape)
             torch.einsum("cbw,cw->cb", states.float(), heads[:1])

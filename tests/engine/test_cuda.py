@@ -131,6 +131,8 @@ def cuda(device_guard: None) -> Iterator[None]:
             (torch.cuda, "Event", Event),
             (torch.cuda, "synchronize", refuse),
             (torch.cuda, "device", lambda device: nullcontext()),
+            (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+            (torch.cuda, "is_bf16_supported", lambda including_emulation=True: True),
             (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
             (devices, "resolve_devices", lambda names: (CUDA,)),
             (devices, "_has_bf16", lambda device: True),
