@@ -135,9 +135,10 @@ class Weights:
             self._quantize(layer)
         if self._compile:
             layer.compile(dynamic=True)
-            for part in layer.modules() if self._quantize is not None else ():
-                if isinstance(part, nn.Linear):  # the deepest layer calls its parts
-                    part.compile(dynamic=True)
+            if self._quantize is not None and self.device.type == "cuda":
+                for part in layer.modules():  # the deepest layer calls its parts
+                    if isinstance(part, nn.Linear):
+                        part.compile(dynamic=True)
 
     def _load(self, part: str, depth: int = 0) -> nn.Module:
         """Load a part of the decoder, or share it with the weights below, which are first taken to ``depth``."""

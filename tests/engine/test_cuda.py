@@ -242,6 +242,21 @@ def test_attention_over_the_packed_row_never_waits(cuda: None, monkeypatch: pyte
         scored(make(batch_size=3))
 
 
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_the_deepest_layers_parts_are_compiled_if_quantised(
+    cuda: None, monkeypatch: pytest.MonkeyPatch, quantization: str | None
+) -> None:
+    """Uncompiled, torchao's product of int8 matrices waits."""
+    given: list[Any] = []
+    monkeypatch.setattr(weights, "quantization_of", lambda *options: given.append(options) or (lambda layer: None))
+    reranker = MatroyshkaReranker(FULL, cutoff=2, quantization=quantization, torch_compile=True)
+    model: Any = reranker.scorer().open()
+    linear = [module for module in model.layers[1].modules() if isinstance(module, torch.nn.Linear)]
+    compiled = {module._compiled_call_impl is not None for module in linear}
+    assert compiled == {quantization is not None}
+    assert given == ([("int8", CUDA, torch.bfloat16, True)] if quantization else [])
+
+
 def test_cudnn_is_left_out_while_pairs_are_scored(cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
     enabled = torch.backends.cuda.cudnn_sdp_enabled
     during = []
