@@ -10,6 +10,7 @@ import ctypes
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -195,6 +196,11 @@ def test_scoring_never_waits(cuda: None, name: str) -> None:
     scored(SHAPES[name](batch_size=3))
 
 
+def test_int8_weights_never_wait(cuda: None) -> None:
+    pytest.importorskip("torchao")
+    scored(MatroyshkaReranker(FULL, cutoff=2, quantization="int8"))
+
+
 def test_no_wait_for_a_whole_call_in_one_batch(cuda: None) -> None:
     scored(pooled())
 
@@ -308,7 +314,11 @@ def loss_of(recipe: Recipe, model: torch.nn.Module, batch: Batch, device: torch.
         args=SimpleNamespace(device=device, output_dir=""),
     )  # fmt: skip
     stand_in.check_losses = partial(GroupTrainer.check_losses, stand_in)
-    loss: torch.Tensor = GroupTrainer.compute_loss(stand_in, model, {"batch": batch})
+    assert batch.teacher is not None
+    with unset_fake_temporarily():
+        scores = np.array(batch.teacher.tolist(), dtype=np.float32)
+    known: Any = SimpleNamespace(numpy=lambda: scores)  # the modes would make a tensor without values of it
+    loss: torch.Tensor = GroupTrainer.compute_loss(stand_in, model, {"batch": replace(batch, teacher=known)})
     assert len(stand_in._losses) == (device.type == "cuda")  # the last loss is not waited for
     return loss
 
