@@ -162,28 +162,28 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-def scored(reranker: LLMReranker) -> None:
-    """Open the weights, and score two queries of four passages without a wait."""
+def scored(reranker: LLMReranker, queries: int = 1) -> None:
+    """Open the weights, and score queries of four passages without a wait."""
     scorer = reranker.scorer()
     model: Any = scorer.open()
     places = {tensor.device for layer in model.layers[: scorer.shape.cutoffs[-1]] for tensor in layer.parameters()}
     assert places == {CUDA}
     with NoWaiting():
-        assert len(reranker(frame(2, 4))) == 8
+        assert len(reranker(frame(queries, 4))) == 4 * queries
 
 
 def rankllama(**options: Any) -> LLMReranker:
     return RankLLaMAReranker(MODELS / "rankllama_adapter", base_model=MODELS / "rankllama_base", **options)
 
 
-pooled = partial(MatroyshkaReranker, FULL, cutoff=4, compress_layers=[2], compress_ratio=2)
+pooled = partial(MatroyshkaReranker, FULL, cutoff=3, compress_layers=[1], compress_ratio=2)
 
 SHAPES: dict[str, Callable[..., LLMReranker]] = {
     "RankLLaMA": rankllama,
-    "several cutoffs": partial(MatroyshkaReranker, FULL, cutoff=[2, 4]),
-    "pooled twice": partial(MatroyshkaReranker, FULL, cutoff=4, compress_layers=[1, 3], compress_ratio=4),
-    "cascade": partial(MatroyshkaReranker, FULL, cutoff=5, prune={2: 3, 4: 2}),
-    "pooled cascade": partial(pooled, prune={3: 2}),
+    "several cutoffs": partial(MatroyshkaReranker, FULL, cutoff=[2, 3]),
+    "pooled twice": partial(MatroyshkaReranker, FULL, cutoff=3, compress_layers=[1, 2], compress_ratio=4),
+    "cascade": partial(MatroyshkaReranker, FULL, cutoff=4, prune={2: 3, 3: 2}),
+    "pooled cascade": partial(pooled, prune={2: 2}),
     "with a compensation": partial(pooled, token_adapters={2: MODELS / "adapter_comp_token2"}),
     "as released": partial(pooled, released=True),
     "fp32": partial(pooled, dtype="float32"),
@@ -202,16 +202,16 @@ def test_int8_weights_never_wait(cuda: None) -> None:
 
 
 def test_no_wait_for_a_whole_call_in_one_batch(cuda: None) -> None:
-    scored(pooled())
+    scored(pooled(), queries=2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_family_waits(cuda: None, families: dict[str, Path], family: str) -> None:
-    scored(MatroyshkaReranker(families[family], start_layer=2, compress_layers=[2], compress_ratio=2, batch_size=4))
+    scored(MatroyshkaReranker(families[family], start_layer=2, compress_layers=[2], compress_ratio=2))
 
 
 def test_a_batch_is_waited_for_when_the_next_has_started(cuda: None) -> None:
-    scored(rankllama(batch_size=3))
+    scored(rankllama(batch_size=3), queries=2)
     order = [step for step in Event.asked if step[0] != "made"]
     assert order == [("record", 0), ("record", 1), ("wait", 0), ("record", 2), ("wait", 1), ("wait", 2)]
 
