@@ -169,9 +169,9 @@ def tune(
 ) -> Tuning:
     """Measure a grid of shapes and cascades, with one pass for each width.
 
-    A pass reads the scores at all cutoffs. Survivors of a cascade get the same scores as without it, so the ranking of
-    every cascade follows from the pass. (In bf16, a cutoff that is read in a deeper pass differs in the last digits
-    from the same cutoff alone.)
+    A pass reads the scores at all cutoffs, after the first query has warmed up the device. Survivors of a cascade get
+    the same scores as without it, so the ranking of every cascade follows from the pass. (In bf16, a cutoff that is
+    read in a deeper pass differs in the last digits from the same cutoff alone.)
 
     Args:
         reranker: its cutoff bounds the depth of the shapes; its own cascade is ignored.
@@ -397,8 +397,10 @@ def one_pass(
         return
     cutoffs, layers, ratio = width.cutoffs(), width.compress_layers, width.compress_ratio
     operations = candidates.operations(width, cutoffs[-1])  # opens the weights before the pass is timed
+    rows = candidates.rows
+    width.transform(rows[rows["qid"] == rows["qid"].iloc[0]])  # the first batch compiles, plans and takes memory
     begun = time.perf_counter()
-    scored = width.transform(candidates.rows)
+    scored = width.transform(rows)
     seconds = time.perf_counter() - begun
     rate = seconds / operations(cutoffs, layers, ratio).sum()
     logits = {cutoff: scored.get(f"score_{cutoff}", scored["score"]).to_numpy() for cutoff in cutoffs}

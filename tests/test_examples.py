@@ -25,6 +25,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Mist
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker, tune
 from pyterrier_llmrerank.checkpoints import bundled
+from pyterrier_llmrerank.engine.operations import Operations
 from pyterrier_llmrerank.training.data import open_data
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -181,6 +182,29 @@ def test_benchmark_of_a_gpu(monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
     assert failing.failed == [{"section": "attention", "reason": "ZeroDivisionError: division by zero"}]
     assert list(failing.tables) == ["Opening the 7B, files in memory"]
     assert "Traceback" in capfd.readouterr().out
+
+
+def test_roofline(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """The operations that run are those that the package counts, for one pair without anything shared or padded."""
+    monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
+    roofline, gpu = importlib.import_module("roofline"), importlib.import_module("gpu")
+    tiny = gpu.configuration("7B", True)
+    monkeypatch.setattr(roofline, "configuration", lambda *_: tiny)
+    counted: list[Any] = []
+    real = roofline.Roofline.__exit__
+    monkeypatch.setattr(roofline.Roofline, "__exit__", lambda self, *error: counted.append(self) or real(self, *error))
+    rows = roofline.main(["--pairs", "1", "--tokens", "40"])
+    assert [row["shape"] for row in rows][1] == "4 layers"
+    assert "| full depth |" in capfd.readouterr().out
+    decoder = AutoModelForSequenceClassification.from_config(tiny).model
+    useful = Operations(decoder, roofline.batch(1, 40), np.zeros(1, dtype=int), 1)
+    wanted = [useful([6]), useful([4]), useful([4], [1], 2)]
+    for roof, work in zip(dict.fromkeys(counted), wanted, strict=False):  # it leaves each decomposed operation, too
+        assert sum(roof.operations.values()) == pytest.approx(work.sum(), rel=0.02)
+        assert all(roof.seconds[kind] > 0 for kind in roofline.KINDS)
+    packed = roofline.main(["--pairs", "8", "--tokens", "40", "--kernel", "varlen"])
+    usual = roofline.main(["--pairs", "8", "--tokens", "40"])
+    assert packed[0]["kernels"] < usual[0]["kernels"]
 
 
 def test_pareto(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:

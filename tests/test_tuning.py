@@ -62,7 +62,7 @@ def test_each_width_takes_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     embedded, real = [], scoring.embedded
     monkeypatch.setattr(scoring, "embedded", lambda *args: embedded.append(len(args[1])) or real(*args))
     shapes = tune(FULL, RES, QRELS, **GRID).shapes
-    assert sum(embedded) == 3 * 4 * 9  # ratios, judged queries, candidates
+    assert sum(embedded) == 3 * (4 + 1) * 9  # ratios, judged queries and one to warm up, candidates
     counts = shapes.groupby("compress_ratio").size()
     per_cutoff = [1, 1 + 3, 1 + 2 * 3 + 3, 1 + 3 * 3 + 3 * 3]  # alone, one stage, two stages
     assert counts.tolist() == [
@@ -145,7 +145,8 @@ def test_the_front_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     got = tune(FULL, RES, QRELS, **{**GRID, "timed": 2, "compress_ratios": [1]})
     front = got.shapes[got.shapes["front"]]
     assert got.shapes["timed"].equals(got.shapes["front"])
-    assert seen[1:] == [(got.reranker(index), 2) for index in front.index] * 2  # one pass, then turns
+    assert [queries for _, queries in seen[:2]] == [1, 4]  # a query to warm up, and one pass
+    assert seen[2:] == [(got.reranker(index), 2) for index in front.index] * 2  # turns
     # By this clock, two queries took a second; they have about half of the operations of all four.
     assert front["milliseconds"].between(400, 600).all()
 

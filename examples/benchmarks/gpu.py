@@ -37,6 +37,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -60,10 +61,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForSequenceClassification, LlamaConfig, MistralConfig, PreTrainedTokenizerFast
 
 from pyterrier_llmrerank.checkpoints.checkpoint import RankLLaMACheckpoint
-from pyterrier_llmrerank.engine import attention as engine_attention
+from pyterrier_llmrerank.engine import attention, kernels, scoring
 from pyterrier_llmrerank.engine.cascade import Cascade
 from pyterrier_llmrerank.engine.inputs import Ids, token_ids
-from pyterrier_llmrerank.engine.kernels import kernel_of
 from pyterrier_llmrerank.engine.operations import Operations
 from pyterrier_llmrerank.engine.packing import PackedPairs
 from pyterrier_llmrerank.engine.scoring import Scorer, Shape
@@ -72,8 +72,9 @@ from pyterrier_llmrerank.engine.weights import Weights
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-#: SDPA's backends in order of preference; a name that is not here is an attn_implementation of the package.
-BACKENDS: dict[str, list[SDPBackend]] = {
+#: SDPA's backends in order of preference, None for torch's own choice. Other names are kernels of the package.
+BACKENDS: dict[str, list[SDPBackend] | None] = {
+    "torch": None,
     "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
     "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
     "efficient": [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
@@ -347,11 +348,16 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 @contextmanager
 def attending(name: str | None) -> Iterator[str | None]:
-    """Let SDPA prefer a backend; yields the attn_implementation for other names."""
+    """Let SDPA prefer a backend, in place of the package's choice; yields the name of a kernel of the package."""
     if name not in BACKENDS:
-        yield None if name in (None, "default") else name
+        with kernels.without_cudnn():
+            yield name
         return
-    with sdpa_kernel(BACKENDS[name], set_priority=True):
+    order = BACKENDS[name]
+    with (
+        mock.patch.object(scoring, "without_cudnn", nullcontext),
+        nullcontext() if order is None else sdpa_kernel(order, set_priority=True),
+    ):
         yield None
 
 
@@ -378,18 +384,18 @@ class Model:
         checkpoint: Any = RandomCheckpoint(self.plain, self.tokenizer)
         return Weights(lambda: checkpoint, self.bench.device, self.bench.dtype, **options)
 
-    def ours(self, name: str, weights: Weights, attention: str | None = None, **shape: Any) -> System:
+    def ours(self, name: str, weights: Weights, kernel: str | None = None, **shape: Any) -> System:
         """One of this package's systems; ``prune`` keeps these shares of the candidates after layers."""
         keep = shape.pop("prune", {})
         cutoffs = shape.pop("cutoffs", (self.layers,))
         prune = {layer: max(1, int(part * self.bench.pairs_of_query)) for layer, part in keep.items()}
         cutoffs = tuple(sorted({*prune, *cutoffs}))
         heads = tuple(cutoff - 1 for cutoff in cutoffs)
-        attention = attention or self.bench.attention
+        chosen = kernel or self.bench.attention
 
         def score() -> np.ndarray:
-            with attending(attention) as kernel:
-                made = Shape(cutoffs, heads, prune=tuple(prune.items()), attn_implementation=kernel, **shape)
+            with attending(chosen) as own:
+                made = Shape(cutoffs, heads, prune=tuple(prune.items()), attn_implementation=own, **shape)
                 scorer = Scorer((weights,), lambda _: made, encode)
                 queries = [query for query, _ in self.pairs]
                 place = np.arange(len(self.pairs))
@@ -498,9 +504,9 @@ def measure_attention(bench: Bench, seconds: float) -> None:
         lengths = (draw.normal(1.0, 0.1, pairs).clip(0.5, 1.5) * bench.tokens).astype(int)
         packed = PackedPairs([Ids([3] * 8, [4] * int(n), []) for n in lengths])
         states = [
-            torch.randn(1, count, len(packed.ids), width, device=bench.device, dtype=bench.dtype)
+            torch.randn(1, len(packed.ids), count, width, device=bench.device, dtype=bench.dtype).transpose(1, 2)
             for count in (heads, key_heads, key_heads)
-        ]
+        ]  # as a layer's projections lay them out
         return packed, tuple(states)
 
     count = 4 if bench.tiny else 80
@@ -509,9 +515,9 @@ def measure_attention(bench: Bench, seconds: float) -> None:
     module: Any = types.SimpleNamespace(layer_idx=0)
 
     def attend(given: tuple[Any, tuple[torch.Tensor, ...]], layout: Any) -> torch.Tensor:
-        return engine_attention.attention(module, *given[1], None, scaling=width**-0.5, layout=layout)[0]
+        return attention.attention(module, *given[1], None, scaling=width**-0.5, layout=layout)[0]
 
-    names = [None, "flash", "cudnn", "efficient", *varlen_names(), "math", "eager"]
+    names = [None, kernels.VARLEN, "torch", "flash", "cudnn", "efficient", "math", "eager"]
     if bench.total > 400:
         names.append("flex_attention")
     rows, exact = [], None
@@ -519,11 +525,11 @@ def measure_attention(bench: Bench, seconds: float) -> None:
         for name in names:
             try:
                 with attending(name) as chosen:
-                    kernel = kernel_of(chosen, bench.device, bench.dtype)
+                    kernel = kernels.kernel_of(chosen, bench.device, bench.dtype)
                     begun = bench.clock()
-                    made = [engine_attention.Layout(given[0], bench.device, kernel=kernel) for given in others]
+                    made = [attention.Layout(given[0], bench.device, kernel=kernel) for given in others]
                     laid_out = (bench.clock() - begun) / len(others)
-                    layout = engine_attention.Layout(fixed[0], bench.device, kernel=kernel)
+                    layout = attention.Layout(fixed[0], bench.device, kernel=kernel)
                     first, output = bench.timed(lambda layout=layout: attend(fixed, layout))
                     again = bench.median(lambda layout=layout: attend(fixed, layout), 0.2, most=20)
                     new = [bench.timed(lambda g=g, m=m: attend(g, m))[0] for g, m in zip(others, made, strict=True)]
@@ -546,19 +552,10 @@ def measure_attention(bench: Bench, seconds: float) -> None:
     bench.show("Attention, one layer of the 7B", rows)
 
 
-def varlen_names() -> list[str]:
-    """The kernel over packed rows, where the package has one."""
-    from pyterrier_llmrerank.engine import kernels
-
-    return ["varlen"] if hasattr(kernels, "varlen") or hasattr(kernels, "Varlen") else []
-
-
 def measure_kernels(bench: Bench, model: Model, weights: Weights, seconds: float) -> None:
     """Full depth, end to end, with each kernel."""
-    names = [None, "flash", "cudnn", *varlen_names()]
-    if bench.device.type == "cpu":
-        names = [None, "math", "eager"]
-    systems = [model.ours(name or "as the package chooses", weights, attention=name) for name in names]
+    names = [None, kernels.VARLEN, "torch", "cudnn"] if bench.device.type == "cuda" else [None, "math", "eager"]
+    systems = [model.ours(name or "as the package chooses", weights, kernel=name) for name in names]
     able = bench.in_turns(systems, seconds)
     rows = bench.rows(able, len(model.pairs))
     for row, system in zip(rows, able, strict=True):
@@ -611,14 +608,14 @@ def measure_profile(bench: Bench, model: Model, weights: Weights, seconds: float
     activities = [ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
     with profile(activities=activities) as recorded:
         taken, _ = bench.timed(system.score)
-    kernels = [
+    events = [
         (str(event.key), float(event.self_device_time_total if on_gpu else event.self_cpu_time_total), int(event.count))
         for event in recorded.key_averages()
     ]
-    kernels = sorted((k for k in kernels if k[1] > 0), key=lambda k: -k[1])
-    busy = sum(time_ for _, time_, _ in kernels)
+    events = sorted((event for event in events if event[1] > 0), key=lambda event: -event[1])
+    busy = sum(time_ for _, time_, _ in events)
     kinds: dict[str, list[float]] = {}
-    for name, time_, count in kernels:
+    for name, time_, count in events:
         lower = name.lower()
         kind = next((kind for kind, parts in KINDS.items() if any(part in lower for part in parts)), "element-wise")
         sums = kinds.setdefault(kind, [0.0, 0])
@@ -632,7 +629,7 @@ def measure_profile(bench: Bench, model: Model, weights: Weights, seconds: float
     bench.show(f"Profile, full depth, {model.name}", rows)
     largest = [
         {"kernel": name[:90].replace("|", "/"), "share": f"{part / busy:.1%}", "calls": n}
-        for name, part, n in kernels[:14]
+        for name, part, n in events[:14]
     ]
     bench.show(f"Largest kernels, full depth, {model.name}", largest)
 
@@ -831,9 +828,8 @@ def main(arguments: Sequence[str] | None = None) -> Bench:
     parser.add_argument("--minutes", type=float, default=8.0, help="all of it, about; 3 or more on a GPU")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, as a trial")
     parser.add_argument("--only", nargs="*", help="sections whose names start with one of these")
-    parser.add_argument(
-        "--attention", help=f"kernel of all scoring: {', '.join(BACKENDS)}, or an attn_implementation of the package"
-    )
+    kinds = f"{', '.join(BACKENDS)} of SDPA, {kernels.VARLEN}, or an attn_implementation"
+    parser.add_argument("--attention", help=f"kernel of all scoring: {kinds}")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     chosen = parser.parse_args(arguments)
     torch.manual_seed(0)

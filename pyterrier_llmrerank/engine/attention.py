@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from .kernels import Kernel, causal_mask
+from .kernels import Kernel, causal_mask, has_flash, packed_flash
 from .packing import Packing, on_device
 
 #: The name under which transformers finds :func:`attention`.
@@ -100,6 +100,13 @@ class Layout:
         if packing.padding.any():
             self.real_keys = on_device(np.arange(length) < packing.real[:, None], device)
         self.kernel = kernel if self.real_keys is None else None
+        #: Where each pair starts among the queries and the keys of :func:`packed_flash`; None for other kernels.
+        self.starts: tuple[Tensor, Tensor] | None = None
+        if cast(Any, self.kernel) is packed_flash:
+            ends = (np.cumsum([0, *sizes], dtype=np.int32) for sizes in (packing.added, packing.lengths))
+            queries, keys = (on_device(end, device) for end in ends)
+            self.starts, self.longest = (queries, keys), (int(packing.added.max()), packing.longest)
+            self._key_places = on_device(places[np.arange(length) < packing.lengths[:, None]], device)
         self._places = self._query_places = on_device(places.flatten(), device)
         self._sources = on_device(packing.pair_of_token * length + packing.positions, device)
         self._reuse_prefix, self._save_prefix, self._last_prefix = reuse_prefix, save_prefix, packing.last_prefix
@@ -113,13 +120,31 @@ class Layout:
 
     def gather_keys_values(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Gather a layer's keys and values like its queries, including a reused prefix's; fill ``save_prefix``."""
+        key, value = self._with_prefix(layer, key, value)
+        return self._gather(key, self._places), self._gather(value, self._places)
+
+    def attend_packed(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Compute attention by :func:`packed_flash`; return ``[1, tokens, heads, width]`` and all keys."""
+        assert self.starts is not None
+        key, value = self._with_prefix(layer, key, value)
+        keys, values = (states[0].transpose(0, 1).index_select(0, self._key_places) for states in (key, value))
+        query = query[0].transpose(0, 1)
+        return packed_flash(query, keys, values, self.starts, self.longest, scaling, window)[None], key
+
+    def gather_last(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Gather each pair's last query, ``[pairs, heads, width]``, and its keys, ``[pairs, heads, length, width]``."""
+        return query[0].transpose(0, 1).index_select(0, self.last), self._gather(key, self._places)
+
+    def _with_prefix(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         if self._save_prefix is not None:
             prefix = self._last_prefix
             self._save_prefix.keys_values[layer] = key[:, :, prefix].clone(), value[:, :, prefix].clone()
         if self._reuse_prefix is not None:
             prefix_key, prefix_value = self._reuse_prefix.keys_values[layer]
             key, value = torch.cat([key, prefix_key], dim=2), torch.cat([value, prefix_value], dim=2)
-        return self._gather(key, self._places), self._gather(value, self._places)
+        return key, value
 
     def _gather(self, states: Tensor, places: Tensor) -> Tensor:
         states = states[0].transpose(0, 1)
@@ -170,9 +195,16 @@ def attention(
     Returns:
         The output, ``[1, tokens, heads, width]``, and None for the weights.
     """
+    layer = cast(int, module.layer_idx)
+    window = sliding_window if sliding_window is not None and sliding_window < layout.shape[1] else None
+    if layout.starts is not None:
+        output, key = layout.attend_packed(layer, query, key, value, scaling, window)
+        if tap is not None:
+            last, key = layout.gather_last(query, key)
+            tap.log_weights = _summed(single_query_logits(last, key, layout.tapped, None, scaling, window))
+        return output, None
     query = layout.gather_queries(query)
-    key, value = layout.gather_keys_values(cast(int, module.layer_idx), key, value)
-    window = sliding_window if sliding_window is not None and sliding_window < key.shape[2] else None
+    key, value = layout.gather_keys_values(layer, key, value)
     if layout.kernel is not None:
         output = layout.kernel(query, key, value, scaling, window)
     elif layout.in_blocks:
@@ -181,9 +213,13 @@ def attention(
         output = _sdpa(query, key, value, layout.real_keys, scaling, window, dropout)
     if tap is not None:
         tapped = query[torch.arange(len(query), device=query.device), :, layout.tapped]
-        logits = single_query_logits(tapped, key, layout.tapped, layout.real_keys, scaling, window)
-        tap.log_weights = logits.log_softmax(-1).flatten(1, 2).logsumexp(1).float()
+        tap.log_weights = _summed(single_query_logits(tapped, key, layout.tapped, layout.real_keys, scaling, window))
     return layout.scatter(output), None
+
+
+def _summed(logits: Tensor) -> Tensor:
+    """Return the log of the attention weights, summed over all heads, fp32 ``[pairs, length]``."""
+    return logits.log_softmax(-1).flatten(1, 2).logsumexp(1).float()
 
 
 def _sdpa(
@@ -199,6 +235,10 @@ def _sdpa(
     length, dtype, mask = key.shape[2], query.dtype, None
     if real_keys is not None or window is not None:
         mask = causal_mask(torch.arange(length, device=key.device)[None], length, real_keys, window)
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1 and query.device.type == "cuda" and (mask is not None or not has_flash(query.device, dtype)):
+        # Without a flash kernel, grouped heads would run unfused.
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     if query.device.type == "cpu":  # the bf16 kernel's gradient takes twice as long
         query, key, value = query.float(), key.float(), value.float()
     with torch.autocast("cpu", enabled=False):  # it would convert them back

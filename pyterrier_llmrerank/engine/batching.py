@@ -14,6 +14,12 @@ from .inputs import Ids
 #: points: they are halved when memory runs out.
 TOKENS = {"cpu": 4096, "cuda": 16384, "mps": 8192}
 
+#: The width of a 7B model, whose batches of :data:`TOKENS` fit a GPU of 24 GB beside its weights.
+WIDTH = 4096
+
+#: How many times :data:`TOKENS` a narrower model may get on CUDA, where small batches leave a GPU idle.
+MOST_TIMES = 4
+
 #: Attention needs one sequence per pair, with its prefix and as long as the longest: the most positions for each token
 #: of the budget.
 SPREAD = 4
@@ -35,9 +41,10 @@ class Budget:
         self._positions = None if self.tokens is None else SPREAD * self.tokens
 
     @classmethod
-    def of_device(cls, device: torch.device) -> Budget:
-        """Return the budget to start with on a device."""
-        return cls(TOKENS.get(device.type, TOKENS["cpu"]))
+    def of_device(cls, device: torch.device, width: int = WIDTH) -> Budget:
+        """Return the budget to start with on a device, for a model whose hidden states have this width."""
+        tokens = TOKENS.get(device.type, TOKENS["cpu"])
+        return cls(int(tokens * min(MOST_TIMES, WIDTH / width)) if device.type == "cuda" else tokens)
 
     def allows(self, count: int, size: int, longest: int) -> bool:
         """Return whether ``count`` pairs of ``size`` tokens together fit, the longest of ``longest`` tokens."""

@@ -8,7 +8,7 @@ compressed between layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -73,8 +73,11 @@ class FallbackDecoder(nn.Module):
 
     @torch.no_grad()
     def _is_causal(self) -> bool:
-        states = self._states(torch.tensor([[1, 2], [1, 3]], device=self.model.device))
+        ids = torch.tensor([[1, 2], [1, 3]], device=self.model.device)
+        states = self._states(ids)
         self._one_state_per_layer = len(states) == self.layers + 1 and all(s.shape == states[-1].shape for s in states)
+        #: Its layers, if the output of each is the state after it.
+        self._modules_of_layers = self._find_layers(ids, states)
         first, other = states[-1][:, 0].float()
         return torch.allclose(first, other, rtol=1e-2, atol=1e-2)
 
@@ -83,6 +86,36 @@ class FallbackDecoder(nn.Module):
         out = self.model(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
         # Gemma 3n's last hidden state is not normed yet.
         return (*out.hidden_states[:-1], out.last_hidden_state)
+
+    def _find_layers(self, ids: Tensor, states: tuple[Tensor, ...]) -> Sequence[nn.Module]:
+        lists = [part for part in self.model.modules() if isinstance(part, nn.ModuleList) and len(part) == self.layers]
+        if len(lists) != 1 or not self._one_state_per_layer:
+            return ()
+        found = self._states_after(range(1, self.layers), ids, None, lists[0])
+        same = len(found) == self.layers and all(map(torch.equal, found.values(), states[1:]))
+        return list(lists[0]) if same else ()
+
+    def _states_after(
+        self, cutoffs: Iterable[int], ids: Tensor, mask: Tensor | None, layers: Iterable[nn.Module]
+    ) -> dict[int, Tensor]:
+        """Return the output of the layers at the cutoffs, and the last hidden state; no other state is kept."""
+        found: dict[int, Tensor] = {}
+        wanted = set(cutoffs) - {self.layers}
+
+        def keep(cutoff: int, output: Tensor | tuple[Tensor, ...]) -> None:
+            found[cutoff] = output if isinstance(output, Tensor) else output[0]
+
+        hooks = [
+            layer.register_forward_hook(lambda _, __, output, cutoff=cutoff: keep(cutoff, output))
+            for cutoff, layer in enumerate(layers, 1)
+            if cutoff in wanted
+        ]
+        try:
+            out = self.model(input_ids=ids, attention_mask=mask, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found | {self.layers: out.last_hidden_state}
 
     def forward(self, packed: PackedPairs, cutoffs: Sequence[int]) -> Tensor:
         """Return the last real token's state at each cutoff.
@@ -99,12 +132,17 @@ class FallbackDecoder(nn.Module):
         length = on_device(packed.real, device)
         mask = torch.arange(places.shape[1], device=device) < length[:, None]
         ids = packed.ids_below(self.vocabulary)
-        states = self._states(on_device(ids, device)[places], mask.long())
+        rows = on_device(ids, device)[places]
+        states: Mapping[int, Tensor]
+        if self._modules_of_layers or set(cutoffs) == {self.layers}:
+            states = self._states_after(cutoffs, rows, mask.long(), self._modules_of_layers)
+        else:
+            states = dict(enumerate(self._states(rows, mask.long())))
         pair = torch.arange(len(packed), device=device)
         read = []
         for cutoff in cutoffs:
             if cutoff == self.layers:
-                read.append(states[-1][pair, length - 1])
+                read.append(states[self.layers][pair, length - 1])
             else:
                 read.append(self._norm(cutoff)(states[cutoff][pair, length - 1]))
         return torch.stack(read)

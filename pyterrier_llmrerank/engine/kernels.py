@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, lru_cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +27,10 @@ FLASH = {
 Kernel = Callable[[Tensor, Tensor, Tensor, float, int | None], Tensor]
 
 
+#: A kernel that is not among the options yet: FlashAttention over the packed row itself, see :func:`packed_flash`.
+VARLEN = "varlen"
+
+
 def kernel_of(name: str | None, device: torch.device, dtype: torch.dtype) -> Kernel | None:
     """Return the kernel of this name, or None for SDPA.
 
@@ -38,6 +44,9 @@ def kernel_of(name: str | None, device: torch.device, dtype: torch.dtype) -> Ker
         return None
     if name == "eager":
         return eager
+    if name == VARLEN:
+        check_packed(device, dtype)
+        return cast(Kernel, packed_flash)  # Layout knows it
     if name == "flex_attention":
         if device.type not in ("cuda", "cpu"):
             raise ValueError(f"attn_implementation={name!r} cannot be used on {device}; allowed there: sdpa, eager.")
@@ -58,6 +67,81 @@ def check_flash(name: str, device: torch.device, dtype: torch.dtype) -> None:
         raise ValueError(f"attn_implementation={name!r} cannot be used in {dtype}; allowed: bfloat16, float16.")
     if not is_available():
         raise ImportError(f"attn_implementation={name!r} needs the package {package}: pip install {package}")
+
+
+def check_packed(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise ValueError if torch has no FlashAttention for a device and dtype."""
+    if device.type != "cuda" or not has_flash(device, dtype):
+        raise ValueError(
+            f"attn_implementation={VARLEN!r} cannot be used on {device} in {dtype}; wanted CUDA of capability 8.0, in "
+            "bfloat16 or float16."
+        )
+
+
+def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether torch has FlashAttention for a CUDA device and a dtype; it takes no masks."""
+    return dtype in (torch.bfloat16, torch.float16) and _capability(device) >= (8, 0)
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+_scoring = 0  # how many calls have cuDNN's attention turned off
+_cudnn_before = True
+_scoring_lock = threading.Lock()
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Let SDPA choose among all kernels but cuDNN's, in the whole process, until the last of several calls leaves.
+
+    On Hopper and later GPUs, torch prefers cuDNN's kernel, which plans for tens of milliseconds whenever it meets a
+    shape for the first time. Nearly every batch of pairs has a shape of its own. The setting is one for all threads.
+    """
+    global _scoring, _cudnn_before
+    with _scoring_lock:
+        if not _scoring:
+            _cudnn_before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+            torch.backends.cuda.enable_cudnn_sdp(False)
+        _scoring += 1
+    try:
+        yield
+    finally:
+        with _scoring_lock:
+            _scoring -= 1
+            if not _scoring:
+                torch.backends.cuda.enable_cudnn_sdp(_cudnn_before)
+
+
+def packed_flash(
+    query: Tensor, key: Tensor, value: Tensor, starts: tuple[Tensor, Tensor], longest: tuple[int, int],
+    scaling: float, window: int | None,
+) -> Tensor:  # fmt: skip
+    """Compute causal attention of sequences that lie one after another, with torch's FlashAttention.
+
+    A sequence may have fewer queries than keys: its queries are those of its last positions. So neither queries nor
+    outputs have to be gathered, and nothing is padded.
+
+    Args:
+        query: ``[queries, heads, width]``.
+        key: ``[keys, key heads, width]``.
+        value: of the shape of ``key``.
+        starts: where each sequence starts among the queries and among the keys, and the end, int32 ``[sequences + 1]``.
+        longest: the most queries and the most keys of a sequence.
+        scaling: factor of the logits.
+        window: most keys that a query sees; None for all before it.
+
+    Returns:
+        The output, ``[queries, heads, width]``.
+    """
+    # torch.nn.attention.varlen calls this operator too, but its signature changes from release to release.
+    output: Tensor = torch.ops.aten._flash_attention_forward(
+        query, key, value, *starts, *longest, 0.0, True, False,
+        scale=scaling, window_size_left=None if window is None else window - 1, window_size_right=0,
+    )[0]  # fmt: skip
+    return output
 
 
 def eager(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:

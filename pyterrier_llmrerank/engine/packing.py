@@ -72,6 +72,11 @@ class Packing:
         """Tokens that each pair adds to the row, ``[pairs]``."""
         return np.where(self.owns, self.lengths, self.lengths - self.prefix)
 
+    @property
+    def added(self) -> Indices:
+        """Tokens that each pair adds to the row, the last ones of the pair, ``[pairs]``."""
+        return self._sizes
+
     @cached_property
     def _starts(self) -> Indices:
         """Index in the row of the first token that each pair adds, ``[pairs]``."""

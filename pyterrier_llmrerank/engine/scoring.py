@@ -25,7 +25,7 @@ from .cascade import Cascade
 from .decoder import Decoder, embedded, run_layers
 from .fallback import FallbackDecoder
 from .inputs import Ids
-from .kernels import kernel_of
+from .kernels import kernel_of, without_cudnn
 from .packing import PackedPairs, Packing, Row, regrouped
 from .usage import Observer, Stopwatch, Usage
 from .weights import Weights
@@ -164,7 +164,11 @@ class Scorer:
         call = Call(pairs, self._chunks(pairs), len(self.shape.cutoffs), observer, cascade)
         devices = [DeviceScorer(self, weights, call) for weights in self.weights]
         try:
-            with ThreadPoolExecutor(len(devices)) as threads:  # starts a thread for each submitted task only
+            on_cuda = any(weights.device.type == "cuda" for weights in self.weights)
+            with (
+                without_cudnn() if on_cuda else nullcontext(),
+                ThreadPoolExecutor(len(devices)) as threads,  # starts a thread for each submitted task only
+            ):
                 try:
                     others = [threads.submit(device.run) for device in devices[1:]]
                     devices[0].run()
@@ -297,10 +301,11 @@ class DeviceScorer:
     def __init__(self, scorer: Scorer, weights: Weights, call: Call) -> None:
         self.shape, self.weights, self.call = scorer.shape, weights, call
         self.model, heads, tokenizer = weights.at_depth(self.shape.cutoffs[-1])
-        self._heads = heads[list(self.shape.heads)]
+        self._heads = torch.stack([heads[index] for index in self.shape.heads])  # a list of indices would be copied
         self._encode = partial(scorer.encode, tokenizer)
         self._kernel = kernel_of(self.shape.attn_implementation, weights.device, weights.dtype)
-        self._budget = Budget(pairs=scorer.batch_size) if scorer.batch_size else Budget.of_device(weights.device)
+        width = int(weights.checkpoint.config.hidden_size)
+        self._budget = Budget(pairs=scorer.batch_size) if scorer.batch_size else Budget.of_device(weights.device, width)
         self._limits = limits_of(self.model)
         self._pending: deque[PendingBatch] = deque()
         self._latest: list[int] = []  # pairs of the latest batch
@@ -507,7 +512,7 @@ def to_host(computed: Tensor) -> Callable[[], np.ndarray]:
     if computed.device.type != "cuda":
         return lambda: computed.cpu().numpy()
     copy = computed.to("cpu", non_blocking=True)
-    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call] # leaves the core to the tokeniser
     copied.record()
 
     def result() -> np.ndarray:

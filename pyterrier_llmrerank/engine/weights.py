@@ -54,7 +54,9 @@ class Weights:
         self._below = below
         self.device = device
         self.dtype = dtype
-        self._quantize = None if quantization is None else quantization_of(quantization, device, dtype)
+        self._quantize = None
+        if quantization is not None:
+            self._quantize = quantization_of(quantization, device, dtype, torch_compile)
         self._compile = torch_compile
         # Garbage collection may drop a reranker, and call _forget, while any lock of a stack is held. With one lock for
         # the whole stack, that cannot deadlock.
@@ -133,6 +135,10 @@ class Weights:
             self._quantize(layer)
         if self._compile:
             layer.compile(dynamic=True)
+            if self._quantize is not None and self.device.type == "cuda":
+                for part in layer.modules():  # the deepest layer calls its parts
+                    if isinstance(part, nn.Linear):
+                        part.compile(dynamic=True)
 
     def _load(self, part: str, depth: int = 0) -> nn.Module:
         """Load a part of the decoder, or share it with the weights below, which are first taken to ``depth``."""

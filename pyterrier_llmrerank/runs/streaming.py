@@ -83,10 +83,11 @@ def rerank_file(
 ) -> Report:
     """Rerank a file of any length.
 
-    The file is read in chunks of whole queries with at least :data:`~pyterrier_llmrerank.engine.scoring.CHUNK` rows.
-    Each chunk is scored in one call, while the next one is read, and written in one block. Memory use does not grow
-    with the file, except for the ids of its queries. Chunks depend on the source alone, so an interrupted and resumed
-    run has the same bytes as an uninterrupted one, if the options are the same.
+    The file is read in chunks of whole queries with at least :data:`~pyterrier_llmrerank.engine.scoring.CHUNK` rows for
+    each of the reranker's devices, which share a chunk. Each chunk is scored in one call, while the next one is read,
+    and written in one block. Memory use does not grow with the file, except for the ids of its queries. Chunks depend
+    on the source and the number of devices alone, so an interrupted and resumed run has the same bytes as an
+    uninterrupted one, if the options are the same.
 
     ``<target>.journal``, beside the run, records the options that affect scores, the blocks written so far, and
     whether the run is finished. An existing target is never overwritten: it raises an error, unless ``resume`` is set.
@@ -128,8 +129,6 @@ def rerank_file(
     >>> from pyterrier_llmrerank import RankLLaMAReranker
     >>> report = rerank_file(RankLLaMAReranker(), Path("rerank.jsonl"), Path("run.tsv"), resume=True)  # doctest: +SKIP
     """
-    from ..engine.scoring import CHUNK
-
     source, target = Path(source), Path(target)
     _check_arguments(target, form, tag, resume, workers)
     started = time.perf_counter()
@@ -138,7 +137,7 @@ def rerank_file(
     with ExitStack() as stack:
         score_chunks, device_type = stack.enter_context(_scoring(quiet, workers, address))
         file = stack.enter_context(JournaledFile(target, _settings(quiet, device_type, form, tag), resume=resume))
-        chunks = read_chunks(source, chain((block.rows for block in file.blocks), repeat(CHUNK)))
+        chunks = read_chunks(source, chain((block.rows for block in file.blocks), repeat(_block(reranker))))
         resumed_from = _skip_written(chunks, file.blocks, source, target)
         name, hidden = type(reranker).__name__, not reranker.verbose
         bar = stack.enter_context(pt.tqdm(total=total, initial=resumed_from, desc=name, unit="pair", disable=hidden))
@@ -152,7 +151,7 @@ def rerank_file(
                     bar.update(len(chunk.frame))
         except BaseException as error:
             usage += quiet.usage  # of the call that raised the error
-            _add_note(error, target, resumed_from + run.pairs)
+            _add_note(error, target, resumed_from + run.pairs, _block(reranker))
             raise
         finally:
             usage += Usage(writing_seconds=run.stopwatch.seconds)
@@ -174,16 +173,21 @@ def _check_arguments(target: Path, form: str, tag: str, resume: bool, workers: i
         refuse_existing(target)
 
 
-def _add_note(error: BaseException, target: Path, pairs: int) -> None:
-    """Add to an error the number of pairs that the target holds, and how to resume."""
+def _block(reranker: LLMReranker) -> int:
+    """Return the fewest pairs in a block: several devices share one, and wait for the last of them at its end."""
     from ..engine.scoring import CHUNK
 
+    return CHUNK * (len(reranker.device) if isinstance(reranker.device, tuple) else 1)
+
+
+def _add_note(error: BaseException, target: Path, pairs: int, block: int) -> None:
+    """Add to an error the number of pairs that the target holds, and how to resume."""
     if pairs:
         error.add_note(
             f"{target} holds {pairs:,} pairs, all of complete queries; to continue, set resume=True (--resume)."
         )
     elif isinstance(error, KeyboardInterrupt):
-        error.add_note(f"Nothing was written yet: results are written in blocks of at least {CHUNK:,} pairs.")
+        error.add_note(f"Nothing was written yet: results are written in blocks of at least {block:,} pairs.")
 
 
 # -- reading

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
@@ -26,7 +28,9 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.saving import describe_trained
 from ..engine.batching import Budget, run_in_batches
-from ..engine.packing import PackedPairs
+from ..engine.kernels import without_cudnn
+from ..engine.packing import PackedPairs, on_device
+from ..engine.scoring import to_host
 from .batches import Batch, Collator, Groups
 from .callbacks import LogLines, NewEpoch, ProgressBar
 from .examples import Group
@@ -81,7 +85,8 @@ def train(
     trainer.add_callback(same_settings)
     if overwrite and not is_in(folder, resumed) and arguments.should_save:
         remove_runs(folder)
-    trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    with without_cudnn():
+        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     trainer.save_state()
     trainer.save_model()  # pushes to the hub too, if asked to
     return folder
@@ -143,7 +148,9 @@ class GroupTrainer(Trainer):
         self.collate = Collator(checkpoint.tokenizer(), recipe.inputs)
         self.widths = recipe.widths(args.seed)
         self._batch = (0, -1)  # the step, and the place of the batch in it
+        self._losses: deque[tuple[Callable[[], np.ndarray], str]] = deque()  # not checked yet, and where they occurred
         args.remove_unused_columns = False
+        args.logging_nan_inf_filter = False  # it would wait for each loss; those that are not finite are errors here
         super().__init__(
             model=cast(nn.Module, model),
             args=args,
@@ -163,6 +170,9 @@ class GroupTrainer(Trainer):
         """Compute the loss of a batch, at the width drawn for it."""
         batch: Batch = inputs["batch"]
         step = self.state.global_step
+        teacher = None
+        if batch.teacher is not None:  # copied first: behind the model, the host would wait for it
+            teacher = on_device(batch.teacher.numpy(), self.args.device)
         self._batch = (step, self._batch[1] + 1 if self._batch[0] == step else 0)
         layers, ratio = self.widths.draw(*self._batch)
         groups = (-1, len(batch.packed) // batch.size, batch.size)
@@ -171,16 +181,29 @@ class GroupTrainer(Trainer):
             with torch.no_grad():
                 full = model(batch.packed).view(groups)
         scores = model(batch.packed, layers, ratio).view(groups)
-        teacher = None if batch.teacher is None else batch.teacher.to(scores.device)
         loss = self.recipe.loss(scores, full, teacher)
-        if not torch.isfinite(loss):
-            rate = self._get_learning_rate()
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at step {step} (learning rate {rate:g}, compress_layers {list(layers)}, "
-                f"compress_ratio {ratio}, queries {', '.join(batch.names)}); "
-                f"earlier checkpoints are in {self.args.output_dir}."
+        self._losses.append(
+            (
+                to_host(loss.detach()),
+                f"at step {step} (learning rate {self._get_learning_rate():g}, compress_layers {list(layers)}, "
+                f"compress_ratio {ratio}, queries {', '.join(batch.names)})",
             )
+        )
+        self.check_losses(leave=1 if loss.device.type == "cuda" else 0)
         return (loss, {"scores": scores}) if return_outputs else loss
+
+    def check_losses(self, leave: int = 0) -> None:
+        """Check that losses are finite. On CUDA, the last one is left until the next has been asked for.
+
+        Raises:
+            FloatingPointError: one is not.
+        """
+        while len(self._losses) > leave:
+            result, place = self._losses.popleft()
+            if not np.isfinite(loss := float(result())):
+                raise FloatingPointError(
+                    f"the loss is {loss} {place}; earlier checkpoints are in {self.args.output_dir}."
+                )
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Measure nDCG@10; each process measures all validation queries."""
@@ -207,7 +230,8 @@ class GroupTrainer(Trainer):
                 scores[index] = score
 
         try:
-            failed = run_in_batches(rows, run, Budget.of_device(self.args.device))
+            width = int(self.checkpoint.config.hidden_size)
+            failed = run_in_batches(rows, run, Budget.of_device(self.args.device, width))
         finally:
             model.train()
         if failed is not None:
@@ -227,6 +251,7 @@ class GroupTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save the adapter under the original programs' task type, with its tokenizer, card and description."""
+        self.check_losses()
         model = self.accelerator.unwrap_model(self.model)
         trained = state_dict or {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not all(tensor.isfinite().all() for tensor in trained.values()):

@@ -152,3 +152,9 @@ def test_other_errors_are_raised() -> None:
 )
 def test_signs_of_short_memory(error: BaseException) -> None:
     assert is_out_of_memory(error)
+
+
+def test_narrow_models_get_larger_batches_on_cuda() -> None:
+    tokens = [Budget.of_device(torch.device("cuda"), width).tokens for width in (8192, 4096, 2048, 1024, 576)]
+    assert tokens == [8192, 16384, 32768, 65536, 65536]
+    assert {Budget.of_device(torch.device("cpu"), width).tokens for width in (576, 4096)} == {4096}

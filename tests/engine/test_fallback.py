@@ -295,3 +295,17 @@ def test_computed_positions_allow_any_length(tmp_path: Path) -> None:
     config = Phi3Config(**LLAMA_LIKE, pad_token_id=0, max_position_embeddings=8, original_max_position_embeddings=8)
     saved(tmp_path, config)
     assert np.isfinite(RankLLaMAReranker(tmp_path, dtype="float32").compute_score(PAIRS)).all()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_only_the_states_that_are_read_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Layers hand them over, with the same scores as transformers' own record of all states."""
+    saved(tmp_path / name, CONFIGS[name], AutoModelForCausalLM)
+    reranker = MatroyshkaReranker(tmp_path / name, start_layer=1, cutoff=[1, 3], dtype="float32")
+    decoder = reranker.scorer().open()
+    states = decoder._states
+    monkeypatch.setattr(decoder, "_states", None)
+    kept = reranker.compute_score(PAIRS)
+    monkeypatch.setattr(decoder, "_states", states)
+    monkeypatch.setattr(decoder, "_modules_of_layers", ())
+    np.testing.assert_array_equal(reranker.compute_score(PAIRS), kept)

@@ -1,5 +1,6 @@
 """All attention kernels give the same as SDPA; a kernel that cannot run raises an error before scoring starts."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
-from pyterrier_llmrerank.engine import kernels
+from pyterrier_llmrerank.engine import kernels, scoring
 from pyterrier_llmrerank.engine.decoder import decode, embedded, run_layers
 from pyterrier_llmrerank.engine.packing import PackedPairs
 
 FULL = str(MODELS / "costwise_full")
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 FLASH = "flash_attention_2"
 
 
@@ -47,6 +48,99 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, FLASH, stand_in)
     monkeypatch.setattr(kernels, "check_flash", lambda *_: None)
     return windows
+
+
+@pytest.fixture
+def packed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Give torch's FlashAttention over sequences of any length a CPU kernel; return the queries that it gets."""
+    asked: list[int] = []
+
+    def stand_in(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor,
+        most_queries: int, most_keys: int, dropout: float, is_causal: bool, return_mask: bool, *,
+        scale: float | None = None, window_size_left: int | None = None, window_size_right: int | None = None,
+        **options: Any,
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
+        assert (dropout, is_causal, return_mask, window_size_right) == (0.0, True, False, 0)
+        assert queries.dtype == keys.dtype == torch.int32
+        assert (int(queries.diff().max()), int(keys.diff().max())) == (most_queries, most_keys)
+        assert (len(query), len(key)) == (queries[-1], keys[-1])
+        asked.append(len(query))
+        parts = []
+        for number in range(len(queries) - 1):
+            q, k, v = (
+                states[ends[number] : ends[number + 1]].transpose(0, 1)[None]
+                for states, ends in ((query, queries), (key, keys), (value, keys))
+            )
+            last = torch.arange(k.shape[2])[-q.shape[2] :] if q.shape[2] else torch.arange(0)  # the last positions
+            distance = last[:, None] - torch.arange(k.shape[2])
+            most = k.shape[2] if window_size_left is None else window_size_left
+            seen = (distance >= 0) & (distance <= most)
+            out = scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True)
+            parts.append(out[0].transpose(0, 1))
+        none = torch.empty(0)
+        return torch.cat(parts), none, none, none, none
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_flash_attention_forward", stand_in, "CPU")
+    monkeypatch.setattr(kernels, "check_packed", lambda *_: None)
+    yield asked
+    library._destroy()
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@torch.inference_mode()
+def test_attention_over_the_packed_row_equals_sdpa(packed: list[int], family: str) -> None:
+    ours, _ = models(family)
+    kernel = kernels.kernel_of(kernels.VARLEN, CPU, torch.float32)
+    for pooled in ({}, {"compress_layers": {1, 3}, "compress_ratio": 2}):
+        row = PackedPairs(pairs())
+        wanted = decode(ours, row, [2, 4], **pooled)
+        got, _ = run_layers(ours, embedded(ours, row), [2, 4], kernel=kernel, **pooled)
+        torch.testing.assert_close(got, wanted, atol=2e-5, rtol=2e-5)
+    assert len(packed) == 6
+    assert packed[0] == len(PackedPairs(pairs()).ids)  # nothing is padded, and a prefix is asked for once
+
+
+def test_scores_over_the_packed_row_with_known_prefixes_and_cascades(
+    packed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = {"prune": {3: 3}, "compress_layers": 2, "compress_ratio": 2, "dtype": "float32"}
+    wanted = MatroyshkaReranker(FULL, **shape)(frame(2, 5))["score"]
+    released = MatroyshkaReranker(FULL, released=True, cutoff=4, compress_layers=2, compress_ratio=2, dtype="float32")
+    padded = released(frame(2, 5))["score"]
+    monkeypatch.setattr(scoring, "kernel_of", lambda *_: kernels.packed_flash)
+    got = MatroyshkaReranker(FULL, batch_size=2, **shape)(frame(2, 5))["score"]
+    np.testing.assert_allclose(got, wanted, atol=1e-4)
+    assert packed
+    packed.clear()
+    np.testing.assert_allclose(released(frame(2, 5))["score"], padded, atol=1e-4)
+    assert len(packed) == 1  # the layer after the pooling; masked keys are left to SDPA
+
+
+def test_attention_over_the_packed_row_is_refused_where_torch_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_capability", lambda device: (7, 5))
+    for device, dtype in ((CPU, torch.bfloat16), (CUDA, torch.float32), (CUDA, torch.float16)):
+        with pytest.raises(ValueError, match=f"'varlen' cannot be used on {device} in {dtype}; wanted CUDA of"):
+            kernels.kernel_of(kernels.VARLEN, device, dtype)
+
+
+def test_cudnn_is_left_out_until_the_last_call_is_over() -> None:
+    """And then it is as the user had it."""
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled
+    for before in (True, False):
+        torch.backends.cuda.enable_cudnn_sdp(before)
+        first, second = kernels.without_cudnn(), kernels.without_cudnn()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert not cudnn()
+        second.__exit__(None, None, None)
+        assert cudnn() == before
+        with pytest.raises(KeyError), kernels.without_cudnn():
+            raise KeyError
+        assert cudnn() == before
+    torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 @pytest.mark.parametrize("name", ["eager", "flex_attention", FLASH])

@@ -521,3 +521,23 @@ def test_a_pipe_works_with_a_progress_bar(source: Path, whole: bytes, tmp_path: 
         rerank_file(shown, pipe, target)
         writing.result()
     assert target.read_bytes() == whole
+
+
+def test_blocks_grow_with_the_devices_that_share_them(devices: None, source: Path, tmp_path: Path) -> None:
+    """And the run is the same."""
+    sizes: list[int] = []
+
+    class Counting(MatroyshkaReranker):
+        def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
+            sizes.append(len(inp))
+            return super().transform(inp)
+
+    options = {"dtype": "float32", "cutoff": 2}
+    rerank_file(Counting(MODELS / "costwise_full", **options), source, tmp_path / "one.tsv")
+    assert tuple(sizes) == CHUNKS
+    sizes.clear()
+    two = Counting(MODELS / "costwise_full", device=["cuda:0", "cuda:1"], **options)
+    rerank_file(two, source, tmp_path / "two.tsv")
+    assert sizes == [13, 10, 10]
+    one, other = (list(read_run(tmp_path / name)) for name in ("one.tsv", "two.tsv"))
+    assert [row[:2] for row in one] == [row[:2] for row in other]

@@ -356,6 +356,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
         run.train()
 
 
+def test_on_cuda_a_loss_is_checked_after_the_next_or_before_saving(tmp_path: Path) -> None:
+    """So the host does not wait for it, and no checkpoint is written after a loss that is not finite."""
+    run = trainer(tmp_path)
+    run._losses += [(lambda: np.array(0.5), "at step 2"), (lambda: np.array(np.nan), "at step 3")]
+    run.check_losses(leave=1)
+    assert len(run._losses) == 1
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 3; earlier checkpoints are in"):
+        run.save_model(str(tmp_path / "adapter"))
+    assert not (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     run = trainer(tmp_path)
     next(p for p in run.model.parameters() if p.requires_grad).data.fill_(float("nan"))
