@@ -312,6 +312,14 @@ def _rerank_command(name: str, kind: type[LLMReranker], *examples: str) -> None:
                 "affect scores changed; <output>.journal records them.",
             ),
         ] = False,
+        shard: Annotated[
+            str | None,
+            typer.Option(
+                metavar="I/N",
+                help="Rerank part I of N, for a job array. Parts have whole queries; their outputs, joined in order, "
+                "equal the output for the whole file.",
+            ),
+        ] = None,
         workers: Annotated[
             int, typer.Option(min=1, help="Number of scoring processes, started with Ray. Each uses one GPU, if any.")
         ] = 1,
@@ -327,13 +335,13 @@ def _rerank_command(name: str, kind: type[LLMReranker], *examples: str) -> None:
         try:
             rerank_file(
                 kind(**given, verbose=verbose), source, output,
-                form=form, tag=tag, resume=resume, workers=workers, address=address,
+                form=form, tag=tag, resume=resume, shard=shard, workers=workers, address=address,
             )  # fmt: skip
         except KeyboardInterrupt as error:
             typer.echo(f"Interrupted. {' '.join(getattr(error, '__notes__', ()))}", err=True)
             raise
         except ERRORS as error:
-            raise _OptionError(error, [*arguments, "form", "workers"]) from error
+            raise _OptionError(error, [*arguments, "form", "shard", "workers"]) from error
 
     _with_options(command, _options(kind))
     summary = (kind.__doc__ or "").split("\n")[0]

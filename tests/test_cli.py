@@ -212,15 +212,16 @@ def test_defaults_are_those_of_the_constructor(name: str, monkeypatch: pytest.Mo
     assert reranker == KINDS[name]()
     assert arguments == {
         "source": Path("in.jsonl"), "target": Path("out.txt"), "form": "three", "tag": name, "resume": False,
-        "workers": 1, "address": None,
+        "shard": None, "workers": 1, "address": None,
     }  # fmt: skip
 
 
 def test_options_are_the_arguments_of_the_constructor(monkeypatch: pytest.MonkeyPatch) -> None:
     words = (
-        "matroyshka in --output out.gz --form trec --tag mine --resume --workers 2 --address auto --verbose "
-        "--model smollm2-135m --cutoff 20 --cutoff 10 --compress-layers 8 --compress-layers 12 --compress-ratio 2 "
-        "--prune 8:50 --prune 12:20 --normalize --max-length 100 --dtype float32 --batch-size 3 --prompt why?"
+        "matroyshka in --output out.gz --form trec --tag mine --resume --shard 2/4 --workers 2 --address auto "
+        "--verbose --model smollm2-135m --cutoff 20 --cutoff 10 --compress-layers 8 --compress-layers 12 "
+        "--compress-ratio 2 --prune 8:50 --prune 12:20 --normalize --max-length 100 --dtype float32 --batch-size 3 "
+        "--prompt why?"
     )
     reranker, arguments = reranked(monkeypatch, *words.split())
     assert reranker == MatroyshkaReranker(
@@ -228,7 +229,7 @@ def test_options_are_the_arguments_of_the_constructor(monkeypatch: pytest.Monkey
         normalize=True, max_length=100, dtype="float32", batch_size=3, prompt="why?", verbose=True,
     )  # fmt: skip
     assert (arguments["form"], arguments["tag"], arguments["resume"]) == ("trec", "mine", True)
-    assert (arguments["workers"], arguments["address"]) == (2, "auto")
+    assert (arguments["shard"], arguments["workers"], arguments["address"]) == ("2/4", 2, "auto")
     words = f"matroyshka in --output out --model smollm2-135m --token-adapters 2:{MODELS}/adapter_comp_token2"
     reranker, _ = reranked(monkeypatch, *words.split())
     assert reranker == MatroyshkaReranker("smollm2-135m", token_adapters={2: str(MODELS / "adapter_comp_token2")})
@@ -339,6 +340,7 @@ def test_verbose_logs_each_step(folder: Path, caplog: pytest.LogCaptureFixture) 
             "--device=.*'gpu' is not a device; allowed: 'cpu', 'cuda'",
         ),
         ("rerank rankllama x/device=3/y --output o --model smollm2-135m", "No such file .*: 'x/device=3/y'"),
+        ("rerank rankllama topics.tsv --output o --shard 5/4 --model smollm2-135m", "--shard='5/4'; allowed: i/n"),
         ("rerank rankllama topics.tsv --output /dev/null --model smollm2-135m", "--output='/dev/null' is not a file"),
         (
             "evaluate run.gz --qrels others.txt",
