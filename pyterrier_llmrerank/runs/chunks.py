@@ -46,12 +46,12 @@ class Shard(NamedTuple):
 
     Args:
         number: its number, from 1.
-        count: number of shards.
+        of: number of shards.
         lines: number of lines in the file.
     """
 
     number: int
-    count: int
+    of: int
     lines: int
 
     def select(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
@@ -63,7 +63,7 @@ class Shard(NamedTuple):
 
     def _number_of(self, chunk: Chunk) -> int:
         before = chunk.first_line - 1
-        return 1 + before * self.count // max(self.lines, before + 1)  # a last line may have no line end
+        return 1 + before * self.of // max(self.lines, before + 1)  # a last line may have no line end
 
 
 class ScoredChunk(NamedTuple):

@@ -236,7 +236,8 @@ def _scoring(reranker: LLMReranker, workers: int, address: str | None) -> Iterat
         reranker.dtype, device_type = str(scorer.dtype).removeprefix("torch."), scorer.device.type
         yield partial(_score_here, reranker), device_type
     else:
-        from .workers import ray_cluster, resolve_worker_dtype, score_on_workers
+        from .cluster import ray_cluster, resolve_worker_dtype
+        from .workers import score_on_workers
 
         with ray_cluster(workers, address):
             reranker.dtype, device_type = resolve_worker_dtype(reranker, workers)
@@ -296,5 +297,5 @@ def _settings(reranker: LLMReranker, device_type: str, form: str, tag: str, shar
     if reranker.quantization:
         arguments |= {"batch_size": reranker.batch_size, "device": device_type}
     if shard is not None:
-        arguments |= {"shard": f"{shard.number}/{shard.count}", "lines": shard.lines}
+        arguments |= {"shard": f"{shard.number}/{shard.of}", "lines": shard.lines}
     return {"reranker": type(reranker).__name__, **arguments, "form": form, "tag": tag}
