@@ -182,6 +182,27 @@ def test_ranks_are_read_as_ranks(folder: Path, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out.split()[5:8] == ["RR@10", mean, f"{1:.4f}"]
 
 
+def test_several_runs_are_compared_with_a_baseline(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    best = "q0 d3 2\nq0 d0 1\nq1 d0 2.5\nq2 d1 3.5\n"
+    Path("best.txt").write_text(best)
+    Path("AP").write_text(best.replace("d3 2", "d3 0.5"))
+    command = "evaluate best.txt RR ./AP P@1 --qrels qrels.txt --baseline run.gz --correction bonferroni"
+    assert run(command) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["run", "measure", "value", "baseline", "difference", "p", "p_bonferroni"]
+    assert [line[:3] for line in lines[1:]] == [
+        ["best.txt", "RR", "1.0000"],
+        ["./AP", "RR", "0.8333"],
+        ["best.txt", "P@1", "1.0000"],
+        ["./AP", "P@1", "0.6667"],
+    ]
+    p = stats.ttest_rel([1, 1, 1], [1 / 4, 1, 1 / 2]).pvalue
+    assert lines[1][5:] == [f"{p:.2g}", f"{min(1, 2 * p):.2g}"]
+    assert run("evaluate best.txt RR P@1 --qrels qrels.txt --baseline run.gz") == 0
+    alone = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert alone[1:] == [lines[1][1:6], lines[3][1:6]]
+
+
 def test_the_default_measure(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("evaluate run.gz --qrels qrels.txt") == 0
     assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
@@ -322,6 +343,12 @@ def test_verbose_logs_each_step(folder: Path, caplog: pytest.LogCaptureFixture) 
         ("prepare run.gz --topics none --texts texts.jsonl --output o", "topics='none': no such file or dataset"),
         ("prepare run.gz --topics topics.tsv --texts topics.tsv --output o", "docno 'd0' .* not among the texts"),
         ("evaluate run.gz foo --qrels qrels.txt", "measure='foo'; allowed"),
+        (
+            "evaluate run.gz other.gz --qrels qrels.txt",
+            "measure='other.gz'; allowed.* There is no run 'other.gz' either",
+        ),
+        ("evaluate run.gz ./run.gz run.gz --qrels qrels.txt", "the run 'run.gz' is named twice"),
+        ("evaluate run.gz --qrels qrels.txt --correction holm", "--correction='holm' needs a baseline"),
         ("evaluate qrels.txt --qrels run.gz", "run.gz, line 1: 6 whitespace-separated columns"),
         ("convert run.gz --output none/o", "the folder .*none does not exist"),
         (
@@ -406,11 +433,12 @@ def test_examples_in_the_help_run(example: str, folder: Path, monkeypatch: pytes
     monkeypatch.setattr(cli, "rerank_rows", lambda *_: iter([]))
     monkeypatch.setattr(cli, "judgements", lambda name: [Judgement("q", "d", 1)])
     monkeypatch.setattr(streaming, "rerank_file", lambda *_, **__: None)
+    Path("matroyshka.txt").touch()  # which tells that it is no measure
     assert main(words[1:]) == 0
 
 
 def test_there_are_examples() -> None:
-    assert len(EXAMPLES) == 17
+    assert len(EXAMPLES) == 18
 
 
 def test_help_imports_no_model_code() -> None:
