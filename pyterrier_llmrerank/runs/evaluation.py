@@ -143,8 +143,8 @@ def compare(
         total = total.merge(other_total.rename(columns={"value": "baseline"}), on="measure")
         for frame in (queries, total):
             frame["difference"] = frame["value"] - frame["baseline"]
-        tests = [_test(measure, judged, [other, *ranked.values()], queries, correction) for measure in measures]
-        total = total.merge(pd.concat(tests), on=["run", "measure"])
+        tests = _tests(measures, judged, [other, *ranked.values()], queries, correction)
+        total = total.merge(tests, on=["run", "measure"])
     if len(runs) == 1:
         return queries.drop(columns="run"), total.drop(columns="run")
     place = {str(measure): number for number, measure in enumerate(measures)}
@@ -193,33 +193,33 @@ def _measure(
     return pd.DataFrame(queries, columns=["qid", "measure", "value"]), pd.DataFrame(total, columns=["measure", "value"])
 
 
-def _test(
-    measure: ir_measures.Measure,
+def _tests(
+    measures: Sequence[ir_measures.Measure],
     judged: pd.DataFrame,
     systems: Sequence[pd.DataFrame],
     queries: pd.DataFrame,
     correction: str | None,
 ) -> pd.DataFrame:
-    """Test the differences of all runs from the first for one measure, over the queries for which all runs have it."""
-    name, runs = str(measure), list(dict.fromkeys(queries["run"]))
-    counts = queries.loc[queries["measure"] == name, "qid"].value_counts()
-    topics = pd.DataFrame({"qid": counts.index[counts == len(runs)], "query": ""})
-    corrected = {} if correction is None else {f"p_{correction}": np.nan}
-    tested = pd.DataFrame({"run": runs, "measure": name, "p": np.nan, **corrected})
+    """Test the differences of all runs from the first, over the queries that have all measures for all runs."""
+    runs, counts = list(dict.fromkeys(queries["run"])), queries["qid"].value_counts()
+    topics = pd.DataFrame({"qid": counts.index[counts == len(runs) * len(measures)], "query": ""})
+    found = {"p": "p-value"} | ({} if correction is None else {f"p_{correction}": "p-value corrected"})
     if len(topics) < 2:
-        return tested
+        keys = [(run, str(measure)) for run in runs for measure in measures]
+        return pd.DataFrame(keys, columns=["run", "measure"]).assign(**dict.fromkeys(found, np.nan))
     table = pt.Experiment(
-        systems, topics, judged, [measure], names=["", *runs], baseline=0, test=_paired_t, correction=correction,
+        systems, topics, judged, measures, names=["", *runs], baseline=0, test=_paired_t, correction=correction,
         validate="ignore",
-    )[1:].reset_index(drop=True)  # fmt: skip
-    differs = table[f"{name} +"] + table[f"{name} -"] > 0
-    tested["p"] = table[f"{name} p-value"].where(differs)
-    for column in corrected:
-        tested[column] = table[f"{name} p-value corrected"].where(differs)
-    return tested
+    )[1:]  # fmt: skip
+    tests = []
+    for name in map(str, measures):
+        differs = table[f"{name} +"] + table[f"{name} -"] > 0
+        columns = {key: table[f"{name} {column}"].where(differs) for key, column in found.items()}
+        tests.append(pd.DataFrame({"run": runs, "measure": name}, index=table.index).assign(**columns))
+    return pd.concat(tests)
 
 
-def _paired_t(values: Floats, others: Floats) -> tuple[float, float]:
+def _paired_t(values: Any, others: Any) -> tuple[float, float]:
     """Return statistic and p-value of a paired t-test; 1 for equal values, since a correction could not count NaN."""
     from scipy import stats  # slow to import
 
