@@ -54,7 +54,7 @@ def test_several_runs_and_a_correction(correction: str) -> None:
     generator = np.random.default_rng(0)
     qrels = [Judgement(f"q{q}", f"d{q}", 2) for q in range(12)]
     places = {
-        "a": [0] * 12,
+        "a": [0] * 11 + [4],
         "b": generator.integers(0, 4, 12),
         "same": [3, 2, 1] * 4,
         "c": generator.integers(0, 5, 12),
