@@ -192,7 +192,13 @@ def test_pareto(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[st
     run(monkeypatch, "pareto.py", str(tmp_path), str(tmp_path), "--run", "first", "--candidates", "5", *grid, *files)
     out = capfd.readouterr().out
     assert out.count(f"{tmp_path.name}, 3 queries, 5 candidates each: 19 shapes") == 2
-    for wanted in ("first: nDCG@10 0.6309", "within 50% of the operations", "best cascade: ", "of the full depth's"):
+    for wanted in (
+        "first: nDCG@10 0.6309",
+        "within 50% of the operations",
+        "best cascade: ",
+        "of the full depth's",
+        "chosen on other",
+    ):
         assert wanted in out
     assert len(pd.read_csv(tmp_path / "shapes.csv")) == 2 * 19
     assert (tmp_path / "pareto.png").stat().st_size > 10_000
