@@ -49,7 +49,7 @@ def blocks(path: Path, language: str) -> list[tuple[int, str]]:
     """The code blocks of a page in a language, each with the number of its first line."""
     lines = path.read_text(encoding="utf-8").splitlines()
     found: list[tuple[int, list[str]]] = []
-    inside = False
+    inside, margin = False, ""
     for number, line in enumerate(lines, start=1):
         if path.suffix == ".md":
             if line.startswith("```"):
@@ -58,13 +58,14 @@ def blocks(path: Path, language: str) -> list[tuple[int, str]]:
                     found.append((number + 1, []))
             elif inside:
                 found[-1][1].append(line)
-        elif line == f".. code-block:: {language}":
-            inside = True
+        elif line.strip() == f".. code-block:: {language}":
+            inside, margin = True, ""
             found.append((number + 1, []))
-        elif inside and line and not line.startswith("   "):
+        elif inside and line and not line.startswith(margin or " "):
             inside = False
         elif inside:  # an option of the directive holds a line, so that numbers stay true
-            found[-1][1].append("" if line.startswith("   :") else line[3:])
+            margin = margin or " " * (len(line) - len(line.lstrip()))
+            found[-1][1].append("" if line.startswith(f"{margin}:") else line.removeprefix(margin))
     return [(number, "\n".join(code)) for number, code in found]
 
 
