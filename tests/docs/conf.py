@@ -1,13 +1,16 @@
 """Settings to build the pages by themselves with Sphinx, as in PyTerrier's documentation.
 
-PyTerrier's documentation has directives of its own. Short ones stand for them here: they need no network, and an error
-in the code of a schematic or in the name of a related class is a warning.
+PyTerrier's documentation has directives of its own. Short ones stand for them here, in which an error in the code of a
+schematic or in the name of a related class stops the build. PYTERRIER_DOCS, the docs folder of a clone of PyTerrier,
+takes its directives instead.
 """
 
 from __future__ import annotations
 
 import importlib
 import logging
+import os
+import sys
 from typing import Any
 
 import pyterrier as pt
@@ -28,6 +31,13 @@ autodoc_default_options = {"member-order": "bysource"}
 # References within the package must resolve. Those to other packages need inventories from the network.
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!pyterrier_llmrerank).*")]
+
+
+pt.documentation.url_for_class = lambda *_: None  # looks in PyTerrier's inventory, on the network
+
+if original := os.environ.get("PYTERRIER_DOCS"):
+    sys.path.append(original)
+    extensions += [f"extras.{name}" for name in ("how_to", "related", "schematic", "codeblock_footnotes")]
 
 
 class HowTo(SphinxDirective):
@@ -64,7 +74,6 @@ class Schematic(SphinxDirective):
     option_spec = {"input_columns": str.split, "show_code": lambda _: True}  # noqa: RUF012
 
     def run(self) -> list[nodes.Node]:
-        pt.documentation.url_for_class = lambda *_: None  # looks in PyTerrier's inventory, on the network
         *before, last = "\n".join(self.content).strip().splitlines()
         names: dict[str, Any] = {"pt": pt}
         exec("\n".join(before), names)
@@ -75,5 +84,8 @@ class Schematic(SphinxDirective):
 
 
 def setup(app: Sphinx) -> None:
+    if original:
+        app.config.templates_path.append(f"{original}/_templates")
+        return
     for name, directive in {"how-to": HowTo, "related": Related, "schematic": Schematic}.items():
         app.add_directive(name, directive)
