@@ -216,7 +216,7 @@ def evaluate(
     more: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[RUN]... [MEASURE]...",
+            metavar="RUN|MEASURE",
             help="More runs; measures of ir_measures or trec_eval, by default nDCG@10. Write ./AP for a run AP.",
         ),
     ] = None,

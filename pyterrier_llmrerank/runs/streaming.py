@@ -111,7 +111,8 @@ def rerank_file(
         tag: the run's name in the TREC form.
         resume: continue an existing target.
         shard: rerank one part of the file, such as ``"2/4"`` for the second of four. Parts have whole chunks. Their
-            runs, joined in order, have the bytes of the run over the whole file. None reranks the whole file.
+            runs, joined in order, have the bytes of the run over the whole file, which must not grow meanwhile. None
+            reranks the whole file.
         workers: number of scoring processes. More than 1 run on Ray (``pip install 'pyterrier-llmrerank[ray]'``), as
             described for :func:`~pyterrier_llmrerank.runs.workers.score_on_workers`; 1 scores in this process, unless
             ``address`` is given. ``usage`` does not count calls that failed on a worker.
