@@ -76,14 +76,14 @@ def test_rerank_run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixtur
     assert table.loc["8 layers", "nDCG@10"] != table.loc["8 layers ratio 2", "nDCG@10"]
 
 
-def test_sweep(collections: Path, tmp_path: Path) -> None:
+def test_several_collections(collections: Path, tmp_path: Path) -> None:
     """On real collections of ir_datasets, offline, in a new process, since ir_datasets reads its home on import."""
     for name in ("cranfield", "beir"):
         if not (collections / "irds_home" / name).is_dir():
             pytest.skip(f"needs irds_home/{name} in LLMRERANK_DATA: a home of ir_datasets")
         shutil.copytree(collections / "irds_home" / name, tmp_path / name, copy_function=shutil.copyfile)
     small = ["--model", str(MODELS / "costwise_full"), "--candidates", "4", "--queries", "3", "--cutoffs", "4", "8"]
-    command = [sys.executable, str(EXAMPLES / "sweep.py"), "cranfield", "beir/nfcorpus/test", *small]
+    command = [sys.executable, str(EXAMPLES / "beir.py"), "cranfield", "beir/nfcorpus/test", *small]
     environment = {**os.environ, "IR_DATASETS_HOME": str(tmp_path)}
     ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240, env=environment)
     title, heads, *rows, mean = [line for line in ran.stdout.splitlines() if line][-5:]

@@ -147,7 +147,7 @@ def rerank_file(
         file = stack.enter_context(JournaledFile(target, settings, resume=resume))
         if part is None:
             chunks = read_chunks(source, chain((block.rows for block in file.blocks), repeat(CHUNK)))
-        else:
+        else:  # by sizes that are the same on every machine, so that the shards leave no gap
             chunks = part.select(read_chunks(source, repeat(CHUNK)))
         resumed_from = _skip_written(chunks, file.blocks, source, target)
         name, hidden = type(reranker).__name__, not reranker.verbose

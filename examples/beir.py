@@ -1,6 +1,6 @@
 """Rerank BM25 on several collections of ir_datasets, as BEIR does, with one table at the end.
 
-    python examples/sweep.py vaswani cranfield beir/nfcorpus/test --cutoffs 10 20 30
+    python examples/beir.py vaswani cranfield beir/nfcorpus/test --cutoffs 10 20 30
 
 Every judged query counts. All cutoffs of a collection come from one forward pass.
 """
