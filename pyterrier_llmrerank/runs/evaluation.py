@@ -186,6 +186,9 @@ def _measure(
         raise ValueError(
             f"measure={names}: an external program failed ({error}); measures such as ERR need numeric qids."
         ) from error
+    except ZeroDivisionError as error:  # Accuracy of a query all of whose results are relevant
+        names = ", ".join(map(str, measures))
+        raise ValueError(f"measure={names}: not defined for a query of the {name} ({error}).") from error
     values = {(str(metric.measure), metric.query_id): metric.value for metric in found.per_query}
     keys = [(str(measure), query) for measure in measures for query in judged_qids]
     queries = [(qid, key, values[key, qid]) for key, qid in keys if (key, qid) in values]  # not all have an Accuracy

@@ -126,6 +126,12 @@ def test_a_measure_may_be_undefined_for_some_queries() -> None:
     assert total["measure"].tolist() == ["Accuracy"]
 
 
+def test_a_measure_that_a_query_does_not_define_is_an_error() -> None:
+    relevant = [RunRow("q0", "d0", None, 1.0, 1)]  # no other document
+    with pytest.raises(ValueError, match="measure=Accuracy: not defined for a query of the run"):
+        compare([parse_measure("Accuracy")], QRELS, {"mine": relevant})
+
+
 def test_a_measure_that_needs_numeric_qids() -> None:
     with pytest.raises(ValueError, match=r"measure=RR, ERR@10: .* need numeric qids"):
         compare([parse_measure("RR"), parse_measure("ERR@10")], QRELS, {"mine": run(0, 1, 1, 2)})
