@@ -3,7 +3,8 @@
     python examples/pareto.py FOLDER [FOLDER ...] --run bm25 --candidates 100 --queries 50 --output pareto.png
 
 FOLDER is as for rerank_run.py. One forward pass for each ratio gives every depth and every cascade. Shapes on the
-front are timed. The best of many shapes looks better than it is: choose on some queries, and report on others.
+front are timed. The best of many shapes looks better than it is, so the last line measures each query with the shape
+that is best on the other folds.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ def within(found: Tuning, share: float) -> str:
         kept = f", {best[measure] / full[measure].iloc[0]:.1%} of the full depth's" if len(full) else ""
         lines.append(f"{name}: {measure} {best[measure]:.4f}{kept}, {best['share']:.1%} of its operations")
         lines.append(f"    {found.reranker(best)!r}")
+    held = found.held_out(min(5, len(found.values)))
+    lines.append(f"chosen on other queries: {measure} {held.mean:.4f} ({held.low:.4f} to {held.high:.4f})")
     return "\n".join(lines)
 
 

@@ -199,6 +199,8 @@ def convert(
     epilog=_examples(
         "llmrerank evaluate reranked.trec --qrels msmarco-passage/trec-dl-2019/judged",
         "llmrerank evaluate reranked.trec nDCG@10 'RR(rel=2)@10' --qrels qrels.txt --baseline bm25.res.gz",
+        "llmrerank evaluate rankllama.txt matroyshka.txt nDCG@10 AP --qrels qrels.txt --baseline bm25.res.gz \\",
+        "    --correction holm",
         "llmrerank evaluate reranked.trec AP --qrels qrels.txt --per-query > values.txt",
     )
 )
@@ -211,34 +213,66 @@ def evaluate(
             "docno, label) or BEIR (qid, docno, label)."
         ),
     ],
-    measures: Annotated[
+    more: Annotated[
         list[str] | None,
-        typer.Argument(metavar="MEASURE", help="Measures of ir_measures or trec_eval; by default nDCG@10."),
+        typer.Argument(
+            metavar="RUN|MEASURE",
+            help="More runs; measures of ir_measures or trec_eval, by default nDCG@10. Write ./AP for a run AP.",
+        ),
     ] = None,
     baseline: Annotated[
         Path | None, typer.Option(help="A run to compare with. p is from a paired two-sided t-test over queries.")
+    ] = None,
+    correction: Annotated[
+        Literal["holm", "bonferroni"] | None,
+        typer.Option(help="Correct p for the number of runs, measure by measure."),
     ] = None,
     columns: Columns = None,
     baseline_columns: Annotated[str | None, typer.Option(help="As --columns, for the baseline.")] = None,
     per_query: Annotated[bool, typer.Option("--per-query", help="Also show the values of each query.")] = False,
 ) -> None:
-    """Evaluate a run, and compare it with a baseline.
+    """Evaluate runs, and compare them with a baseline.
 
     Every query with judgements counts; a query missing from a run counts as one without results, with a warning.
 
     Documents with equal scores keep their rank or, without ranks, their order. trec_eval sorts them by docno.
     """
-    parsed = [parse_measure(name) for name in measures or ["nDCG@10"]]
+    runs, measures = _runs_and_measures([str(run), *(more or [])])
     second = None if baseline is None else read_run(baseline, baseline_columns)
-    queries, total = compare(parsed, judgements(qrels), read_run(run, columns), second)
+    try:
+        queries, total = compare(
+            measures or [parse_measure("nDCG@10")],
+            judgements(qrels),
+            {name: read_run(Path(name), columns) for name in runs},
+            second,
+            correction,
+        )
+    except ValueError as error:
+        raise _OptionError(error, ["correction"]) from error
     if per_query:
         _show(queries)
         typer.echo()
     _show(total)
 
 
+def _runs_and_measures(words: Sequence[str]) -> tuple[list[str], list[Any]]:
+    """Tell measures from runs; the first is a run."""
+    runs, measures = [words[0]], []
+    for word in words[1:]:
+        try:
+            measures.append(parse_measure(word))
+        except ValueError as error:
+            if not Path(word).exists():
+                raise ValueError(f"{error} There is no run {word!r} either.") from error
+            runs.append(word)
+    if repeated := [name for number, name in enumerate(runs) if name in runs[:number]]:
+        raise ValueError(f"the run {repeated[0]!r} is named twice; expected it once.")
+    return runs, measures
+
+
 def _show(table: Any) -> None:
-    typer.echo(table.to_string(index=False, float_format="{:.4f}".format, formatters={"p": "{:.2g}".format}))
+    formatters = {name: "{:.2g}".format for name in table if name.startswith("p")}
+    typer.echo(table.to_string(index=False, float_format="{:.4f}".format, formatters=formatters))
 
 
 # -- reranking: options are the constructors' arguments
@@ -312,6 +346,14 @@ def _rerank_command(name: str, kind: type[LLMReranker], *examples: str) -> None:
                 "affect scores changed; <output>.journal records them.",
             ),
         ] = False,
+        shard: Annotated[
+            str | None,
+            typer.Option(
+                metavar="I/N",
+                help="Rerank part I of N, for a job array. Parts have whole queries; their outputs, joined in order, "
+                "equal the output for the whole file.",
+            ),
+        ] = None,
         workers: Annotated[
             int, typer.Option(min=1, help="Number of scoring processes, started with Ray. Each uses one GPU, if any.")
         ] = 1,
@@ -327,13 +369,13 @@ def _rerank_command(name: str, kind: type[LLMReranker], *examples: str) -> None:
         try:
             rerank_file(
                 kind(**given, verbose=verbose), source, output,
-                form=form, tag=tag, resume=resume, workers=workers, address=address,
+                form=form, tag=tag, resume=resume, shard=shard, workers=workers, address=address,
             )  # fmt: skip
         except KeyboardInterrupt as error:
             typer.echo(f"Interrupted. {' '.join(getattr(error, '__notes__', ()))}", err=True)
             raise
         except ERRORS as error:
-            raise _OptionError(error, [*arguments, "form", "workers"]) from error
+            raise _OptionError(error, [*arguments, "form", "shard", "workers"]) from error
 
     _with_options(command, _options(kind))
     summary = (kind.__doc__ or "").split("\n")[0]

@@ -94,7 +94,7 @@ class AtDepth(pt.Transformer):
         normalize: return the sigmoid of the score, after ranking by the score itself.
     """
 
-    schematic: ClassVar = {"label": "at depth"}
+    schematic: ClassVar = {"label": "at depth", "help_url": PAPER}
 
     def __init__(self, layer: int, cutoffs: Sequence[int], normalize: bool = False) -> None:
         self.layer = layer

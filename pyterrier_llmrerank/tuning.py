@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -47,6 +47,23 @@ class Choice(NamedTuple):
     prune: tuple[tuple[int, int], ...]
 
 
+class HeldOut(NamedTuple):
+    """The measure of shapes on queries that did not choose them, by :meth:`Tuning.held_out`.
+
+    Args:
+        mean: the mean over all queries, each measured with the shape that the other folds chose.
+        low, high: its 95 % interval.
+        folds: a row for each fold: the shape, as in :attr:`Tuning.shapes` and with the same index; ``queries``, their
+            number in the fold; ``chosen``, the measure on the other queries, which chose the shape; and ``held_out``,
+            the measure on the fold's own.
+    """
+
+    mean: float
+    low: float
+    high: float
+    folds: pd.DataFrame
+
+
 @dataclass(frozen=True, eq=False)
 class Tuning:
     """The measurements of :func:`tune`.
@@ -62,6 +79,7 @@ class Tuning:
         measure: the name of the measure.
         budget: as given to :func:`tune`.
         first_stage: the measure of the candidates as given; None if they have neither score nor rank.
+        values: the measure of each query, a row by qid, for each shape, a column by its index in ``shapes``.
     """
 
     base: MatroyshkaReranker
@@ -69,6 +87,7 @@ class Tuning:
     measure: str
     budget: float | str | None
     first_stage: float | None
+    values: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @property
     def front(self) -> pd.DataFrame:
@@ -82,12 +101,45 @@ class Tuning:
         Raises:
             ValueError: no shape is within the budget.
         """
-        front, (cost, limit) = self.front, limit_of(self.budget)
+        return self.reranker(self._best(self.front))
+
+    def held_out(self, folds: int = 5) -> HeldOut:
+        """Estimate how effective :attr:`best` is on other queries, by cross-validation.
+
+        The best of many shapes looks better than it is on the queries that chose it. Here the queries are dealt into
+        folds, at random but always alike. For each fold, the best shape within the budget is chosen on the queries of
+        all other folds, and measured on the fold's own.
+
+        Args:
+            folds: number of folds, at most the number of queries.
+
+        Raises:
+            ValueError: the number of folds is not allowed, or no shape is within the budget.
+        """
+        queries = len(self.values)
+        if not 2 <= positive("folds", folds) <= queries:
+            refuse("folds", folds, f"from 2 to {queries}, the number of queries")
+        fold_of = np.random.default_rng(0).permutation(np.arange(queries) % folds)
+        own, rows = np.empty(queries), []
+        for fold in range(folds):
+            held = fold_of == fold
+            chosen = self.values[~held].mean()
+            front = self.shapes[pareto(self.shapes["operations"].to_numpy(), chosen.to_numpy())]
+            shape = self._best(front.assign(**{self.measure: chosen}).sort_values("operations"))
+            own[held] = self.values[shape.name][held]
+            found = {"queries": held.sum(), "chosen": shape[self.measure], "held_out": own[held].mean()}
+            rows.append(pd.Series({**shape[[*Choice._fields, "share"]], **found}, name=shape.name))
+        low, high = interval(own[:, None])
+        return HeldOut(float(own.mean()), float(low[0]), float(high[0]), pd.DataFrame(rows).infer_objects())
+
+    def _best(self, front: pd.DataFrame) -> pd.Series[Any]:
+        """Return the row of the most effective shape within the budget; ValueError if there is none."""
+        cost, limit = limit_of(self.budget)
         within = front[front[cost] <= limit]
         if within.empty:
             cheapest = f"{front[cost].min():.3g} {COSTS[cost]}"
             raise ValueError(f"budget={self.budget!r}: no shape is within it; the cheapest takes {cheapest}.")
-        return self.reranker(within.iloc[int(within[self.measure].argmax())])
+        return within.iloc[int(within[self.measure].argmax())]
 
     def reranker(self, shape: int | pd.Series[Any]) -> MatroyshkaReranker:
         """Return the reranker in one of the shapes, over the same weights.
@@ -195,6 +247,8 @@ def tune(
 
     Returns:
         The measurements. Intervals are percentiles of 1000 bootstrap samples of the queries, the same for all shapes.
+        The best of many shapes looks better than it is; :meth:`Tuning.held_out` measures it on queries that did not
+        choose it.
 
     Raises:
         ValueError: an argument is not allowed; raised before anything is run.
@@ -234,7 +288,8 @@ def tune(
     while widths:  # each width may have weights of its own, which are released after its pass
         measurements += one_pass(widths.pop(0), grid.pop(0), candidates, evaluation)
     shapes = _table(measurements, str(evaluation.measure), full_operations)
-    tuning = Tuning(reranker, shapes, str(evaluation.measure), budget, evaluation.input_mean(rows))
+    values = pd.DataFrame({index: each.values for index, each in enumerate(measurements)}, index=evaluation.queries)
+    tuning = Tuning(reranker, shapes, str(evaluation.measure), budget, evaluation.input_mean(rows), values)
     if timed:
         _time_front(tuning, rows, measurements, timed)
     return tuning

@@ -182,6 +182,27 @@ def test_ranks_are_read_as_ranks(folder: Path, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out.split()[5:8] == ["RR@10", mean, f"{1:.4f}"]
 
 
+def test_several_runs_are_compared_with_a_baseline(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    best = "q0 d3 2\nq0 d0 1\nq1 d0 2.5\nq2 d1 3.5\n"
+    Path("best.txt").write_text(best)
+    Path("AP").write_text(best.replace("d3 2", "d3 0.5"))
+    command = "evaluate best.txt RR ./AP P@1 --qrels qrels.txt --baseline run.gz --correction bonferroni"
+    assert run(command) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["run", "measure", "value", "baseline", "difference", "p", "p_bonferroni"]
+    assert [line[:3] for line in lines[1:]] == [
+        ["best.txt", "RR", "1.0000"],
+        ["./AP", "RR", "0.8333"],
+        ["best.txt", "P@1", "1.0000"],
+        ["./AP", "P@1", "0.6667"],
+    ]
+    p = stats.ttest_rel([1, 1, 1], [1 / 4, 1, 1 / 2]).pvalue
+    assert lines[1][5:] == [f"{p:.2g}", f"{min(1, 2 * p):.2g}"]
+    assert run("evaluate best.txt RR P@1 --qrels qrels.txt --baseline run.gz") == 0
+    alone = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert alone[1:] == [lines[1][1:6], lines[3][1:6]]
+
+
 def test_the_default_measure(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("evaluate run.gz --qrels qrels.txt") == 0
     assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
@@ -212,15 +233,16 @@ def test_defaults_are_those_of_the_constructor(name: str, monkeypatch: pytest.Mo
     assert reranker == KINDS[name]()
     assert arguments == {
         "source": Path("in.jsonl"), "target": Path("out.txt"), "form": "three", "tag": name, "resume": False,
-        "workers": 1, "address": None,
+        "shard": None, "workers": 1, "address": None,
     }  # fmt: skip
 
 
 def test_options_are_the_arguments_of_the_constructor(monkeypatch: pytest.MonkeyPatch) -> None:
     words = (
-        "matroyshka in --output out.gz --form trec --tag mine --resume --workers 2 --address auto --verbose "
-        "--model smollm2-135m --cutoff 20 --cutoff 10 --compress-layers 8 --compress-layers 12 --compress-ratio 2 "
-        "--prune 8:50 --prune 12:20 --normalize --max-length 100 --dtype float32 --batch-size 3 --prompt why?"
+        "matroyshka in --output out.gz --form trec --tag mine --resume --shard 2/4 --workers 2 --address auto "
+        "--verbose --model smollm2-135m --cutoff 20 --cutoff 10 --compress-layers 8 --compress-layers 12 "
+        "--compress-ratio 2 --prune 8:50 --prune 12:20 --normalize --max-length 100 --dtype float32 --batch-size 3 "
+        "--prompt why?"
     )
     reranker, arguments = reranked(monkeypatch, *words.split())
     assert reranker == MatroyshkaReranker(
@@ -228,7 +250,7 @@ def test_options_are_the_arguments_of_the_constructor(monkeypatch: pytest.Monkey
         normalize=True, max_length=100, dtype="float32", batch_size=3, prompt="why?", verbose=True,
     )  # fmt: skip
     assert (arguments["form"], arguments["tag"], arguments["resume"]) == ("trec", "mine", True)
-    assert (arguments["workers"], arguments["address"]) == (2, "auto")
+    assert (arguments["shard"], arguments["workers"], arguments["address"]) == ("2/4", 2, "auto")
     words = f"matroyshka in --output out --model smollm2-135m --token-adapters 2:{MODELS}/adapter_comp_token2"
     reranker, _ = reranked(monkeypatch, *words.split())
     assert reranker == MatroyshkaReranker("smollm2-135m", token_adapters={2: str(MODELS / "adapter_comp_token2")})
@@ -321,6 +343,12 @@ def test_verbose_logs_each_step(folder: Path, caplog: pytest.LogCaptureFixture) 
         ("prepare run.gz --topics none --texts texts.jsonl --output o", "topics='none': no such file or dataset"),
         ("prepare run.gz --topics topics.tsv --texts topics.tsv --output o", "docno 'd0' .* not among the texts"),
         ("evaluate run.gz foo --qrels qrels.txt", "measure='foo'; allowed"),
+        (
+            "evaluate run.gz other.gz --qrels qrels.txt",
+            "measure='other.gz'; allowed.* There is no run 'other.gz' either",
+        ),
+        ("evaluate run.gz ./run.gz run.gz --qrels qrels.txt", "the run 'run.gz' is named twice"),
+        ("evaluate run.gz --qrels qrels.txt --correction holm", "--correction='holm' needs a baseline"),
         ("evaluate qrels.txt --qrels run.gz", "run.gz, line 1: 6 whitespace-separated columns"),
         ("convert run.gz --output none/o", "the folder .*none does not exist"),
         (
@@ -339,6 +367,7 @@ def test_verbose_logs_each_step(folder: Path, caplog: pytest.LogCaptureFixture) 
             "--device=.*'gpu' is not a device; allowed: 'cpu', 'cuda'",
         ),
         ("rerank rankllama x/device=3/y --output o --model smollm2-135m", "No such file .*: 'x/device=3/y'"),
+        ("rerank rankllama topics.tsv --output o --shard 5/4 --model smollm2-135m", "--shard='5/4'; allowed: i/n"),
         ("rerank rankllama topics.tsv --output /dev/null --model smollm2-135m", "--output='/dev/null' is not a file"),
         (
             "evaluate run.gz --qrels others.txt",
@@ -404,11 +433,12 @@ def test_examples_in_the_help_run(example: str, folder: Path, monkeypatch: pytes
     monkeypatch.setattr(cli, "rerank_rows", lambda *_: iter([]))
     monkeypatch.setattr(cli, "judgements", lambda name: [Judgement("q", "d", 1)])
     monkeypatch.setattr(streaming, "rerank_file", lambda *_, **__: None)
+    Path("matroyshka.txt").touch()  # which tells that it is no measure
     assert main(words[1:]) == 0
 
 
 def test_there_are_examples() -> None:
-    assert len(EXAMPLES) == 17
+    assert len(EXAMPLES) == 18
 
 
 def test_help_imports_no_model_code() -> None:

@@ -10,6 +10,7 @@ import importlib
 import io
 import json
 import logging
+import os
 import pkgutil
 import re
 import shlex
@@ -49,7 +50,7 @@ def blocks(path: Path, language: str) -> list[tuple[int, str]]:
     """The code blocks of a page in a language, each with the number of its first line."""
     lines = path.read_text(encoding="utf-8").splitlines()
     found: list[tuple[int, list[str]]] = []
-    inside = False
+    inside, margin = False, ""
     for number, line in enumerate(lines, start=1):
         if path.suffix == ".md":
             if line.startswith("```"):
@@ -58,13 +59,14 @@ def blocks(path: Path, language: str) -> list[tuple[int, str]]:
                     found.append((number + 1, []))
             elif inside:
                 found[-1][1].append(line)
-        elif line == f".. code-block:: {language}":
-            inside = True
+        elif line.strip() == f".. code-block:: {language}":
+            inside, margin = True, ""
             found.append((number + 1, []))
-        elif inside and line and not line.startswith("   "):
+        elif inside and line and not line.startswith(margin or " "):
             inside = False
         elif inside:  # an option of the directive holds a line, so that numbers stay true
-            found[-1][1].append("" if line.startswith("   :") else line[3:])
+            margin = margin or " " * (len(line) - len(line.lstrip()))
+            found[-1][1].append("" if line.startswith(f"{margin}:") else line.removeprefix(margin))
     return [(number, "\n".join(code)) for number, code in found]
 
 
@@ -81,6 +83,23 @@ def test_the_pages_build_without_warnings(tmp_path: Path) -> None:
     public = {*pyterrier_llmrerank.__all__, *(f"training.{n}" for n in pyterrier_llmrerank.training.__all__)}
     assert {name for name in public if f'id="pyterrier_llmrerank.{name}"' not in reference} == set()
     assert "RankLLaMAReranker(model='castorini/" in html.unescape(re.sub("<[^>]*>", "", reference))  # its own arguments
+
+
+def test_the_pages_build_with_the_directives_of_pyterriers_documentation(tmp_path: Path) -> None:
+    """Its index of guides has ours, and the reference of a class links to the guides about it."""
+    pytest.importorskip("sphinx", reason="needs Sphinx: pip install sphinx")
+    if not os.environ.get("PYTERRIER_DOCS"):
+        pytest.skip("needs the docs folder of a clone of PyTerrier: set PYTERRIER_DOCS to it")
+    settings = Path(__file__).parent / "docs"
+    build = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-c", str(settings), str(PAGES), str(tmp_path)]
+    done = subprocess.run(build, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    titles = re.findall(r"^\.\. how-to:: (.*)", (PAGES / "how-to.rst").read_text(encoding="utf-8"), re.MULTILINE)
+    guides = (tmp_path / "how-tos.html").read_text(encoding="utf-8")
+    assert len(titles) >= 5
+    assert [title for title in titles if title not in guides] == []
+    reference = (tmp_path / "api.html").read_text(encoding="utf-8")
+    assert re.search(r"See also.{,200}How do I make an LLM reranker cheaper", reference, re.DOTALL)
 
 
 def test_the_pages_and_the_project_agree() -> None:

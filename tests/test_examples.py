@@ -3,8 +3,10 @@
 import gzip
 import importlib
 import json
+import os
 import runpy
 import shutil
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -73,6 +75,25 @@ def test_rerank_run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixtur
     assert list(table.index) == ["first", "4 layers", "8 layers", "4 layers ratio 2", "8 layers ratio 2"]
     assert table.loc["first", "nDCG@10"] == 0.6309  # d1 second for every query: 1 / log2(3)
     assert table.loc["8 layers", "nDCG@10"] != table.loc["8 layers ratio 2", "nDCG@10"]
+
+
+def test_several_collections(collections: Path, tmp_path: Path) -> None:
+    """On real collections of ir_datasets, offline, in a new process, since ir_datasets reads its home on import."""
+    for name in ("cranfield", "beir"):
+        if not (collections / "irds_home" / name).is_dir():
+            pytest.skip(f"needs irds_home/{name} in LLMRERANK_DATA: a home of ir_datasets")
+        shutil.copytree(collections / "irds_home" / name, tmp_path / name, copy_function=shutil.copyfile)
+    small = ["--model", str(MODELS / "costwise_full"), "--candidates", "4", "--queries", "3", "--cutoffs", "4", "8"]
+    command = [sys.executable, str(EXAMPLES / "beir.py"), "cranfield", "beir/nfcorpus/test", *small]
+    environment = {**os.environ, "IR_DATASETS_HOME": str(tmp_path)}
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240, env=environment)
+    title, heads, *rows, mean = [line for line in ran.stdout.splitlines() if line][-5:]
+    assert (title, heads.split()) == ("nDCG@10", ["name", "BM25", "4", "layers", "8", "layers"])
+    assert [row.rsplit(maxsplit=3)[0] for row in rows] == ["cranfield (3)", "beir/nfcorpus/test (3)"]
+    numbers = np.array([row.rsplit(maxsplit=3)[1:] for row in (*rows, mean)], dtype=float)
+    assert numbers[:2, 0].min() > 0.1  # BM25 finds something
+    assert (numbers[:2, 1:] != numbers[:2, :1]).all()
+    np.testing.assert_allclose(numbers[2], numbers[:2].mean(axis=0), atol=1e-4)
 
 
 def test_long_documents(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -216,7 +237,13 @@ def test_pareto(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[st
     run(monkeypatch, "pareto.py", str(tmp_path), str(tmp_path), "--run", "first", "--candidates", "5", *grid, *files)
     out = capfd.readouterr().out
     assert out.count(f"{tmp_path.name}, 3 queries, 5 candidates each: 19 shapes") == 2
-    for wanted in ("first: nDCG@10 0.6309", "within 50% of the operations", "best cascade: ", "of the full depth's"):
+    for wanted in (
+        "first: nDCG@10 0.6309",
+        "within 50% of the operations",
+        "best cascade: ",
+        "of the full depth's",
+        "chosen on other",
+    ):
         assert wanted in out
     assert len(pd.read_csv(tmp_path / "shapes.csv")) == 2 * 19
     assert (tmp_path / "pareto.png").stat().st_size > 10_000

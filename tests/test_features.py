@@ -116,6 +116,13 @@ def test_depths_are_values_and_exclude_cascades() -> None:
         AtDepth(4, (4, 8)).transform(frame(1, 1))
 
 
+def test_drawing_needs_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pt.documentation, "objects_inv", None)  # PyTerrier's inventory, which it downloads
+    candidates = frame(1, 1).columns.tolist()
+    for pipeline in (full().at(cutoff=[4, 8]).depths()[4], full().at(cutoff=4) ** full()):
+        assert "https://" in pt.schematic.draw(pipeline.compile(), input_columns=candidates)
+
+
 def test_columns_and_indexes_of_any_name() -> None:
     rows = full().at(cutoff=[2, 4]).transform(frame(2, 3)).assign(score_=1)
     rows[3] = "a number for a name"

@@ -168,6 +168,53 @@ def test_the_best_shape_in_a_budget(found: Tuning) -> None:
         _ = Tuning(FULL, shapes, found.measure, "0.0ms", None).best
 
 
+def without_signal(seed: int) -> Tuning:
+    """300 shapes that are equally good but for chance, on 60 queries; 150 are within the budget."""
+    values, ops = pd.DataFrame(np.random.default_rng(seed).random((60, 300)).round(2)), np.arange(1.0, 301.0)
+    shapes = pd.DataFrame({"cutoff": range(300), "compress_layers": [()] * 300, "compress_ratio": 1})
+    shapes = shapes.assign(prune=[()] * 300, operations=ops, share=ops / 300, RR=values.mean())
+    return Tuning(FULL, shapes.assign(front=pareto(ops, values.mean().to_numpy())), "RR", 0.5, None, values)
+
+
+def test_each_fold_is_measured_with_the_choice_of_the_others() -> None:
+    found = without_signal(0)
+    got, values = found.held_out(4), found.values
+    fold_of = np.random.default_rng(0).permutation(np.arange(60) % 4)
+    for fold, (index, row) in enumerate(got.folds.iterrows()):
+        within = values.loc[fold_of != fold, :149].mean()
+        assert index == row["cutoff"] == within.idxmax()
+        assert row["chosen"] == pytest.approx(within.max())
+        assert row["held_out"] == pytest.approx(values.loc[fold_of == fold, index].mean())
+    assert got.folds["queries"].tolist() == [15] * 4
+    assert got.mean == pytest.approx(got.folds["held_out"].mean())
+    assert got.low < got.mean < got.high
+
+
+def test_the_best_by_chance_is_no_better_on_other_queries() -> None:
+    tunings = [without_signal(seed) for seed in range(20)]
+    assert np.mean([found.shapes["RR"][:150].max() for found in tunings]) > 0.58
+    assert np.mean([found.held_out().mean for found in tunings]) == pytest.approx(0.5, abs=0.02)
+
+
+def test_held_out_queries_are_measured_as_in_an_experiment(found: Tuning) -> None:
+    within = Tuning(FULL, found.shapes, found.measure, 0.6, None, found.values)
+    got = within.held_out(2)
+    assert (got.folds["share"] <= 0.6).all()
+    assert got.folds["queries"].tolist() == [2, 2]
+    pd.testing.assert_series_equal(found.values.mean(), found.shapes["nDCG@10"], check_names=False)
+    index, row = next(got.folds.iterrows())
+    judged = RES[RES["qid"] != "q4"]
+    measured = pt.Evaluate(within.reranker(row)(judged), QRELS, ["ndcg_cut_10"], perquery=True)
+    assert within.reranker(row) == found.reranker(index)
+    for qid, each in measured.items():
+        assert found.values.loc[qid, index] == pytest.approx(each["ndcg_cut_10"])
+    for folds in (0, 1, 5, 2.5):
+        with pytest.raises(ValueError, match=f"folds={folds}; allowed: (from 2 to 4|an integer of at least 1)"):
+            found.held_out(folds)
+    with pytest.raises(ValueError, match=r"budget=0.001: no shape is within it"):
+        Tuning(FULL, found.shapes, found.measure, 0.001, None, found.values).held_out(2)
+
+
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=30))
 def test_the_front_has_exactly_the_points_that_are_not_dominated(points: list[tuple[int, int]]) -> None:
     cost, value = (np.array(numbers, dtype=float) for numbers in zip(*points, strict=True))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import gzip
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import pandas as pd
 
 from ..engine.usage import Usage
+from ..values import refuse
 from .formats import RerankRow, by_query, read_rerank
 
 if TYPE_CHECKING:
@@ -33,6 +36,34 @@ class Chunk(NamedTuple):
     checksum: int
     first_line: int
     last_line: int
+
+
+class Shard(NamedTuple):
+    """A part of a rerank file, for one of several jobs.
+
+    The shares of the file have equal numbers of lines. The shard has the chunks of the whole file that begin in its
+    share, so that the joined runs of all shards have the bytes of one run over the whole file.
+
+    Args:
+        number: its number, from 1.
+        of: number of shards.
+        lines: number of lines in the file.
+    """
+
+    number: int
+    of: int
+    lines: int
+
+    def select(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        """Pass on the chunks of this shard, out of those of the whole file."""
+        return takewhile(
+            lambda chunk: self._number_of(chunk) == self.number,
+            dropwhile(lambda chunk: self._number_of(chunk) < self.number, chunks),
+        )
+
+    def _number_of(self, chunk: Chunk) -> int:
+        before = chunk.first_line - 1
+        return 1 + before * self.of // max(self.lines, before + 1)  # a last line may have no line end
 
 
 class ScoredChunk(NamedTuple):
@@ -67,6 +98,27 @@ def read_chunks(source: Path, sizes: Iterable[int]) -> Iterator[Chunk]:
         if not rows:
             return
         yield _chunk(rows, count)
+
+
+def open_shard(shard: str, source: Path) -> Shard:
+    """Return the shard that ``"2/4"`` names, the second of four.
+
+    Raises:
+        ValueError: there is no such shard, or the file cannot be counted.
+        OSError: the file cannot be read.
+
+    >>> open_shard("5/4", Path("rerank.jsonl"))
+    Traceback (most recent call last):
+    ValueError: shard='5/4'; allowed: i/n with i from 1 to n, such as 2/4.
+    """
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", shard)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        refuse("shard", shard, "i/n with i from 1 to n, such as 2/4")
+    if source.exists() and not source.is_file():
+        raise ValueError(f"shard={shard!r}: {source} is read twice, so it must be a file rather than a pipe.")
+    if (lines := count_lines(source)) is None:
+        raise ValueError(f"shard={shard!r}: the lines of {source} cannot be counted; it is truncated or damaged.")
+    return Shard(int(match[1]), int(match[2]), lines)
 
 
 def _chunk(rows: list[RerankRow], queries: int) -> Chunk:

@@ -1,10 +1,10 @@
-"""Evaluate rankings of the same candidates, or compare two runs."""
+"""Evaluate rankings of the same candidates, or compare runs."""
 
 from __future__ import annotations
 
 import logging
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ir_measures
@@ -100,10 +100,11 @@ def _of_trec_eval(name: str) -> ir_measures.Measure | None:
 def compare(
     measures: Sequence[ir_measures.Measure],
     qrels: Sequence[Judgement],
-    run: Iterable[RunRow],
+    runs: Mapping[str, Iterable[RunRow]],
     baseline: Iterable[RunRow] | None = None,
+    correction: str | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Evaluate a run, and compare it with a baseline.
+    """Evaluate runs, and compare each with a baseline.
 
     Every query with judgements counts. A query missing from a run counts as one without results (``trec_eval -c``); a
     warning gives their number. Documents are sorted by score; ties keep their rank or, without ranks, their order,
@@ -112,46 +113,65 @@ def compare(
     Args:
         measures: the measures.
         qrels: judgements.
-        run: the run to evaluate.
-        baseline: the run to compare it with.
+        runs: the runs to evaluate, by name.
+        baseline: the run to compare them with.
+        correction: ``"holm"`` or ``"bonferroni"``, to correct for the number of runs, measure by measure.
 
     Returns:
         A frame with the values of each query, ``qid``, ``measure`` and ``value``, in the order of the judgements; and
-        one with the values of each measure, ``measure`` and ``value``. With a baseline, both frames also have
-        ``baseline`` and ``difference``, and the second has ``p``, from a paired two-sided t-test over the queries (NaN
-        if no query differs).
+        one with the values of each measure, ``measure`` and ``value``. With several runs, both begin with ``run``. With
+        a baseline, both also have ``baseline`` and ``difference``, and the second has ``p``, from a paired two-sided
+        t-test over the queries (NaN if no query differs). With a correction, it has the corrected values, too, as
+        ``p_holm`` or ``p_bonferroni``.
 
     Raises:
-        ValueError: a run is empty or has none of the queries with judgements, or a measure cannot be computed.
+        ValueError: a run is empty or has none of the queries with judgements, a measure cannot be computed, or there is
+            a correction without a baseline.
     """
-    judged = [ir_measures.Qrel(row.qid, row.docno, row.label) for row in qrels]
-    queries, total = _measure(measures, judged, run, "run")
-    if baseline is None:
-        return queries, total
-    other_queries, other_total = _measure(measures, judged, baseline, "baseline")
-    queries = queries.merge(other_queries.rename(columns={"value": "baseline"}), on=["qid", "measure"])
-    total["baseline"] = other_total["value"]
-    for frame in (queries, total):
-        frame["difference"] = frame["value"] - frame["baseline"]
-    pairs = dict(list(queries.groupby("measure")))
-    total["p"] = [_paired_p(pairs[name]["value"], pairs[name]["baseline"]) for name in total["measure"]]
+    if correction is not None and baseline is None:
+        raise ValueError(f"correction={correction!r} needs a baseline; allowed without one: None.")
+    judged = pd.DataFrame([(row.qid, row.docno, row.label) for row in qrels], columns=["qid", "docno", "label"])
+    ranked = {name: _ranked(rows) for name, rows in runs.items()}
+    labels = {name: "run" if len(runs) == 1 else f"run {name}" for name in runs}
+    tables = [_measure(measures, judged, ranked[name], labels[name]) for name in runs]
+    parts = zip(*tables, strict=True)
+    queries, total = (pd.concat(frames, keys=runs, names=["run"]).reset_index("run") for frames in parts)
+    if baseline is not None:
+        other = _ranked(baseline)
+        other_queries, other_total = _measure(measures, judged, other, "baseline")
+        queries = queries.merge(other_queries.rename(columns={"value": "baseline"}), on=["qid", "measure"])
+        total = total.merge(other_total.rename(columns={"value": "baseline"}), on="measure")
+        for frame in (queries, total):
+            frame["difference"] = frame["value"] - frame["baseline"]
+        tests = _tests(measures, judged, [other, *ranked.values()], queries, correction)
+        total = total.merge(tests, on=["run", "measure"])
+    if len(runs) == 1:
+        return queries.drop(columns="run"), total.drop(columns="run")
+    place = {str(measure): number for number, measure in enumerate(measures)}
+    queries, total = (
+        frame.sort_values("measure", key=lambda names: names.map(place), kind="stable", ignore_index=True)
+        for frame in (queries, total)
+    )
     return queries, total
 
 
+def _ranked(rows: Iterable[RunRow]) -> pd.DataFrame:
+    """Return a run as a result frame whose scores are negated ranks, so that no measure meets a tie."""
+    ranked = [
+        (row.qid, row.docno, -rank, rank) for _, query in by_query(rows) for rank, row in enumerate(best_first(query))
+    ]
+    return pd.DataFrame(ranked, columns=["qid", "docno", "score", "rank"])
+
+
 def _measure(
-    measures: Sequence[ir_measures.Measure], judged: Sequence[ir_measures.Qrel], run: Iterable[RunRow], name: str
+    measures: Sequence[ir_measures.Measure], judged: pd.DataFrame, ranked: pd.DataFrame, name: str
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the values of each query, and of each measure."""
-    scored = [
-        ir_measures.ScoredDoc(row.qid, row.docno, -rank)
-        for _, rows in by_query(run)
-        for rank, row in enumerate(best_first(rows))
-    ]
-    judged_qids, run_qids = dict.fromkeys(judgement.query_id for judgement in judged), {row.query_id for row in scored}
+    judged_qids, run_qids = dict.fromkeys(judged["qid"]), set(ranked["qid"])
     if not run_qids:
         raise ValueError(f"the {name} is empty; expected results to evaluate.")
     if not run_qids & judged_qids.keys():
-        judged_qid, run_qid = next(iter(judged_qids)), scored[0].query_id
+        judged_qid, run_qid = judged["qid"].iloc[0], ranked["qid"].iloc[0]
         raise ValueError(
             f"the {name} has none of the queries with judgements: it has {run_qid!r}, for example, and the qrels have "
             f"{judged_qid!r}."
@@ -160,12 +180,15 @@ def _measure(
         logger.warning("The %s lacks %d of the %d queries with judgements; they count as queries without results.",
                        name, len(missing), len(judged_qids))  # fmt: skip
     try:
-        found: Any = ir_measures.calc(measures, judged, scored)
+        found: Any = ir_measures.calc(measures, pt.model.to_ir_measures(judged), pt.model.to_ir_measures(ranked))
     except subprocess.CalledProcessError as error:  # from gdeval, which needs numeric qids
         names = ", ".join(map(str, measures))
         raise ValueError(
             f"measure={names}: an external program failed ({error}); measures such as ERR need numeric qids."
         ) from error
+    except ZeroDivisionError as error:  # Accuracy of a query all of whose results are relevant
+        names = ", ".join(map(str, measures))
+        raise ValueError(f"measure={names}: not defined for a query of the {name} ({error}).") from error
     values = {(str(metric.measure), metric.query_id): metric.value for metric in found.per_query}
     keys = [(str(measure), query) for measure in measures for query in judged_qids]
     queries = [(qid, key, values[key, qid]) for key, qid in keys if (key, qid) in values]  # not all have an Accuracy
@@ -173,10 +196,37 @@ def _measure(
     return pd.DataFrame(queries, columns=["qid", "measure", "value"]), pd.DataFrame(total, columns=["measure", "value"])
 
 
-def _paired_p(values: pd.Series[float], others: pd.Series[float]) -> float:
-    """Return the p-value of a paired t-test; NaN for fewer than two queries, or if none differs."""
-    if len(values) < 2:
-        return float("nan")
+def _tests(
+    measures: Sequence[ir_measures.Measure],
+    judged: pd.DataFrame,
+    systems: Sequence[pd.DataFrame],
+    queries: pd.DataFrame,
+    correction: str | None,
+) -> pd.DataFrame:
+    """Test the differences of all runs from the first, over the queries that have all measures for all runs."""
+    runs, counts = list(dict.fromkeys(queries["run"])), queries["qid"].value_counts()
+    topics = pd.DataFrame({"qid": counts.index[counts == len(runs) * len(measures)], "query": ""})
+    found = {"p": "p-value"} | ({} if correction is None else {f"p_{correction}": "p-value corrected"})
+    if len(topics) < 2:
+        keys = [(run, str(measure)) for run in runs for measure in measures]
+        return pd.DataFrame(keys, columns=["run", "measure"]).assign(**dict.fromkeys(found, np.nan))
+    table = pt.Experiment(
+        systems, topics, judged, measures, names=["", *runs], baseline=0, test=_paired_t, correction=correction,
+        validate="ignore",
+    )[1:]  # fmt: skip
+    tests = []
+    for name in map(str, measures):
+        differs = table[f"{name} +"] + table[f"{name} -"] > 0
+        columns = {key: table[f"{name} {column}"].where(differs) for key, column in found.items()}
+        tests.append(pd.DataFrame({"run": runs, "measure": name}, index=table.index).assign(**columns))
+    return pd.concat(tests)
+
+
+def _paired_t(values: Any, others: Any) -> tuple[float, float]:
+    """Return statistic and p-value of a paired t-test; 1 for equal values, since a correction could not count NaN."""
     from scipy import stats  # slow to import
 
-    return float(stats.ttest_rel(values, others).pvalue)
+    if (values == others).all():
+        return 0.0, 1.0
+    statistic, p = stats.ttest_rel(values, others)
+    return float(statistic), float(p)

@@ -20,7 +20,7 @@ import pyterrier as pt
 
 from ..engine.usage import Stopwatch, Usage
 from ..values import positive
-from .chunks import Chunk, ScoredChunk, count_lines, read_chunks, score_chunk
+from .chunks import Chunk, ScoredChunk, Shard, count_lines, open_shard, read_chunks, score_chunk
 from .formats import run_line
 from .journal import Block, JournaledFile, refuse_existing
 
@@ -78,6 +78,7 @@ def rerank_file(
     form: str = "three",
     tag: str = "llmrerank",
     resume: bool = False,
+    shard: str | None = None,
     workers: int = 1,
     address: str | None = None,
 ) -> Report:
@@ -110,6 +111,9 @@ def rerank_file(
         form: ``"three"`` or ``"trec"``, as for :func:`~pyterrier_llmrerank.runs.formats.run_line`.
         tag: the run's name in the TREC form.
         resume: continue an existing target.
+        shard: rerank one part of the file, such as ``"2/4"`` for the second of four. Parts have whole chunks. Their
+            runs, joined in order, have the bytes of the run over the whole file, which must not grow meanwhile. None
+            reranks the whole file.
         workers: number of scoring processes. More than 1 run on Ray (``pip install 'pyterrier-llmrerank[ray]'``), as
             described for :func:`~pyterrier_llmrerank.runs.workers.score_on_workers`; 1 scores in this process, unless
             ``address`` is given. ``usage`` does not count calls that failed on a worker.
@@ -129,15 +133,23 @@ def rerank_file(
     >>> from pyterrier_llmrerank import RankLLaMAReranker
     >>> report = rerank_file(RankLLaMAReranker(), Path("rerank.jsonl"), Path("run.tsv"), resume=True)  # doctest: +SKIP
     """
+    from ..engine.scoring import CHUNK
+
     source, target = Path(source), Path(target)
     _check_arguments(target, form, tag, resume, workers)
     started = time.perf_counter()
     quiet = reranker.quiet()
-    total = count_lines(source) if reranker.verbose and source.is_file() else None  # a pipe can be read only once
+    part = None if shard is None else open_shard(shard, source)
+    counted = reranker.verbose and part is None and source.is_file()  # a pipe can be read only once
+    total = count_lines(source) if counted else None
     with ExitStack() as stack:
         score_chunks, device_type = stack.enter_context(_scoring(quiet, workers, address))
-        file = stack.enter_context(JournaledFile(target, _settings(quiet, device_type, form, tag), resume=resume))
-        chunks = read_chunks(source, chain((block.rows for block in file.blocks), repeat(_block(reranker))))
+        settings = _settings(quiet, device_type, form, tag, part)
+        file = stack.enter_context(JournaledFile(target, settings, resume=resume))
+        if part is None:
+            chunks = read_chunks(source, chain((block.rows for block in file.blocks), repeat(_block(reranker))))
+        else:  # by sizes that are the same on every machine, so that the shards leave no gap
+            chunks = part.select(read_chunks(source, repeat(CHUNK)))
         resumed_from = _skip_written(chunks, file.blocks, source, target)
         name, hidden = type(reranker).__name__, not reranker.verbose
         bar = stack.enter_context(pt.tqdm(total=total, initial=resumed_from, desc=name, unit="pair", disable=hidden))
@@ -159,6 +171,8 @@ def rerank_file(
     report = Report(target, run.pairs, run.queries, time.perf_counter() - started, resumed_from, usage)
     if resumed_from and not run.pairs:
         logger.warning("%s is already finished; nothing was scored.", target)
+    if part is not None and not resumed_from + run.pairs:
+        logger.warning("%s is empty: %s has fewer blocks of %d pairs than shards.", target, source, CHUNK)
     logger.info("%s", report)
     return report
 
@@ -229,7 +243,8 @@ def _scoring(reranker: LLMReranker, workers: int, address: str | None) -> Iterat
         reranker.dtype, device_type = str(scorer.dtype).removeprefix("torch."), scorer.device.type
         yield partial(_score_here, reranker), device_type
     else:
-        from .workers import ray_cluster, resolve_worker_dtype, score_on_workers
+        from .cluster import ray_cluster, resolve_worker_dtype
+        from .workers import score_on_workers
 
         with ray_cluster(workers, address):
             reranker.dtype, device_type = resolve_worker_dtype(reranker, workers)
@@ -279,13 +294,15 @@ class _RunWriter:
         ).encode()
 
 
-def _settings(reranker: LLMReranker, device_type: str, form: str, tag: str) -> dict[str, Any]:
+def _settings(reranker: LLMReranker, device_type: str, form: str, tag: str, shard: Shard | None) -> dict[str, Any]:
     """Return the settings that must stay the same when a run is resumed.
 
-    These are the arguments that affect scores, and the base that an adapter names. With quantization, batch size and
-    type of device do, too.
+    These are the arguments that affect scores, the base that an adapter names, and the shard. With quantization, batch
+    size and type of device do, too.
     """
     arguments = {name: value for name, value in reranker.compared().items() if name not in FREE}
     if reranker.quantization:
         arguments |= {"batch_size": reranker.batch_size, "device": device_type}
+    if shard is not None:
+        arguments |= {"shard": f"{shard.number}/{shard.of}", "lines": shard.lines}
     return {"reranker": type(reranker).__name__, **arguments, "form": form, "tag": tag}

@@ -1,6 +1,7 @@
 """Evaluation of runs, against ir_measures and scipy."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
@@ -22,7 +23,9 @@ def run(*places: int | None) -> list[RunRow]:
 
 
 def test_every_judged_query_counts() -> None:
-    queries, total = compare([parse_measure("RR@10"), parse_measure("P@1")], QRELS, [*run(0, 1, 1, None), *run(0)[:0]])
+    queries, total = compare(
+        [parse_measure("RR@10"), parse_measure("P@1")], QRELS, {"mine": [*run(0, 1, 1, None), *run(0)[:0]]}
+    )
     assert list(total.itertuples(index=False, name=None)) == [("RR@10", 0.5), ("P@1", 0.25)]
     assert queries.columns.tolist() == ["qid", "measure", "value"]
     assert queries["measure"].tolist() == ["RR@10"] * 4 + ["P@1"] * 4
@@ -36,7 +39,7 @@ def test_every_judged_query_counts() -> None:
 
 def test_a_run_and_its_baseline() -> None:
     mine, other = (0, 1, 1, 3), (1, None, 2, 1)
-    queries, total = compare([parse_measure("RR")], QRELS, run(*mine), run(*other))
+    queries, total = compare([parse_measure("RR")], QRELS, {"mine": run(*mine)}, run(*other))
     values, others = np.array([1, 1 / 2, 1 / 2, 1 / 4]), np.array([1 / 2, 0, 1 / 3, 1 / 2])
     np.testing.assert_allclose(queries.sort_values("qid")["difference"], values - others)
     np.testing.assert_allclose(
@@ -45,8 +48,64 @@ def test_a_run_and_its_baseline() -> None:
     )
 
 
+@pytest.mark.parametrize("correction", ["holm", "bonferroni"])
+def test_several_runs_and_a_correction(correction: str) -> None:
+    """Corrected by hand, measure by measure. A run that equals the baseline counts, and has no p."""
+    generator = np.random.default_rng(0)
+    qrels = [Judgement(f"q{q}", f"d{q}", 2) for q in range(12)]
+    places = {
+        "a": [0] * 11 + [4],
+        "b": generator.integers(0, 4, 12),
+        "same": [3, 2, 1] * 4,
+        "c": generator.integers(0, 5, 12),
+    }
+    base = [3, 2, 1] * 4
+    measures = [parse_measure("RR"), parse_measure("P@1")]
+    runs = {name: run(*map(int, own)) for name, own in places.items()}
+    queries, total = compare(measures, qrels, runs, run(*base), correction)
+    corrected = f"p_{correction}"
+    assert total.columns.tolist() == ["run", "measure", "value", "baseline", "difference", "p", corrected]
+    assert list(zip(total["measure"], total["run"], strict=True)) == [(m, r) for m in ("RR", "P@1") for r in runs]
+    assert len(queries) == 2 * 4 * 12
+    per_query = queries.set_index(["measure", "run", "qid"])["value"].sort_index()
+    for name, value in (("RR", lambda at: 1 / (1 + np.asarray(at))), ("P@1", lambda at: np.asarray(at) == 0)):
+        rows = total[total["measure"] == name].set_index("run")
+        ps = {run_: stats.ttest_rel(value(at) * 1.0, value(base) * 1.0).pvalue for run_, at in places.items()}
+        assert np.isnan(ps.pop("same"))
+        assert np.isnan(rows.loc["same", ["p", corrected]].astype(float)).all()
+        largest = 0.0
+        for place, (run_, p) in enumerate(sorted(ps.items(), key=lambda item: item[1])):
+            largest = max(largest, min(1, p * (4 - place if correction == "holm" else 4)))
+            wanted = largest if correction == "holm" else min(1, 4 * p)
+            np.testing.assert_allclose(rows.loc[run_, ["p", corrected]].astype(float), [p, wanted])
+            np.testing.assert_allclose(per_query[name, run_].loc[[f"q{q}" for q in range(12)]], value(places[run_]))
+        for run_ in places:  # each as if it were the only one
+            _, alone = compare([parse_measure(name)], qrels, {run_: runs[run_]}, run(*base))
+            pd.testing.assert_frame_equal(alone, rows.loc[[run_], alone.columns].reset_index(drop=True))
+
+
+def test_several_runs_without_a_baseline() -> None:
+    _, total = compare([parse_measure("RR")], QRELS, {"a": run(0, 1, 1, 0), "b": run(1, 1, 1, 1)})
+    assert list(total.itertuples(index=False, name=None)) == [("a", "RR", 0.75), ("b", "RR", 0.5)]
+    with pytest.raises(ValueError, match="correction='holm' needs a baseline"):
+        compare([parse_measure("RR")], QRELS, {"a": run(0, 1, 1, 0)}, correction="holm")
+    with pytest.raises(ValueError, match="the run b is empty"):
+        compare([parse_measure("RR")], QRELS, {"a": run(0), "b": []})
+
+
+@pytest.mark.parametrize("names", [["Accuracy"], ["Accuracy", "RR"]])
+def test_a_measure_that_some_queries_lack_is_compared_on_its_values(names: list[str]) -> None:
+    """Alone, a query without results has no Accuracy; beside another measure, ir_measures counts it as 0."""
+    judged = [*QRELS[:3], *(Judgement(f"q{q}", "x0", 0) for q in range(2))]
+    measures = list(map(parse_measure, names))
+    queries, total = compare(measures, judged, {"mine": run(0, 1, None)}, run(1, 1, None))
+    values, others = (queries[queries["measure"] == "Accuracy"][name] for name in ("value", "baseline"))
+    assert len(values) == 1 + len(names)
+    assert total["p"][0] == pytest.approx(stats.ttest_rel(values, others).pvalue)
+
+
 def test_missing_queries_give_a_warning_or_an_error(caplog: pytest.LogCaptureFixture) -> None:
-    compare([parse_measure("RR")], QRELS, run(0, 1, 1, 2), run(None, 1, None, 2))
+    compare([parse_measure("RR")], QRELS, {"mine": run(0, 1, 1, 2)}, run(None, 1, None, 2))
     assert caplog.messages == [
         "The baseline lacks 2 of the 4 queries with judgements; they count as queries without results."
     ]
@@ -55,27 +114,33 @@ def test_missing_queries_give_a_warning_or_an_error(caplog: pytest.LogCaptureFix
         ValueError,
         match="the baseline has none of the queries .*: it has 'other-.*, and the qrels have 'q0'",
     ):
-        compare([parse_measure("RR")], QRELS, run(0), others)
+        compare([parse_measure("RR")], QRELS, {"mine": run(0)}, others)
     with pytest.raises(ValueError, match="the run is empty"):
-        compare([parse_measure("RR")], QRELS, [])
+        compare([parse_measure("RR")], QRELS, {"mine": []})
 
 
 def test_a_measure_may_be_undefined_for_some_queries() -> None:
     judged = [*QRELS[:2], Judgement("q0", "x0", 0)]  # Accuracy needs a document that is not relevant
-    queries, total = compare([parse_measure("Accuracy")], judged, run(0, None))
+    queries, total = compare([parse_measure("Accuracy")], judged, {"mine": run(0, None)})
     assert queries["qid"].tolist() == ["q0"]
     assert total["measure"].tolist() == ["Accuracy"]
 
 
+def test_a_measure_that_a_query_does_not_define_is_an_error() -> None:
+    relevant = [RunRow("q0", "d0", None, 1.0, 1)]  # no other document
+    with pytest.raises(ValueError, match="measure=Accuracy: not defined for a query of the run"):
+        compare([parse_measure("Accuracy")], QRELS, {"mine": relevant})
+
+
 def test_a_measure_that_needs_numeric_qids() -> None:
     with pytest.raises(ValueError, match=r"measure=RR, ERR@10: .* need numeric qids"):
-        compare([parse_measure("RR"), parse_measure("ERR@10")], QRELS, run(0, 1, 1, 2))
+        compare([parse_measure("RR"), parse_measure("ERR@10")], QRELS, {"mine": run(0, 1, 1, 2)})
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("places", [(0, 1, 1, 3), (1,)])
 def test_equal_runs_have_no_p_value(places: tuple[int, ...]) -> None:
-    _, same = compare([parse_measure("RR")], QRELS[: len(places)], run(*places), run(*places))
+    _, same = compare([parse_measure("RR")], QRELS[: len(places)], {"mine": run(*places)}, run(*places))
     assert same["difference"].tolist() == [0]
     assert np.isnan(same["p"].iloc[0])
 
@@ -83,10 +148,10 @@ def test_equal_runs_have_no_p_value(places: tuple[int, ...]) -> None:
 def test_ties_keep_their_rank_or_order() -> None:
     rows = [RunRow("q0", name, None, 0.5, 1) for name in ("d0", "z", "a")]
     for order, value in ((rows, 1.0), (rows[::-1], 1 / 3)):
-        _, total = compare([parse_measure("RR")], QRELS[:1], order)
+        _, total = compare([parse_measure("RR")], QRELS[:1], {"mine": order})
         assert total["value"].tolist() == [value]
     ranked = [row._replace(rank=rank) for row, rank in zip(rows, (1, 0, 2), strict=True)]
-    _, total = compare([parse_measure("RR")], QRELS[:1], ranked)
+    _, total = compare([parse_measure("RR")], QRELS[:1], {"mine": ranked})
     assert total["value"].tolist() == [0.5]
 
 

@@ -197,6 +197,80 @@ def test_verbose_shows_a_progress_bar_of_pairs(source: Path, tmp_path: Path, cap
     assert verbose.verbose
 
 
+# -- shards
+
+
+@pytest.mark.parametrize("name", ["run.tsv", "run.trec.gz"])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 11])
+def test_joined_shards_equal_the_whole_run(
+    name: str, count: int, source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"form": "trec" if "trec" in name else "three"}
+    rerank_file(MATROYSHKA, source, tmp_path / name, **options)
+    parts = [tmp_path / f"{number}-{name}" for number in range(1, count + 1)]
+    with transforming(lambda *_: None) as calls:
+        for number, part in enumerate(parts, 1):
+            rerank_file(MATROYSHKA, source, part, shard=f"{number}/{count}", **options)
+    assert tuple(calls) == CHUNKS  # of the whole file, each once
+    assert b"".join(part.read_bytes() for part in parts) == (tmp_path / name).read_bytes()
+    sizes = [part.stat().st_size for part in parts]
+    assert sizes.count(0) == max(0, count - len(CHUNKS))
+    assert caplog.text.count("rerank.jsonl has fewer blocks of 5 pairs than shards") == sizes.count(0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 40), max_size=12), blank=st.integers(0, 3), count=st.integers(1, 9),
+    ended=st.booleans(),
+)  # fmt: skip
+def test_each_chunk_is_in_one_shard(sizes: list[int], blank: int, count: int, ended: bool) -> None:
+    """With blank lines between the chunks, and with or without a line end after the last."""
+    ends = list(itertools.accumulate(size + blank for size in sizes))
+    made = [chunks.Chunk(pd.DataFrame(), 1, 0, end - size + 1, end) for end, size in zip(ends, sizes, strict=True)]
+    lines = (ends or [0])[-1] - (not ended and bool(ends))
+    shards = [list(chunks.Shard(number, count, lines).select(iter(made))) for number in range(1, count + 1)]
+    assert list(itertools.chain(*shards)) == made
+    for shard in shards:  # about an equal share of the lines
+        assert sum(chunk.last_line - chunk.first_line + 1 for chunk in shard[:-1]) <= lines / count + 1
+
+
+def test_an_interrupted_shard_resumes_to_the_same_bytes(source: Path, whole: bytes, tmp_path: Path) -> None:
+    rest = tmp_path / "2.tsv"
+    interrupted(source, rest, KeyboardInterrupt(), 1, shard="2/2")
+    assert len(list(read_run(rest))) == CHUNKS[3]
+    with transforming(lambda *_: None) as calls:
+        rerank_file(MATROYSHKA, source, rest, shard="2/2", resume=True)
+    assert tuple(calls) == CHUNKS[4:]
+    assert whole.endswith(rest.read_bytes())
+    assert rerank_file(MATROYSHKA, source, rest, shard="2/2", resume=True).pairs == 0
+    for other, message in (("1/2", "shard='2/2', not '1/2'"), ("2/3", "not '2/3'"), (None, "shard='2/2', not None")):
+        with pytest.raises(ValueError, match=f"was written with {message}" if message[0] == "s" else message):
+            rerank_file(MATROYSHKA, source, rest, shard=other, resume=True)
+    grown = write_rows(tmp_path / "rerank.jsonl", [*rows(), {**rows()[0], "query_id": "new"}])
+    with pytest.raises(ValueError, match="was written with lines=33, not 34"):  # the shares are others now
+        rerank_file(MATROYSHKA, grown, rest, shard="2/2", resume=True)
+
+
+@pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "1/0", "-1/2", "1/2/3", "a/b", ""])
+def test_shards_that_do_not_exist(shard: str, source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"shard='{shard}'; allowed: i/n with i from 1 to n"):
+        rerank_file(MATROYSHKA, source, tmp_path / "run.tsv", shard=shard)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shards_of_files_that_cannot_be_counted(source: Path, tmp_path: Path) -> None:
+    cut = write_rows(tmp_path / "rerank.jsonl.gz", rows())
+    cut.write_bytes(cut.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"shard='1/2': the lines of .*rerank\.jsonl\.gz cannot be counted"):
+        rerank_file(MATROYSHKA, cut, tmp_path / "run.tsv", shard="1/2")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"shard='1/2': .*pipe is read twice, so it must be a file"):
+        rerank_file(MATROYSHKA, tmp_path / "pipe", tmp_path / "run.tsv", shard="1/2")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        rerank_file(MATROYSHKA, tmp_path / "nowhere.jsonl", tmp_path / "run.tsv", shard="1/2")
+    assert not (tmp_path / "run.tsv").exists()
+
+
 # -- interruptions
 
 

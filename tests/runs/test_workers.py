@@ -1,6 +1,7 @@
 """Workers on Ray give the results of one process, even if some are lost."""
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -18,8 +19,9 @@ from test_streaming import CHUNKS, MATROYSHKA, rows, write_rows
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker, ScoringError
 from pyterrier_llmrerank.engine import devices, scoring
 from pyterrier_llmrerank.engine.usage import Usage
-from pyterrier_llmrerank.runs import workers
+from pyterrier_llmrerank.runs import cluster as clusters
 from pyterrier_llmrerank.runs.chunks import Chunk, ScoredChunk
+from pyterrier_llmrerank.runs.cluster import resolve_worker_dtype
 from pyterrier_llmrerank.runs.formats import read_run
 from pyterrier_llmrerank.runs.streaming import rerank_file
 from pyterrier_llmrerank.runs.workers import (
@@ -27,7 +29,6 @@ from pyterrier_llmrerank.runs.workers import (
     MAX_LOSSES,
     Task,
     WorkerPool,
-    resolve_worker_dtype,
     score_on_workers,
 )
 
@@ -62,7 +63,7 @@ def test_results_equal_those_of_one_process_up_to_an_error(
         real(self, task)
         if str(task).startswith("scoring queries 'q7'") and not killed:
             [worker] = [worker for worker, other in self._busy.values() if other is task]
-            cluster.kill(worker)
+            cluster.kill(worker, no_restart=False)  # as a crash does
             killed.append(task)
 
     monkeypatch.setattr(WorkerPool, "submit", submit)
@@ -76,6 +77,33 @@ def test_results_equal_those_of_one_process_up_to_an_error(
     assert len(list(read_run(tmp_path / "two.tsv"))) == sum(CHUNKS[:4])
     assert (tmp_path / "two.tsv").read_bytes() == (tmp_path / "one.tsv").read_bytes()
     assert cluster.is_initialized()  # it was connected before
+
+
+def test_a_chunk_that_always_ends_its_worker_stops_the_run(cluster: Any, tmp_path: Path) -> None:
+    """Ray scores it as often as it is told to, and results before it are kept."""
+
+    class Crashing:  # pickled whole, as it is defined in a function
+        device = None
+        marks = tmp_path / "marks"
+
+        def scorer(self) -> Any:
+            return SimpleNamespace(open=lambda: None)
+
+        def transform(self, frame: pd.DataFrame) -> pd.DataFrame:
+            if frame["qid"].iloc[0] == "bad":
+                with self.marks.open("a") as marks:
+                    marks.write("x")
+                os._exit(1)
+            return frame.assign(docno="d", rank=0, score=1.0)
+
+        def take_usage(self) -> Usage:
+            return Usage()
+
+    results = score_on_workers(Crashing(), chunks(["q0", "bad", "q2"]), workers=1)
+    assert _qid(next(results)[0].frame) == "q0"
+    with pytest.raises(ConnectionError, match=f"{MAX_LOSSES} workers were lost while scoring queries 'bad' to 'bad'"):
+        next(results)
+    assert Crashing.marks.read_text() == "x" * MAX_LOSSES
 
 
 # -- losses and order, with a fake of Ray
@@ -116,6 +144,7 @@ class FakeRay:
         self.slow = False
         self.alive: set[Any] = set()
         self.options: dict[str, Any] = {}
+        self.retries = 0
         self.most = 0
         self.broken: Exception | None = None
 
@@ -136,6 +165,8 @@ class FakeRay:
             return handle
 
         def options(**given: Any) -> Any:
+            assert given.pop("max_restarts") == -1
+            self.retries = given.pop("max_task_retries")
             self.options = given
             return SimpleNamespace(remote=make)
 
@@ -148,15 +179,17 @@ class FakeRay:
         return [self.choose(busy)], []
 
     def get(self, ready: Reference) -> Any:
-        if self.lost(ready.name, ready.frame):
-            raise LostError
+        losses = 0
+        while self.lost(ready.name, ready.frame):
+            if (losses := losses + 1) > self.retries:
+                raise LostError
         if ready.frame is None:
             if self.broken:
                 raise RaisedError(self.broken)
             return None
         if _qid(ready.frame) == "wrong":
             raise RaisedError(ScoringError("wrong", ready.frame))
-        return ScoredChunk(ready.frame.assign(score=1.0), Usage(pairs=1))
+        return ScoredChunk(ready.frame.assign(score=1.0), Usage(pairs=1)), losses > 0
 
     def kill(self, worker: Any) -> None:
         self.alive.discard(worker)
@@ -235,27 +268,25 @@ def test_few_chunks_are_held_while_the_first_is_slow() -> None:
     assert run(FakeRay(last_but_first, lambda *_: False), coming(), 2)[0] == [f"q{n}" for n in range(20)]
 
 
-@pytest.mark.parametrize(
-    ("what", "over", "replaced"),
-    [
-        ("open", "opening the model", 2 * (MAX_LOSSES - 1)),  # of two workers alternately
-        ("score", "scoring queries 'q1' to 'q1'", MAX_LOSSES - 1),
-    ],
-)
-def test_too_many_losses_over_a_task_are_an_error(
-    what: str, over: str, replaced: int, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.parametrize(("what", "over"), [("open", "opening the model"), ("score", "scoring queries 'q1' to 'q1'")])
+def test_too_many_losses_over_a_task_are_an_error(what: str, over: str) -> None:
     def loses(name: str, frame: pd.DataFrame | None) -> bool:
         return name == what and _qid(frame) in ("", "q1")
 
     fake = FakeRay(lambda busy: busy[0], loses)
-    with caplog.at_level(logging.WARNING):
-        got, error = run(fake, chunks(["q0", "q1", "q2"]), 2)
+    got, error = run(fake, chunks(["q0", "q1", "q2"]), 2)
     assert isinstance(error, ConnectionError)
     assert f"{MAX_LOSSES} workers were lost while {over}" in str(error)
     assert got == (["q0"] if what == "score" else [])
-    assert caplog.text.count(f"A worker was lost while {over} and is replaced") == replaced
     assert fake.alive == set()
+
+
+def test_a_replaced_worker_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    losses = iter([True, True, False])
+    fake = FakeRay(lambda busy: busy[0], lambda name, frame: _qid(frame) == "q1" and next(losses))
+    with caplog.at_level(logging.WARNING):
+        assert run(fake, chunks(["q0", "q1", "q2"]), 2) == (["q0", "q1", "q2"], None)
+    assert caplog.messages == ["A worker was lost while scoring queries 'q1' to 'q1' and is replaced."]
 
 
 def test_an_error_from_opening_the_model_is_raised() -> None:
@@ -271,7 +302,7 @@ def test_no_worker_starts_if_there_is_nothing_to_score() -> None:
 
 
 def test_arguments_are_checked_before_a_cluster_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "ray_cluster", None)
+    monkeypatch.setattr(clusters, "ray_cluster", None)
     source, target = write_rows(tmp_path / "rerank.jsonl", rows()), tmp_path / "run.tsv"
     target.write_text("mine")
     with pytest.raises(FileExistsError):
@@ -404,6 +435,6 @@ def test_the_address_of_the_cluster(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     if environment:
         monkeypatch.setenv("RAY_ADDRESS", environment)
-    with workers.ray_cluster(2, address):
+    with clusters.ray_cluster(2, address):
         assert calls == [wanted]
     assert calls == [wanted, "shutdown"]
