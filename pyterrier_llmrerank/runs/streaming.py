@@ -140,7 +140,7 @@ def rerank_file(
         file = stack.enter_context(JournaledFile(target, _settings(quiet, device_type, form, tag), resume=resume))
         chunks = read_chunks(source, chain((block.rows for block in file.blocks), repeat(CHUNK)))
         resumed_from = _skip_written(chunks, file.blocks, source, target)
-        name, hidden = type(reranker).__name__, not reranker.verbose
+        name, hidden = reranker.label(), not reranker.verbose
         bar = stack.enter_context(pt.tqdm(total=total, initial=resumed_from, desc=name, unit="pair", disable=hidden))
         run = _RunWriter(file, form, tag)
         usage = Usage()
