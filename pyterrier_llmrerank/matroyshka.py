@@ -106,6 +106,7 @@ class MatroyshkaReranker(LLMReranker):
     """
 
     schematic: ClassVar = {"label": "Matroyshka", "help_url": PAPER}
+    SHAPE: ClassVar = ("cutoff", "compress_layers", "compress_ratio", "prune")
 
     model: Option[str] = Option(
         default="BAAI/Matroyshka-ReRanker-passage",

@@ -128,6 +128,8 @@ class LLMReranker(pt.Estimator):
     """
 
     schematic: ClassVar[Mapping[str, str]]
+    #: The options of the shape, which progress bars show.
+    SHAPE: ClassVar[tuple[str, ...]] = ()
     __signature__: ClassVar[inspect.Signature]
 
     model: Option[str] = Option(check=model_path, help="a folder, file or hub id. Paths are kept absolute.")
@@ -316,7 +318,7 @@ class LLMReranker(pt.Estimator):
         if shape.prune:
             queries = list(zip(qids, (query for query, _ in pairs), strict=True))
             cascade = Cascade(dict(shape.prune), queries, pair_of_row, shape.cutoffs[-1])
-        with pt.tqdm(total=len(texts), desc=type(self).__name__, unit="pair", disable=not self.verbose) as bar:
+        with pt.tqdm(total=len(texts), desc=self.label(), unit="pair", disable=not self.verbose) as bar:
             reporter = Reporter(name, pair_of_row, bar)
             try:
                 logits = scorer.score(texts, reporter, cascade)
@@ -361,6 +363,11 @@ class LLMReranker(pt.Estimator):
         with _LOCK:
             usage, self._usage = self._usage, Usage()
         return usage
+
+    def label(self) -> str:
+        """Return the name of a progress bar: the class, and the options of the shape that are not the default."""
+        shape = [text for text in self._options_shown() if text.partition("=")[0] in self.SHAPE]
+        return type(self).__name__ + (f"({', '.join(shape)})" if shape else "")
 
     def quiet(self) -> Self:
         """Return a copy with zero usage and no progress bar, which logs at DEBUG level."""
@@ -550,10 +557,12 @@ class LLMReranker(pt.Estimator):
         return hash((type(self), *(self._made_with or self.compared()).values()))
 
     def __repr__(self) -> str:
-        parameters = list(inspect.signature(type(self).__init__).parameters.values())[1:]
-        changed = [p.name for p in parameters[1:] if getattr(self, p.name) != p.default]
-        given = [repr(shown(self.model)), *(f"{name}={self._shown(name)!r}" for name in changed)]
-        return f"{type(self).__name__}({', '.join(given)})"
+        return f"{type(self).__name__}({', '.join([repr(shown(self.model)), *self._options_shown()])})"
+
+    def _options_shown(self) -> list[str]:
+        """Return the options that are not the default, as ``repr`` prints them."""
+        _, _, *options = inspect.signature(type(self).__init__).parameters.values()  # self, model
+        return [f"{p.name}={self._shown(p.name)!r}" for p in options if getattr(self, p.name) != p.default]
 
     def _shown(self, name: str) -> Any:
         """Return an argument's value as ``repr`` prints it."""

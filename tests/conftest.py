@@ -158,14 +158,16 @@ class Cache:
 
     def add(self, repository: str, model: Path, commit: str, *refs: str, listed: tuple[str, ...] = ()) -> Path:
         """Put a model there at a commit that has these names; the listing of its files may have more."""
-        from huggingface_hub import _tree_cache as trees  # which newer clients keep beside the files
-
         place = self.folder / f"models--{repository.replace('/', '--')}"
         snapshot = place / "snapshots" / commit
         shutil.copytree(model, snapshot)
         for ref in refs:
             (place / "refs" / ref).parent.mkdir(parents=True, exist_ok=True)
             (place / "refs" / ref).write_text(commit)
+        try:
+            from huggingface_hub import _tree_cache as trees  # which newer clients keep beside the files
+        except ImportError:
+            return snapshot
         names = [str(file.relative_to(snapshot)) for file in snapshot.rglob("*") if file.is_file()]
         entry = trees.TreeCacheEntry(size=1, blob_id="0" * 40)
         trees.write_tree_cache(str(place), commit, dict.fromkeys([*names, *listed], entry))

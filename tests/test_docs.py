@@ -37,7 +37,7 @@ from typer.main import get_command
 import pyterrier_llmrerank
 from pyterrier_llmrerank import MatroyshkaReranker
 from pyterrier_llmrerank.checkpoints import bundled
-from pyterrier_llmrerank.cli import app
+from pyterrier_llmrerank.cli import app, main
 from pyterrier_llmrerank.training.commands import parse
 
 ROOT = Path(__file__).parent.parent
@@ -302,6 +302,13 @@ def commands(path: Path) -> Iterator[list[str]]:
                 for command in line.split("&&"):
                     if words := shlex.split(command, comments=True):
                         yield words
+
+
+def test_the_readmes_commands_run(in_world: Path) -> None:
+    """They need no files but those of the project, and of the lines before."""
+    (in_world / "examples").symlink_to(ROOT / "examples")
+    ours = [words[1:] for words in commands(ROOT / "README.md") if words[0] == "llmrerank"]
+    assert [main(words) for words in ours] == [0, 0, 0, 0]
 
 
 TYPED = [(path.name, words) for path in TEXTS for words in commands(path)]

@@ -133,10 +133,10 @@ def rerank_file(
     >>> from pyterrier_llmrerank import RankLLaMAReranker
     >>> report = rerank_file(RankLLaMAReranker(), Path("rerank.jsonl"), Path("run.tsv"), resume=True)  # doctest: +SKIP
     """
-    from ..engine.scoring import CHUNK
-
     source, target = Path(source), Path(target)
-    _check_arguments(target, form, tag, resume, workers)
+    _check_arguments(source, target, form, tag, resume, workers)
+    from ..engine.scoring import CHUNK  # imports torch, which takes seconds
+
     started = time.perf_counter()
     quiet = reranker.quiet()
     part = None if shard is None else open_shard(shard, source)
@@ -151,7 +151,7 @@ def rerank_file(
         else:  # by sizes that are the same on every machine, so that the shards leave no gap
             chunks = part.select(read_chunks(source, repeat(CHUNK)))
         resumed_from = _skip_written(chunks, file.blocks, source, target)
-        name, hidden = type(reranker).__name__, not reranker.verbose
+        name, hidden = reranker.label(), not reranker.verbose
         bar = stack.enter_context(pt.tqdm(total=total, initial=resumed_from, desc=name, unit="pair", disable=hidden))
         run = _RunWriter(file, form, tag)
         usage = Usage()
@@ -177,10 +177,14 @@ def rerank_file(
     return report
 
 
-def _check_arguments(target: Path, form: str, tag: str, resume: bool, workers: int) -> None:
+def _check_arguments(source: Path, target: Path, form: str, tag: str, resume: bool, workers: int) -> None:
     """Raise an error for invalid arguments, before Ray or a model starts."""
     positive("workers", workers)
     run_line("q", "d", 1, 0.0, form, tag)
+    if not source.exists():
+        raise FileNotFoundError(f"source={str(source)!r}: no such file; allowed: a rerank file, as written by prepare.")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"target={str(target)!r}: no such folder; allowed: a file in an existing folder.")
     if target.exists() and not target.is_file():
         raise ValueError(f"target={str(target)!r} is not a file; allowed: a file that can be resumed, or a new one.")
     if not resume:

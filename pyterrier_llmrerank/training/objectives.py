@@ -5,12 +5,12 @@ A group is a query with its passages, the positive first; scores are ``[..., gro
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
-import torch
-from torch import Tensor
-from torch.nn.functional import kl_div
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: Train methods with cascaded distillation, without the ending ``_teacher``.
 TARGETS = ("distill_final_layer", "distill_last_layer", "distill_fix_layer")
@@ -73,7 +73,7 @@ def likely_positives(teacher: Tensor, margin: float | None) -> Tensor | None:
 
 def without(scores: Tensor, excluded: Tensor | None) -> Tensor:
     """Exclude scores from a softmax."""
-    return scores if excluded is None else scores.masked_fill(excluded, -torch.inf)
+    return scores if excluded is None else scores.masked_fill(excluded, -math.inf)
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,8 @@ class DistilledLoss:
         teacher = teacher.to(scores.dtype)
         loss = cross_entropy(without(scores, likely_positives(teacher, self.absolute_margin)))
         if self.teacher_weight > 0:
+            from torch.nn.functional import kl_div
+
             wanted = (teacher / self.teacher_temperature).log_softmax(-1)
             distance = kl_div(scores.log_softmax(-1), wanted, reduction="batchmean", log_target=True)
             loss = loss + self.teacher_weight * distance
@@ -186,6 +188,8 @@ class CascadeLoss:
         Raises:
             ValueError: the method needs scores that are missing.
         """
+        import torch
+
         with_teacher = self.needs_teacher
         if with_teacher and teacher is None:
             raise ValueError(f"train_method={self.method!r} needs teacher scores; the data has none.")
