@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
-from .frames import ranked, sigmoid, warn_of_ties
+from .frames import sigmoid, warn_of_ties, with_ranks
 
 if TYPE_CHECKING:
     from .matroyshka import MatroyshkaReranker
@@ -48,7 +48,7 @@ class MatroyshkaFeatures(pt.Transformer):
             finally:
                 first.add_usage(together.usage)
             scores = [scored.get(f"score_{layer}", scored["score"]).to_numpy() for layer in layers]
-            ranks = ranked(inp.assign(score=scores[0]))["rank"]
+            ranks = with_ranks(inp.assign(score=scores[0]))["rank"]
             columns = np.stack(scores, axis=1)
             features = list(sigmoid(columns) if first.normalize else columns)
         return inp.assign(**({} if "rank" in inp else {"rank": ranks}), features=features)
@@ -114,7 +114,7 @@ class AtDepth(pt.Transformer):
         scores = sigmoid(logits) if self.normalize else logits
         self._has_warned = self._has_warned or warn_of_ties(self, inp["qid"], scores, logits)
         own = inp.columns.intersection([f"score_{cutoff}" for cutoff in self.cutoffs])
-        return ranked(inp.assign(score=scores).drop(columns=own), logits)
+        return with_ranks(inp.assign(score=scores).drop(columns=own), logits)
 
     def __repr__(self) -> str:
         return f"AtDepth({self.layer}, {self.cutoffs}{', normalize=True' if self.normalize else ''})"

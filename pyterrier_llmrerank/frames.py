@@ -66,7 +66,7 @@ def distinct(values: Sequence[Value]) -> tuple[list[Value], NDArray[np.intp]]:
     return list(index), positions
 
 
-def ranked(scored: pd.DataFrame, logits: np.ndarray | None = None) -> pd.DataFrame:
+def with_ranks(scored: pd.DataFrame, logits: np.ndarray | None = None) -> pd.DataFrame:
     """Add PyTerrier's ranks to a copy of a frame, whatever its index is named or holds.
 
     Args:
@@ -89,11 +89,11 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
     return cast(np.ndarray, np.where(logits < 0, tail, 1.0) / (1.0 + tail))
 
 
-def warn_of_ties(scored_by: object, qids: pd.Series[Any], scores: np.ndarray, logits: np.ndarray) -> bool:
+def warn_of_ties(reranker: object, qids: pd.Series[Any], scores: np.ndarray, logits: np.ndarray) -> bool:
     """Warn if normalisation makes different logits of a query equal in single precision, as evaluators see them.
 
     Args:
-        scored_by: named in the warning.
+        reranker: named in the warning.
         qids: of each row, ``[rows]``.
         scores: normalised scores, ``[rows]``.
         logits: the scores before that, ``[rows]``.
@@ -112,6 +112,6 @@ def warn_of_ties(scored_by: object, qids: pd.Series[Any], scores: np.ndarray, lo
         logger.warning(
             "%r: normalize=True makes %d scores equal to another score of their query in single precision, in which "
             "trec_eval compares them, though their logits differ. Ranks follow the logits; for measures by score use "
-            "normalize=False.", scored_by, count,
+            "normalize=False.", reranker, count,
         )  # fmt: skip
     return bool(count)

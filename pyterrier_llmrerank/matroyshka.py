@@ -15,8 +15,8 @@ import numpy as np
 import pyterrier as pt
 
 from .checkpoints import bundled
-from .checkpoints.description import Description, assembled, fitting
-from .checkpoints.locate import folder_of, is_hub_id, located, require, shown
+from .checkpoints.description import Description, assemble, token_adapter_for
+from .checkpoints.locate import absolute, folder_of, is_hub_id, require, shortest
 from .engine.inputs import PROMPT, Ids, MatroyshkaInputs
 from .features import PAPER, AtDepth, MatroyshkaFeatures
 from .frames import sigmoid
@@ -27,7 +27,7 @@ from .values import RATIOS, flag, integer, items, layers, optional, path_like, p
 if TYPE_CHECKING:
     from .checkpoints.checkpoint import Checkpoint, MatroyshkaCheckpoint
     from .engine.scoring import Shape
-    from .training.fitting import Frames
+    from .training.fit import Frames
     from .training.recipes import MatroyshkaTraining
 
 logger = logging.getLogger(__name__)
@@ -214,8 +214,8 @@ class MatroyshkaReranker(LLMReranker):
     def __post_init__(self) -> None:
         source = self._source()
         vars(self).update(  # not an assignment, which would count as a change of the reranker
-            adapters=tuple(located(name, source) for name in self.adapters),
-            token_adapters=tuple((ratio, located(name, source)) for ratio, name in self.token_adapters),
+            adapters=tuple(absolute(name, source) for name in self.adapters),
+            token_adapters=tuple((ratio, absolute(name, source)) for ratio, name in self.token_adapters),
         )
         self._check_stages(self.deepest())
         if self.released and self.prune:
@@ -365,16 +365,18 @@ class MatroyshkaReranker(LLMReranker):
     def _checkpoint(self) -> partial[Any]:
         from .checkpoints.checkpoint import MatroyshkaCheckpoint
 
-        return partial(MatroyshkaCheckpoint, *self._opened())
+        return partial(MatroyshkaCheckpoint, *self._checkpoint_arguments())
 
-    def _overlaid(self) -> partial[Any] | None:
+    def _overlay_checkpoint(self) -> partial[Any] | None:
         from .checkpoints.checkpoint import MatroyshkaCheckpoint
 
         parts = self._parts()
         if overlay := self._token_adapter(parts):
-            return partial(MatroyshkaCheckpoint, *self._opened(), overlay)
+            return partial(MatroyshkaCheckpoint, *self._checkpoint_arguments(), overlay)
         if self._pools() and is_hub_id(self._source()) and not self.adapters and not self.token_adapters:
-            return partial(MatroyshkaCheckpoint, *self._opened(), (), self.compress_ratio)  # if it has one of its own
+            return partial(
+                MatroyshkaCheckpoint, *self._checkpoint_arguments(), (), self.compress_ratio
+            )  # if it has one of its own
         return None
 
     def _pools(self) -> bool:
@@ -383,7 +385,7 @@ class MatroyshkaReranker(LLMReranker):
 
     def _token_adapter(self, parts: Description) -> tuple[str, ...]:
         """Return the token compensation that fits the shape, if there is one."""
-        return fitting(parts.token_adapters, self.compress_ratio) if self._pools() else ()
+        return token_adapter_for(parts.token_adapters, self.compress_ratio) if self._pools() else ()
 
     def __repr__(self) -> str:
         call, source, parts = super().__repr__(), self._source(), self._parts()
@@ -393,14 +395,14 @@ class MatroyshkaReranker(LLMReranker):
         folder = Path(source).expanduser()
         own = {name: str(Path(name).relative_to(folder)) for name in names if folder in Path(name).parents}
         own[source] = folder.name
-        return f"{call} over {', '.join(own.get(name) or shown(name, source) for name in names) or 'no adapter'}"
+        return f"{call} over {', '.join(own.get(name) or shortest(name, source) for name in names) or 'no adapter'}"
 
     def _shown(self, name: str) -> Any:
         value = getattr(self, name)
         if name == "adapters":
-            return tuple(shown(adapter, self.model) for adapter in value)
+            return tuple(shortest(adapter, self.model) for adapter in value)
         if name == "token_adapters":
-            return tuple((ratio, shown(adapter, self.model)) for ratio, adapter in value)
+            return tuple((ratio, shortest(adapter, self.model)) for ratio, adapter in value)
         return value
 
     def _source(self) -> str:
@@ -421,9 +423,9 @@ class MatroyshkaReranker(LLMReranker):
             kind="matroyshka", base=source, start_layer=self.start_layer, layer_sep=self.layer_sep, prompt=self.prompt,
             adapters=self.adapters, token_adapters=self.token_adapters,
         )  # fmt: skip
-        return assembled(given, folder, f"model={self.model!r}")
+        return assemble(given, folder, f"model={self.model!r}")
 
-    def _opened(self) -> tuple[str, tuple[str, ...], int | None, int | None]:
+    def _checkpoint_arguments(self) -> tuple[str, tuple[str, ...], int | None, int | None]:
         """Return the base model, the adapters to merge, and ``start_layer`` and ``layer_sep`` if known."""
         parts = self._parts()
         return cast(str, parts.base), parts.adapters, parts.start_layer, parts.layer_sep
@@ -472,7 +474,7 @@ class MatroyshkaReranker(LLMReranker):
             *(("prune", dict(self.prune), layer) for layer, _ in self.prune),
         ):
             if layer not in with_head:
-                raise ValueError(f"{argument}={value}: {model} has heads at layers {_listed(with_head)}.")
+                raise ValueError(f"{argument}={value}: {model} has heads at layers {_in_words(with_head)}.")
         for layer in self.compress_layers:
             if layer >= depth:
                 raise ValueError(
@@ -508,7 +510,7 @@ class MatroyshkaReranker(LLMReranker):
         )
 
     def _train(self, training: Frames, validation: Frames | None) -> Path:
-        from .training.fitting import fit
+        from .training.fit import fit
 
         parts = self._parts(fetch=True)
         return fit(
@@ -516,7 +518,7 @@ class MatroyshkaReranker(LLMReranker):
             device=self.device, dtype=self.dtype, verbose=self.verbose,
         )  # fmt: skip
 
-    def _take_up(self, adapter: str) -> None:
+    def _switch_to(self, adapter: str) -> None:
         from .checkpoints.checkpoint import is_layer_wise
 
         recipe, parts = self._recipe(), self._parts(fetch=True)
@@ -545,7 +547,7 @@ class MatroyshkaReranker(LLMReranker):
             FileExistsError: the folder is not empty.
             ValueError: there is no adapter to write.
         """
-        from .checkpoints.saving import write_adapters, write_merged, written_whole
+        from .checkpoints.saving import all_or_nothing, write_adapters, write_merged
         from .engine.weights import build_decoder
 
         target, parts = Path(folder).expanduser(), self._parts(fetch=True)
@@ -553,7 +555,7 @@ class MatroyshkaReranker(LLMReranker):
         if not merged:
             if not parts.folders:
                 raise ValueError("adapters=(): there is no adapter to write; allowed: merged=True.")
-            with written_whole(target):
+            with all_or_nothing(target):
                 saved = write_adapters(parts, target)
             return [target / name for name in (*saved.adapters, *self._token_adapter(saved))]
         weights = self._weights()
@@ -565,7 +567,7 @@ class MatroyshkaReranker(LLMReranker):
             "start_layer": checkpoint.start_layer, "layer_sep": checkpoint.layer_sep, "layer_wise": True,
         }  # fmt: skip
         named = {f"{checkpoint.head_module(k)}.weight": head[None] for k, head in enumerate(heads)}
-        with written_whole(target):
+        with all_or_nothing(target):
             description = replace(checkpoint.description(), prompt=parts.prompt)
             write_merged(checkpoint, build_decoder(checkpoint), named, settings, weights.dtype, target, description)
         return []
@@ -583,7 +585,7 @@ class MatroyshkaReranker(LLMReranker):
         return sigmoid(logits) if self.normalize else logits
 
 
-def _listed(layers: Sequence[int]) -> str:
+def _in_words(layers: Sequence[int]) -> str:
     """Return layers in words."""
     if len(layers) == 1:
         return f"{layers[0]} only; start_layer gives a plain language model more"

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import pandas as pd
 
 from .checkpoints import bundled
-from .checkpoints.description import described
-from .checkpoints.locate import folder_of, located, named_base, portable, require, shown
+from .checkpoints.description import read_description
+from .checkpoints.locate import absolute, folder_of, named_base, portable, require, shortest
 from .engine.inputs import Ids, RankLLaMAInputs, document
 from .frames import row_name
 from .options import Option, with_options
@@ -22,7 +22,7 @@ from .values import column, optional, positive, problem_of
 if TYPE_CHECKING:
     from .checkpoints.checkpoint import Checkpoint, RankLLaMACheckpoint
     from .engine.scoring import Shape
-    from .training.fitting import Frames
+    from .training.fit import Frames
     from .training.recipes import RankLLaMATraining
 
 
@@ -103,7 +103,7 @@ class RankLLaMAReranker(LLMReranker):
         #: The base that the adapter names. If that is a relative path, it is resolved now, not when it is opened.
         self.named_base = named_base(self._source())
         if (folder := Path(self._source()).expanduser()).is_dir():  # fail now, not after a first stage has run
-            described(self.model, folder, "rankllama", f"model={self.model!r}")
+            read_description(self.model, folder, "rankllama", f"model={self.model!r}")
 
     @classmethod
     def untrained(cls, base: str, **options: Any) -> RankLLaMAReranker:
@@ -128,13 +128,13 @@ class RankLLaMAReranker(LLMReranker):
     def _checkpoint(self) -> partial[Any]:
         from .checkpoints.checkpoint import RankLLaMACheckpoint
 
-        return partial(RankLLaMACheckpoint, *self._opened())
+        return partial(RankLLaMACheckpoint, *self._checkpoint_arguments())
 
     def _source(self) -> str:
         """Return the folder, ``.gguf`` file or hub id of the model."""
         return bundled.reranker(self.model, "rankllama")
 
-    def _opened(self) -> tuple[str, str | None]:
+    def _checkpoint_arguments(self) -> tuple[str, str | None]:
         """Return the model and its base."""
         return self._source(), self.base_model or self.named_base
 
@@ -164,9 +164,9 @@ class RankLLaMAReranker(LLMReranker):
         return self.training or RankLLaMATraining()
 
     def _train(self, training: Frames, validation: Frames | None) -> Path:
-        from .training.fitting import fit
+        from .training.fit import fit
 
-        model, base_model = self._opened()
+        model, base_model = self._checkpoint_arguments()
         return fit(
             self._recipe(), model, (), training, validation,
             device=self.device, dtype=self.dtype, verbose=self.verbose, base_model=base_model,
@@ -176,8 +176,8 @@ class RankLLaMAReranker(LLMReranker):
         """Return the base of the adapter, or of the one to be trained."""
         return cast("RankLLaMACheckpoint", self._checkpoint()()).base
 
-    def _take_up(self, adapter: str) -> None:
-        self.base_model, self.model = located(self._base()), adapter
+    def _switch_to(self, adapter: str) -> None:
+        self.base_model, self.model = absolute(self._base()), adapter
 
     def __setattr__(self, name: str, value: Any) -> None:
         before = vars(self).get("model")
@@ -192,7 +192,7 @@ class RankLLaMAReranker(LLMReranker):
 
     def _shown(self, name: str) -> Any:
         value = getattr(self, name)
-        return shown(value) if name == "base_model" and value is not None else value
+        return shortest(value) if name == "base_model" and value is not None else value
 
     def _is_adapter(self) -> bool:
         return (folder_of(self._source(), "model") / "adapter_config.json").is_file()
@@ -211,7 +211,7 @@ class RankLLaMAReranker(LLMReranker):
             FileExistsError: there is something in the folder.
             ValueError: there is no adapter, or it is untrained.
         """
-        from .checkpoints.saving import copy_adapter, write_merged, written_whole
+        from .checkpoints.saving import all_or_nothing, copy_adapter, write_merged
         from .engine.weights import build_decoder
 
         weights = self._weights()
@@ -222,7 +222,7 @@ class RankLLaMAReranker(LLMReranker):
         family = type(checkpoint.config).__name__.removesuffix("Config")
         settings = {"architectures": [f"{family}ForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
         settings |= {"label2id": {"LABEL_0": 0}}
-        with written_whole(Path(folder).expanduser()) as target:
+        with all_or_nothing(Path(folder).expanduser()) as target:
             if merged:
                 head = {"score.weight": heads}
                 decoder, description = build_decoder(checkpoint), checkpoint.description()

@@ -20,11 +20,11 @@ import pandas as pd
 import pyterrier as pt
 from numpy.typing import NDArray
 
-from .checkpoints.locate import located, shown
+from .checkpoints.locate import absolute, shortest
 from .engine.cascade import Cascade
 from .engine.usage import Observer, Usage
 from .errors import ScoringError
-from .frames import check_columns, check_rows, distinct, ranked, row_name, warn_of_ties
+from .frames import check_columns, check_rows, distinct, row_name, warn_of_ties, with_ranks
 from .options import Converted, Option, constructor_signature, with_options
 from .values import as_pairs, column, devices, flag, one_of, optional, path_like, positive, refuse
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .engine.inputs import Ids
     from .engine.scoring import Scorer, Shape
     from .engine.weights import Weights
-    from .training.fitting import Frames
+    from .training.fit import Frames
     from .training.recipes import Recipe
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ ATTENTIONS = ("sdpa", "eager", "flex_attention", "flash_attention_2", "flash_att
 
 def model_path(name: str, value: object) -> str:
     """Return a folder or file as an absolute path, or a hub id as it is."""
-    return located(path_like(name, value))
+    return absolute(path_like(name, value))
 
 
 def _dtype(name: str, value: object) -> str:
@@ -107,7 +107,7 @@ class Reporter(Observer):
         """Move the progress bar."""
         self._bar.update(pairs)
 
-    def used(self, usage: Usage) -> None:
+    def add_usage(self, usage: Usage) -> None:
         """Collect a part of the usage."""
         self.parts.append(usage)
 
@@ -193,7 +193,7 @@ class LLMReranker(pt.Estimator):
     def _checkpoint(self) -> partial[Any]:
         """Return a call that opens the checkpoint; equal calls mean equal weights."""
 
-    def _overlaid(self) -> partial[Any] | None:
+    def _overlay_checkpoint(self) -> partial[Any] | None:
         """Return a call that opens the checkpoint with adapters laid over its weights; None for no such adapters."""
         return None
 
@@ -258,7 +258,7 @@ class LLMReranker(pt.Estimator):
         check_rows(inp, self.text_field)
         if len(inp) == 0:
             none = {name: pd.Series(values) for name, values in self._columns(Scores.none()).items()}
-            return ranked(inp.assign(**none))
+            return with_ranks(inp.assign(**none))
         pairs = list(zip(inp["query"], self._bodies(inp), strict=True))
         try:
             scores = self._score(pairs, inp["qid"], lambda row: row_name(inp, row))
@@ -266,9 +266,9 @@ class LLMReranker(pt.Estimator):
             so_far = Scores.of(error, len(inp))
             is_scored = ~np.isnan(so_far.logits)
             scored = inp.assign(**self._columns(so_far))[is_scored]
-            error.scores = ranked(scored, so_far.logits[is_scored])  # type: ignore[union-attr]
+            error.scores = with_ranks(scored, so_far.logits[is_scored])  # type: ignore[union-attr]
             raise
-        result = ranked(inp.assign(**self._columns(scores)), scores.logits)
+        result = with_ranks(inp.assign(**self._columns(scores)), scores.logits)
         self._has_warned = self._has_warned or warn_of_ties(self, inp["qid"], scores.final, scores.logits)
         return result
 
@@ -337,7 +337,7 @@ class LLMReranker(pt.Estimator):
         if cascade is None:
             final, exit_layer = by_layer[shape.cutoffs[-1]], None
         else:
-            final, exit_layer = cascade.ordered(by_layer), cascade.exit_layer
+            final, exit_layer = cascade.final_scores(by_layer), cascade.exit_layer
             for layer, here in by_layer.items():  # another row with the same text may have survived
                 here[exit_layer < layer] = np.nan
         return Scores(self._finish(final), {k: self._finish(v) for k, v in by_layer.items()}, exit_layer, final)
@@ -381,7 +381,7 @@ class LLMReranker(pt.Estimator):
         """Train, and return the folder of the new adapter."""
 
     @abstractmethod
-    def _take_up(self, adapter: str) -> None:
+    def _switch_to(self, adapter: str) -> None:
         """Score with a newly trained adapter from now on."""
 
     def fit(
@@ -417,7 +417,7 @@ class LLMReranker(pt.Estimator):
             FileExistsError: the recipe's ``output_dir`` is not empty.
             FloatingPointError: the loss is not finite; names the step, learning rate and queries.
         """
-        from .training.fitting import Frames
+        from .training.fit import Frames
 
         if (topics_or_res_va is None) != (qrels_va is None):
             given, missing = ("topics_or_res_va", "qrels_va")[:: 1 if qrels_va is None else -1]
@@ -430,11 +430,11 @@ class LLMReranker(pt.Estimator):
         if topics_or_res_va is not None and qrels_va is not None:
             validation = Frames(topics_or_res_va, qrels_va, self._bodies, self.text_field)
         if self._shared is not None:  # not needed while another copy is trained
-            for weights in stacked(self._shared[1]):
+            for weights in all_weights(self._shared[1]):
                 weights.leave(self)
             self._shared = None
         adapter = self._train(Frames(topics_or_res_tr, qrels_tr, self._bodies, self.text_field), validation)
-        self._take_up(located(str(adapter)))
+        self._switch_to(absolute(str(adapter)))
 
     # -- weights: one copy for all rerankers, or one per device
 
@@ -472,7 +472,7 @@ class LLMReranker(pt.Estimator):
 
         places = resolve_devices(self.device)
         dtype = resolve_dtype(self.dtype, *places)
-        openers = [opener for opener in (self._checkpoint(), self._overlaid()) if opener is not None]
+        openers = [opener for opener in (self._checkpoint(), self._overlay_checkpoint()) if opener is not None]
         files = [(opener.func, identity(opener.args)) for opener in openers]
         settings = [(place, dtype, self.quantization, self.torch_compile) for place in places]
         key = tuple((*named, *setting) for setting in settings for named in files)
@@ -486,10 +486,10 @@ class LLMReranker(pt.Estimator):
                         weights = shared_weights((*named, *setting), create)
                     assert weights is not None
                     replicas.append(weights)
-                kept = stacked(replicas)
+                kept = all_weights(replicas)
                 for joined in kept:  # before leaving, so that layers needed by both are not dropped
                     joined.join(self)
-                for left in stacked(() if self._shared is None else self._shared[1]):
+                for left in all_weights(() if self._shared is None else self._shared[1]):
                     if left not in kept:
                         left.leave(self)
                 self._shared = key, tuple(replicas)
@@ -552,7 +552,7 @@ class LLMReranker(pt.Estimator):
     def __repr__(self) -> str:
         parameters = list(inspect.signature(type(self).__init__).parameters.values())[1:]
         changed = [p.name for p in parameters[1:] if getattr(self, p.name) != p.default]
-        given = [repr(shown(self.model)), *(f"{name}={self._shown(name)!r}" for name in changed)]
+        given = [repr(shortest(self.model)), *(f"{name}={self._shown(name)!r}" for name in changed)]
         return f"{type(self).__name__}({', '.join(given)})"
 
     def _shown(self, name: str) -> Any:
@@ -569,6 +569,6 @@ def require_layerwise(checkpoint: Checkpoint, name: str, value: object, allowed:
         )
 
 
-def stacked(replicas: Iterable[Weights]) -> list[Weights]:
+def all_weights(replicas: Iterable[Weights]) -> list[Weights]:
     """Return the weights of several devices, each with the weights it is laid over."""
     return [weights for replica in replicas for weights in replica.stack]

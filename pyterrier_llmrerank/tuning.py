@@ -215,7 +215,7 @@ def tune(
     limit_of(budget)
     stages, timed = natural("stages", stages), natural("timed", timed)
     numbers = sorted({positive("keep", number) for number in np.atleast_1d(keep).tolist()}, reverse=True)
-    rows = _judged(reranker, res, qrels)
+    rows = _judged_rows(reranker, res, qrels)
     evaluation = Evaluation(measure, rows, qrels)
     checkpoint = reranker.scorer().checkpoint
     if not checkpoint.supports_layerwise:
@@ -410,7 +410,7 @@ def one_pass(
         exit_layer = np.zeros(len(candidates.pairs), dtype=int)
         np.maximum.at(exit_layer, candidates.pair_of_row, cascade.exit_layer)  # the deepest of its rows
         counted = operations([*dict(choice.prune), choice.cutoff], layers, ratio, exit_layer)
-        values = evaluation(cascade.ordered(logits))
+        values = evaluation(cascade.final_scores(logits))
         yield Measurement(choice, values, counted, 1000 * rate * counted.mean())
 
 
@@ -465,7 +465,7 @@ def limit_of(budget: object) -> tuple[str, float]:
     refuse("budget", budget, allowed)
 
 
-def _judged(reranker: MatroyshkaReranker, res: pd.DataFrame, qrels: pd.DataFrame) -> pd.DataFrame:
+def _judged_rows(reranker: MatroyshkaReranker, res: pd.DataFrame, qrels: pd.DataFrame) -> pd.DataFrame:
     """Return the candidates of queries with judgements; ValueError if there are none, or a column is missing."""
     check_columns("res", res, ["qid", "query", "docno", reranker.text_field])
     check_columns("qrels", qrels, ["qid", "docno", "label"])

@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ..errors import reason, short
 from .adapters import Adapter, canonical
 from .config import check_sizes, model_settings, read_json, refuse_pointer
-from .description import FILE, Description, assembled, described, fitting
+from .description import FILE, Description, assemble, read_description, token_adapter_for
 from .families import FAMILIES
 from .locate import adapter_folder, folder_of, portable
 from .tensors import TensorFiles
@@ -52,7 +52,7 @@ def is_layer_wise(model: str) -> bool:
 
 
 @contextmanager
-def errors_only() -> Iterator[None]:
+def silence_warnings() -> Iterator[None]:
     """Silence the warnings of transformers."""
     said = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(40)
@@ -213,7 +213,7 @@ class Checkpoint(ABC):
         try:
             for name in vocabulary_of(folder) or ():  # files that are not used may be pointers
                 refuse_pointer(folder / name)
-            with errors_only():  # transformers warns of every unknown model type
+            with silence_warnings():  # transformers warns of every unknown model type
                 opened = open_tokenizer(folder, self.config)
             opened("Yes")  # some wrong settings raise only when they are used
             return opened
@@ -368,7 +368,7 @@ class RankLLaMACheckpoint(Checkpoint):
         folder = folder_of(model, "model")
         argument = f"model={model!r}"
         adapter, base = None, model
-        own = described(model, folder, "rankllama", argument)
+        own = read_description(model, folder, "rankllama", argument)
         self._adapter_folder = folder
         if (folder / "adapter_config.json").is_file():
             adapter = Adapter(folder, argument)
@@ -464,7 +464,7 @@ class MatroyshkaCheckpoint(Checkpoint):
         given = Description(
             kind=self.kind, base=model, adapters=tuple(adapters), start_layer=start_layer, layer_sep=layer_sep
         )
-        parts = assembled(given, folder, argument)
+        parts = assemble(given, folder, argument)
         if (base := cast(str, parts.base)) != model:
             folder, argument = folder_of(base, f"base of {argument}"), f"base={base!r}"
         super().__init__(folder, argument)
@@ -473,7 +473,7 @@ class MatroyshkaCheckpoint(Checkpoint):
         #: The question that the model's description names; None if it names none.
         self.prompt = parts.prompt
         adapters, start_layer = parts.adapters, parts.start_layer
-        overlay = (*overlay, *(fitting(parts.token_adapters, ratio) if ratio else ()))
+        overlay = (*overlay, *(token_adapter_for(parts.token_adapters, ratio) if ratio else ()))
         self.start_layer, self.layer_sep = self._heads_at(start_layer, parts.layer_sep)
         names = [("adapters", name) for name in adapters] + [("token_adapters", name) for name in overlay]
         self.adapters = [Adapter(adapter_folder(name, base), f"{role}: {name!r}", name) for role, name in names]
@@ -555,7 +555,7 @@ class MatroyshkaCheckpoint(Checkpoint):
 
     def _lm_head_row(self, token: int) -> Tensor:
         if not self.supports_layerwise:  # other families name their tables differently
-            with self.described(), errors_only():
+            with self.described(), silence_warnings():
                 opened: Any = AutoModelForCausalLM.from_pretrained(
                     self.folder,
                     config=self.config,

@@ -46,7 +46,7 @@ def empty_folder(folder: Path, argument: str = "folder") -> Path:
 
 
 @contextmanager
-def written_whole(folder: Path, argument: str = "folder") -> Iterator[Path]:
+def all_or_nothing(folder: Path, argument: str = "folder") -> Iterator[Path]:
     """Write into a new or empty folder, and empty it again if an error interrupts the writing.
 
     A killed process cannot tidy up: write the file that makes the folder a model last.

@@ -57,7 +57,7 @@ class Cascade:
         return [pair for pair in pairs if pair in survivors]
 
     @np.errstate(invalid="ignore")  # rows without a score
-    def ordered(self, scores: Mapping[int, NDArray[np.float64]]) -> NDArray[np.float64]:
+    def final_scores(self, scores: Mapping[int, NDArray[np.float64]]) -> NDArray[np.float64]:
         """Combine the layers' scores into one that ranks dropped rows below all survivors of their query.
 
         Args:

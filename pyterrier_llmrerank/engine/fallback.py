@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 from ..checkpoints.adapters import canonical
-from ..checkpoints.checkpoint import Checkpoint, errors_only
+from ..checkpoints.checkpoint import Checkpoint, silence_warnings
 from .packing import PackedPairs, on_device
 
 #: Names of the norm after the last layer in transformers' decoders.
@@ -143,7 +143,7 @@ def _open_model(checkpoint: Checkpoint) -> tuple[Any, Sequence[str]]:
         raise ValueError(
             f"{checkpoint.argument}: config.json describes a model of {wanted} weights, its files hold {held}."
         )
-    with checkpoint.described(), errors_only():  # it would warn of the unused language model head
+    with checkpoint.described(), silence_warnings():  # it would warn of the unused language model head
         model, loading = AutoModel.from_pretrained(
             checkpoint.folder,
             config=checkpoint.config,

@@ -75,7 +75,7 @@ class Observer:
     def progress(self, pairs: int) -> None:
         """Take note of pairs that are done, by their number; called by one thread at a time."""
 
-    def used(self, usage: Usage) -> None:
+    def add_usage(self, usage: Usage) -> None:
         """Take note of a part of the usage; any thread may call, also after scoring has failed."""
 
 

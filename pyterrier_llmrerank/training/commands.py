@@ -154,7 +154,7 @@ def _parser(command: str, recipe_type: type[Recipe]) -> HfArgumentParser:
     options = dataclasses.make_dataclass(
         "Options",
         [
-            (f.name, _parsed(hints[f.name]), _argument(f.default, f.metadata["help"], *f.metadata["aliases"]))
+            (f.name, _parser_type(hints[f.name]), _argument(f.default, f.metadata["help"], *f.metadata["aliases"]))
             for f in dataclasses.fields(recipe_type)
             if f.metadata["shell"] and f.name not in _trainers()
         ],
@@ -175,7 +175,7 @@ def _parser(command: str, recipe_type: type[Recipe]) -> HfArgumentParser:
     return parser
 
 
-def _parsed(hint: Any) -> Any:
+def _parser_type(hint: Any) -> Any:
     """Return the type to parse an option as: a list for a tuple."""
     return list[typing.get_args(hint)[0]] if typing.get_origin(hint) is tuple else hint  # type: ignore[misc]
 

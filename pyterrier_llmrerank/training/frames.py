@@ -22,7 +22,7 @@ TEACHER = "teacher"
 Bodies = Callable[[pd.DataFrame], list[str]]
 
 
-def judged(qrels: pd.DataFrame, argument: str) -> pd.DataFrame:
+def check_qrels(qrels: pd.DataFrame, argument: str) -> pd.DataFrame:
     """Check judgements, and return them with string ids and number labels, each pair once.
 
     Args:
@@ -86,7 +86,7 @@ def records_of(
 
     Args:
         results: columns ``qid``, ``query``, ``docno``, those that ``bodies`` reads, and optionally ``teacher``.
-        qrels: from :func:`judged`.
+        qrels: from :func:`check_qrels`.
         bodies: formats the passages of a frame as the model reads them.
         min_label: the lowest label of a positive.
         text: adds the columns that ``bodies`` reads to a frame with ``qid``, ``query`` and ``docno``; or None.
@@ -104,7 +104,7 @@ def records_of(
     relevant = {str(qid): set(docnos) for qid, docnos in positive}
     queries = [(str(qid), query, rows) for (qid, query), rows in results.groupby(["qid", "query"], sort=False)]
     lacking = [qid for qid, _, rows in queries if not rows["docno"].isin(relevant.get(qid, set())).any()]
-    elsewhere = {} if TEACHER in results else _fetched(lacking, relevant, results, bodies, text, text_field)
+    elsewhere = {} if TEACHER in results else _fetch_positives(lacking, relevant, results, bodies, text, text_field)
     records, fetched, without_positive, without_negative = [], 0, 0, 0
     for qid, query, rows in queries:
         hit = rows["docno"].isin(relevant.get(qid, set()))
@@ -135,7 +135,7 @@ def records_of(
     return records
 
 
-def _fetched(
+def _fetch_positives(
     lacking: list[str],
     relevant: dict[str, set[str]],
     results: pd.DataFrame,

@@ -57,7 +57,7 @@ def default_of(declared: Field[Any]) -> Any:
     return declared.default if declared.default_factory is MISSING else declared.default_factory()
 
 
-def documented(recipe: type[Recipe]) -> type[Recipe]:
+def document_options(recipe: type[Recipe]) -> type[Recipe]:
     """Add the options of a dataclass to its docstring, as the section ``Args``."""
     if recipe.__doc__ is None:  # python -OO
         return recipe

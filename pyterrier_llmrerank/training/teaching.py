@@ -109,7 +109,7 @@ def teach(
         try:
             with pt.tqdm(total=total, initial=resumed, desc="teach", unit="line", disable=not verbose) as bar:
                 for records in blocks:
-                    data = compress(_scored(source, records, transformer))
+                    data = compress(_score_block(source, records, transformer))
                     file.append(data, len(records), _checksum(records))
                     scored += len(records)
                     bar.update(len(records))
@@ -182,7 +182,7 @@ def _checksum(records: Records) -> int:
     return zlib.crc32(repr(records).encode())
 
 
-def _scored(source: Path, records: Records, transformer: pt.Transformer) -> bytes:
+def _score_block(source: Path, records: Records, transformer: pt.Transformer) -> bytes:
     """Score the passages of a block, and write its lines."""
     passages = {line: _passages(record) for line, record in records}
     rows = {

@@ -73,7 +73,7 @@ def train(
     arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel cannot split our batches; torchrun uses several GPUs
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
     heads = recipe.heads(checkpoint, checkpoint.tokenizer(), arguments.seed)
-    with _unsharded(arguments):
+    with _without_sharding(arguments):
         model = with_lora(checkpoint, heads, recipe, dtype)
     trainer = GroupTrainer(model, arguments, recipe, checkpoint, groups, validation)
     if recipe.patience is not None:
@@ -88,7 +88,7 @@ def train(
 
 
 @contextmanager
-def _unsharded(arguments: TrainingArguments) -> Iterator[None]:
+def _without_sharding(arguments: TrainingArguments) -> Iterator[None]:
     """Build a model in one piece: transformers would let DeepSpeed shard it before its weights are read."""
     config = getattr(arguments, "hf_deepspeed_config", None)
     if config is None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker, ScoringError
 from pyterrier_llmrerank.checkpoints.checkpoint import MatroyshkaCheckpoint, RankLLaMACheckpoint
-from pyterrier_llmrerank.checkpoints.locate import located
+from pyterrier_llmrerank.checkpoints.locate import absolute
 from pyterrier_llmrerank.engine.weights import build_decoder
 
 RAW, FULL, SD = (str(MODELS / name) for name in ("mistral_base", "costwise_full", "adapter_sd"))
@@ -364,7 +364,7 @@ def test_an_adapter_that_names_a_path_outside_gets_nothing_of_it(adapter: Callab
     folder = adapter(base)
     with pytest.raises(FileNotFoundError, match=r"no config\.json|a file\. Allowed|no such model folder") as info:
         RankLLaMAReranker(folder).compute_score(("a", "b"))
-    assert repr(located(base))[1:-1] in str(info.value)
+    assert repr(absolute(base))[1:-1] in str(info.value)
 
 
 class Command:

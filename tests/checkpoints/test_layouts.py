@@ -115,9 +115,9 @@ class Trained:
         self.config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
         reranker = RankLLaMAReranker(MODELS / "rankllama_adapter", base_model=MODELS / "rankllama_base")
         self.pairs = reranker._encode(TOKENIZER, [(query, reranker._body(passage)) for query, passage in PAIRS])
-        self.scores = self.scored_by(self.peft)
+        self.scores = self.reranker(self.peft)
 
-    def scored_by(self, model: torch.nn.Module) -> list[float]:
+    def reranker(self, model: torch.nn.Module) -> list[float]:
         """What a sequence classifier makes of the pairs."""
         with torch.inference_mode():
             return [model(input_ids=torch.tensor([pair.flat()])).logits.item() for pair in self.pairs]

@@ -6,7 +6,7 @@ import pandas as pd
 import pyterrier as pt
 import pytest
 
-from pyterrier_llmrerank.training.frames import judged, records_of, validation_of
+from pyterrier_llmrerank.training.frames import check_qrels, records_of, validation_of
 
 
 def bodies(frame: pd.DataFrame) -> list[str]:
@@ -97,7 +97,7 @@ def test_a_teachers_scores_go_with_their_passages() -> None:
 
 def test_numbers_as_ids_are_fine() -> None:
     numbers = results().astype({"qid": int})
-    assert len(records_of(numbers, judged(QRELS.astype({"qid": int}), "qrels_tr"), bodies, 1, None, "text")) == 2
+    assert len(records_of(numbers, check_qrels(QRELS.astype({"qid": int}), "qrels_tr"), bodies, 1, None, "text")) == 2
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_numbers_as_ids_are_fine() -> None:
 )
 def test_judgements_are_checked(qrels: pd.DataFrame, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        judged(qrels, "qrels_tr")
+        check_qrels(qrels, "qrels_tr")
 
 
 def test_validation_counts_what_was_not_retrieved() -> None:
@@ -135,13 +135,13 @@ def test_validation_counts_what_was_not_retrieved() -> None:
 def test_a_judgement_that_is_none_is_named(change: dict[str, list[object]], message: str) -> None:
     columns = {name: pd.Series(values, dtype=object) for name, values in change.items()}
     with pytest.raises(ValueError, match=message):
-        judged(QRELS.assign(**columns), "qrels_tr")
+        check_qrels(QRELS.assign(**columns), "qrels_tr")
 
 
 def test_judgements_are_of_three_columns_each_once() -> None:
     with pytest.raises(ValueError, match="wanted qid, docno and label, once each"):
-        judged(pd.concat([QRELS, QRELS[["label"]]], axis=1), "qrels_tr")
-    twice = judged(pd.concat([QRELS, QRELS]).set_index("qid", drop=False), "qrels_tr")
+        check_qrels(pd.concat([QRELS, QRELS[["label"]]], axis=1), "qrels_tr")
+    twice = check_qrels(pd.concat([QRELS, QRELS]).set_index("qid", drop=False), "qrels_tr")
     pd.testing.assert_frame_equal(twice, QRELS, check_dtype=False)
 
 

@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from ..checkpoints.saving import empty_folder
 from ..engine.devices import resolve_device, resolve_dtype
 from .batches import Groups
-from .frames import judged, records_of, validation_of
+from .frames import check_qrels, records_of, validation_of
 from .recipes import MatroyshkaTraining, Recipe
 from .trainer import train
 from .validation import MEASURE
@@ -82,7 +82,7 @@ def fit(
         )
     records = records_of(
         training.results,
-        judged(training.qrels, "qrels_tr"),
+        check_qrels(training.qrels, "qrels_tr"),
         training.bodies,
         recipe.min_label,
         recipe.text,
@@ -97,7 +97,7 @@ def fit(
         raise ValueError(f"training={recipe!r}: the results have no column teacher, which it needs.")
     measured = None
     if validation is not None:
-        measured = validation_of(validation.results, judged(validation.qrels, "qrels_va"), validation.bodies)
+        measured = validation_of(validation.results, check_qrels(validation.qrels, "qrels_va"), validation.bodies)
     elif recipe.patience is not None:
         raise ValueError(f"patience={recipe.patience} needs validation results to measure nDCG@10 on.")
     place = resolve_device(device)
@@ -107,12 +107,12 @@ def fit(
     checkpoint = recipe.open(model, adapters, **opening)
     if not arguments.resume_from_checkpoint:
         empty_folder(Path(str(arguments.output_dir)), "output_dir")
-    groups = Groups(records, recipe.group_size, recipe.seed, formatted)
+    groups = Groups(records, recipe.group_size, recipe.seed, as_is)
     return train(recipe, checkpoint, groups, arguments, measured)
 
 
-def formatted(text: str, title: str | None) -> str:
-    """Return a passage that is formatted already."""
+def as_is(text: str, title: str | None) -> str:
+    """Return a passage that is as_is already."""
     return text
 
 

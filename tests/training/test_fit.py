@@ -184,7 +184,7 @@ def test_losses_are_logged_not_printed(
 
 
 @pytest.mark.parametrize("kind", ["rankllama", "matroyshka"])
-def test_fitting_again_goes_on_from_there(kind: str, tmp_path: Path) -> None:
+def test_a_second_fit_continues_from_the_first(kind: str, tmp_path: Path) -> None:
     _, results, qrels = candidates()
     reranker = untrained(kind, tmp_path / "first", max_steps=3)
     reranker.fit(results, qrels)
