@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import NamedTuple, NoReturn, TypeVar, cast
+from typing import NamedTuple, NoReturn, cast
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from .fallback import FallbackDecoder
 from .inputs import Ids
 from .kernels import kernel_of
 from .packing import PackedPairs, Packing, Row, regrouped
+from .prefetch import prefetch
 from .usage import Observer, Stopwatch, Usage
 from .weights import Weights
 
@@ -38,9 +39,6 @@ CASCADE_CHUNK = 256
 
 #: Chunks for each of several devices, if there are enough queries, so that no device waits long for the last one.
 SHARES = 4
-
-Item = TypeVar("Item")
-Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -235,8 +233,8 @@ class Call:
         return ScoringError(message, self.scores)
 
 
-class Chunk(NamedTuple):
-    """Tokenised pairs of whole queries.
+class TokenizedPairs(NamedTuple):
+    """A chunk of pairs with their token ids.
 
     Args:
         pairs: their indices among all pairs.
@@ -316,7 +314,7 @@ class DeviceScorer:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # torch keeps that per thread
             begun, waiting = time.perf_counter(), Stopwatch()
             try:
-                for chunk in one_ahead(self._tokenise, iter(self.call.next_chunk, None), waiting):
+                for chunk in prefetch(map(self._tokenise, iter(self.call.next_chunk, None)), waiting):
                     self._score_chunk(chunk)
                 self._collect()
             except BaseException as error:
@@ -347,7 +345,7 @@ class DeviceScorer:
 
     # -- token ids
 
-    def _tokenise(self, pairs: list[int]) -> Chunk:
+    def _tokenise(self, pairs: list[int]) -> TokenizedPairs:
         """Tokenise a chunk; ScoringError if the model cannot read one of its pairs."""
         texts = [self.call.pairs[pair] for pair in pairs]
         with self._tokenising:
@@ -358,7 +356,7 @@ class DeviceScorer:
         queries = {query for (query, _), ids in zip(texts, encoded, strict=True) if ids.query_truncated}
         passages = sum(ids.passage_truncated for ids in encoded)
         self.call.observer.add_usage(Usage(truncated_queries=len(queries), truncated_passages=passages))
-        return Chunk(pairs, encoded)
+        return TokenizedPairs(pairs, encoded)
 
     def _encode_or_name(self, pairs: list[int], texts: list[tuple[str, str]]) -> list[Ids]:
         """Return token ids, or raise a ScoringError that names the pair whose tokenisation fails."""
@@ -381,7 +379,7 @@ class DeviceScorer:
 
     # -- batches
 
-    def _score_chunk(self, chunk: Chunk) -> None:
+    def _score_chunk(self, chunk: TokenizedPairs) -> None:
         """Take a chunk through all stages."""
         alive, states = list(range(len(chunk.pairs))), dict[int, tuple[Row, int]]()
         for cutoffs in self.shape.stages:
@@ -400,7 +398,7 @@ class DeviceScorer:
             states = {index: stage.states_after[index] for index in alive if index in stage.states_after}
 
     @torch.inference_mode()
-    def _run_batch(self, chunk: Chunk, stage: Stage, batch: list[int]) -> None:
+    def _run_batch(self, chunk: TokenizedPairs, stage: Stage, batch: list[int]) -> None:
         """Start a batch, given by positions in ``stage.alive``, and wait for the one before it."""
         if self.call.stopped.is_set():
             raise Stopped
@@ -466,7 +464,7 @@ class DeviceScorer:
             if batch.cutoffs.stop == len(call.scores):
                 call.progress(len(batch.pairs))
 
-    def _survivors(self, chunk: Chunk, stage: Stage, cascade: Cascade) -> list[int]:
+    def _survivors(self, chunk: TokenizedPairs, stage: Stage, cascade: Cascade) -> list[int]:
         """Return the positions in the chunk of the pairs that survive a stage."""
         self._collect()
         layer = stage.cutoffs[-1]
@@ -515,27 +513,6 @@ def to_host(computed: Tensor) -> Callable[[], np.ndarray]:
         return copy.numpy()
 
     return result
-
-
-def one_ahead(make: Callable[[Item], Made], items: Iterable[Item], waiting: Stopwatch) -> Iterator[Made]:
-    """Map items lazily. A thread makes the next result while the caller works on one.
-
-    Args:
-        make: the function to map.
-        items: its arguments.
-        waiting: measures the time in which the caller waits.
-    """
-    thread = ThreadPoolExecutor(1)
-    made: list[Made] = []
-    try:
-        for item in items:
-            coming = thread.submit(make, item) if made else None
-            yield from made
-            with waiting:
-                made = [coming.result() if coming else make(item)]
-        yield from made
-    finally:
-        thread.shutdown(wait=False, cancel_futures=True)
 
 
 def _is_failure(error: BaseException) -> bool:

@@ -6,7 +6,6 @@ import gzip
 import logging
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
+from ..engine.prefetch import prefetch
 from ..engine.usage import Stopwatch, Usage
 from ..values import positive
 from .chunks import Chunk, ScoredChunk, count_lines, read_chunks, score_chunk
@@ -234,11 +234,8 @@ def _scoring(reranker: LLMReranker, workers: int, address: str | None) -> Iterat
 
 def _score_here(reranker: LLMReranker, chunks: Iterator[Chunk]) -> Generator[tuple[Chunk, ScoredChunk]]:
     """Score chunks in this process, while a thread reads the next one."""
-    with ThreadPoolExecutor(1) as thread:
-        upcoming = thread.submit(next, chunks, None)
-        while (chunk := upcoming.result()) is not None:
-            upcoming = thread.submit(next, chunks, None)
-            yield chunk, score_chunk(reranker, chunk.frame)
+    for chunk in prefetch(chunks):
+        yield chunk, score_chunk(reranker, chunk.frame)
 
 
 # -- writing
