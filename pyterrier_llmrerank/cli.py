@@ -21,7 +21,8 @@ from .options import options_of
 from .rankllama import RankLLaMAReranker
 from .reranker import LLMReranker
 from .runs.evaluation import compare, parse_measure
-from .runs.formats import best_first, by_query, read_run, rerank_line, run_line, writing
+from .runs.formats import best_first, by_query, read_run, rerank_line, run_line
+from .runs.lines import writing
 from .runs.sources import judgements, rerank_rows
 
 logger = logging.getLogger(__name__)

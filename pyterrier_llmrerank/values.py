@@ -6,6 +6,7 @@ that says the name, the value and what is allowed.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, ItemsView, Iterable, Mapping, Sequence, Set
 from typing import Any, NoReturn, TypeVar, cast
@@ -152,6 +153,14 @@ def problem_of_id(value: object) -> str | None:
     if isinstance(value, str):
         return problem_of(value)
     return None if pd.api.types.is_hashable(value) else f"{value!r}, neither a string nor a number"
+
+
+def is_finite(value: object) -> bool:
+    """Tell whether a value is a number that a float can hold; a bool is no number."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return False
 
 
 def as_list(value: object) -> Any:

@@ -63,6 +63,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{system}: {scores} scores, {worst:.1e} from the original program's at most")
 
 
+def written(path: Path, *lines: str) -> Path:
+    """Write lines to a file, compressed if its name ends in ``.gz``, and return its path."""
+    from pyterrier_llmrerank.runs.lines import writing
+
+    with writing(path) as file:
+        file.writelines(lines)
+    return path
+
+
 def words(seed: int, count: int) -> str:
     """A text of so many words, the same for the same seed."""
     generator = random.Random(seed)

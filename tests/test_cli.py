@@ -27,7 +27,8 @@ from typer.testing import CliRunner
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker, cli
 from pyterrier_llmrerank.cli import app, main
 from pyterrier_llmrerank.runs import streaming
-from pyterrier_llmrerank.runs.formats import Judgement, RunRow, read_rerank, read_run
+from pyterrier_llmrerank.runs.collection import Judgement
+from pyterrier_llmrerank.runs.formats import RunRow, read_rerank, read_run
 
 RANKLLAMA = ["--model", str(MODELS / "rankllama_adapter"), "--base-model", str(MODELS / "rankllama_base")]
 KINDS = {"rankllama": RankLLaMAReranker, "matroyshka": MatroyshkaReranker}

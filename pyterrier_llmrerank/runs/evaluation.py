@@ -13,7 +13,8 @@ import pandas as pd
 import pyterrier as pt
 from numpy.typing import NDArray
 
-from .formats import Judgement, RunRow, best_first, by_query
+from .collection import Judgement
+from .formats import RunRow, best_first, by_query
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.locate import HUB_ID
-from ..runs.formats import malformed, objects
+from ..runs.lines import malformed, objects
 from .examples import read_example
 
 if TYPE_CHECKING:

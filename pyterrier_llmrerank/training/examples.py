@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import short
-from ..values import problem_of
+from ..values import is_finite, problem_of
 
 #: Formats a passage, given its text and its title or None, as a model reads it.
 Body = Callable[[str, str | None], str]
@@ -138,11 +137,3 @@ def _scores(record: dict[str, Any], key: str, count: int) -> list[float]:
     if not isinstance(value, list) or len(value) != count or not all(map(is_finite, value)):
         raise ValueError(f"{key} is {short(value)}; wanted {count} finite numbers, one for each passage")
     return [float(score) for score in value]
-
-
-def is_finite(value: object) -> bool:
-    """Whether a value is a number that a float can hold."""
-    try:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # an int of hundreds of digits
-        return False

@@ -18,9 +18,10 @@ import pandas as pd
 import pyterrier as pt
 
 from ..errors import short
-from ..runs.formats import MAX_LINE, malformed, objects
 from ..runs.journal import JournaledFile, refuse_existing
-from .examples import is_finite, read_example
+from ..runs.lines import MAX_LINE, malformed, objects
+from ..values import is_finite
+from .examples import read_example
 
 logger = logging.getLogger(__name__)
 
