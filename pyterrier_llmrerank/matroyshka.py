@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import KW_ONLY, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -14,14 +13,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import numpy as np
 import pyterrier as pt
 
+from . import shapes
 from .checkpoints import bundled
-from .checkpoints.description import Description, assemble, token_adapter_for
-from .checkpoints.locate import absolute, folder_of, is_hub_id, require, shortest
+from .checkpoints.description import FILE, Description, assemble, token_adapter_for
+from .checkpoints.locate import absolute, folder_of, identity, is_hub_id, require, shortest
 from .engine.inputs import PROMPT, Ids, MatroyshkaInputs
 from .features import PAPER, AtDepth, MatroyshkaFeatures
 from .frames import sigmoid
 from .options import Converted, Option, with_options
 from .reranker import LLMReranker, Scores, model_path, require_layerwise
+from .shapes import MatroyshkaShape
 from .values import RATIOS, flag, integer, items, layers, optional, path_like, positive, refuse, string
 
 if TYPE_CHECKING:
@@ -44,37 +45,6 @@ def _token_adapters(name: str, value: object) -> tuple[tuple[int, str], ...]:
     if any(ratio == 1 or ratio not in RATIOS for ratio in by_ratio):
         refuse(name, value, allowed)
     return tuple(sorted(by_ratio.items()))
-
-
-def _cutoff(name: str, value: object) -> int | tuple[int, ...] | None:
-    """Return one layer as an int, several as an ascending tuple."""
-    if value is None:
-        return None
-    cutoffs = layers(name, value, 1)
-    if not cutoffs:
-        refuse(name, value, "a layer, several layers, or None")
-    return cutoffs[0] if len(cutoffs) == 1 else cutoffs
-
-
-def _compress_ratio(name: str, value: object) -> int:
-    if (ratio := positive(name, value)) not in RATIOS:
-        refuse(name, value, "1, 2, 4, 8 (or a power of two up to 64)")
-    return ratio
-
-
-def _prune(name: str, value: object) -> tuple[tuple[int, int], ...]:
-    """Return a cascade's layers and the number of candidates that survive each, ascending by layer."""
-    allowed = "layers and the number of candidates that survive each, {8: 50, 16: 20}"
-    stages = items(name, value, allowed)
-    checked = sorted((integer(name, layer, allowed), integer(name, keep, allowed)) for layer, keep in stages)
-    if any(layer < 1 or keep < 1 for layer, keep in checked):
-        refuse(name, value, f"{allowed}, integers of at least 1")
-    if len(dict(checked)) < len(checked):
-        raise ValueError(f"{name}={value!r} has a layer twice; allowed: {allowed}.")
-    for (_, before), (layer, keep) in pairwise(checked):
-        if keep > before:
-            raise ValueError(f"{name}={value!r}: {keep} cannot survive layer {layer}: only {before} are left there.")
-    return tuple(checked)
 
 
 def _training(name: str, value: object) -> MatroyshkaTraining | None:
@@ -133,7 +103,7 @@ class MatroyshkaReranker(LLMReranker):
     )
     cutoff: Converted[int | Sequence[int] | None, int | tuple[int, ...] | None] = Converted(
         default=None,
-        check=_cutoff,
+        check=shapes.cutoff,
         help="the layer that scores, or several; None for the deepest layer with a head. With several, ``score`` is "
         "the deepest's, and each has a column ``score_<layer>``; all are computed in one pass. Deeper layers are not "
         "run, and not kept in memory unless another reranker needs them.",
@@ -146,13 +116,13 @@ class MatroyshkaReranker(LLMReranker):
     )
     compress_ratio: Option[int] = Option(
         default=1,
-        check=_compress_ratio,
+        check=shapes.compress_ratio,
         help="hidden states that are pooled into one each time: 1 (off), 2, 4 or 8. Larger powers of two, up to 64, "
         "work too, but models are not trained for them.",
     )
     prune: Converted[Mapping[int, int] | Sequence[tuple[int, int]], tuple[tuple[int, int], ...]] = Converted(
         default=(),
-        check=_prune,
+        check=shapes.prune,
         help="a cascade: after a layer (the key), only this many candidates of each query (the value) survive, the "
         "best by the layer's score, for example ``{8: 50, 16: 20}``. Survivors reuse their hidden states and get the "
         "same score as without a cascade. Dropped passages rank below all survivors, in order of their last score; "
@@ -211,13 +181,16 @@ class MatroyshkaReranker(LLMReranker):
         "``CompensateTraining``. The result is appended to ``adapters``.",
     )
 
+    # Without an annotation, which would make it an option.
+    _known_parts = cast("tuple[Hashable, Description] | None", None)
+
     def __post_init__(self) -> None:
         source = self._source()
         vars(self).update(  # not an assignment, which would count as a change of the reranker
             adapters=tuple(absolute(name, source) for name in self.adapters),
             token_adapters=tuple((ratio, absolute(name, source)) for ratio, name in self.token_adapters),
         )
-        self._check_stages(self.deepest())
+        self.shape.check_stages(self.deepest())
         if self.released and self.prune:
             raise ValueError(
                 f"prune={dict(self.prune)}: released=True reads heads of other layers than the cutoffs; allowed: ()."
@@ -271,20 +244,25 @@ class MatroyshkaReranker(LLMReranker):
             if parts.start_layer > parts.layers:
                 raise ValueError(f"start_layer={parts.start_layer}: model={self.model!r} has {parts.layers} layers.")
             heads = range(parts.start_layer, parts.layers + 1, parts.layer_sep or 1)
-            self._check_layers(f"model={self.model!r}", heads, parts.layers)
+            self.shape.check_layers(f"model={self.model!r}", heads, parts.layers)
         if self._is_local(parts):
             self._shape(self._weights().checkpoint)
 
     def _warn_without_effect(self) -> None:
         """Warn of compression that does nothing. It is no error because grids set one argument at a time."""
-        if self.compress_ratio > 1 and not self.compress_layers:
-            logger.warning("compress_ratio=%d has no effect without compress_layers", self.compress_ratio)
         deepest = self.deepest()
-        if self.compress_ratio > 1 and deepest is not None and min(self.compress_layers, default=0) >= deepest:
+        if self.compress_ratio > 1 and not self.shape.pools():
+            logger.warning("compress_ratio=%d has no effect without compress_layers from 1 on", self.compress_ratio)
+        elif self.compress_ratio > 1 and not self.shape.pools(deepest):
             logger.warning(
-                "compress_layers=%s: all are at or above the cutoff, %d, so nothing is pooled, but the compression "
-                "adapter is still used.", list(self.compress_layers), deepest,
+                "compress_layers=%s: none is below the cutoff, %d, so nothing is pooled, but the token adapter is "
+                "still used", list(self.compress_layers), deepest,
             )  # fmt: skip
+
+    @property
+    def shape(self) -> MatroyshkaShape:
+        """The arguments that say how much of the model is run."""
+        return MatroyshkaShape(self.cutoff, self.compress_layers, self.compress_ratio, self.prune)
 
     def at(
         self,
@@ -356,11 +334,11 @@ class MatroyshkaReranker(LLMReranker):
         """Return the cutoff layers, ascending; the model's last layer with a head if ``cutoff`` is None."""
         if self.cutoff is None:
             return (self._weights().checkpoint.head_layers[-1],)
-        return self.cutoff if isinstance(self.cutoff, tuple) else (self.cutoff,)
+        return self.shape.cutoffs
 
     def deepest(self) -> int | None:
         """Return the deepest cutoff; None for the model's last layer."""
-        return self.cutoff[-1] if isinstance(self.cutoff, tuple) else self.cutoff
+        return self.shape.deepest
 
     def _checkpoint(self) -> partial[Any]:
         from .checkpoints.checkpoint import MatroyshkaCheckpoint
@@ -373,19 +351,18 @@ class MatroyshkaReranker(LLMReranker):
         parts = self._parts()
         if overlay := self._token_adapter(parts):
             return partial(MatroyshkaCheckpoint, *self._checkpoint_arguments(), overlay)
-        if self._pools() and is_hub_id(self._source()) and not self.adapters and not self.token_adapters:
+        if self.shape.pools() and is_hub_id(self._source()) and not self.adapters and not self.token_adapters:
             return partial(
                 MatroyshkaCheckpoint, *self._checkpoint_arguments(), (), self.compress_ratio
             )  # if it has one of its own
         return None
 
-    def _pools(self) -> bool:
-        """Return whether the shape compresses, whatever the cutoff: a score is the same at any deeper cutoff."""
-        return self.compress_ratio > 1 and any(layer > 0 for layer in self.compress_layers)
-
     def _token_adapter(self, parts: Description) -> tuple[str, ...]:
-        """Return the token compensation that fits the shape, if there is one."""
-        return token_adapter_for(parts.token_adapters, self.compress_ratio) if self._pools() else ()
+        """Return the token adapter for the shape, if there is one. It does not depend on the cutoff.
+
+        So a score is the same whatever deeper layers are run.
+        """
+        return token_adapter_for(parts.token_adapters, self.compress_ratio) if self.shape.pools() else ()
 
     def __repr__(self) -> str:
         call, source, parts = super().__repr__(), self._source(), self._parts()
@@ -423,7 +400,10 @@ class MatroyshkaReranker(LLMReranker):
             kind="matroyshka", base=source, start_layer=self.start_layer, layer_sep=self.layer_sep, prompt=self.prompt,
             adapters=self.adapters, token_adapters=self.token_adapters,
         )  # fmt: skip
-        return assemble(given, folder, f"model={self.model!r}")
+        key = given, folder, None if folder is None else identity(str(folder / FILE))
+        if self._known_parts is None or self._known_parts[0] != key:  # read again only where something has changed
+            self._known_parts = key, assemble(given, folder, f"model={self.model!r}")
+        return self._known_parts[1]
 
     def _checkpoint_arguments(self) -> tuple[str, tuple[str, ...], int | None, int | None]:
         """Return the base model, the adapters to merge, and ``start_layer`` and ``layer_sep`` if known."""
@@ -441,8 +421,8 @@ class MatroyshkaReranker(LLMReranker):
         self._parts().check_layers(checkpoint.layers, f"model={self.model!r}")
         self._check_layerwise(checkpoint)
         with_head = checkpoint.head_layers
-        cutoffs = self._check_layers(checkpoint.argument, with_head, checkpoint.layers)
-        pools = self.compress_ratio > 1 and any(0 < layer < cutoffs[-1] for layer in self.compress_layers)
+        cutoffs = self.shape.check_layers(checkpoint.argument, with_head, checkpoint.layers)
+        pools = self.shape.pools(cutoffs[-1])
         if pools:
             require_layerwise(checkpoint, "compress_ratio", self.compress_ratio, "1, no compression")
         if self.prune:
@@ -455,38 +435,6 @@ class MatroyshkaReranker(LLMReranker):
         return Shape(
             read, heads, self.compress_layers, self.compress_ratio, pad_id, self.prune, self.attn_implementation
         )
-
-    def _check_layers(self, model: str, with_head: Sequence[int], depth: int) -> tuple[int, ...]:
-        """Check the shape against a model, and return its cutoffs.
-
-        Args:
-            model: the argument that names the model.
-            with_head: its layers with a head, ascending.
-            depth: its number of layers.
-
-        Raises:
-            ValueError: a layer has no head, or does not exist.
-        """
-        cutoffs = self.cutoff if isinstance(self.cutoff, tuple) else (self.cutoff or with_head[-1],)
-        self._check_stages(cutoffs[-1])
-        for argument, value, layer in (
-            *(("cutoff", cutoff, cutoff) for cutoff in cutoffs),
-            *(("prune", dict(self.prune), layer) for layer, _ in self.prune),
-        ):
-            if layer not in with_head:
-                raise ValueError(f"{argument}={value}: {model} has heads at layers {_in_words(with_head)}.")
-        for layer in self.compress_layers:
-            if layer >= depth:
-                raise ValueError(
-                    f"compress_layers={list(self.compress_layers)}: layer index {layer} is beyond {model}; "
-                    f"allowed: 0 to {depth - 1}."
-                )
-        return cutoffs
-
-    def _check_stages(self, deepest: int | None) -> None:
-        """Raise ValueError unless all stages are shallower than the deepest cutoff, or None if it is not known yet."""
-        if deepest is not None and self.prune and (layer := self.prune[-1][0]) >= deepest:
-            raise ValueError(f"prune={dict(self.prune)}: layer {layer} is not shallower than the cutoff, {deepest}.")
 
     def _encode(self, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Ids]:
         return MatroyshkaInputs(self._question(), self.query_max_length, self.max_length)(tokenizer, pairs)
@@ -583,11 +531,3 @@ class MatroyshkaReranker(LLMReranker):
 
     def _finish(self, logits: np.ndarray) -> np.ndarray:
         return sigmoid(logits) if self.normalize else logits
-
-
-def _in_words(layers: Sequence[int]) -> str:
-    """Return layers in words."""
-    if len(layers) == 1:
-        return f"{layers[0]} only; start_layer gives a plain language model more"
-    step = layers[1] - layers[0]
-    return f"{layers[0]} to {layers[-1]}" + (f" in steps of {step}" if step > 1 else "")

@@ -277,7 +277,7 @@ def test_a_compress_layer_beyond_the_model() -> None:
 
 def test_a_ratio_without_layers_gives_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     MatroyshkaReranker(FULL, compress_ratio=2)
-    assert caplog.messages == ["compress_ratio=2 has no effect without compress_layers"]
+    assert caplog.messages == ["compress_ratio=2 has no effect without compress_layers from 1 on"]
     MatroyshkaReranker(FULL, compress_ratio=2, compress_layers=4)
     MatroyshkaReranker(FULL, compress_layers=4)
     assert len(caplog.messages) == 1
