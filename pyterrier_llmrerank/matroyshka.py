@@ -374,13 +374,12 @@ class MatroyshkaReranker(LLMReranker):
         own[source] = folder.name
         return f"{call} over {', '.join(own.get(name) or shortest(name, source) for name in names) or 'no adapter'}"
 
-    def _shown(self, name: str) -> Any:
-        value = getattr(self, name)
+    def _repr_value(self, name: str) -> Any:
         if name == "adapters":
-            return tuple(shortest(adapter, self.model) for adapter in value)
+            return tuple(shortest(adapter, self.model) for adapter in self.adapters)
         if name == "token_adapters":
-            return tuple((ratio, shortest(adapter, self.model)) for ratio, adapter in value)
-        return value
+            return tuple((ratio, shortest(adapter, self.model)) for ratio, adapter in self.token_adapters)
+        return super()._repr_value(name)
 
     def _source(self) -> str:
         """Return the folder, ``.gguf`` file or hub id of the model."""

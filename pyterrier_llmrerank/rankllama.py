@@ -185,14 +185,15 @@ class RankLLaMAReranker(LLMReranker):
         if self.model != before and "named_base" in vars(self):  # another adapter may name another base
             self.named_base = named_base(self._source())
 
-    def compared(self) -> dict[str, Any]:
+    def equality_key(self) -> dict[str, Any]:
         """Return the arguments, and the local base that the adapter names, if it is used."""
         named = {} if self.base_model or self.named_base is None else {"named_base": portable(self.named_base)}
         return self.arguments() | named
 
-    def _shown(self, name: str) -> Any:
-        value = getattr(self, name)
-        return shortest(value) if name == "base_model" and value is not None else value
+    def _repr_value(self, name: str) -> Any:
+        if name == "base_model" and self.base_model is not None:
+            return shortest(self.base_model)
+        return super()._repr_value(name)
 
     def _is_adapter(self) -> bool:
         return (folder_of(self._source(), "model") / "adapter_config.json").is_file()

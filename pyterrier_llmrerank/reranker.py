@@ -9,7 +9,6 @@ import threading
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import KW_ONLY
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ import pandas as pd
 import pyterrier as pt
 from numpy.typing import NDArray
 
+from .arguments import ValueSemantics
 from .checkpoints.locate import absolute, shortest
 from .engine.cascade import Cascade
 from .engine.usage import Observer, Usage
@@ -113,7 +113,7 @@ class Reporter(Observer):
 
 
 @with_options
-class LLMReranker(pt.Estimator):
+class LLMReranker(ValueSemantics, pt.Estimator):
     """A pointwise cross-encoder on a decoder-only language model, as a PyTerrier transformer.
 
     Subclasses define the input format, the heads and how much of the model is run. Each constructor argument is kept
@@ -179,7 +179,6 @@ class LLMReranker(pt.Estimator):
     _works_for = cast("LLMReranker | None", None)  # a reranker that counts this one's usage, too
     _usage_level = logging.INFO
     _has_warned = False  # of ties, once
-    _made_with = cast("dict[str, Any] | None", None)  # the first values of a reranker that was changed since
     _shared = cast("tuple[Hashable, tuple[Weights, ...]] | None", None)  # the weights in use, and their key
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -495,69 +494,12 @@ class LLMReranker(pt.Estimator):
                 self._shared = key, tuple(replicas)
             return self._shared[1]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
-
-    # -- value semantics: equality, hash and repr by the arguments
-
-    def arguments(self) -> dict[str, Any]:
-        """Return the constructor arguments of this reranker, with the values in use."""
-        return {name: getattr(self, name) for name in list(inspect.signature(type(self).__init__).parameters)[1:]}
-
-    def compared(self) -> dict[str, Any]:
-        """Return the values by which rerankers are equal: the arguments, and in subclasses others that scores need."""
-        return self.arguments()
-
     def subtransformers(self) -> dict[str, pt.Transformer]:
         """Return {}: PyTerrier would mistake an empty tuple among the arguments for a list of transformers."""
         return {}
 
-    def set_parameter(self, name: str, value: Any) -> None:
-        """Change a constructor argument, as ``pt.GridScan`` does. The value is checked as by the constructor.
-
-        Args:
-            name: of the argument.
-            value: the new value.
-
-        Raises:
-            ValueError: there is no such argument, or the value is not allowed.
-        """
-        arguments = self.arguments()
-        if name not in arguments:
-            raise ValueError(f"no argument {name!r}; allowed: {', '.join(arguments)}.")
-        changed = type(self)(**{**arguments, name: value})
-        for argument, before in arguments.items():
-            if (after := getattr(changed, argument)) != before:
-                setattr(self, argument, after)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        before = None
-        if self._made_with is None and name in self.__dict__ and not name.startswith("_"):
-            with suppress(AttributeError):  # a subclass's constructor that is still setting its arguments
-                before = self.compared()
-        super().__setattr__(name, value)
-        if before is not None and self.compared() != before:
-            self._made_with = before
-
-    def __eq__(self, other: object) -> bool:
-        if self is other:
-            return True
-        if not isinstance(other, LLMReranker) or type(self) is not type(other):
-            return False
-        return self._made_with is other._made_with is None and self.compared() == other.compared()
-
-    def __hash__(self) -> int:
-        return hash((type(self), *(self._made_with or self.compared()).values()))
-
-    def __repr__(self) -> str:
-        parameters = list(inspect.signature(type(self).__init__).parameters.values())[1:]
-        changed = [p.name for p in parameters[1:] if getattr(self, p.name) != p.default]
-        given = [repr(shortest(self.model)), *(f"{name}={self._shown(name)!r}" for name in changed)]
-        return f"{type(self).__name__}({', '.join(given)})"
-
-    def _shown(self, name: str) -> Any:
-        """Return an argument's value as ``repr`` prints it."""
-        return getattr(self, name)
+    def _repr_value(self, name: str) -> Any:
+        return shortest(self.model) if name == "model" else super()._repr_value(name)
 
 
 def require_layerwise(checkpoint: Checkpoint, name: str, value: object, allowed: str) -> None:

@@ -278,7 +278,7 @@ def _settings(reranker: LLMReranker, device_type: str, form: str, tag: str) -> d
     These are the arguments that affect scores, and the base that an adapter names. With quantization, batch size and
     type of device do, too.
     """
-    arguments = {name: value for name, value in reranker.compared().items() if name not in FREE}
+    arguments = {name: value for name, value in reranker.equality_key().items() if name not in FREE}
     if reranker.quantization:
         arguments |= {"batch_size": reranker.batch_size, "device": device_type}
     return {"reranker": type(reranker).__name__, **arguments, "form": form, "tag": tag}
