@@ -120,6 +120,7 @@ ROOMS = [
     {"reranker"},
     {"features"},
     {"matroyshka", "rankllama"},
+    {"sweep"},
     {"tuning"},
     {"cli"},
 ]
