@@ -83,17 +83,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _OptionError(Exception):
-    """An error whose message names options in place of arguments: ``--base-model=`` for ``base_model=``.
+    """An error whose message names options in place of arguments."""
 
-    Args:
-        error: the error.
-        arguments: names of the arguments.
-    """
 
-    def __init__(self, error: Exception, arguments: Iterable[str]) -> None:
-        options = {name: name.replace("_", "-") for name in arguments} | {"target": "output"}
-        pattern = rf"(?<![\w/'\"-])({'|'.join(options)})="
-        super().__init__(re.sub(pattern, lambda match: f"--{options[match[1]]}=", _one_line(error)))
+def _with_option_names(message: str, arguments: Iterable[str]) -> str:
+    """Name options in place of arguments: ``--base-model=`` for ``base_model=``, ``--resume`` for ``resume=True``."""
+    options = {name: f"--{name.replace('_', '-')}=" for name in arguments} | {"target": "--output="}
+    flags = {"resume=True": "--resume", "overwrite=True": "--overwrite"}
+    names = "|".join([*flags, *(f"{name}=" for name in options)])
+    written = flags | {f"{name}=": option for name, option in options.items()}
+    return re.sub(rf"(?<![\w/'\"-])({names})", lambda match: written[match[1]], message)
 
 
 def _one_line(error: BaseException) -> str:
@@ -249,14 +248,24 @@ def _show(table: Any) -> None:
 _NO_OPTIONS = ("self", "text_field", "training", "verbose")
 
 
-def _options(kind: type[LLMReranker]) -> list[inspect.Parameter]:
-    """Return the options of a ``rerank`` command: the options of the reranker."""
-    names = vars(sys.modules[kind.__module__]) | globals()
-    return [
-        _option(option.name, eval(option.accepts, names), option.default, option.summary)
-        for option in options_of(kind)
-        if option.name not in _NO_OPTIONS
-    ]
+def _options(**kinds: type[LLMReranker]) -> list[inspect.Parameter]:
+    """Return the options of a command: the options of a reranker, or of several, then without defaults."""
+    found: dict[str, dict[str, Any]] = {}
+    for kind, reranker in kinds.items():
+        for option in options_of(reranker):
+            if option.name not in _NO_OPTIONS:
+                found.setdefault(option.name, {})[kind] = option
+    parameters = []
+    for name, by_kind in found.items():
+        kind, option = next(iter(by_kind.items()))
+        hint = eval(option.accepts, vars(sys.modules[kinds[kind].__module__]) | globals())
+        helps = {kind: option.summary for kind, option in by_kind.items()}
+        if len(helps) == len(kinds) and len(set(helps.values())) == 1:
+            help = option.summary
+        else:
+            help = " ".join(f"{kind}: {summary}" for kind, summary in helps.items())
+        parameters.append(_option(name, hint, option.default if len(kinds) == 1 else None, help))
+    return parameters
 
 
 def _option(name: str, hint: Any, default: Any, help: str) -> inspect.Parameter:
@@ -331,12 +340,13 @@ def _rerank_command(name: str, kind: type[LLMReranker], *examples: str) -> None:
                 form=form, tag=tag, resume=resume, workers=workers, address=address,
             )  # fmt: skip
         except KeyboardInterrupt as error:
-            typer.echo(f"Interrupted. {' '.join(getattr(error, '__notes__', ()))}", err=True)
+            notes = " ".join(getattr(error, "__notes__", ()))
+            typer.echo(f"Interrupted. {_with_option_names(notes, ())}", err=True)
             raise
         except ERRORS as error:
-            raise _OptionError(error, [*arguments, "form", "workers"]) from error
+            raise _OptionError(_with_option_names(_one_line(error), [*arguments, "form", "workers"])) from error
 
-    _with_options(command, _options(kind))
+    _with_options(command, _options(**{name: kind}))
     summary = (kind.__doc__ or "").split("\n")[0]
     help = f"{summary}\n\nOmit an option to use its default."
     rerank.command(name, help=help, epilog=_examples(*examples))(command)
@@ -369,7 +379,7 @@ def _teach(
     source: Annotated[Path, typer.Argument(metavar="TRAIN_FILE", help="JSON lines for training; also .gz.")],
     target: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The file to write; compressed if it ends in .gz.")],
     reranker: Annotated[Literal["rankllama", "matroyshka"], typer.Option(help="The teacher.")] = "rankllama",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace scores that lines have already.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the scores of lines that have some.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted output.")] = False,
     verbose: Verbose = False,
     **arguments: Any,
@@ -380,18 +390,20 @@ def _teach(
     kind = TEACHERS[reranker]
     if others := given.keys() - {option.name for option in options_of(kind)}:
         raise ValueError(f"--{min(others).replace('_', '-')} is no option of --reranker={reranker}.")
-    teacher = kind(**given)
-    pipeline = teacher if isinstance(teacher, RankLLaMAReranker) else join_titles() >> teacher
-    teach(source, target, pipeline, overwrite=overwrite, resume=resume, verbose=verbose)
+    try:
+        teacher = kind(**given)
+        pipeline = teacher if isinstance(teacher, RankLLaMAReranker) else join_titles() >> teacher
+        teach(source, target, pipeline, overwrite=overwrite, resume=resume, verbose=verbose)
+    except ERRORS as error:
+        raise _OptionError(_with_option_names(_one_line(error), arguments)) from error
 
 
 def _teach_command() -> None:
-    known = {p.name: p.replace(default=None) for kind in reversed(TEACHERS.values()) for p in _options(kind)}
-    _with_options(_teach, list(known.values()))
+    _with_options(_teach, _options(**TEACHERS))
     app.command(
         "teach",
-        help="Add a teacher's scores, pos_scores and neg_scores, to each line of a training file.\n\n"
-        "Omit an option to use the reranker's default.",
+        help="Add a teacher's scores to a training file.\n\nEach line gets pos_scores and neg_scores. Omit an option "
+        "to use the reranker's default.",
         epilog=_examples(
             "llmrerank teach train.jsonl taught.jsonl --model smollm2-135m",
             "llmrerank teach train.jsonl taught.jsonl.gz --reranker matroyshka --model smollm2-135m --resume",
@@ -432,4 +444,4 @@ def _set_hub_environment(options: Sequence[str]) -> None:
 
 _train_command("rankllama", "Fine-tune a RankLLaMA reranker.")
 _train_command("distill", "Train a Matroyshka reranker by cascaded self-distillation.")
-_train_command("compensate", "Train a compensation adapter of a Matroyshka reranker, for some depth or width.")
+_train_command("compensate", "Train a further Matroyshka adapter, for all depths or one width.")

@@ -80,10 +80,10 @@ class MatroyshkaReranker(LLMReranker):
     model: Option[str] = Option(
         default="BAAI/Matroyshka-ReRanker-passage",
         check=model_path,
-        help="a layer-wise checkpoint (``cost_wise_*``), or any causal language model of a supported family, together "
-        "with ``adapters`` and ``start_layer``. It is a folder, ``.gguf`` file or hub id, which may include a revision "
-        '(``"owner/name@v1"``); paths are kept absolute. ``"smollm2-135m"`` is SmolLM2-135M-Instruct with the adapters '
-        "that come with this package.",
+        help="a layer-wise checkpoint (``cost_wise_*``), a causal language model with ``adapters`` and "
+        "``start_layer``, or ``smollm2-135m``, the small model that comes with this package. It is a folder, "
+        '``.gguf`` file or hub id, which may include a revision (``"owner/name@v1"``); paths are kept absolute. '
+        "``smollm2-135m`` is SmolLM2-135M-Instruct with the package's adapters.",
     )
     _: KW_ONLY
     adapters: Converted[str | Sequence[str], tuple[str, ...]] = Converted(
@@ -96,7 +96,7 @@ class MatroyshkaReranker(LLMReranker):
     token_adapters: Converted[Mapping[int, str] | Sequence[tuple[int, str]], tuple[tuple[int, str], ...]] = Converted(
         default=(),
         check=_token_adapters,
-        help="token compensation adapters by ratio, ``{2: folder, 4: folder}``. In a shape with ``compress_layers``, "
+        help="token adapters by ratio, ``{2: folder, 4: folder}``. In a shape with ``compress_layers``, "
         "the adapter for its ratio, or else for the next lower ratio, is laid over the shared weights. The default is "
         "the adapters in the model's ``reranker.json``, if it has one. They are kept as a tuple of pairs, and the "
         "reranker's ``repr`` shows the one in use.",

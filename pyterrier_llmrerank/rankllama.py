@@ -58,9 +58,9 @@ class RankLLaMAReranker(LLMReranker):
     model: Option[str] = Option(
         default="castorini/rankllama-v1-7b-lora-passage",
         check=model_path,
-        help="a PEFT ``SEQ_CLS`` adapter with its score head, or a merged ``*ForSequenceClassification`` model. It is "
-        'a folder or a hub id, which may include a revision (``"owner/name@v1"``); paths are kept absolute. '
-        '``"smollm2-135m"`` is the small adapter that comes with this package.',
+        help="a PEFT ``SEQ_CLS`` adapter with its score head, a merged ``*ForSequenceClassification`` model, or "
+        "``smollm2-135m``, the small adapter that comes with this package. It is a folder or a hub id, which may "
+        'include a revision (``"owner/name@v1"``); paths are kept absolute.',
     )
     _: KW_ONLY
     base_model: Option[str | None] = Option(

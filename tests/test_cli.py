@@ -305,6 +305,21 @@ def test_interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert capsys.readouterr().err == "Interrupted. out.txt holds 3 pairs.\n"
 
 
+@pytest.mark.parametrize(
+    ("command", "hint"),
+    [
+        ("rerank rankllama in.jsonl --output begun.txt --model smollm2-135m", "to continue it, set --resume."),
+        ("teach train.jsonl begun.txt --model smollm2-135m", "to continue it, set --resume."),
+        ("teach train.jsonl new.txt --model smollm2-135m", "neg_scores is there already; allowed with --overwrite."),
+    ],
+)
+def test_errors_name_options(command: str, hint: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("begun.txt").touch()
+    Path("train.jsonl").write_text('{"query": "q", "pos": ["a"], "neg": ["b"], "neg_scores": [1]}')
+    assert run(command) == 1
+    assert capsys.readouterr().err.endswith(f"{hint}\n")
+
+
 def test_verbose_logs_each_step(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert run(PREPARE) == 0
     assert caplog.messages == []

@@ -179,9 +179,7 @@ def _add_note(error: BaseException, target: Path, pairs: int) -> None:
     from ..engine.scoring import CHUNK
 
     if pairs:
-        error.add_note(
-            f"{target} holds {pairs:,} pairs, all of complete queries; to continue, set resume=True (--resume)."
-        )
+        error.add_note(f"{target} holds {pairs:,} pairs, all of complete queries; to continue, set resume=True.")
     elif isinstance(error, KeyboardInterrupt):
         error.add_note(f"Nothing was written yet: results are written in blocks of at least {CHUNK:,} pairs.")
 

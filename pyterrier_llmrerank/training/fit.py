@@ -76,10 +76,7 @@ def fit(
         FileExistsError: the recipe's ``output_dir`` is not empty, and no run in it is resumed.
         FloatingPointError: as :class:`~pyterrier_llmrerank.training.trainer.GroupTrainer`.
     """
-    if isinstance(device, tuple):
-        raise ValueError(
-            f"device={device!r}: fit trains on one device; for several: torchrun -m pyterrier_llmrerank train."
-        )
+    _one_device(device)  # fails before the slow steps
     records = records_of(
         training.results,
         check_qrels(training.qrels, "qrels_tr"),
@@ -88,27 +85,46 @@ def fit(
         recipe.text,
         training.text_field,
     )
-    has_teacher = "pos_scores" in records[0]
-    if isinstance(recipe, MatroyshkaTraining) and recipe.loss.needs_teacher and not has_teacher:
-        method = recipe.train_method.removesuffix("_teacher")
-        logger.warning("the results have no column teacher: train_method is %s, not %s", method, recipe.train_method)
-        recipe = dataclasses.replace(recipe, train_method=method)
-    elif recipe.loss.needs_teacher and not has_teacher:
-        raise ValueError(f"training={recipe!r}: the results have no column teacher, which it needs.")
+    if recipe.loss.needs_teacher and "pos_scores" not in records[0]:
+        recipe = _without_teacher(recipe)
     measured = None
     if validation is not None:
         measured = validation_of(validation.results, check_qrels(validation.qrels, "qrels_va"), validation.bodies)
     elif recipe.patience is not None:
         raise ValueError(f"patience={recipe.patience} needs validation results to measure nDCG@10 on.")
-    place = resolve_device(device)
-    if place.index:  # the Trainer uses the first one
-        raise ValueError(f"device={device!r}: fit trains on the first GPU; choose it by CUDA_VISIBLE_DEVICES.")
+    place = _one_device(device)
     arguments = _arguments(recipe, place, resolve_dtype(dtype, place), measured is not None, verbose)
     checkpoint = recipe.open(model, adapters, **opening)
     if not arguments.resume_from_checkpoint:
         empty_folder(Path(str(arguments.output_dir)), "output_dir")
+    if not (verbose or logger.isEnabledFor(logging.INFO)):
+        logger.warning(
+            "Training on %d queries. For progress, set verbose=True or log at level INFO. Output folder: %s",
+            len(records), arguments.output_dir,
+        )  # fmt: skip
     groups = Groups(records, recipe.group_size, recipe.seed, as_is)
     return train(recipe, checkpoint, groups, arguments, measured)
+
+
+def _one_device(device: str | tuple[str, ...] | None) -> torch.device:
+    """Return the device to train on; ValueError unless it is the CPU or the first GPU."""
+    if isinstance(device, tuple):
+        raise ValueError(
+            f"device={device!r}: fit trains on one device; for several: torchrun -m pyterrier_llmrerank train."
+        )
+    place = resolve_device(device)
+    if place.index:  # the Trainer uses the first one
+        raise ValueError(f"device={device!r}: fit trains on the first GPU; choose it by CUDA_VISIBLE_DEVICES.")
+    return place
+
+
+def _without_teacher(recipe: Recipe) -> Recipe:
+    """Return the recipe that learns from labels alone; ValueError if the recipe cannot do without a teacher."""
+    if not isinstance(recipe, MatroyshkaTraining):
+        raise ValueError(f"training={recipe!r}: the results have no column teacher, which it needs.")
+    method = recipe.train_method.removesuffix("_teacher")
+    logger.warning("Training on labels alone, with train_method=%r: the results have no column 'teacher'.", method)
+    return dataclasses.replace(recipe, train_method=method)
 
 
 def as_is(text: str, title: str | None) -> str:

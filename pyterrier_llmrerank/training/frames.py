@@ -80,26 +80,22 @@ def records_of(
 ) -> list[dict[str, Any]]:
     """Make one record for each query: relevant results are positives, all other results negatives.
 
-    A query without a relevant result gets its judged positives from the other queries' results or from ``text``. It is
-    dropped if neither has one, if there is a column ``teacher`` (they would have no scores), or if it has no negatives;
-    one log line counts the dropped queries.
+    A query without a relevant result takes its judged positives from other queries' results or from ``text``. The query
+    is dropped if neither has one, if it has no negatives, or if it has no positive and the results have a column
+    ``teacher``, because positives from elsewhere have no teacher scores. A log line counts the dropped queries.
 
     Args:
-        results: columns ``qid``, ``query``, ``docno``, those that ``bodies`` reads, and optionally ``teacher``.
+        results: columns ``qid``, ``query``, ``docno``, the columns that ``bodies`` reads, and optionally ``teacher``.
         qrels: from :func:`check_qrels`.
         bodies: formats the passages of a frame as the model reads them.
         min_label: the lowest label of a positive.
         text: adds the columns that ``bodies`` reads to a frame with ``qid``, ``query`` and ``docno``; or None.
-        text_field: the column of texts.
+        text_field: the column with texts.
 
     Raises:
         ValueError: a teacher's score is missing, ``text`` adds no texts, or no query remains.
     """
-    results = results.reset_index(drop=True)  # an index named qid would hide the column
-    results = results.assign(qid=results["qid"].astype(str), docno=results["docno"].astype(str))
-    if TEACHER in results:
-        results[TEACHER] = numbers(results, TEACHER, "the training results")
-    results["_body"] = bodies(results)
+    results = _with_bodies(results, bodies)
     positive = qrels[qrels["label"] >= min_label].groupby("qid")["docno"]
     relevant = {str(qid): set(docnos) for qid, docnos in positive}
     queries = [(str(qid), query, rows) for (qid, query), rows in results.groupby(["qid", "query"], sort=False)]
@@ -120,9 +116,8 @@ def records_of(
         if TEACHER in rows:
             record["pos_scores"], record["neg_scores"] = (list(rows.loc[side, TEACHER]) for side in (hit, ~hit))
         records.append(record)
-    skipped = without_positive + without_negative
     logger.log(
-        logging.WARNING if skipped else logging.INFO,
+        logging.WARNING if without_positive + without_negative else logging.INFO,
         "training on %d queries; %d have positives from outside their results; "
         "dropped: %d without a positive, %d without a negative",
         *(len(records), fetched, without_positive, without_negative),
@@ -133,6 +128,15 @@ def records_of(
             f"{without_negative} no negative among their results{no_common_query(results['qid'], qrels['qid'])}."
         )
     return records
+
+
+def _with_bodies(results: pd.DataFrame, bodies: Bodies) -> pd.DataFrame:
+    """Add the column ``_body``, with each passage as the model reads it; ids become strings, teacher scores numbers."""
+    results = results.reset_index(drop=True)  # an index named qid would hide the column
+    results = results.assign(qid=results["qid"].astype(str), docno=results["docno"].astype(str))
+    if TEACHER in results:
+        results[TEACHER] = numbers(results, TEACHER, "the training results")
+    return results.assign(_body=bodies(results))
 
 
 def _fetch_positives(

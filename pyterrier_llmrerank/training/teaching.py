@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from hashlib import sha256
 from itertools import chain, islice, repeat
@@ -18,7 +18,7 @@ import pandas as pd
 import pyterrier as pt
 
 from ..errors import short
-from ..runs.journal import JournaledFile, refuse_existing
+from ..runs.journal import Block, JournaledFile, refuse_existing
 from ..runs.lines import MAX_LINE, malformed, objects
 from ..values import is_finite
 from .examples import read_example
@@ -96,17 +96,10 @@ def teach(
         raise ValueError(f"{source}: no training data in it.")
     compress = partial(gzip.compress, mtime=0) if target.suffix == ".gz" else bytes
     teacher = re.sub(r" at 0x[0-9a-f]+", "", repr(transformer))  # an address differs in the next process
-    scored = resumed = 0
+    scored = 0
     with JournaledFile(target, {"teacher": teacher, "overwrite": overwrite}, resume=resume) as file:
         blocks = _blocks(_records(source, overwrite), chain((block.rows for block in file.blocks), repeat(0)))
-        for block in file.blocks:
-            records = next(blocks, [])
-            if (len(records), _checksum(records)) != (block.rows, block.source_checksum):
-                first = f"line {records[0][0]}" if records else "its end"
-                raise ValueError(
-                    f"{source}, from {first}: not the lines that {target} was made from; use the same, or delete it."
-                )
-            resumed += len(records)
+        resumed = _skip_written(blocks, file.blocks, source, target)
         try:
             with pt.tqdm(total=total, initial=resumed, desc="teach", unit="line", disable=not verbose) as bar:
                 for records in blocks:
@@ -116,7 +109,9 @@ def teach(
                     bar.update(len(records))
         except BaseException as error:
             if resumed + scored:
-                error.add_note(f"{target} holds {resumed + scored:,} lines; continue with resume (--resume).")
+                error.add_note(
+                    f"{target} holds {resumed + scored:,} lines, all complete; to continue, set resume=True."
+                )
             raise
     logger.info("%s: %d lines scored, after %d from before", target, scored, resumed)
     return scored
@@ -143,7 +138,7 @@ def _records(source: Path, overwrite: bool) -> Iterator[tuple[int, dict[str, Any
     for line, record in objects(source):
         present = [key for key in SCORES if record.get(key) is not None]
         if present and not overwrite:
-            raise malformed(source, line, f"{present[0]} is there already; allowed with overwrite (--overwrite)")
+            raise malformed(source, line, f"{present[0]} is there already; allowed with overwrite=True")
         try:
             read_example({**record, **dict.fromkeys(SCORES)}, lambda text, title: text)
         except ValueError as error:
@@ -177,6 +172,23 @@ def _blocks(records: Iterator[tuple[int, dict[str, Any]]], lines: Iterator[int])
         if not block:
             return
         yield block
+
+
+def _skip_written(blocks: Iterator[Records], written: Sequence[Block], source: Path, target: Path) -> int:
+    """Skip the blocks that the target already contains, and return their number of lines.
+
+    Raises:
+        ValueError: a block was written from other lines.
+    """
+    for block in written:
+        records = next(blocks, [])
+        if (len(records), _checksum(records)) != (block.rows, block.source_checksum):
+            first = f"line {records[0][0]}" if records else "its end"
+            raise ValueError(
+                f"{source}, from {first}: the lines have changed since {target} was written; resume with the original "
+                f"file, or delete {target}."
+            )
+    return sum(block.rows for block in written)
 
 
 def _checksum(records: Records) -> int:

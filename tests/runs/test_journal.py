@@ -195,7 +195,7 @@ def test_an_existing_file_is_not_overwritten(tmp_path: Path) -> None:
         JournaledFile(path, SETTINGS)
     assert list(tmp_path.iterdir()) == [path]
     journal_path(path).touch()
-    with pytest.raises(FileExistsError, match=r"set resume=True \(--resume\)"):
+    with pytest.raises(FileExistsError, match=r"set resume=True\."):
         JournaledFile(path, SETTINGS)
     assert path.read_text() == "mine\n"
 
