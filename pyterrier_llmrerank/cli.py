@@ -115,8 +115,8 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run of 3, 4 or 6 col
 Columns = Annotated[
     str | None,
     typer.Option(
-        help="The run's columns, for example qid,docno,rank. Use _ for a column to ignore. By default, the columns "
-        "follow from their number."
+        help="The run's columns, for example qid,docno,rank. Use _ for a column to ignore. By default, their "
+        "number decides."
     ),
 ]
 Output = Annotated[Path, typer.Option(help="The file to write, compressed if its name ends in .gz.")]
@@ -154,7 +154,7 @@ def prepare(
         ),
     ],
     output: Output,
-    depth: Annotated[int, typer.Option(min=1, help="Number of documents to keep for each query, from the top.")] = 200,
+    depth: Annotated[int, typer.Option(min=1, help="Number of top documents to keep for each query.")] = 200,
     columns: Columns = None,
     verbose: Verbose = False,
 ) -> None:
@@ -219,7 +219,7 @@ def evaluate(
         Path | None, typer.Option(help="A run to compare with. p is from a paired two-sided t-test over queries.")
     ] = None,
     columns: Columns = None,
-    baseline_columns: Annotated[str | None, typer.Option(help="As --columns, for the baseline.")] = None,
+    baseline_columns: Annotated[str | None, typer.Option(help="The baseline's columns, like --columns.")] = None,
     per_query: Annotated[bool, typer.Option("--per-query", help="Also show the values of each query.")] = False,
 ) -> None:
     """Evaluate a run, and compare it with a baseline.
@@ -370,15 +370,17 @@ _rerank_command(
 )
 
 
-# -- teaching: options are the constructors' arguments, as in reranking
+# -- teaching: options are the constructors' arguments, too
 
 TEACHERS: dict[str, type[LLMReranker]] = {"rankllama": RankLLaMAReranker, "matroyshka": MatroyshkaReranker}
 
 
 def _teach(
-    source: Annotated[Path, typer.Argument(metavar="TRAIN_FILE", help="JSON lines for training; also .gz.")],
+    source: Annotated[Path, typer.Argument(metavar="TRAIN_FILE", help="JSON lines, optionally .gz.")],
     target: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The file to write; compressed if it ends in .gz.")],
-    reranker: Annotated[Literal["rankllama", "matroyshka"], typer.Option(help="The teacher.")] = "rankllama",
+    reranker: Annotated[
+        Literal["rankllama", "matroyshka"], typer.Option(help="The kind of the teacher.")
+    ] = "rankllama",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the scores of lines that have some.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted output.")] = False,
     verbose: Verbose = False,

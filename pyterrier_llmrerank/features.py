@@ -62,7 +62,7 @@ class MatroyshkaFeatures(pt.Transformer):
     def _are_depths(self, rerankers: Sequence[pt.Transformer]) -> bool:
         """Return whether one pass can give the scores of all rerankers."""
         first = self.rerankers[0]
-        if first.released or first.prune:  # its head at a layer depends on all cutoffs; not all rows reach all depths
+        if first.released or first.prune:  # heads depend on all cutoffs, or some rows do not reach all depths
             return False
         return all(
             isinstance(reranker, type(first))
@@ -72,7 +72,7 @@ class MatroyshkaFeatures(pt.Transformer):
         )
 
     def subtransformers(self) -> dict[str, pt.Transformer]:
-        """Return none: the rerankers are drawn as one transformer."""
+        """Return {}: diagrams show the rerankers as one transformer."""
         return {}
 
     def __repr__(self) -> str:
@@ -86,7 +86,7 @@ class MatroyshkaFeatures(pt.Transformer):
 
 
 class AtDepth(pt.Transformer):
-    """Takes the score at one of several cutoffs of a pass as the score.
+    """Ranks by the score at one of the cutoffs of a pass.
 
     Args:
         layer: the cutoff.

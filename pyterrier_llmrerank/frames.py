@@ -26,7 +26,7 @@ def check_rows(frame: pd.DataFrame, text_field: str) -> None:
         text_field: the column with the text.
 
     Raises:
-        ValueError: a column is there twice, a qid or docno is missing, or a query or text is not a string.
+        ValueError: a column is repeated, a qid or docno is missing, or a query or text is not a string.
     """
     if repeated := list(frame.columns[frame.columns.duplicated()]):
         raise ValueError(f"the frame has several columns {repeated[0]!r}; wanted one.")
@@ -48,7 +48,7 @@ def check_rows(frame: pd.DataFrame, text_field: str) -> None:
 
 
 def check_columns(name: str, frame: pd.DataFrame, columns: Sequence[str]) -> None:
-    """Raise ValueError if an argument, a frame, lacks columns."""
+    """Raise ValueError if a frame, given as the argument ``name``, lacks columns."""
     if missing := [column for column in columns if column not in frame.columns]:
         raise ValueError(f"{name} has columns {list(frame.columns)}; missing: {', '.join(missing)}.")
 
@@ -67,7 +67,7 @@ def distinct(values: Sequence[Value]) -> tuple[list[Value], NDArray[np.intp]]:
 
 
 def with_ranks(scored: pd.DataFrame, logits: np.ndarray | None = None) -> pd.DataFrame:
-    """Add PyTerrier's ranks to a copy of a frame, whatever its index is named or holds.
+    """Add PyTerrier's ranks to a copy of a frame, which may have any index.
 
     Args:
         scored: the frame, with ``score``.
@@ -93,10 +93,10 @@ def warn_of_ties(reranker: object, qids: pd.Series[Any], scores: np.ndarray, log
     """Warn if normalisation makes different logits of a query equal in single precision, as evaluators see them.
 
     Args:
-        reranker: named in the warning.
-        qids: of each row, ``[rows]``.
+        reranker: the transformer to name in the warning.
+        qids: the qid of each row, ``[rows]``.
         scores: normalised scores, ``[rows]``.
-        logits: the scores before that, ``[rows]``.
+        logits: the scores before normalisation, ``[rows]``.
 
     Returns:
         Whether it warned.

@@ -239,7 +239,7 @@ class MatroyshkaReranker(LLMReranker):
                 raise ValueError(f"{name}={own!r}, but training has {other!r}; the two must agree.")
 
     def _check_early(self, parts: Description) -> None:
-        """Raise ValueError for a shape that the model does not allow, as far as that is known without a download."""
+        """Raise ValueError if the model does not allow the shape, unless a check needs a download."""
         if parts.layers is not None and parts.start_layer is not None:
             if parts.start_layer > parts.layers:
                 raise ValueError(f"start_layer={parts.start_layer}: model={self.model!r} has {parts.layers} layers.")
@@ -299,7 +299,7 @@ class MatroyshkaReranker(LLMReranker):
         return type(self)(**{**self.arguments(), **changed})
 
     def depths(self) -> dict[int, pt.Transformer]:
-        """Return a pipeline for each cutoff; all of them start with the same pass. A single cutoff gives the reranker.
+        """Return a pipeline for each cutoff; all start with the same pass. With a single cutoff, it is the reranker.
 
         An experiment that shares common prefixes of pipelines makes the pass once:
         ``pt.Experiment([bm25 >> depth for depth in m.at(cutoff=[8, 16, 24]).depths().values()], ..., plan="tree")``.
@@ -321,7 +321,7 @@ class MatroyshkaReranker(LLMReranker):
         logits = self
         if self.normalize:  # each depth is ranked by logits
             logits = self.at(normalize=False)
-            logits._works_for = self
+            logits._usage_parent = self
         return {layer: logits >> AtDepth(layer, self.cutoff, self.normalize) for layer in self.cutoff}
 
     def fuse_feature_union(self, other: pt.Transformer, is_left: bool) -> pt.Transformer | None:
@@ -389,7 +389,7 @@ class MatroyshkaReranker(LLMReranker):
         """Return the parts of this reranker, from its arguments and the model's own description.
 
         Args:
-            fetch: download a hub model to read its description; else a hub model counts as having none.
+            fetch: download a hub model to read its description; otherwise the description of a hub model is left out.
         """
         source = self._source()
         folder: Path | None = Path(source).expanduser()
@@ -481,13 +481,13 @@ class MatroyshkaReranker(LLMReranker):
         ``MatroyshkaReranker(folder)`` opens it.
 
         Args:
-            folder: where to; new or empty.
+            folder: a new or an empty folder.
             merged: write one layer-wise model (``cost_wise_*``) with all adapters merged in, rather than the
                 PEFT adapters. Weights are in ``dtype``, not quantised, heads are fp32.
 
         Returns:
             The folders of the adapters that this shape uses, in order: they open as ``adapters`` too. A single adapter
-            is in the folder itself, several in numbered folders below it, token compensations in ``token-<ratio>``.
+            is in the folder itself, several in numbered folders below it, token adapters in ``token-<ratio>``.
             Empty if ``merged``.
 
         Raises:

@@ -173,7 +173,7 @@ class RankLLaMAReranker(LLMReranker):
         )  # fmt: skip
 
     def _base(self) -> str:
-        """Return the base of the adapter, or of the one to be trained."""
+        """Return the base of the adapter, or the model itself before training."""
         return cast("RankLLaMACheckpoint", self._checkpoint()()).base
 
     def _switch_to(self, adapter: str) -> None:
@@ -209,8 +209,8 @@ class RankLLaMAReranker(LLMReranker):
                 with its score head. Weights are in ``dtype``, not quantised, the head is fp32.
 
         Raises:
-            FileExistsError: there is something in the folder.
-            ValueError: there is no adapter, or it is untrained.
+            FileExistsError: the folder is not empty.
+            ValueError: there is no adapter, or the model is untrained.
         """
         from .checkpoints.saving import all_or_nothing, copy_adapter, write_merged
         from .engine.weights import build_decoder

@@ -1,4 +1,4 @@
-"""The base of all rerankers: takes a frame, and returns it with scores and ranks."""
+"""The base class of all rerankers: scores and ranks the rows of a frame."""
 
 from __future__ import annotations
 
@@ -75,13 +75,13 @@ class Scores(NamedTuple):
 
     @classmethod
     def none(cls, rows: int = 0) -> Scores:
-        """Return the scores of rows before any is scored."""
+        """Return scores that are all missing."""
         missing = np.full(rows, np.nan)
         return cls(missing, defaultdict(lambda: missing), np.zeros(rows, dtype=int), missing)
 
     @classmethod
     def of(cls, error: BaseException, rows: int) -> Scores:
-        """Return the scores that an error carries, or none."""
+        """Return the scores that an error carries; all missing if it carries none."""
         scores = getattr(error, "scores", None)
         return scores if isinstance(scores, cls) else cls.none(rows)
 
@@ -121,10 +121,9 @@ class LLMReranker(ValueSemantics, pt.Estimator):
     copy in memory.
 
     Rerankers made with equal arguments are equal, so experiments share their work. A reranker that is changed later
-    (:meth:`set_parameter`, :meth:`fit`, an attribute) equals only itself from then on and keeps its hash. So it can
-    stay a key of a dict. A copy or pickle of it compares by its values
-    at that time, like a new reranker. (Two rerankers that are equal from the start
-    are one key, as in any dict: give one of them another ``batch_size``, for example.)
+    (:meth:`set_parameter`, :meth:`fit`, an attribute) equals only itself from then on and keeps its hash, so that it
+    can stay a key of a dict. A copy or pickle of it compares by its current values, like a new reranker. (Rerankers
+    that are equal from the start are one key of a dict: give one of them another ``batch_size``, for example.)
     """
 
     schematic: ClassVar[Mapping[str, str]]
@@ -176,9 +175,9 @@ class LLMReranker(ValueSemantics, pt.Estimator):
 
     # Without annotations, which would make them options.
     _usage = Usage()
-    _works_for = cast("LLMReranker | None", None)  # a reranker that counts this one's usage, too
+    _usage_parent = cast("LLMReranker | None", None)  # another reranker, which counts this one's usage too
     _usage_level = logging.INFO
-    _has_warned = False  # of ties, once
+    _has_warned = False  # of ties; one warning is enough
     _shared = cast("tuple[Hashable, tuple[Weights, ...]] | None", None)  # the weights in use, and their key
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -193,7 +192,7 @@ class LLMReranker(ValueSemantics, pt.Estimator):
         """Return a call that opens the checkpoint; equal calls mean equal weights."""
 
     def _overlay_checkpoint(self) -> partial[Any] | None:
-        """Return a call that opens the checkpoint with adapters laid over its weights; None for no such adapters."""
+        """Return a call that opens the checkpoint with a token adapter over it; None without a token adapter."""
         return None
 
     @abstractmethod
@@ -303,7 +302,7 @@ class LLMReranker(ValueSemantics, pt.Estimator):
 
         Args:
             pairs: the query and passage of each row.
-            qids: of each row; rows with the same qid and query compete.
+            qids: the qid of each row; rows with the same qid and query compete.
             name: names a row in errors.
         """
         scorer = self.scorer()
@@ -321,16 +320,16 @@ class LLMReranker(ValueSemantics, pt.Estimator):
                 logits = scorer.score(texts, reporter, cascade)
             except (ScoringError, KeyboardInterrupt) as error:
                 if hasattr(error, "scores"):
-                    error.scores = self._of_rows(error.scores[:, pair_of_row], shape, cascade)
+                    error.scores = self._row_scores(error.scores[:, pair_of_row], shape, cascade)
                 raise
             finally:
                 if reporter.parts:  # scoring began
                     usage = sum(reporter.parts, Usage())
                     self.add_usage(usage)
                     logger.log(self._usage_level, "%r: %s", self, usage)
-        return self._of_rows(logits[:, pair_of_row], shape, cascade)
+        return self._row_scores(logits[:, pair_of_row], shape, cascade)
 
-    def _of_rows(self, logits: np.ndarray, shape: Shape, cascade: Cascade | None) -> Scores:
+    def _row_scores(self, logits: np.ndarray, shape: Shape, cascade: Cascade | None) -> Scores:
         """Turn the logits of rows, ``[cutoffs, rows]``, into their scores."""
         by_layer = dict(zip(shape.cutoffs, logits, strict=True))
         if cascade is None:
@@ -349,11 +348,11 @@ class LLMReranker(ValueSemantics, pt.Estimator):
         return self._usage
 
     def add_usage(self, usage: Usage) -> None:
-        """Add to :attr:`usage`; for work that was done on behalf of this reranker."""
+        """Add to :attr:`usage` the usage of work on behalf of this reranker."""
         with _LOCK:
             self._usage += usage
-            if self._works_for is not None:
-                self._works_for.add_usage(usage)
+            if self._usage_parent is not None:
+                self._usage_parent.add_usage(usage)
 
     def take_usage(self) -> Usage:
         """Return :attr:`usage`, and start again from zero."""
@@ -512,5 +511,5 @@ def require_layerwise(checkpoint: Checkpoint, name: str, value: object, allowed:
 
 
 def all_weights(replicas: Iterable[Weights]) -> list[Weights]:
-    """Return the weights of several devices, each with the weights it is laid over."""
+    """Return the weights on all devices: with a token adapter, and those below it that it shares."""
     return [weights for replica in replicas for weights in replica.stack]

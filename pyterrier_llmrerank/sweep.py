@@ -59,7 +59,7 @@ def cascades(
 
 
 def choices(width: MatroyshkaReranker, keep: Sequence[int], stages: int) -> Iterator[Choice]:
-    """Yield the shapes of a width. Shapes that end before its first pooling are left to the full width."""
+    """Yield the shapes of a width. Shapes that end before the first pooling belong to the full width."""
     layers, ratio = width.compress_layers, width.compress_ratio
     first_pooling = 0 if ratio == 1 else min((layer for layer in layers if layer > 0), default=np.inf)
     for cutoff, prune in cascades(width.cutoffs(), keep, stages):
@@ -68,7 +68,7 @@ def choices(width: MatroyshkaReranker, keep: Sequence[int], stages: int) -> Iter
 
 
 def evenly_spaced(with_head: Sequence[int], deepest: int) -> list[int]:
-    """Return up to :data:`CUTOFFS` evenly spaced layers with a head, the last one not below ``deepest``."""
+    """Return up to :data:`CUTOFFS` evenly spaced layers with a head, none below ``deepest``."""
     layers = [layer for layer in with_head if layer <= deepest]
     count = min(CUTOFFS, len(layers))
     return [layers[-(-len(layers) * number // count) - 1] for number in range(1, count + 1)]

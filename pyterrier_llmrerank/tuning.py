@@ -156,7 +156,7 @@ def tune(
         res: candidates to validate on, with ``qid``, ``query``, ``docno`` and the text column. Queries without
             judgements are left out. ``score``, or else ``rank``, gives the effectiveness of the first stage.
         qrels: judgements, with ``qid``, ``docno`` and ``label``.
-        measure: of ir_measures, by name or as an object; a mean over queries, of which more is better.
+        measure: a measure of ir_measures, or its name. Shapes with a higher mean over queries are better.
         budget: limits the cost of :attr:`Tuning.best`: a share of the full shape's operations (0.5) or milliseconds
             per query (``"150ms"``); None for no limit. The full shape is the deepest cutoff, without compression and
             without a cascade.
@@ -167,9 +167,9 @@ def tune(
         keep: numbers of candidates that survive a stage. Numbers below the longest candidate list are tried.
         stages: the most stages in a cascade, each of which keeps fewer candidates; 0 for no cascades. Models whose
             layers cannot be run one by one get none.
-        timed: the number of queries, from the first, on which the shapes on the front are timed. The shapes take turns
-            for two rounds; their median is scaled to all queries by operations. All other milliseconds are predicted
-            from the operations and the time of their width's pass. 0 to predict all.
+        timed: number of queries, counted from the first, on which the shapes on the front are timed. The shapes take
+            turns for two rounds; their median is scaled to all queries by operations. All other milliseconds are
+            predicted from the operations and the time of their width's pass. 0 predicts all.
 
     Returns:
         The measurements. Intervals are percentiles of 1000 bootstrap samples of the queries, the same for all shapes.

@@ -1,7 +1,7 @@
 """Check values from outside: constructor arguments, and the cells of a frame.
 
-Checks of arguments take the argument's name and its value. They return the value as it is kept, or raise a ValueError
-that says the name, the value and what is allowed.
+A check of an argument takes its name and value. It returns the value to keep, or raises a ValueError that names the
+argument, the value and the allowed values.
 """
 
 from __future__ import annotations

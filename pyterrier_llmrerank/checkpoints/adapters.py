@@ -21,7 +21,7 @@ def canonical(name: str) -> str:
     return name.removeprefix("model.")
 
 
-#: Fields of PEFT's LoraConfig that say which modules have an update, and that the tensors have to agree with.
+#: Fields of PEFT's LoraConfig that choose the modules with an update. The tensors must agree with them.
 TARGETS = {"exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"}
 
 #: Fields of PEFT's LoraConfig that this module reads.
@@ -44,13 +44,13 @@ VARIANTS = {
     "velora_config",
 }  # fmt: skip
 
-#: The initialisations of LoRA with which PEFT leaves the base's weights unchanged.
+#: The initialisations of LoRA that leave the base's weights unchanged.
 INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 
 #: PEFT's defaults for lora_alpha and r.
 LORA_ALPHA = LORA_RANK = 8
 
-#: The operators by which a regular expression can match in more than one way.
+#: Operators that let a regular expression match in more than one way.
 WILD = re.compile(r"[*+?|{]")
 
 #: Larger than any lora_alpha in use.
@@ -127,7 +127,7 @@ class Adapter:
                 )
 
     def _check_config(self) -> None:
-        """Raise ValueError on a configuration by which the tensors are not plain LoRA."""
+        """Raise ValueError unless the configuration describes plain LoRA."""
         if self.config.get("peft_type") != "LORA":
             kind = short(self.config.get("peft_type"))
             raise ValueError(f"{self.argument}: peft_type is {kind}; only LoRA is allowed.")
@@ -147,7 +147,7 @@ class Adapter:
             )
 
     def _check_targets(self) -> None:
-        """Raise ValueError on an update of a module that PEFT, by the configuration, would leave alone."""
+        """Raise ValueError if the tensors update a module that the configuration does not target."""
         from peft import LoraConfig
         from peft.tuners.tuners_utils import check_target_module_exists
 
@@ -171,7 +171,7 @@ class Adapter:
         """The base that the adapter names, at the revision that it names.
 
         Raises:
-            ValueError: it names none.
+            ValueError: the adapter names no base.
         """
         base = self.config.get("base_model_name_or_path")
         if not isinstance(base, str) or not 0 < len(base) < 4096:
@@ -187,7 +187,7 @@ class Adapter:
         Raises:
             FileNotFoundError, PermissionError, ConnectionError: as
                 :func:`~pyterrier_llmrerank.checkpoints.locate.folder_of`.
-            ValueError: it names none.
+            ValueError: the adapter names no base.
         """
         try:
             return folder_of(self.base, f"the base model that {self.argument} names")

@@ -54,12 +54,12 @@ def is_layer_wise(model: str) -> bool:
 @contextmanager
 def silence_warnings() -> Iterator[None]:
     """Silence the warnings of transformers."""
-    said = transformers_logging.get_verbosity()
+    before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(40)
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(said)
+        transformers_logging.set_verbosity(before)
 
 
 class Checkpoint(ABC):
@@ -89,7 +89,7 @@ class Checkpoint(ABC):
         self.config = self._decoder_config()
         #: The adapters of this checkpoint.
         self.adapters: Sequence[Adapter] = ()
-        #: The adapters among them that are laid over the decoder's weights, rather than merged into them.
+        #: The token adapters among them, which run over the decoder's weights rather than being merged into them.
         self.overlay: Sequence[Adapter] = ()
         #: The adapter that the user opened as the model, and that training continues; None without one.
         self.adapter: Adapter | None = None
@@ -114,7 +114,7 @@ class Checkpoint(ABC):
             raise ValueError(f"{self.argument}: its weights are quantised; open the model they were made from.")
         check_sizes(self.settings, CONFIG_MAPPING[family].attribute_map, self.argument)
         settings = model_settings(self.settings)
-        if settings.get("sliding_window") == 0:  # transformers' way to say so in some configurations
+        if settings.get("sliding_window") == 0:  # some configurations of transformers mean no window
             settings["sliding_window"] = None
         with self.described():
             config = CONFIG_MAPPING[family].from_dict(settings)
@@ -147,11 +147,11 @@ class Checkpoint(ABC):
                 f"{self.argument}: config.json does not describe a model_type {family}: {reason(error)}"
             ) from error
 
-    #: The kind of reranker that it is for.
+    #: The kind of reranker that opens it.
     kind: ClassVar[str]
 
     def description(self) -> Description:
-        """Describe the model with all its adapters merged in: one that needs no base."""
+        """Describe the model with all its adapters merged in, so that it needs no base."""
         return Description(kind=self.kind, layers=self.layers)
 
     @property
@@ -189,7 +189,7 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def is_head(self, name: str) -> bool:
-        """Tell whether a tensor in the files is a head, be it one that scores or one that is not needed."""
+        """Tell whether a tensor in the files is a head, whether it is needed or not."""
 
     def head_module(self, index: int) -> str | None:
         """Return the module name under which an adapter may update a head; None if it cannot."""
@@ -439,9 +439,9 @@ class MatroyshkaCheckpoint(Checkpoint):
         adapters: LoRA folders, each a local one, one below the model's own folder, or a hub id.
         start_layer: the shallowest layer with a head.
         layer_sep: layers from one head to the next; 1 by default.
-        overlay: LoRA folders to lay over the weights with ``adapters`` merged in, so that these weights can serve
+        overlay: folders of token adapters, to run over the weights with ``adapters`` merged in. The weights can serve
             without them too.
-        ratio: lay the model's own token compensation for this ratio over the weights, if it has one.
+        ratio: use the model's own token adapter for this ratio, if it has one.
 
     Raises:
         FileNotFoundError, ConnectionError: as :func:`~pyterrier_llmrerank.checkpoints.locate.folder_of`.

@@ -1,4 +1,4 @@
-"""Configurations: the JSON files of a checkpoint, read as data, and the model settings in them."""
+"""Read and check the JSON files of a checkpoint, and the model settings in them."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ LARGEST = {
     "sliding_window": 2**31,
 }
 
-#: The first bytes of a file that stands in for one in Git's large file storage.
+#: The first bytes of a Git LFS pointer.
 LFS_POINTER = b"version https://git-lfs"
 
-#: Settings that are ignored: those without effect on a headless decoder in a dtype of our choice, and those that
-#: could have code fetched.
+#: Settings to ignore: they have no effect on a headless decoder in our own dtype, or could make transformers fetch
+#: code.
 IGNORED = {
     "model_type", "auto_map", "architectures", "transformers_version", "dtype", "torch_dtype", "num_labels", "id2label",
     "label2id", "problem_type", "attn_implementation", "experts_implementation",
@@ -35,7 +35,7 @@ IGNORED = {
 
 
 def refuse_pointer(path: Path) -> None:
-    """Raise ValueError if Git has left a pointer in place of a large file that it did not fetch."""
+    """Raise ValueError if a file is a Git LFS pointer to a large file that was not fetched."""
     with path.open("rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise ValueError(f"{path}: a Git LFS pointer, not the file itself; run 'git lfs pull' in its folder.")

@@ -1,6 +1,6 @@
 """``reranker.json``: the file by which a saved reranker describes itself, and opens with no other argument.
 
-It is read as data. Everything in it is checked, and it may name folders below its own only.
+Every field is checked, and paths in it must be inside its own folder.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .locate import HUB_ID, adapter_folder, below, is_hub_id
 #: The name of the file.
 FILE = "reranker.json"
 
-#: The version of its format. A file of a newer version is refused, for it may hold settings that scores depend on.
+#: The version of its format. A newer version is refused, because it may have settings that scores depend on.
 FORMAT_VERSION = 1
 
 #: The kinds of rerankers, and the classes that open them.
@@ -40,7 +40,7 @@ class Description:
         layer_sep: layers from one head to the next; None for the base's own.
         prompt: the question that ends every input; None for the usual one, and for RankLLaMA.
         adapters: folders of the adapters to merge, in this order; ``.`` is the folder itself.
-        token_adapters: folders of token compensations by ratio, ascending.
+        token_adapters: folders of token adapters by ratio, ascending.
     """
 
     kind: str
@@ -186,7 +186,7 @@ def assemble(given: Description, folder: Path | None, argument: str) -> Descript
 
     Args:
         given: the user's arguments; its base is the model as the user names it. Adapters replace the model's own and
-            their token compensations.
+            their token adapters.
         folder: the local folder with the model's files; None if it is not to be downloaded.
         argument: the caller's argument and its value, for messages.
 
@@ -223,7 +223,7 @@ def assemble(given: Description, folder: Path | None, argument: str) -> Descript
 
 
 def _found(name: str, model: str) -> str:
-    """Resolve an adapter that may be in a folder below the model's own: from its base, that would not be found."""
+    """Resolve an adapter in a folder below the model's own, which cannot be found from its base."""
     if is_hub_id(model):
         return str(adapter_folder(name, model))
     own = Path(model).expanduser() / name
@@ -231,7 +231,7 @@ def _found(name: str, model: str) -> str:
 
 
 def token_adapter_for(token_adapters: Sequence[tuple[int, str]], ratio: int) -> tuple[str, ...]:
-    """Return the token compensation for a ratio, else for the next lower one; none if there is none."""
+    """Return the token adapter for a ratio, else for the next lower one, as a tuple of at most one."""
     return tuple([name for own, name in sorted(token_adapters) if own <= ratio][-1:])
 
 

@@ -24,7 +24,7 @@ HUB_FILES = ("*.json", "*.model", "*.txt", "*.safetensors")
 
 
 def is_hub_id(reference: str) -> bool:
-    """Tell whether a reference is for the hub: it could be an id there, and there is no local path of its name."""
+    """Tell whether a reference is a hub id: it has the form of one, and no local path has this name."""
     return HUB_ID.fullmatch(reference) is not None and not Path(reference).exists()
 
 
@@ -76,7 +76,7 @@ def shortest(reference: str, model: str | None = None) -> str:
 
 
 def portable(base: str) -> str:
-    """Return the name to store for a base: for the bundled one its name, whose file is elsewhere on other machines."""
+    """Return the reference to store for a base; for the bundled one its name, whose file differs between machines."""
     return bundled.name_of(base) or absolute(base)
 
 
@@ -89,10 +89,10 @@ def named_base(adapter: str) -> str | None:
 
 
 def identity(reference: Any) -> Any:
-    """Return a value that is equal for equal files: resolved paths, with the size and time of all files in them.
+    """Return a value that is equal for equal files: resolved paths, with the size and time of each file.
 
     Args:
-        reference: a folder, file or hub id, a tuple of such values, or any other value, which stands for itself.
+        reference: a folder, file or hub id, a tuple of such values, or any other value, which is returned unchanged.
     """
     if isinstance(reference, tuple):
         return tuple(identity(part) for part in reference)

@@ -1,4 +1,4 @@
-"""Rerankers written to disk in the forms that the original programs read, each with its description."""
+"""Write rerankers to disk in the forms that the original programs read, each with its description."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def copy_adapter(
 def write_adapters(parts: Description, folder: Path) -> Description:
     """Copy the adapters of a Matroyshka reranker into a folder, and describe them there.
 
-    A single adapter goes into the folder itself, several into numbered folders below it, and token compensations into
+    A single adapter goes into the folder itself, several into numbered folders below it, and token adapters into
     ``token-<ratio>``.
 
     Args:
@@ -128,7 +128,7 @@ def describe_trained(
         checkpoint: the model that was trained on; copies of the adapters merged into it go into ``adapter-<number>``.
         folder: the folder of the trained adapter.
         prompt: the question that ends every input; None for RankLLaMA.
-        ratio: the ratio that a token compensation was trained for; None for any other adapter.
+        ratio: the ratio that a token adapter was trained for; None for any other adapter.
         whole: copy earlier adapters; without them, an adapter that needs some is not described.
     """
     earlier = list(checkpoint.adapters)

@@ -36,7 +36,7 @@ class Cascade:
         self._starts = np.searchsorted(pair_of_row[self._by_pair], np.arange(pair_of_row.max(initial=-1) + 2))
 
     def survivors(self, layer: int, pairs: Sequence[int], scores: NDArray[np.float64]) -> list[int]:
-        """Drop rows after a layer, and return the pairs that continue.
+        """Drop rows after a layer, and return the surviving pairs.
 
         Args:
             layer: the layer.

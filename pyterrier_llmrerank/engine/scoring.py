@@ -195,7 +195,7 @@ class Call:
     Args:
         pairs: query and passage of each.
         chunks: indices of pairs, chunk by chunk.
-        cutoffs: how many there are.
+        cutoffs: the number of cutoffs.
         observer: follows the call.
         cascade: decides which pairs survive; None if all do.
     """
@@ -267,8 +267,8 @@ class Stage:
         cutoffs: layers at which it reads scores.
         is_last: whether no stage follows.
         alive: positions in the chunk of the pairs that take part.
-        states_before: where each pair's hidden states are before the stage, by position in the chunk: a row, and the
-            pair's number in it. Empty for the first stage.
+        states_before: each pair's hidden states before the stage, by position in the chunk: a row, and the pair's index
+            in it. Empty for the first stage.
         states_after: the same after the stage, filled as batches are run. Empty for the last stage.
         prefix: the prefix at the end of the latest batch; the next batch may start with it.
     """
@@ -423,7 +423,7 @@ class DeviceScorer:
         return states
 
     def _decoder_states(self, model: Decoder, members: list[int], ids: list[Ids], stage: Stage) -> Tensor:
-        """Run a stage's layers, on from the hidden states that the stage before left."""
+        """Run a stage's layers on the hidden states of the stage before."""
         known = None if stage.prefix is None else stage.prefix.ids
         if stage.states_before:
             row = regrouped([stage.states_before[member] for member in members], ids, known)
@@ -452,7 +452,7 @@ class DeviceScorer:
         while len(self._pending) > leave:
             batch = self._pending[0]
             logits = batch.result()
-            self._pending.popleft()  # after the result: if that fails, it is asked for again
+            self._pending.popleft()  # after the result, which is asked for again if it fails
             finite = np.isfinite(logits).all(axis=0)
             call.scores[batch.cutoffs, np.array(batch.pairs)[finite]] = logits[:, finite]
             if not finite.all():
@@ -475,7 +475,7 @@ class DeviceScorer:
 
 
 def limits_of(model: Decoder | FallbackDecoder) -> tuple[int, int | None]:
-    """Return how many tokens a model knows, and how many positions it has; None for any number."""
+    """Return the size of a model's vocabulary, and its number of positions; None for any number."""
     if isinstance(model, FallbackDecoder):
         return model.vocabulary, model.positions
     return len(cast(Tensor, model.embed_tokens.weight)), None
@@ -497,7 +497,7 @@ def problem_of_ids(ids: Ids, vocabulary: int, positions: int | None) -> str | No
 
 
 def to_host(computed: Tensor) -> Callable[[], np.ndarray]:
-    """Start copying a tensor to the host.
+    """Start to copy a tensor to the host.
 
     Returns:
         A function that waits for this copy only, not for later GPU work, and returns the array.

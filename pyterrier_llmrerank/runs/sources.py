@@ -121,7 +121,7 @@ def documents(name: str, docnos: Collection[str]) -> dict[str, Text]:
 
 
 def _text(source: str, document: Any) -> Text:
-    """Convert a document of ir_datasets: its default text, with the title as a field of its own if it comes first."""
+    """Convert a document of ir_datasets: its default text, without the title if that comes first."""
     text = _default_text(source, document)
     title, url = (getattr(document, name, None) for name in ("title", "url"))
     for field, value in (("title", title), ("url", url)):
@@ -221,7 +221,7 @@ def _dataset(argument: str, name: str) -> Any:
 
 
 def _part(name: str, part: str, read: Callable[[], Any]) -> Any:
-    """Read a part of a PyTerrier dataset. Whether a dataset has it shows only on reading."""
+    """Read a part of a PyTerrier dataset, which says only on reading whether it has the part."""
     try:
         return read()
     except NotImplementedError as error:

@@ -1,4 +1,4 @@
-"""Training of a reranker in a pipeline, on the results of the stages before it: ``fit``."""
+"""Train a reranker in a pipeline, on the results of the stages before it."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Frames(NamedTuple):
     """Results with judgements.
 
     Args:
-        results: as the reranker takes them.
+        results: results with texts, in the columns that the reranker takes.
         qrels: judgements.
         bodies: formats the passages of a frame as the model reads them.
-        text_field: the column of texts.
+        text_field: the column with texts.
     """
 
     results: pd.DataFrame
@@ -58,13 +58,13 @@ def fit(
 
     Args:
         recipe: the settings; ``output_dir`` is a new folder in PyTerrier's home folder by default.
-        model: the start.
+        model: the model to start from.
         adapters: adapters to merge into it first.
         training: the training data. A column ``teacher`` holds another model's scores; they are used if the recipe's
             loss has a teacher.
         validation: data to measure nDCG@10 on; the best checkpoint is kept.
         device: as for a reranker, but one device only.
-        dtype: as for a reranker: of frozen weights and of computation.
+        dtype: the dtype of frozen weights and of computation, as for a reranker.
         verbose: show a progress bar.
         opening: further arguments of the recipe's ``open``.
 

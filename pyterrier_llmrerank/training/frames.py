@@ -165,7 +165,7 @@ def _fetch_positives(
 
 
 def validation_of(results: pd.DataFrame, qrels: pd.DataFrame, bodies: Bodies) -> Validation:
-    """Make validation data of results and judgements."""
+    """Make validation data from results and judgements."""
     pairs = pd.DataFrame(
         {
             "qid": results["qid"].astype(str),

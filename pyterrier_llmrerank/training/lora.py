@@ -54,7 +54,7 @@ class _LowRankUpdate(Function):
 
 
 class LowRankLinear(lora.Linear):
-    """PEFT's LoRA layer, computed with its base layer at once; unusual settings fall back to PEFT's own code."""
+    """PEFT's LoRA layer, computed together with its base layer; unusual settings use PEFT's own code."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base layer's output plus the update, like PEFT."""
@@ -98,7 +98,7 @@ def with_lora(checkpoint: Checkpoint, heads: Tensor, recipe: Recipe, dtype: torc
         checkpoint: the start; a Matroyshka's adapters are merged into it.
         heads: initial weights of the heads, ``[heads, width]``.
         recipe: rank, scale, dropout and modules of the updates.
-        dtype: of the frozen weights; trainable weights are fp32.
+        dtype: the dtype of the frozen weights; trainable weights are fp32.
 
     Raises:
         ValueError: the model lacks a module that the recipe targets, or the adapter holds tensors that cannot be

@@ -158,7 +158,7 @@ class Recipe(Declared, ABC):
 
     @property
     def token_ratio(self) -> int | None:
-        """The ratio that a token compensation is trained for; None for any other adapter."""
+        """The ratio that a token adapter is trained for; None for any other adapter."""
         return None
 
     def widths(self, seed: int) -> Widths:
@@ -279,7 +279,7 @@ class RankLLaMATraining(Recipe):
 @document_options
 @dataclass(frozen=True, kw_only=True, repr=False)
 class MatroyshkaTraining(Recipe):
-    """Hold the settings of both steps in the training of a Matroyshka reranker (Liu et al., 2025).
+    """Hold the settings that both steps of training a Matroyshka reranker share (Liu et al., 2025).
 
     Raises:
         ValueError: a value is not allowed.
@@ -431,5 +431,5 @@ class CompensateTraining(MatroyshkaTraining):
 
     @property
     def token_ratio(self) -> int | None:
-        """The ratio that a token compensation is trained for; None for layer compensation."""
+        """The ratio that a token adapter is trained for; None for layer compensation."""
         return self.compress_ratios[0] if self.finetune_type == "token" else None

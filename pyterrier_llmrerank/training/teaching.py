@@ -25,7 +25,7 @@ from .examples import read_example
 
 logger = logging.getLogger(__name__)
 
-#: Passages that are scored in one call and written in one block, at least.
+#: The least number of passages to score in one call and write in one block.
 CHUNK = 1024
 
 #: The keys of the scores, with the keys of the passages in Tevatron's form and in Matroyshka's.
