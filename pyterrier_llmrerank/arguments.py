@@ -29,7 +29,7 @@ class ValueSemantics:
         """Change a constructor argument, as ``pt.GridScan`` does. The value is checked as in the constructor.
 
         Args:
-            name: of the argument.
+            name: the name of the argument.
             value: the new value.
 
         Raises:

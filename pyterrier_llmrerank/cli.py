@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        argv: the arguments of the command line; None for those of this process.
+        argv: the words of the command line; None for the words that this process was started with.
 
     Returns:
         The exit status: 0; 1 if a file, a value or a model is invalid; 2 if the command itself is malformed; 130 after

@@ -358,9 +358,9 @@ class MatroyshkaReranker(LLMReranker):
         return None
 
     def _token_adapter(self, parts: Description) -> tuple[str, ...]:
-        """Return the token adapter for the shape, if there is one. It does not depend on the cutoff.
+        """Return the token adapter for the shape, if there is one.
 
-        So a score is the same whatever deeper layers are run.
+        It does not depend on the cutoff, so that a layer's score is the same in deeper passes.
         """
         return token_adapter_for(parts.token_adapters, self.compress_ratio) if self.shape.pools() else ()
 

@@ -97,7 +97,7 @@ class Candidates:
         self._query_of_row = pd.factorize(rows["qid"])[0]
 
     def operations(self, reranker: MatroyshkaReranker, depth: int) -> Operations:
-        """Return a counter of the operations that the pairs take; ``depth`` layers of the weights are opened for it."""
+        """Open ``depth`` layers, and return a counter of the operations that the pairs take."""
         from .engine.operations import Operations
 
         scorer = reranker.scorer()

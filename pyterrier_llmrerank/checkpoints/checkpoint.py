@@ -315,7 +315,7 @@ class Checkpoint(ABC):
         """Read a weight by its name in the headless decoder: fp32 if an adapter updates it, else in its stored dtype.
 
         Raises:
-            ValueError: the checkpoint has no such tensor, or one in a dtype that no weight has.
+            ValueError: the checkpoint has no such tensor, or its dtype is not allowed for weights.
         """
         if (adapter := self._brought(name)) is not None:
             return adapter.read_whole(name)
@@ -354,7 +354,7 @@ class RankLLaMACheckpoint(Checkpoint):
 
     Args:
         model: the adapter or the merged model: folder, ``.gguf`` file or hub id.
-        base_model: the base of the adapter, instead of the one that it names.
+        base_model: the base of the adapter, which overrides the base that the adapter names.
 
     Raises:
         FileNotFoundError, ConnectionError: as :func:`~pyterrier_llmrerank.checkpoints.locate.folder_of`.

@@ -23,7 +23,7 @@ from .locate import adapter_folder, portable, without_revision
 from .tensors import save_tensors
 from .tokenizer import VOCABULARIES, save_tokenizer
 
-#: Files that are not copied with an adapter: those of its training run, and those that are written anew.
+#: Files that are not copied with an adapter: they belong to its training run, or are written anew.
 NOT_COPIED = ("adapter_config.json", "trainer_state.json", "begun_with.json", FILE)
 
 
@@ -66,7 +66,7 @@ def all_or_nothing(folder: Path, argument: str = "folder") -> Iterator[Path]:
         raise
 
 
-#: The files of a tokenizer; beside those of another one they would change it.
+#: The files of a tokenizer. Left beside another tokenizer's files, they would change it.
 TOKENIZER_FILES = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", *chain(*VOCABULARIES)}
 
 

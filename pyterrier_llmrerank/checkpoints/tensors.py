@@ -38,7 +38,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
 
 
 class TensorFiles:
-    """Read the tensors of a checkpoint by name, whatever files hold them, each on demand.
+    """Read the tensors of a checkpoint by name, each on demand, from one file or several.
 
     Args:
         folder: the folder of the files.

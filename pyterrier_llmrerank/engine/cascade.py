@@ -7,7 +7,7 @@ from collections.abc import Hashable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-#: Logits between the worst candidate that continued past a layer and the best one that was dropped there.
+#: The difference in score between the worst survivor of a layer and the best candidate dropped there.
 GAP = 1.0
 
 
@@ -58,7 +58,7 @@ class Cascade:
 
     @np.errstate(invalid="ignore")  # rows without a score
     def final_scores(self, scores: Mapping[int, NDArray[np.float64]]) -> NDArray[np.float64]:
-        """Combine the layers' scores into one that ranks dropped rows below all survivors of their query.
+        """Combine the layers' scores into a final score that ranks dropped rows below all survivors of their query.
 
         Args:
             scores: score of each row by layer, ``[rows]``; NaN where the row did not reach the layer.

@@ -213,7 +213,7 @@ def _skip_written(chunks: Iterator[Chunk], blocks: Sequence[Block], source: Path
 
 @contextmanager
 def _scoring(reranker: LLMReranker, workers: int, address: str | None) -> Iterator[tuple[ScoreChunks, str]]:
-    """Open the model or connect to Ray, and set the reranker's ``dtype`` to the one that scores are computed in.
+    """Open the model or connect to Ray, and set the reranker's ``dtype`` to the dtype of the computation.
 
     Yields:
         A function that scores chunks, and the type of the device (``""`` if scores do not depend on it).

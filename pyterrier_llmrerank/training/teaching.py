@@ -63,7 +63,7 @@ def teach(
 
     All lines are checked before the first one is scored. Memory does not grow with the file. Lines keep their order,
     and all other keys their values. ``<target>.journal`` records the progress in blocks of whole lines, so that
-    ``resume`` continues after the last complete block, whatever stopped the run. Changed lines, another transformer
+    ``resume`` continues after the last complete block. Changed lines, another transformer
     (by its ``repr``) or another ``overwrite`` are refused; whether a model's files have changed is not checked.
 
     Args:

@@ -160,7 +160,7 @@ class GroupTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Compute the loss of a batch, at the width drawn for it."""
+        """Compute the loss of a batch, at a width drawn for this batch."""
         batch: Batch = inputs["batch"]
         step = self.state.global_step
         self._batch = (step, self._batch[1] + 1 if self._batch[0] == step else 0)
