@@ -66,7 +66,7 @@ class RankLLaMAReranker(LLMReranker):
     base_model: Option[str | None] = Option(
         default=None,
         check=optional(model_path),
-        help="the base of the adapter (folder, ``.gguf`` file or hub id), which overrides the base that the adapter names.",
+        help="a base (folder, ``.gguf`` file or hub id) to use in place of the one that the adapter names.",
     )
     query_max_length: Option[int] = Option(
         default=32, check=positive, help="tokens kept of ``query: {query}``, not counting ``<s>``."

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import lfs_pointer, no_file_above
+from conftest import ids_of, lfs_pointer, no_file_above
 from safetensors.torch import load_file
 
 from pyterrier_llmrerank import MatroyshkaReranker
@@ -23,8 +23,8 @@ def test_a_gguf_file_scores_what_its_model_does(
     reranker = MatroyshkaReranker(path, dtype="float32")
     pair = ("what", "Yes, this")
     score = reranker.compute_score(pair)
-    _, _, tokenizer = reranker._weights().at_depth(1)
-    (ids,) = reranker._encode(tokenizer, [pair])
+    _, _, tokenizer = reranker.scorer().weights[0].at_depth(1)
+    (ids,) = ids_of(reranker, [pair])
     with torch.inference_mode():
         logits = model.eval()(torch.tensor([ids.flat()])).logits[0, -1]
     assert score == pytest.approx(logits[tokenizer("Yes")["input_ids"][-1]].item(), abs=1e-4)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import MODELS, words
+from conftest import MODELS, ids_of, words
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
+from pyterrier_llmrerank.engine.inputs import MatroyshkaInputs, RankLLaMAInputs, document
 
 TOKENIZER = AutoTokenizer.from_pretrained(MODELS / "rankllama_base")
 PAIRS = [("panda", words(3, 9)), ("what is bread", words(4, 30)), ("coffee", "tide")]
@@ -113,8 +114,7 @@ class Trained:
         self.peft.save_pretrained(folder)
         self.adapter = load_file(folder / "adapter_model.safetensors")
         self.config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
-        reranker = RankLLaMAReranker(MODELS / "rankllama_adapter", base_model=MODELS / "rankllama_base")
-        self.pairs = reranker._encode(TOKENIZER, [(query, reranker._body(passage)) for query, passage in PAIRS])
+        self.pairs = RankLLaMAInputs()(TOKENIZER, [(query, document(passage)) for query, passage in PAIRS])
         self.scores = self.reranker(self.peft)
 
     def reranker(self, model: torch.nn.Module) -> list[float]:
@@ -269,11 +269,11 @@ def test_a_merged_model_scores_as_transformers_does(tmp_path: Path, made: str, l
     model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(tmp_path))
     layout(tmp_path, {name: torch.randn_like(t) * 0.2 + (t == 1) for name, t in model.state_dict().items()})
     reranker = RankLLaMAReranker(tmp_path, dtype="float32")
-    scores, tokenizer = reranker.compute_score(PAIRS), reranker.tokenizer
+    scores = reranker.compute_score(PAIRS)
     opened = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32).eval()
     wanted = []
     for query, passage in PAIRS:
-        (pair,) = reranker._encode(tokenizer, [(query, reranker._body(passage))])
+        (pair,) = ids_of(reranker, [(query, passage)])
         with torch.inference_mode():
             wanted.append(opened(input_ids=torch.tensor([pair.flat()])).logits.item())
     np.testing.assert_allclose(scores, wanted, atol=1e-4)
@@ -357,7 +357,7 @@ def test_a_layer_wise_model_scores_as_computed_naively(
     tensors = {name: tensor.to(dtype) for name, tensor in matroyshka().items()}
     layout(tmp_path, tensors)
     reranker = MatroyshkaReranker(tmp_path, cutoff=[2, 3, 4], dtype="float32")
-    wanted = naive(tensors, [], reranker._encode(TOKENIZER, PAIRS))
+    wanted = naive(tensors, [], MatroyshkaInputs()(TOKENIZER, PAIRS))
     np.testing.assert_allclose(reranker.compute_score(PAIRS), wanted, atol=1e-4)
     assert np.ptp(wanted, axis=1).min() > 0.01
 
@@ -375,7 +375,7 @@ def test_compensation_below_a_layer_wise_model_scores_as_computed_naively(
     for place, update in zip(places, updates, strict=True):
         lora(tmp_path / place, ADAPTERS[names](update), layout)
     reranker = MatroyshkaReranker(tmp_path, adapters=places, cutoff=[2, 3, 4], dtype="float32")
-    wanted = naive(matroyshka(), updates, reranker._encode(TOKENIZER, PAIRS))
+    wanted = naive(matroyshka(), updates, MatroyshkaInputs()(TOKENIZER, PAIRS))
     np.testing.assert_allclose(reranker.compute_score(PAIRS), wanted, atol=1e-4)
 
 
@@ -395,5 +395,5 @@ def test_a_causal_language_model_scores_as_computed_naively(
     reranker = MatroyshkaReranker(tmp_path, adapters="distilled", start_layer=2, cutoff=[2, 3, 4], dtype="float32")
     yes = rows[TOKENIZER("Yes", add_special_tokens=False)["input_ids"][-1]]
     started = tensors | {f"{head}.weight": yes[None] for head in HEADS}
-    wanted = naive(started, [compensation(1)], reranker._encode(TOKENIZER, PAIRS))
+    wanted = naive(started, [compensation(1)], MatroyshkaInputs()(TOKENIZER, PAIRS))
     np.testing.assert_allclose(reranker.compute_score(PAIRS), wanted, atol=1e-4)

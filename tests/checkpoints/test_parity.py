@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import MODELS, words
+from conftest import MODELS, ids_of, words
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -154,8 +154,8 @@ def test_rankllama_scores_as_peft_does(
         model = base(folder, AutoModelForSequenceClassification, config, seed, dtype, shard)
         peft = adapted(model, said, "SEQ_CLS", seed, adapter)
         reranker = RankLLaMAReranker(adapter, base_model=folder, dtype="float32")
-        scores, tokenizer = reranker.compute_score(PAIRS), reranker.tokenizer  # as transformers opens it for a family
-        pairs = reranker._encode(tokenizer, [(query, reranker._body(passage)) for query, passage in PAIRS])
+        scores = reranker.compute_score(PAIRS)
+        pairs = ids_of(reranker, PAIRS)
     with torch.inference_mode():
         wanted = [peft(input_ids=torch.tensor([pair.flat()])).logits.item() for pair in pairs]
     np.testing.assert_allclose(scores, wanted, atol=1e-4, rtol=0)
@@ -177,7 +177,7 @@ def test_matroyshka_scores_as_peft_does_at_every_layer(
         cutoffs = list(range(1, config.num_hidden_layers + 1))
         reranker = MatroyshkaReranker(folder, adapters=names, start_layer=1, cutoff=cutoffs, dtype="float32")
         scores, tokenizer = reranker.compute_score(PAIRS), reranker.tokenizer  # as transformers opens it for a family
-        pairs = reranker._encode(tokenizer, PAIRS)
+        pairs = ids_of(reranker, PAIRS)
     row = model.lm_head.weight[tokenizer("Yes", add_special_tokens=False)["input_ids"][-1]]
     wanted = []
     with torch.inference_mode():

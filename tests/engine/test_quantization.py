@@ -103,7 +103,7 @@ def test_layers_are_quantised_one_by_one_when_loaded_and_when_loaded_again(
     monkeypatch.setattr(weights_module, "quantization_of", counted)
     own = shutil.copytree(FULL, tmp_path / "own")  # no other test uses this copy
     shallow = MatroyshkaReranker(own, cutoff=3, dtype="float32", quantization=name)
-    weights = shallow._weights()
+    weights = shallow.scorer().weights[0]
     before = shallow(frame())["score"]
     deep = shallow.at(cutoff=7)
     wanted = deep(frame())["score"]
@@ -119,7 +119,7 @@ def test_layers_are_quantised_one_by_one_when_loaded_and_when_loaded_again(
 
 
 def test_only_projections_are_quantised() -> None:
-    weights = MatroyshkaReranker(FULL, dtype="float32", quantization="int8")._weights()
+    weights = MatroyshkaReranker(FULL, dtype="float32", quantization="int8").scorer().weights[0]
     model, heads, _ = weights.at_depth(8)
     kinds = {name: type(parameter.data).__name__ for name, parameter in model.named_parameters()}
     quantised = {name for name, kind in kinds.items() if kind == "Int8Tensor"}

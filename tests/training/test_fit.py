@@ -99,7 +99,7 @@ def test_a_merged_model_scores_the_same(kind: str, dtype: str, tmp_path: Path) -
     again = type(reranker)(tmp_path / "merged", dtype=dtype)
     np.testing.assert_allclose(again.transform(results)["score"], reranker.transform(results)["score"], atol=1e-6)
     if kind == "matroyshka":
-        assert again.at(cutoff=5)._weights().checkpoint.start_layer == 5
+        assert again.at(cutoff=5).scorer().checkpoint.start_layer == 5
     elif dtype == "float32":
         model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", dtype=torch.float32)
         assert model.score.weight.shape == (1, 64)
@@ -217,7 +217,7 @@ def test_an_adapter_names_the_base_it_was_trained_on(tmp_path: Path) -> None:
     shutil.copytree(RANKLLAMA_BASE, other)
     reranker = RankLLaMAReranker(MODELS / "rankllama_adapter", base_model=other, dtype="float32")
     reranker.save(tmp_path / "saved")
-    assert RankLLaMAReranker(tmp_path / "saved", dtype="float32")._weights().checkpoint.folder == other
+    assert RankLLaMAReranker(tmp_path / "saved", dtype="float32").scorer().checkpoint.folder == other
 
 
 def test_a_recipe_and_its_reranker_agree() -> None:
