@@ -1,4 +1,4 @@
-"""The main job on a real pretrained model, and on real collections where they are at hand."""
+"""Reranking by a real pretrained model, and on real collections if they are there."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ PAIRS = [(query, passage) for query in PASSAGES for passage in PASSAGES.values()
 
 
 def test_scores_are_the_models_own_logits_of_yes(smollm2: str) -> None:
-    """Against transformers' whole forward pass, one pair at a time, through the full vocabulary."""
+    """Scores equal transformers' whole forward pass over the full vocabulary, one pair at a time."""
     reranker = MatroyshkaReranker(smollm2, dtype="float32")
     got = reranker.compute_score(PAIRS)
     weights = reranker.scorer().weights[0]
@@ -63,7 +63,7 @@ def test_the_shipped_models_rank(smollm2: str, reranker: LLMReranker) -> None:
 
 
 def test_a_shipped_model_is_its_adapters_over_the_base(smollm2: str) -> None:
-    """In fp32: in bf16 what is merged is rounded once more than what is laid over."""
+    """The dtype is fp32, because in bf16 a merged update is rounded once more than a token adapter."""
     folders = [
         str(MODELS / "matroyshka-smollm2-135m" / role) for role in ("distilled", "distilled-2", "layer", "token-2")
     ]

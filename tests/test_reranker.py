@@ -561,7 +561,7 @@ DEVICES = ("cuda:0", "cuda:1", "cuda:2")
 def test_a_frame_over_several_devices_is_the_same(
     name: str, drawn: list[tuple[int, int, int]], batch_size: int | None
 ) -> None:
-    """Also if qids share a query text, queries share a passage, or a cascade keeps queries whole."""
+    """This holds if qids share a query text, if queries share a passage, and in cascades, too."""
     rows = pd.DataFrame(
         [
             {"qid": f"q{q}", "docno": f"d{d}", "query": words(q // 2, 3), "text": f"{words(n, 5)} {d}"}

@@ -202,7 +202,7 @@ class Adapter:
         """The names of the modules that it updates."""
         return set(self._sides)
 
-    def ending(self, ending: str) -> set[str]:
+    def modules_ending_in(self, ending: str) -> set[str]:
         """Return the modules that it updates whose names have this ending."""
         return {module for module in self._sides if module.endswith(ending)}
 
@@ -228,7 +228,7 @@ class Adapter:
 
     def factors(self, module: str) -> tuple[Tensor, Tensor]:
         """Return the factors of a module's update, fp32 ``[rank, inputs]`` and ``[outputs, rank]``, scale included."""
-        down, up = (self._finite(self._sides[module][side]) for side in "AB")
+        down, up = (self._read_finite(self._sides[module][side]) for side in "AB")
         rank = down.shape[0]
         alpha = self._alpha(self._full_names[module])
         scaling = alpha / rank**0.5 if self.config.get("use_rslora") else alpha / rank
@@ -240,13 +240,13 @@ class Adapter:
         Raises:
             ValueError: it has values that are not finite.
         """
-        return self._finite(self.whole[name])
+        return self._read_finite(self.whole[name])
 
     def whole_shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor that was trained whole."""
         return self._files.shape(self.whole[name])
 
-    def _finite(self, key: str) -> Tensor:
+    def _read_finite(self, key: str) -> Tensor:
         tensor = self._files.read(key).float()
         if not tensor.isfinite().all():
             raise ValueError(f"{self.argument}: not all values of tensor {key!r} are finite.")

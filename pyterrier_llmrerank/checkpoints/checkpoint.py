@@ -288,7 +288,7 @@ class Checkpoint(ABC):
             shapes: their shapes, by their names in the headless decoder.
         """
         for name, wanted in shapes.items():
-            if self._brought(name) is not None:
+            if self._replacing_adapter(name) is not None:
                 continue
             if name not in self:
                 raise ValueError(f"{self.argument}: the checkpoint has no tensor {name!r}.")
@@ -317,18 +317,18 @@ class Checkpoint(ABC):
         Raises:
             ValueError: the checkpoint has no such tensor, or its dtype is not allowed for weights.
         """
-        if (adapter := self._brought(name)) is not None:
+        if (adapter := self._replacing_adapter(name)) is not None:
             return adapter.read_whole(name)
         if name not in self:
             raise ValueError(f"{self.argument}: the checkpoint has no tensor {name!r}.")
-        return self.merged(name.removesuffix(".weight"), self.files.read(self._names[name]))
+        return self.merge_updates(name.removesuffix(".weight"), self.files.read(self._names[name]))
 
-    def _brought(self, name: str) -> Adapter | None:
+    def _replacing_adapter(self, name: str) -> Adapter | None:
         """Return the adapter that replaces a weight as a whole, None if there is none."""
         return next((adapter for adapter in self.adapters if name in adapter.whole), None)
 
-    def merged(self, module: str, weight: Tensor) -> Tensor:
-        """Return a module's weight with the updates of all adapters added in order."""
+    def merge_updates(self, module: str, weight: Tensor) -> Tensor:
+        """Return a weight of a module with the updates of all adapters added, in order."""
         adapters = [adapter for adapter in self.adapters if module in adapter.modules]
         if adapters:
             weight = weight.to(torch.float32, copy=True)
@@ -342,7 +342,7 @@ class Checkpoint(ABC):
             raise ValueError(
                 f"{argument or self.argument}: head {name!r} is {list(weight.shape)}; expected [1, {width}]."
             )
-        return self.merged(name.removesuffix(".weight"), weight.reshape(1, width)).reshape(width).float()
+        return self.merge_updates(name.removesuffix(".weight"), weight.reshape(1, width)).reshape(width).float()
 
     def _stored_head(self, name: str) -> Tensor:
         """Read a head from the model's own files, with adapters merged in."""
@@ -483,7 +483,7 @@ class MatroyshkaCheckpoint(Checkpoint):
                 raise ValueError(
                     f"{adapter.argument}: holds whole tensors {sorted(adapter.whole)}; expected plain LoRA."
                 )
-            updated = adapter.ending("linear_head")
+            updated = adapter.modules_ending_in("linear_head")
             if updated and not self.layer_wise and start_layer is None:
                 raise ValueError(
                     f"{adapter.argument}: updates layer-wise heads (linear_head), but {self.argument} has none; "

@@ -175,7 +175,7 @@ def _merge_adapters(model: Any, checkpoint: Checkpoint) -> dict[str, nn.Linear]:
             shapes[name] = (*adapter.whole_shape(name)[:1], *shapes[name][1:])
     checkpoint.check_adapters({name: tuple(layer.weight.shape) for name, layer in linear_layers.items()}, shapes)
     for name, layer in linear_layers.items():
-        layer.weight.data = checkpoint.merged(name, layer.weight.data)
+        layer.weight.data = checkpoint.merge_updates(name, layer.weight.data)
     for name, adapter in whole.items():
         weights[name].data = adapter.read_whole(name)
     return linear_layers

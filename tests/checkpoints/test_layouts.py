@@ -42,22 +42,22 @@ Tensors = dict[str, Tensor]
 
 
 def one(folder: Path, tensors: Tensors, stem: str = "model") -> None:
-    """As one safetensors file."""
+    """Save one safetensors file."""
     save_file(tensors, folder / f"{stem}.safetensors", metadata={"format": "pt"})
 
 
 def one_bin(folder: Path, tensors: Tensors, stem: str = "pytorch_model") -> None:
-    """As one pickle."""
+    """Save one pickle."""
     torch.save(tensors, folder / f"{stem}.bin")
 
 
 def older_bin(folder: Path, tensors: Tensors, stem: str = "pytorch_model") -> None:
-    """As one pickle of before torch 1.6."""
+    """Save one pickle in the format before torch 1.6."""
     torch.save(tensors, folder / f"{stem}.bin", _use_new_zipfile_serialization=False)
 
 
 def shards(folder: Path, tensors: Tensors, suffix: str = "safetensors", stem: str = "model") -> None:
-    """As three files and their index."""
+    """Save three files and their index."""
     names, where = sorted(tensors), {}
     for number in range(3):
         file = f"{stem}-{number + 1:05}-of-00003.{suffix}"
@@ -70,12 +70,12 @@ def shards(folder: Path, tensors: Tensors, suffix: str = "safetensors", stem: st
 
 
 def shards_bin(folder: Path, tensors: Tensors) -> None:
-    """As three pickles and their index."""
+    """Save three pickles and their index."""
     shards(folder, tensors, "bin", "pytorch_model")
 
 
 def both_shards(folder: Path, tensors: Tensors) -> None:
-    """Twice, as in meta-llama/Llama-2-7b-hf: older pickles beside safetensors."""
+    """Save twice, as in meta-llama/Llama-2-7b-hf: older pickles beside safetensors."""
     shards_bin(folder, tensors)
     shards(folder, tensors)
 
@@ -87,7 +87,7 @@ FILES: list[Callable[..., None]] = [one, one_bin, older_bin, shards, shards_bin,
 
 
 def base_config(folder: Path) -> None:
-    """A configuration as Llama 2's, of transformers 4."""
+    """A configuration like Llama 2's, from transformers 4."""
     said = SIZES | {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "pretraining_tp": 1,
         "rms_norm_eps": 1e-5, "rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "float16",
@@ -98,7 +98,7 @@ def base_config(folder: Path) -> None:
 
 
 class Trained:
-    """A RankLLaMA adapter, as PEFT has it in memory: what its base's and its own files hold, and its scores."""
+    """A RankLLaMA adapter in PEFT: its tensors, the tensors of its base, and its scores."""
 
     def __init__(self, folder: Path) -> None:
         torch.manual_seed(0)
@@ -118,7 +118,7 @@ class Trained:
         self.scores = self.reranker(self.peft)
 
     def reranker(self, model: torch.nn.Module) -> list[float]:
-        """What a sequence classifier makes of the pairs."""
+        """The scores of a sequence classifier."""
         with torch.inference_mode():
             return [model(input_ids=torch.tensor([pair.flat()])).logits.item() for pair in self.pairs]
 
@@ -129,7 +129,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 def renamed(*changes: tuple[str, str]) -> Callable[[Tensors], Tensors]:
-    """Tensors whose names end otherwise."""
+    """Tensors with other endings of their names."""
 
     def rename(tensors: Tensors) -> Tensors:
         for old, new in changes:
@@ -142,13 +142,13 @@ def renamed(*changes: tuple[str, str]) -> Callable[[Tensors], Tensors]:
 
 
 def with_angles(tensors: Tensors) -> Tensors:
-    """With a buffer in each layer, as files of transformers before 4.32 have it."""
+    """Tensors with the buffers that transformers before 4.32 saved in each layer."""
     angles = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.rand(4) for layer in range(4)}
     return tensors | angles
 
 
 def headless(tensors: Tensors) -> Tensors:
-    """As of ``AutoModel``: without a head, and without the prefix."""
+    """Tensors as ``AutoModel`` saves them: without a head and without the prefix."""
     return {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
 
 
@@ -335,7 +335,7 @@ def naive(tensors: Tensors, updates: list[Tensors], pairs: list[Any], alpha: flo
 
 
 def modules_of(tensors: Tensors) -> set[str]:
-    """The ends of the names of the modules that an adapter's tensors update."""
+    """The last parts of the names of the modules that an adapter updates."""
     return {name.partition(".lora_")[0].rpartition(".")[2] for name in tensors if ".lora_" in name}
 
 

@@ -43,7 +43,7 @@ PAIR = ("a query", "a passage")
 
 
 def test_what_other_programs_left_in_the_cache_is_enough(cached: Cache) -> None:
-    """They fetch what they need, not all files of the kinds that may be needed."""
+    """Other programs fetch only the files that they need."""
     listed = ("LICENSE.txt", "added_tokens.json", "model-00001-of-00002.safetensors", "sub/adapter_model.safetensors")
     cached.add("owner/model", MODELS / "costwise_full", NOW, "main", listed=listed)
     cached.add("owner/adapter", MODELS / "adapter_sd", NOW, "main", listed=("vocab.txt",))

@@ -54,7 +54,7 @@ ROTARY = [
 
 @st.composite
 def configs(draw: st.DrawFn, family: str) -> PreTrainedConfig:
-    """A configuration of a family whose layers are walked."""
+    """A configuration of a family whose layers are run one by one."""
     kv_heads, sharing, head_dim = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.sampled_from([4, 8, 12]))
     heads = kv_heads * sharing
     layers = draw(st.integers(1, 4))
@@ -90,7 +90,7 @@ def configs(draw: st.DrawFn, family: str) -> PreTrainedConfig:
 
 @st.composite
 def adapters(draw: st.DrawFn) -> dict[str, Any]:
-    """What ``LoraConfig`` may say of a plain LoRA adapter."""
+    """Settings of ``LoraConfig`` for a plain LoRA adapter."""
     target = draw(st.lists(st.sampled_from(LINEAR), min_size=1, max_size=4, unique=True))
     said: dict[str, Any] = {
         "target_modules": target,
@@ -110,7 +110,7 @@ def adapters(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def shaken(model: torch.nn.Module, seed: int) -> None:
-    """Give every parameter random numbers: what starts as 0 or 1 would hide what is not read."""
+    """Give every parameter random numbers; zeros and ones would hide that a parameter is not read."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -120,7 +120,7 @@ def shaken(model: torch.nn.Module, seed: int) -> None:
 def base(
     folder: Path, kind: Any, config: PreTrainedConfig, seed: int, dtype: torch.dtype, shard: str
 ) -> PreTrainedModel:
-    """A random model, as it is stored in a folder with a tokenizer."""
+    """A random model, saved in a folder with a tokenizer."""
     model = kind.from_config(config)
     shaken(model, seed)
     model.to(dtype).save_pretrained(folder, max_shard_size=shard)
@@ -129,7 +129,7 @@ def base(
 
 
 def adapted(model: PreTrainedModel, said: dict[str, Any], task: str, seed: int, folder: Path) -> PeftModel:
-    """The model with a random adapter, which is saved."""
+    """The model with a random adapter, which is saved, too."""
     torch.manual_seed(seed)
     peft = get_peft_model(model, LoraConfig(task_type=task, init_lora_weights=False, **said))
     peft.save_pretrained(folder)

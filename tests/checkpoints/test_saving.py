@@ -40,7 +40,7 @@ def test_a_full_disk_leaves_nothing_that_opens(reranker: Any, merged: bool, tmp_
 
 @pytest.mark.parametrize("reranker", [RANKLLAMA, MATROYSHKA], ids=["rankllama", "matroyshka"])
 def test_what_makes_it_a_model_is_written_last(reranker: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a process that was killed, and could not tidy up, leaves nothing that opens."""
+    """A killed process cannot tidy up, but must leave no folder that opens."""
     order: list[str] = []
     write_text = Path.write_text
 

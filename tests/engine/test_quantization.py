@@ -76,7 +76,7 @@ def test_a_quantised_layer_is_accurate_and_treats_each_token_alone(name: str, er
 
 
 def test_scores_are_close() -> None:
-    """How close depends on the processor: a random model's layers amplify the rounding of its kernels."""
+    """The tolerance is wide because a random model's layers amplify the rounding of the processor's kernels."""
     for usual, quantised in zip(make(dtype="float32"), make(dtype="float32", quantization="int8"), strict=True):
         wanted, got = (reranker(frame(6, 4))["score"].to_numpy() for reranker in (usual, quantised))
         assert np.abs(got - wanted).max() > 0
@@ -87,7 +87,7 @@ def test_scores_are_close() -> None:
 def test_layers_are_quantised_one_by_one_when_loaded_and_when_loaded_again(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So no more than one layer is in memory unquantised; a dropped layer leaves nothing there."""
+    """At most one layer is in memory unquantised, and a dropped layer leaves nothing there."""
     unquantised = []
 
     def counted(*arguments: Any) -> Callable[[torch.nn.Module], None]:
@@ -129,7 +129,7 @@ def test_only_projections_are_quantised() -> None:
 
 
 def test_with_quantised_weights_a_score_does_not_depend_on_its_batch() -> None:
-    """With quantised activations it may: a difference in the last bit can change a rounded value."""
+    """With quantised activations scores may differ: a difference in the last bit can change a rounded value."""
     rows = frame(2, 5)
     for reranker in make(dtype="float32", quantization="float8"):
         alone = [reranker(rows.iloc[[row]])["score"].item() for row in range(len(rows))]

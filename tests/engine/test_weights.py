@@ -53,7 +53,7 @@ def test_arguments_of_the_same_meaning_share_weights(monkeypatch: pytest.MonkeyP
 
 
 def test_threads_may_share_a_reranker() -> None:
-    """Eight threads that use it first at once get one copy and one score."""
+    """Eight threads that use a reranker first at the same time get one copy and one score."""
     reranker = MatroyshkaReranker(FULL, dtype="float16", max_length=77)
     scores, start = [], threading.Barrier(8)
 

@@ -82,11 +82,11 @@ def test_results_equal_those_of_one_process_up_to_an_error(
 
 
 class LostError(Exception):
-    """Stands for RayError: a worker was lost."""
+    """A fake RayError: a worker was lost."""
 
 
 class RaisedError(Exception):
-    """Stands for RayTaskError: a task raised an error."""
+    """A fake RayTaskError: a task raised an error."""
 
     def __init__(self, cause: Exception) -> None:
         self.cause = cause

@@ -117,7 +117,7 @@ def test_files_and_folders(tmp_path: Path) -> None:
 
 
 def test_what_differs_from_line_to_line_and_file_to_file(tmp_path: Path) -> None:
-    """Both forms, numbers of both kinds, missing titles, compression: none of it stops a run that was checked."""
+    """Data that passed the check trains: both forms, both kinds of numbers, missing titles, compression."""
     (tmp_path / "a.jsonl").write_text(
         "".join(json.dumps(r) + "\n" for r in (MATROYSHKA, SCORED | {"pos_scores": [1, 2]}, TEVATRON | {"query_id": 7}))
     )

@@ -27,7 +27,7 @@ SHORT: dict[str, Any] = {
 
 
 def candidates() -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Topics, results with texts, and judgements: the relevant text stands last."""
+    """Topics, results with texts, and judgements: the relevant text is last."""
     rows, qrels = [], []
     for number, record in enumerate(RECORDS):
         for place, text in enumerate(record["neg"] + record["pos"]):
@@ -77,7 +77,7 @@ def test_a_pipeline_learns(kind: str, tmp_path: Path) -> None:
 
 
 def test_rankllama_learns_from_a_teacher(tmp_path: Path) -> None:
-    """A teacher that ranks the relevant text last is followed where the labels count for little."""
+    """The model follows a teacher that ranks the relevant text last if its weight is high."""
     topics, results, qrels = candidates()
     reranker = untrained("rankllama", tmp_path / "run", teacher_weight=50.0, teacher_temperature=0.5)
     with pytest.raises(ValueError, match=r"training=RankLLaMATraining\(.*the results have no column teacher"):
