@@ -29,7 +29,7 @@ def check_rows(frame: pd.DataFrame, text_field: str) -> None:
         ValueError: a column is repeated, a qid or docno is missing, or a query or text is not a string.
     """
     if repeated := list(frame.columns[frame.columns.duplicated()]):
-        raise ValueError(f"the frame has several columns {repeated[0]!r}; wanted one.")
+        raise ValueError(f"the frame has several columns {repeated[0]!r}; expected one.")
     for name in ("qid", "docno"):
         if frame[name].isna().any():
             raise ValueError(f"{name} is missing in row {int(frame[name].isna().argmax())} of the frame.")

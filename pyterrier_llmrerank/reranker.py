@@ -419,7 +419,7 @@ class LLMReranker(ValueSemantics, pt.Estimator):
 
         if (topics_or_res_va is None) != (qrels_va is None):
             given, missing = ("topics_or_res_va", "qrels_va")[:: 1 if qrels_va is None else -1]
-            raise ValueError(f"{given} is given without {missing}; wanted both or neither.")
+            raise ValueError(f"{given} is given without {missing}; expected both or neither.")
         for name, results in (("topics_or_res_tr", topics_or_res_tr), ("topics_or_res_va", topics_or_res_va)):
             if results is not None:
                 check_columns(name, results, ["qid", "query", "docno", self.text_field])

@@ -298,5 +298,5 @@ def _judged_rows(reranker: MatroyshkaReranker, res: pd.DataFrame, qrels: pd.Data
     check_rows(res, reranker.text_field)
     rows = res[res["qid"].astype(str).isin(set(qrels["qid"].astype(str)))].reset_index(drop=True)
     if rows.empty:
-        raise ValueError("res and qrels have no query in common; wanted candidates of queries with judgements.")
+        raise ValueError("res and qrels have no query in common; expected candidates of queries with judgements.")
     return rows

@@ -192,7 +192,7 @@ def as_pairs(pairs: Any) -> tuple[list[tuple[str, str]], bool]:
     checked = []
     for number, pair in enumerate([given] if is_single else map(as_list, given)):
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-            raise ValueError(f"pairs[{number}] is {short(pair)}; wanted two strings, (query, passage).")
+            raise ValueError(f"pairs[{number}] is {short(pair)}; expected two strings, (query, passage).")
         for name, text in zip(("query", "passage"), pair, strict=True):
             if problem := problem_of(text):
                 raise ValueError(f"the {name} of pairs[{number}] is {problem}.")

@@ -60,7 +60,7 @@ class FallbackDecoder(nn.Module):
         model_type = checkpoint.config.model_type
         if not self._is_causal():
             raise ValueError(
-                f"{self.argument}: in model_type {model_type!r} a token sees later ones; wanted a causal decoder."
+                f"{self.argument}: in model_type {model_type!r} a token sees later ones; expected a causal decoder."
             )
         checkpoint.check_unused(unexpected)
         if quantize is not None and not linear_layers:

@@ -138,7 +138,7 @@ def parse(command: str, argv: Sequence[str]) -> tuple[Recipe, Sources, TrainingA
     if not sources.use_lora:
         raise ValueError("use_lora=False; allowed: True. Only LoRA adapters and heads are trained.")
     if not sources.train_data:
-        raise ValueError("train_data is missing; wanted JSON lines files, or a dataset's hub id.")
+        raise ValueError("train_data is missing; expected JSON lines files, or a dataset's hub id.")
     if not sources.eval_data and recipe.patience is not None:
         raise ValueError(f"patience={recipe.patience} needs eval_data to measure nDCG@10 on.")
     return recipe, sources, arguments

@@ -36,7 +36,7 @@ def check_qrels(qrels: pd.DataFrame, argument: str) -> pd.DataFrame:
     wanted = ["qid", "docno", "label"]
     for name in wanted:
         if list(qrels.columns).count(name) != 1:
-            raise ValueError(f"{argument} has columns {list(qrels.columns)}; wanted qid, docno and label, once each.")
+            raise ValueError(f"{argument} has columns {list(qrels.columns)}; expected qid, docno and label, once each.")
     if qrels.empty:
         raise ValueError(f"{argument} is empty.")
     rows = qrels[wanted].reset_index(drop=True)
@@ -65,7 +65,7 @@ def numbers(rows: pd.DataFrame, name: str, argument: str) -> pd.Series[Any]:
             finite = False
         if not finite:
             raise ValueError(
-                f"{argument}: {name!r} is {short(value)} for qid {qid!r}, docno {docno!r}; wanted a finite number."
+                f"{argument}: {name!r} is {short(value)} for qid {qid!r}, docno {docno!r}; expected a finite number."
             )
     return pd.to_numeric(rows[name])
 

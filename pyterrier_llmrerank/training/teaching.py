@@ -88,7 +88,7 @@ def teach(
     """
     source, target = Path(source), Path(target)
     if not source.is_file():
-        raise FileNotFoundError(f"source={str(source)!r}: no such file; wanted JSON lines.")
+        raise FileNotFoundError(f"source={str(source)!r}: no such file; expected JSON lines.")
     if not resume:
         refuse_existing(target)
     total = sum(1 for _ in _records(source, overwrite))
@@ -220,7 +220,7 @@ def _score_block(source: Path, records: Records, transformer: pt.Transformer) ->
             for passage, values in zip(side, found, strict=True):
                 if len(values) != 1 or not is_finite(values[0]):
                     value = "missing" if not values else short(values[0] if len(values) == 1 else values)
-                    problem = f"the teacher's score of {passage.place} is {value}; wanted one finite number"
+                    problem = f"the teacher's score of {passage.place} is {value}; expected one finite number"
                     raise malformed(source, line, problem)
             taught[key] = [values[0] for values in found]
         data = _line(taught)

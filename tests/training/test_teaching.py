@@ -163,10 +163,13 @@ def test_scores_that_are_there_need_overwrite(source: Path) -> None:
             lambda f: f.assign(score=[float("nan"), *f["score"][1:]]),
             r"line \d: the teacher's score of \w+\[\d\] is nan",
         ),
-        (lambda f: f.assign(score=float("inf")), r"line 1: the teacher's score of pos\[0\] is inf; wanted one finite"),
+        (
+            lambda f: f.assign(score=float("inf")),
+            r"line 1: the teacher's score of pos\[0\] is inf; expected one finite",
+        ),
         (lambda f: f.assign(score="high"), r"line 1: the teacher's score of pos\[0\] is 'high'"),
         (lambda f: f[f["text"] != "low"], r"line 2: the teacher's score of negative_passages\[1\] is missing"),
-        (lambda f: pd.concat([f, f]), r"line 1: the teacher's score of pos\[0\] is \[.*\]; wanted one finite number"),
+        (lambda f: pd.concat([f, f]), r"line 1: the teacher's score of pos\[0\] is \[.*\]; expected one finite number"),
         (lambda f: f.drop(columns="score"), r"the teacher returns columns \[.*\]; missing: score"),
     ],
 )
