@@ -25,7 +25,7 @@ def canonical(name: str) -> str:
 TARGETS = {"exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"}
 
 #: Fields of PEFT's LoraConfig that this module reads.
-READ = TARGETS | {
+FIELDS_READ = TARGETS | {
     "alpha_pattern", "base_model_name_or_path", "init_lora_weights", "lora_alpha", "peft_type", "r", "rank_pattern",
     "revision", "use_rslora",
 }  # fmt: skip
@@ -51,10 +51,10 @@ INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 LORA_ALPHA = LORA_RANK = 8
 
 #: Operators that let a regular expression match in more than one way.
-WILD = re.compile(r"[*+?|{]")
+WILDCARDS = re.compile(r"[*+?|{]")
 
 #: Larger than any lora_alpha in use.
-MOST = 1e9
+MAX_ALPHA = 1e9
 
 
 class Adapter:
@@ -132,7 +132,7 @@ class Adapter:
             kind = short(self.config.get("peft_type"))
             raise ValueError(f"{self.argument}: peft_type is {kind}; only LoRA is allowed.")
         for key, value in self.config.items():
-            if value and key not in READ | WITHOUT_EFFECT:
+            if value and key not in FIELDS_READ | WITHOUT_EFFECT:
                 known = "a variant of LoRA" if key in VARIANTS else "an unknown field"
                 raise ValueError(
                     f"{self.argument}: {short(key)} in adapter_config.json is {short(value)}, which is {known}; only "
@@ -153,7 +153,7 @@ class Adapter:
 
         given = {name: self.config[name] for name in TARGETS if self.config.get(name) is not None}
         patterns = [value for value in given.values() if isinstance(value, str)]
-        if "target_modules" not in given or any(len(WILD.findall(pattern)) > 2 for pattern in patterns):
+        if "target_modules" not in given or any(len(WILDCARDS.findall(pattern)) > 2 for pattern in patterns):
             return  # PEFT's defaults for the model, or a match that could take forever
         try:
             config = LoraConfig(**given)
@@ -256,7 +256,7 @@ class Adapter:
         """Return a module's ``lora_alpha``."""
         alpha = self._by_pattern("alpha", module, "lora_alpha", LORA_ALPHA)
         number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-        if not number or not -MOST < alpha < MOST:
+        if not number or not -MAX_ALPHA < alpha < MAX_ALPHA:
             raise ValueError(
                 f"{self.argument}: lora_alpha of {short(module)} is {short(alpha)}, by lora_alpha or alpha_pattern; "
                 "expected a number."
@@ -274,7 +274,7 @@ class Adapter:
         return self.config.get(field, default)
 
     def _fits(self, field: str, pattern: str, module: str) -> bool:
-        if len(pattern) > 1000 or len(WILD.findall(pattern)) > 2:  # a match could take forever
+        if len(pattern) > 1000 or len(WILDCARDS.findall(pattern)) > 2:  # a match could take forever
             raise ValueError(f"{self.argument}: {field} {short(pattern)} is too intricate.")
         try:
             return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None

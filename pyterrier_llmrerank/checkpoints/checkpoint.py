@@ -32,7 +32,7 @@ from .tokenizer import open_tokenizer, vocabulary_of
 LAYER_WISE = "cost_wise_"
 
 #: Buffers that older releases of transformers stored, and that are computed now: rotary angles and causal masks.
-COMPUTED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias|causal_mask))")
+COMPUTED_BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias|causal_mask))")
 
 #: The name of RankLLaMA's head.
 SCORE = "score.weight"
@@ -303,7 +303,7 @@ class Checkpoint(ABC):
         Args:
             names: the tensors in the files that the decoder does not have.
         """
-        unknown = sorted(name for name in names if not COMPUTED.fullmatch(name) and not self.is_head(name))
+        unknown = sorted(name for name in names if not COMPUTED_BUFFERS.fullmatch(name) and not self.is_head(name))
         if unknown:
             raise ValueError(
                 f"{self.argument}: the checkpoint has a tensor {short(unknown[0])}, which a model_type "

@@ -65,7 +65,7 @@ BYTE_LEVEL: dict[str | None, type[PreTrainedTokenizerBase]] = {
 
 
 #: Classes that do not define a first token.
-GENERIC = (None, "TokenizersBackend", "PreTrainedTokenizerFast", "MistralCommonBackend")
+GENERIC_CLASSES = (None, "TokenizersBackend", "PreTrainedTokenizerFast", "MistralCommonBackend")
 
 
 def vocabulary_of(folder: Path) -> tuple[str, ...] | None:
@@ -132,7 +132,7 @@ def open_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenize
 def _class_of(config: PreTrainedConfig) -> str | None:
     """Return the tokenizer class that transformers has for a model type; None if it is a generic one."""
     name = TOKENIZER_MAPPING_NAMES.get(config.model_type)
-    return name if name not in GENERIC else None
+    return name if name not in GENERIC_CLASSES else None
 
 
 def _sentencepiece(

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 #: Constructor arguments that may differ when a run is resumed: without quantization, they do not affect scores beyond
 #: the last digits.
-FREE = ("batch_size", "device", "training", "verbose")
+MAY_CHANGE = ("batch_size", "device", "training", "verbose")
 
 #: Scores chunks, in their order.
 ScoreChunks = Callable[[Iterator[Chunk]], Generator[tuple[Chunk, ScoredChunk]]]
@@ -276,7 +276,7 @@ def _settings(reranker: LLMReranker, device_type: str, form: str, tag: str) -> d
     These are the arguments that affect scores, and the base that an adapter names. With quantization, batch size and
     type of device do, too.
     """
-    arguments = {name: value for name, value in reranker.equality_key().items() if name not in FREE}
+    arguments = {name: value for name, value in reranker.equality_key().items() if name not in MAY_CHANGE}
     if reranker.quantization:
         arguments |= {"batch_size": reranker.batch_size, "device": device_type}
     return {"reranker": type(reranker).__name__, **arguments, "form": form, "tag": tag}

@@ -82,7 +82,7 @@ class LowRankLinear(lora.Linear):
 
 #: Settings kept from the configuration of an adapter that is trained further. Others could change the base's weights
 #: or the computation, where inference does not.
-CONTINUED = (
+KEPT_FIELDS = (
     "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern",
     "layers_to_transform", "layers_pattern",
 )  # fmt: skip
@@ -120,7 +120,7 @@ def with_lora(checkpoint: Checkpoint, heads: Tensor, recipe: Recipe, dtype: torc
                 "allowed: LoRA and a score head. save(folder, merged=True) writes a model to train."
             )
         checkpoint.adapters = [adapter for adapter in checkpoint.adapters if adapter is not continued]
-        kept = {key: continued.config.get(key) for key in CONTINUED}
+        kept = {key: continued.config.get(key) for key in KEPT_FIELDS}
         config = LoraConfig(**{key: value for key, value in kept.items() if value is not None})
         logger.info("training %s further, with its rank, scale and modules, not the recipe's", continued.folder)
     _, config.revision = without_revision(checkpoint.base)

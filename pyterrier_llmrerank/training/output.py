@@ -17,8 +17,8 @@ from ..checkpoints.description import FILE
 logger = logging.getLogger(__name__)
 
 #: Files that show that a run wrote into a folder, and the files that it writes beside them.
-PROOFS = ("checkpoint-[0-9]*", "adapter_config.json", "adapter_model.*", "trainer_state.json", "training_args.bin")
-BESIDE = (
+RUN_FILES = ("checkpoint-[0-9]*", "adapter_config.json", "adapter_model.*", "trainer_state.json", "training_args.bin")
+COMPANION_FILES = (
     "README.md", FILE, "adapter-[0-9]*",
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja",
 )  # fmt: skip
@@ -80,8 +80,8 @@ def remove_runs(folder: Path) -> None:
 
 def files_of_runs(folder: Path) -> list[Path]:
     """List the files of earlier runs; none if nothing shows that there was a run."""
-    found = [path for pattern in PROOFS for path in folder.glob(pattern)]
-    return found and [*found, *(path for pattern in BESIDE for path in folder.glob(pattern))]
+    found = [path for pattern in RUN_FILES for path in folder.glob(pattern)]
+    return found and [*found, *(path for pattern in COMPANION_FILES for path in folder.glob(pattern))]
 
 
 def is_in(folder: Path, checkpoint: Path | None) -> bool:

@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pyterrier_llmrerank.checkpoints.adapters import INITIALISATIONS, READ, VARIANTS, WITHOUT_EFFECT, Adapter
+from pyterrier_llmrerank.checkpoints.adapters import FIELDS_READ, INITIALISATIONS, VARIANTS, WITHOUT_EFFECT, Adapter
 
 
 @pytest.mark.parametrize(
@@ -63,11 +63,11 @@ def llama() -> LlamaForCausalLM:
 def test_every_field_of_lora_is_known() -> None:
     """If a new PEFT has more fields, find out whether they change the base or the forward pass, and list them."""
     fields = {field.name for field in dataclasses.fields(LoraConfig)}
-    assert fields - (READ | WITHOUT_EFFECT | VARIANTS) == set()
+    assert fields - (FIELDS_READ | WITHOUT_EFFECT | VARIANTS) == set()
     variants = {field.name for field in dataclasses.fields(LoraConfig) if field.metadata.get("is_lora_variant")}
     assert variants <= VARIANTS
-    assert not READ & WITHOUT_EFFECT
-    assert not (READ | WITHOUT_EFFECT) & VARIANTS
+    assert not FIELDS_READ & WITHOUT_EFFECT
+    assert not (FIELDS_READ | WITHOUT_EFFECT) & VARIANTS
 
 
 def test_what_peft_saves_of_plain_lora_is_plain_here(tmp_path: Path) -> None:
