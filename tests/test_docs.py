@@ -235,8 +235,10 @@ def in_world(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.setenv("PYTERRIER_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("pyterrier_llmrerank.checkpoints.bundled._base", lambda: "HuggingFaceTB/SmolLM2-135M-Instruct")
-    monkeypatch.setattr("pyterrier_llmrerank.checkpoints.bundled.MODELS", world)
+    monkeypatch.setattr(
+        "pyterrier_llmrerank.checkpoints.bundled.base_file", lambda: "HuggingFaceTB/SmolLM2-135M-Instruct"
+    )
+    monkeypatch.setattr(bundled, "MODELS", world)
     monkeypatch.setattr(pt, "get_dataset", dataset)
     monkeypatch.setattr(
         pt.Artifact, "from_hf", lambda name: SimpleNamespace(bm25=lambda *, num_results: Everything() % num_results)

@@ -185,13 +185,13 @@ class GroupTrainer(Trainer):
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Measure nDCG@10; each process measures all validation queries."""
         validation = cast(Validation, eval_dataset or self.eval_dataset)
-        metrics = {f"{metric_key_prefix}_{MEASURE}": validation(self._scores)}
+        metrics = {f"{metric_key_prefix}_{MEASURE}": validation(self.score_pairs)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     @torch.no_grad()
-    def _scores(self, asked: Sequence[tuple[str, str, str | None]]) -> list[float]:
+    def score_pairs(self, asked: Sequence[tuple[str, str, str | None]]) -> list[float]:
         """Score ``(query, body, prompt)`` by the deepest head, at full width."""
         encode = {prompt: self.collate.inputs(prompt) for prompt in {prompt for _, _, prompt in asked}}
         rows = [encode[prompt](self.collate.tokenizer, [(query, body)])[0] for query, body, prompt in asked]

@@ -329,10 +329,12 @@ def test_validation_scores_are_those_of_inference(tmp_path: Path) -> None:
     run = trainer(tmp_path)
     pairs = [("panda", words(n, 3 + n)) for n in range(8)]
     reranker = MatroyshkaReranker(BASE, start_layer=4, dtype="float32")
-    np.testing.assert_allclose(run._scores([(*pair, None) for pair in pairs]), reranker.compute_score(pairs), atol=1e-4)
+    np.testing.assert_allclose(
+        run.score_pairs([(*pair, None) for pair in pairs]), reranker.compute_score(pairs), atol=1e-4
+    )
     assert run.model.training
     other = MatroyshkaReranker(BASE, start_layer=4, dtype="float32", prompt="Relevant?").compute_score(pairs)
-    np.testing.assert_allclose(run._scores([(*pair, "Relevant?") for pair in pairs]), other, atol=1e-4)
+    np.testing.assert_allclose(run.score_pairs([(*pair, "Relevant?") for pair in pairs]), other, atol=1e-4)
 
 
 def test_accumulation_is_averaging(tmp_path: Path) -> None:
