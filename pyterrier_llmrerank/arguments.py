@@ -8,7 +8,7 @@ from typing import Any, cast
 
 
 class ValueSemantics:
-    """Makes objects equal if their constructor arguments are; each argument is an attribute of the same name.
+    """Make objects equal if their constructor arguments are; each argument is an attribute of the same name.
 
     An object that is changed later equals only itself from then on, and keeps its hash. Attributes whose names begin
     with an underscore are its own business: they are neither compared nor pickled.

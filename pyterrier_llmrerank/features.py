@@ -19,7 +19,7 @@ PAPER = "https://doi.org/10.1145/3696410.3714620"
 
 
 class MatroyshkaFeatures(pt.Transformer):
-    """Adds one reranker's scores at several depths as features, computed in one pass.
+    """Add one reranker's scores at several depths as features, computed in one pass.
 
     ``m.at(cutoff=8) ** m.at(cutoff=16)`` compiles to it.
 
@@ -86,7 +86,7 @@ class MatroyshkaFeatures(pt.Transformer):
 
 
 class AtDepth(pt.Transformer):
-    """Ranks by the score at one of the cutoffs of a pass.
+    """Rank by the score at one of the cutoffs of a pass.
 
     Args:
         layer: the cutoff.

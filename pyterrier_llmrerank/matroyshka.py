@@ -261,7 +261,7 @@ class MatroyshkaReranker(LLMReranker):
 
     @property
     def shape(self) -> MatroyshkaShape:
-        """The arguments that say how much of the model is run."""
+        """The arguments that choose the depth, the width and the cascade."""
         return MatroyshkaShape(self.cutoff, self.compress_layers, self.compress_ratio, self.prune)
 
     def at(

@@ -87,7 +87,7 @@ class Scores(NamedTuple):
 
 
 class Reporter(Observer):
-    """Names the rows of a call in errors, moves its progress bar, and collects its usage.
+    """Name the rows of a call in errors, move its progress bar, and collect its usage.
 
     Args:
         name: names a row.
@@ -197,7 +197,7 @@ class LLMReranker(ValueSemantics, pt.Estimator):
 
     @abstractmethod
     def _shape(self, checkpoint: Checkpoint) -> Shape:
-        """Return how much of a checkpoint is run; ValueError if it does not allow the arguments."""
+        """Return the part of a checkpoint to run; ValueError if it does not allow the arguments."""
 
     @abstractmethod
     def _encode(self, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Ids]:

@@ -1,4 +1,4 @@
-"""Shapes of a Matroyshka reranker: how deep and how wide it runs, and the candidates that a cascade keeps."""
+"""The shape of a Matroyshka reranker: its depth, its width, and the candidates that a cascade keeps."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ GAP = 1.0
 
 
 class Cascade:
-    """Decides which rows of a result frame are dropped after which layer, and ranks them all.
+    """Decide which rows of a result frame are dropped after which layer, and rank them all.
 
     Ties are broken by the order of the rows, as in PyTerrier's ranks.
 

@@ -43,7 +43,7 @@ SHARES = 4
 
 @dataclass(frozen=True)
 class Shape:
-    """How much of a model is run, and which heads read it.
+    """The part of a model that is run, and the heads that read it.
 
     Args:
         cutoffs: layers at which a score is read, ascending.
@@ -74,7 +74,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scorer:
-    """Scores pairs with one model in one shape. It opens files only when something asks for their contents.
+    """Score pairs with one model in one shape. It opens files only when something asks for their contents.
 
     Args:
         weights: the model's weights, once for each device.
@@ -105,7 +105,7 @@ class Scorer:
 
     @cached_property
     def shape(self) -> Shape:
-        """How much of the model is run.
+        """The part of the model that is run.
 
         Raises:
             ValueError: the checkpoint does not allow the shape.
@@ -282,7 +282,7 @@ class Stage:
 
 
 class DeviceScorer:
-    """One device's part in a call: takes chunks and writes their scores into the call.
+    """Take chunks of a call on one device, and write their scores into the call.
 
     It holds the token ids of two chunks at most: it tokenises the next one, in a thread, while it scores one.
 

@@ -66,7 +66,7 @@ class Usage:
 
 
 class Observer:
-    """Follows the scoring of some pairs. Subclasses override the methods they need."""
+    """Follow the scoring of some pairs. Subclasses override the methods they need."""
 
     def label(self, pair: int) -> str:
         """Name a pair, given by its index, in error messages."""
@@ -80,7 +80,7 @@ class Observer:
 
 
 class Stopwatch:
-    """Adds up the seconds spent in ``with`` blocks, which must not overlap."""
+    """Add up the seconds spent in ``with`` blocks, which must not overlap."""
 
     def __init__(self) -> None:
         self.seconds = 0.0

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class Frames(NamedTuple):
-    """Results with judgements.
+    """Results with judgements, as the reranker reads them.
 
     Args:
         results: results with texts, in the columns that the reranker takes.
