@@ -24,7 +24,7 @@ from scipy import stats
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker, cli
+from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker, cli, cli_options
 from pyterrier_llmrerank.cli import app, main
 from pyterrier_llmrerank.runs import streaming
 from pyterrier_llmrerank.runs.collection import Judgement
@@ -238,7 +238,7 @@ def test_options_are_the_arguments_of_the_constructor(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("name", KINDS)
 def test_every_argument_is_an_option_with_help(name: str) -> None:
     said = " ".join(CliRunner().invoke(app, ["rerank", name, "--help"], terminal_width=10_000).output.split())
-    arguments = [one for one in inspect.signature(KINDS[name]).parameters if one not in cli._NO_OPTIONS]
+    arguments = [one for one in inspect.signature(KINDS[name]).parameters if one not in cli_options.WITHOUT_OPTION]
     assert len(arguments) >= 12
     for argument in arguments:
         assert re.search(f' --{argument.replace("_", "-")} [^-]*[A-Z"]', said), argument

@@ -122,7 +122,7 @@ ROOMS = [
     {"matroyshka", "rankllama"},
     {"sweep"},
     {"tuning"},
-    {"cli"},
+    {"cli_options", "cli"},
 ]
 
 
