@@ -255,8 +255,8 @@ class MatroyshkaReranker(LLMReranker):
             logger.warning("compress_ratio=%d has no effect without compress_layers from 1 on", self.compress_ratio)
         elif self.compress_ratio > 1 and not self.shape.pools(deepest):
             logger.warning(
-                "compress_layers=%s: none is below the cutoff, %d, so nothing is pooled, but the token adapter is "
-                "still used", list(self.compress_layers), deepest,
+                "compress_layers=%s: no layer from 1 to below the cutoff, %d, so nothing is pooled; the token adapter "
+                "is still used", list(self.compress_layers), deepest,
             )  # fmt: skip
 
     @property
