@@ -107,7 +107,7 @@ class Reporter(Observer):
         """Move the progress bar."""
         self._bar.update(pairs)
 
-    def add_usage(self, usage: Usage) -> None:
+    def used(self, usage: Usage) -> None:
         """Collect a part of the usage."""
         self.parts.append(usage)
 

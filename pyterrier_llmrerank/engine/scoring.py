@@ -174,7 +174,7 @@ class Scorer:
             error.scores = call.scores  # type: ignore[attr-defined]
             raise
         finally:
-            observer.add_usage(Usage(pairs=int(np.isfinite(call.scores[0]).sum())))
+            observer.used(Usage(pairs=int(np.isfinite(call.scores[0]).sum())))
         return call.scores
 
     def _chunks(self, pairs: Sequence[tuple[str, str]]) -> Iterator[list[int]]:
@@ -325,7 +325,7 @@ class DeviceScorer:
                     self._raise(error)
             finally:
                 seconds = time.perf_counter() - begun - waiting.seconds
-                self.call.observer.add_usage(Usage(tokenising_seconds=self._tokenising.seconds, model_seconds=seconds))
+                self.call.observer.used(Usage(tokenising_seconds=self._tokenising.seconds, model_seconds=seconds))
 
     def _raise(self, error: BaseException) -> NoReturn:
         """Re-raise our own errors; wrap any other in a ScoringError that names the latest batch."""
@@ -355,7 +355,7 @@ class DeviceScorer:
                     raise self.call.error(f"{self._label(pair)} {problem}")
         queries = {query for (query, _), ids in zip(texts, encoded, strict=True) if ids.query_truncated}
         passages = sum(ids.passage_truncated for ids in encoded)
-        self.call.observer.add_usage(Usage(truncated_queries=len(queries), truncated_passages=passages))
+        self.call.observer.used(Usage(truncated_queries=len(queries), truncated_passages=passages))
         return TokenizedPairs(pairs, encoded)
 
     def _encode_or_name(self, pairs: list[int], texts: list[tuple[str, str]]) -> list[Ids]:
@@ -444,7 +444,7 @@ class DeviceScorer:
     def _count(self, packing: Packing, tokens: int) -> None:
         """Report the tokens and positions of a batch that enters the first layer."""
         positions = len(packing) * packing.longest
-        self.call.observer.add_usage(Usage(tokens=tokens, positions=positions, filled=int(packing.real.sum())))
+        self.call.observer.used(Usage(tokens=tokens, positions=positions, filled=int(packing.real.sum())))
 
     def _collect(self, leave: int = 0) -> None:
         """Wait for scores until only ``leave`` batches are pending, so that the device always has work."""

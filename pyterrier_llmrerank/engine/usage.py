@@ -75,7 +75,7 @@ class Observer:
     def progress(self, pairs: int) -> None:
         """Record a number of pairs as done; one thread calls at a time."""
 
-    def add_usage(self, usage: Usage) -> None:
+    def used(self, usage: Usage) -> None:
         """Record a part of the usage; any thread may call, even after scoring has failed."""
 
 
