@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import logging
 import os
-import re
-import sys
-import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from .cli_options import OptionError, command_options, one_line, set_options, with_option_names
 from .errors import ScoringError
 from .matroyshka import MatroyshkaReranker
 from .options import options_of
 from .rankllama import RankLLaMAReranker
 from .reranker import LLMReranker
 from .runs.evaluation import compare, parse_measure
-from .runs.formats import best_first, by_query, read_run, rerank_line, run_line, writing
+from .runs.formats import best_first, by_query, read_run, rerank_line, run_line
+from .runs.lines import writing
 from .runs.sources import judgements, rerank_rows
 
 logger = logging.getLogger(__name__)
@@ -64,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        argv: the arguments of the command line; None for those of this process.
+        argv: the words of the command line; None for the words that this process was started with.
 
     Returns:
         The exit status: 0; 1 if a file, a value or a model is invalid; 2 if the command itself is malformed; 130 after
@@ -76,28 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except typer.TyperException as error:
         typer.echo(f"error: {error.format_message().rstrip('.')}. See --help.", err=True)
         return error.exit_code
-    except (*ERRORS, _OptionError) as error:
-        typer.echo(f"error: {_one_line(error)}", err=True)
+    except (*ERRORS, OptionError) as error:
+        typer.echo(f"error: {one_line(error)}", err=True)
         return 1
-
-
-class _OptionError(Exception):
-    """An error whose message names options in place of arguments: ``--base-model=`` for ``base_model=``.
-
-    Args:
-        error: the error.
-        arguments: names of the arguments.
-    """
-
-    def __init__(self, error: Exception, arguments: Iterable[str]) -> None:
-        options = {name: name.replace("_", "-") for name in arguments} | {"target": "output"}
-        pattern = rf"(?<![\w/'\"-])({'|'.join(options)})="
-        super().__init__(re.sub(pattern, lambda match: f"--{options[match[1]]}=", _one_line(error)))
-
-
-def _one_line(error: BaseException) -> str:
-    parts = (str(error) or type(error).__name__, *getattr(error, "__notes__", ()))
-    return " ".join(" ".join(parts).split())
 
 
 # -- arguments shared by several commands
@@ -115,8 +94,8 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run of 3, 4 or 6 col
 Columns = Annotated[
     str | None,
     typer.Option(
-        help="The run's columns, for example qid,docno,rank. Use _ for a column to ignore. By default, the columns "
-        "follow from their number."
+        help="The run's columns, for example qid,docno,rank. Use _ for a column to ignore. By default, their "
+        "number decides."
     ),
 ]
 Output = Annotated[Path, typer.Option(help="The file to write, compressed if its name ends in .gz.")]
@@ -154,7 +133,7 @@ def prepare(
         ),
     ],
     output: Output,
-    depth: Annotated[int, typer.Option(min=1, help="Number of documents to keep for each query, from the top.")] = 200,
+    depth: Annotated[int, typer.Option(min=1, help="Number of top documents to keep for each query.")] = 200,
     columns: Columns = None,
     verbose: Verbose = False,
 ) -> None:
@@ -228,7 +207,7 @@ def evaluate(
         typer.Option(help="Correct p for the number of runs, measure by measure."),
     ] = None,
     columns: Columns = None,
-    baseline_columns: Annotated[str | None, typer.Option(help="As --columns, for the baseline.")] = None,
+    baseline_columns: Annotated[str | None, typer.Option(help="The baseline's columns, like --columns.")] = None,
     per_query: Annotated[bool, typer.Option("--per-query", help="Also show the values of each query.")] = False,
 ) -> None:
     """Evaluate runs, and compare them with a baseline.
@@ -248,7 +227,7 @@ def evaluate(
             correction,
         )
     except ValueError as error:
-        raise _OptionError(error, ["correction"]) from error
+        raise OptionError(with_option_names(one_line(error), ["correction"])) from error
     if per_query:
         _show(queries)
         typer.echo()
@@ -276,60 +255,6 @@ def _show(table: Any) -> None:
 
 
 # -- reranking: options are the constructors' arguments
-
-
-#: Arguments without an option: a rerank file has one text, and training is another command.
-_NO_OPTIONS = ("self", "text_field", "training", "verbose")
-
-
-def _options(kind: type[LLMReranker]) -> list[inspect.Parameter]:
-    """Return the options of a ``rerank`` command: the options of the reranker."""
-    names = vars(sys.modules[kind.__module__]) | globals()
-    return [
-        _option(option.name, eval(option.accepts, names), option.default, option.summary)
-        for option in options_of(kind)
-        if option.name not in _NO_OPTIONS
-    ]
-
-
-def _option(name: str, hint: Any, default: Any, help: str) -> inspect.Parameter:
-    """Turn an argument into an option. Options with several values are repeated; ``{8: 50}`` is written ``8:50``."""
-    kinds = typing.get_args(hint) or (hint,)
-    origins = {typing.get_origin(kind): typing.get_args(kind) for kind in kinds}
-    annotation: Any
-    # A name keeps typer from adding --no-<name> to a bool.
-    flag = f"--{name.replace('_', '-')}"
-    if mapping := origins.get(Mapping):
-        metavar = ":".join(kind.__name__ for kind in mapping).upper()
-        info = typer.Option(flag, help=f"{help} May be repeated.", metavar=metavar, parser=_pair(*mapping))
-        annotation, default = Annotated[list[Any] | None, info], None
-    elif element := origins.get(Sequence):
-        info = typer.Option(flag, help=f"{help} May be repeated.")
-        annotation, default = Annotated[list[element[0]] | None, info], None  # type: ignore[valid-type]
-    else:
-        annotation = Annotated[hint, typer.Option(flag, help=help)]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
-def _pair(key: Callable[[str], Any], value: Callable[[str], Any]) -> Callable[[str], tuple[Any, Any]]:
-    """Return a parser for ``8:50``."""
-
-    def parse(word: str) -> tuple[Any, Any]:
-        first, colon, second = word.partition(":")
-        if not colon:
-            raise typer.BadParameter(f"{word!r} has no colon")
-        return key(first), value(second)
-
-    return parse
-
-
-def _with_options(command: Callable[..., None], options: list[inspect.Parameter]) -> None:
-    """Give a command options in place of its ``**arguments``."""
-    signature = inspect.signature(command, eval_str=True)
-    own = [parameter for parameter in signature.parameters.values() if parameter.kind != parameter.VAR_KEYWORD]
-    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in own] + options
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
 
 
 def _rerank_command(name: str, kind: type[LLMReranker], *examples: str) -> None:
@@ -372,12 +297,13 @@ def _rerank_command(name: str, kind: type[LLMReranker], *examples: str) -> None:
                 form=form, tag=tag, resume=resume, shard=shard, workers=workers, address=address,
             )  # fmt: skip
         except KeyboardInterrupt as error:
-            typer.echo(f"Interrupted. {' '.join(getattr(error, '__notes__', ()))}", err=True)
+            notes = " ".join(getattr(error, "__notes__", ()))
+            typer.echo(f"Interrupted. {with_option_names(notes, ())}", err=True)
             raise
         except ERRORS as error:
-            raise _OptionError(error, [*arguments, "form", "shard", "workers"]) from error
+            raise OptionError(with_option_names(one_line(error), [*arguments, "form", "shard", "workers"])) from error
 
-    _with_options(command, _options(kind))
+    set_options(command, command_options(**{name: kind}))
     summary = (kind.__doc__ or "").split("\n")[0]
     help = f"{summary}\n\nOmit an option to use its default."
     rerank.command(name, help=help, epilog=_examples(*examples))(command)
@@ -401,16 +327,18 @@ _rerank_command(
 )
 
 
-# -- teaching: options are the constructors' arguments, as in reranking
+# -- teaching: options are the constructors' arguments, too
 
 TEACHERS: dict[str, type[LLMReranker]] = {"rankllama": RankLLaMAReranker, "matroyshka": MatroyshkaReranker}
 
 
 def _teach(
-    source: Annotated[Path, typer.Argument(metavar="TRAIN_FILE", help="JSON lines for training; also .gz.")],
+    source: Annotated[Path, typer.Argument(metavar="TRAIN_FILE", help="JSON lines, optionally .gz.")],
     target: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The file to write; compressed if it ends in .gz.")],
-    reranker: Annotated[Literal["rankllama", "matroyshka"], typer.Option(help="The teacher.")] = "rankllama",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace scores that lines have already.")] = False,
+    reranker: Annotated[
+        Literal["rankllama", "matroyshka"], typer.Option(help="The kind of the teacher.")
+    ] = "rankllama",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the scores of lines that have some.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted output.")] = False,
     verbose: Verbose = False,
     **arguments: Any,
@@ -421,18 +349,20 @@ def _teach(
     kind = TEACHERS[reranker]
     if others := given.keys() - {option.name for option in options_of(kind)}:
         raise ValueError(f"--{min(others).replace('_', '-')} is no option of --reranker={reranker}.")
-    teacher = kind(**given)
-    pipeline = teacher if isinstance(teacher, RankLLaMAReranker) else join_titles() >> teacher
-    teach(source, target, pipeline, overwrite=overwrite, resume=resume, verbose=verbose)
+    try:
+        teacher = kind(**given)
+        pipeline = teacher if isinstance(teacher, RankLLaMAReranker) else join_titles() >> teacher
+        teach(source, target, pipeline, overwrite=overwrite, resume=resume, verbose=verbose)
+    except ERRORS as error:
+        raise OptionError(with_option_names(one_line(error), arguments)) from error
 
 
 def _teach_command() -> None:
-    known = {p.name: p.replace(default=None) for kind in reversed(TEACHERS.values()) for p in _options(kind)}
-    _with_options(_teach, list(known.values()))
+    set_options(_teach, command_options(**TEACHERS))
     app.command(
         "teach",
-        help="Add a teacher's scores, pos_scores and neg_scores, to each line of a training file.\n\n"
-        "Omit an option to use the reranker's default.",
+        help="Add a teacher's scores to a training file.\n\nEach line gets pos_scores and neg_scores. Omit an option "
+        "to use the reranker's default.",
         epilog=_examples(
             "llmrerank teach train.jsonl taught.jsonl --model smollm2-135m",
             "llmrerank teach train.jsonl taught.jsonl.gz --reranker matroyshka --model smollm2-135m --resume",
@@ -473,4 +403,4 @@ def _set_hub_environment(options: Sequence[str]) -> None:
 
 _train_command("rankllama", "Fine-tune a RankLLaMA reranker.")
 _train_command("distill", "Train a Matroyshka reranker by cascaded self-distillation.")
-_train_command("compensate", "Train a compensation adapter of a Matroyshka reranker, for some depth or width.")
+_train_command("compensate", "Train a further Matroyshka adapter, for all depths or one width.")

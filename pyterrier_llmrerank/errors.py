@@ -1,4 +1,4 @@
-"""Errors of the package, and how messages show values and errors from outside."""
+"""The package's own error, and short forms of values and of other libraries' errors for messages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ScoringError(RuntimeError):
         self.scores: Any = scores
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the scores too, so that they survive the way out of a worker process."""
+        """Pickle the scores too, so that a worker process can hand them over."""
         return type(self), (str(self), self.scores)
 
 

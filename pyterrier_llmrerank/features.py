@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
-from .frames import ranked, sigmoid, warn_of_ties
+from .frames import sigmoid, warn_of_ties, with_ranks
 
 if TYPE_CHECKING:
     from .matroyshka import MatroyshkaReranker
@@ -19,7 +19,7 @@ PAPER = "https://doi.org/10.1145/3696410.3714620"
 
 
 class MatroyshkaFeatures(pt.Transformer):
-    """Adds one reranker's scores at several depths as features, computed in one pass.
+    """Add one reranker's scores at several depths as features, computed in one pass.
 
     ``m.at(cutoff=8) ** m.at(cutoff=16)`` compiles to it.
 
@@ -48,7 +48,7 @@ class MatroyshkaFeatures(pt.Transformer):
             finally:
                 first.add_usage(together.usage)
             scores = [scored.get(f"score_{layer}", scored["score"]).to_numpy() for layer in layers]
-            ranks = ranked(inp.assign(score=scores[0]))["rank"]
+            ranks = with_ranks(inp.assign(score=scores[0]))["rank"]
             columns = np.stack(scores, axis=1)
             features = list(sigmoid(columns) if first.normalize else columns)
         return inp.assign(**({} if "rank" in inp else {"rank": ranks}), features=features)
@@ -62,7 +62,7 @@ class MatroyshkaFeatures(pt.Transformer):
     def _are_depths(self, rerankers: Sequence[pt.Transformer]) -> bool:
         """Return whether one pass can give the scores of all rerankers."""
         first = self.rerankers[0]
-        if first.released or first.prune:  # its head at a layer depends on all cutoffs; not all rows reach all depths
+        if first.released or first.prune:  # heads depend on all cutoffs, or some rows do not reach all depths
             return False
         return all(
             isinstance(reranker, type(first))
@@ -72,7 +72,7 @@ class MatroyshkaFeatures(pt.Transformer):
         )
 
     def subtransformers(self) -> dict[str, pt.Transformer]:
-        """Return none: the rerankers are drawn as one transformer."""
+        """Return {}: diagrams show the rerankers as one transformer."""
         return {}
 
     def __repr__(self) -> str:
@@ -86,7 +86,7 @@ class MatroyshkaFeatures(pt.Transformer):
 
 
 class AtDepth(pt.Transformer):
-    """Takes the score at one of several cutoffs of a pass as the score.
+    """Rank by the score at one of the cutoffs of a pass.
 
     Args:
         layer: the cutoff.
@@ -114,7 +114,7 @@ class AtDepth(pt.Transformer):
         scores = sigmoid(logits) if self.normalize else logits
         self._has_warned = self._has_warned or warn_of_ties(self, inp["qid"], scores, logits)
         own = inp.columns.intersection([f"score_{cutoff}" for cutoff in self.cutoffs])
-        return ranked(inp.assign(score=scores).drop(columns=own), logits)
+        return with_ranks(inp.assign(score=scores).drop(columns=own), logits)
 
     def __repr__(self) -> str:
         return f"AtDepth({self.layer}, {self.cutoffs}{', normalize=True' if self.normalize else ''})"

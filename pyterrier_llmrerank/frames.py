@@ -26,10 +26,10 @@ def check_rows(frame: pd.DataFrame, text_field: str) -> None:
         text_field: the column with the text.
 
     Raises:
-        ValueError: a column is there twice, a qid or docno is missing, or a query or text is not a string.
+        ValueError: a column is repeated, a qid or docno is missing, or a query or text is not a string.
     """
     if repeated := list(frame.columns[frame.columns.duplicated()]):
-        raise ValueError(f"the frame has several columns {repeated[0]!r}; wanted one.")
+        raise ValueError(f"the frame has several columns {repeated[0]!r}; expected one.")
     for name in ("qid", "docno"):
         if frame[name].isna().any():
             raise ValueError(f"{name} is missing in row {int(frame[name].isna().argmax())} of the frame.")
@@ -48,7 +48,7 @@ def check_rows(frame: pd.DataFrame, text_field: str) -> None:
 
 
 def check_columns(name: str, frame: pd.DataFrame, columns: Sequence[str]) -> None:
-    """Raise ValueError if an argument, a frame, lacks columns."""
+    """Raise ValueError if a frame, given as the argument ``name``, lacks columns."""
     if missing := [column for column in columns if column not in frame.columns]:
         raise ValueError(f"{name} has columns {list(frame.columns)}; missing: {', '.join(missing)}.")
 
@@ -66,8 +66,8 @@ def distinct(values: Sequence[Value]) -> tuple[list[Value], NDArray[np.intp]]:
     return list(index), positions
 
 
-def ranked(scored: pd.DataFrame, logits: np.ndarray | None = None) -> pd.DataFrame:
-    """Add PyTerrier's ranks to a copy of a frame, whatever its index is named or holds.
+def with_ranks(scored: pd.DataFrame, logits: np.ndarray | None = None) -> pd.DataFrame:
+    """Add PyTerrier's ranks to a copy of a frame, which may have any index.
 
     Args:
         scored: the frame, with ``score``.
@@ -89,14 +89,14 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
     return cast(np.ndarray, np.where(logits < 0, tail, 1.0) / (1.0 + tail))
 
 
-def warn_of_ties(scored_by: object, qids: pd.Series[Any], scores: np.ndarray, logits: np.ndarray) -> bool:
+def warn_of_ties(reranker: object, qids: pd.Series[Any], scores: np.ndarray, logits: np.ndarray) -> bool:
     """Warn if normalisation makes different logits of a query equal in single precision, as evaluators see them.
 
     Args:
-        scored_by: named in the warning.
-        qids: of each row, ``[rows]``.
+        reranker: the transformer to name in the warning.
+        qids: the qid of each row, ``[rows]``.
         scores: normalised scores, ``[rows]``.
-        logits: the scores before that, ``[rows]``.
+        logits: the scores before normalisation, ``[rows]``.
 
     Returns:
         Whether it warned.
@@ -112,6 +112,6 @@ def warn_of_ties(scored_by: object, qids: pd.Series[Any], scores: np.ndarray, lo
         logger.warning(
             "%r: normalize=True makes %d scores equal to another score of their query in single precision, in which "
             "trec_eval compares them, though their logits differ. Ranks follow the logits; for measures by score use "
-            "normalize=False.", scored_by, count,
+            "normalize=False.", reranker, count,
         )  # fmt: skip
     return bool(count)

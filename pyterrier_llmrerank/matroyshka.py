@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import KW_ONLY, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -14,20 +13,22 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import numpy as np
 import pyterrier as pt
 
+from . import shapes
 from .checkpoints import bundled
-from .checkpoints.description import Description, assembled, fitting
-from .checkpoints.locate import folder_of, is_hub_id, located, require, shown
+from .checkpoints.description import FILE, Description, assemble, token_adapter_for
+from .checkpoints.locate import absolute, folder_of, identity, is_hub_id, require, shortest
 from .engine.inputs import PROMPT, Ids, MatroyshkaInputs
 from .features import PAPER, AtDepth, MatroyshkaFeatures
 from .frames import sigmoid
 from .options import Converted, Option, with_options
 from .reranker import LLMReranker, Scores, model_path, require_layerwise
+from .shapes import MatroyshkaShape
 from .values import RATIOS, flag, integer, items, layers, optional, path_like, positive, refuse, string
 
 if TYPE_CHECKING:
     from .checkpoints.checkpoint import Checkpoint, MatroyshkaCheckpoint
     from .engine.scoring import Shape
-    from .training.fitting import Frames
+    from .training.fit import Frames
     from .training.recipes import MatroyshkaTraining
 
 logger = logging.getLogger(__name__)
@@ -44,37 +45,6 @@ def _token_adapters(name: str, value: object) -> tuple[tuple[int, str], ...]:
     if any(ratio == 1 or ratio not in RATIOS for ratio in by_ratio):
         refuse(name, value, allowed)
     return tuple(sorted(by_ratio.items()))
-
-
-def _cutoff(name: str, value: object) -> int | tuple[int, ...] | None:
-    """Return one layer as an int, several as an ascending tuple."""
-    if value is None:
-        return None
-    cutoffs = layers(name, value, 1)
-    if not cutoffs:
-        refuse(name, value, "a layer, several layers, or None")
-    return cutoffs[0] if len(cutoffs) == 1 else cutoffs
-
-
-def _compress_ratio(name: str, value: object) -> int:
-    if (ratio := positive(name, value)) not in RATIOS:
-        refuse(name, value, "1, 2, 4, 8 (or a power of two up to 64)")
-    return ratio
-
-
-def _prune(name: str, value: object) -> tuple[tuple[int, int], ...]:
-    """Return a cascade's layers and the number of candidates that survive each, ascending by layer."""
-    allowed = "layers and the number of candidates that survive each, {8: 50, 16: 20}"
-    stages = items(name, value, allowed)
-    checked = sorted((integer(name, layer, allowed), integer(name, keep, allowed)) for layer, keep in stages)
-    if any(layer < 1 or keep < 1 for layer, keep in checked):
-        refuse(name, value, f"{allowed}, integers of at least 1")
-    if len(dict(checked)) < len(checked):
-        raise ValueError(f"{name}={value!r} has a layer twice; allowed: {allowed}.")
-    for (_, before), (layer, keep) in pairwise(checked):
-        if keep > before:
-            raise ValueError(f"{name}={value!r}: {keep} cannot survive layer {layer}: only {before} are left there.")
-    return tuple(checked)
 
 
 def _training(name: str, value: object) -> MatroyshkaTraining | None:
@@ -111,10 +81,10 @@ class MatroyshkaReranker(LLMReranker):
     model: Option[str] = Option(
         default="BAAI/Matroyshka-ReRanker-passage",
         check=model_path,
-        help="a layer-wise checkpoint (``cost_wise_*``), or any causal language model of a supported family, together "
-        "with ``adapters`` and ``start_layer``. It is a folder, ``.gguf`` file or hub id, which may include a revision "
-        '(``"owner/name@v1"``); paths are kept absolute. ``"smollm2-135m"`` is SmolLM2-135M-Instruct with the adapters '
-        "that come with this package.",
+        help="a layer-wise checkpoint (``cost_wise_*``), a causal language model with ``adapters`` and "
+        "``start_layer``, or ``smollm2-135m``, the small model that comes with this package. It is a folder, "
+        '``.gguf`` file or hub id, which may include a revision (``"owner/name@v1"``); paths are kept absolute. '
+        "``smollm2-135m`` is SmolLM2-135M-Instruct with the package's adapters.",
     )
     _: KW_ONLY
     adapters: Converted[str | Sequence[str], tuple[str, ...]] = Converted(
@@ -127,14 +97,14 @@ class MatroyshkaReranker(LLMReranker):
     token_adapters: Converted[Mapping[int, str] | Sequence[tuple[int, str]], tuple[tuple[int, str], ...]] = Converted(
         default=(),
         check=_token_adapters,
-        help="token compensation adapters by ratio, ``{2: folder, 4: folder}``. In a shape with ``compress_layers``, "
+        help="token adapters by ratio, ``{2: folder, 4: folder}``. In a shape with ``compress_layers``, "
         "the adapter for its ratio, or else for the next lower ratio, is laid over the shared weights. The default is "
         "the adapters in the model's ``reranker.json``, if it has one. They are kept as a tuple of pairs, and the "
         "reranker's ``repr`` shows the one in use.",
     )
     cutoff: Converted[int | Sequence[int] | None, int | tuple[int, ...] | None] = Converted(
         default=None,
-        check=_cutoff,
+        check=shapes.cutoff,
         help="the layer that scores, or several; None for the deepest layer with a head. With several, ``score`` is "
         "the deepest's, and each has a column ``score_<layer>``; all are computed in one pass. Deeper layers are not "
         "run, and not kept in memory unless another reranker needs them.",
@@ -147,13 +117,13 @@ class MatroyshkaReranker(LLMReranker):
     )
     compress_ratio: Option[int] = Option(
         default=1,
-        check=_compress_ratio,
+        check=shapes.compress_ratio,
         help="hidden states that are pooled into one each time: 1 (off), 2, 4 or 8. Larger powers of two, up to 64, "
         "work too, but models are not trained for them.",
     )
     prune: Converted[Mapping[int, int] | Sequence[tuple[int, int]], tuple[tuple[int, int], ...]] = Converted(
         default=(),
-        check=_prune,
+        check=shapes.prune,
         help="a cascade: after a layer (the key), only this many candidates of each query (the value) survive, the "
         "best by the layer's score, for example ``{8: 50, 16: 20}``. Survivors reuse their hidden states and get the "
         "same score as without a cascade. Dropped passages rank below all survivors, in order of their last score; "
@@ -212,13 +182,16 @@ class MatroyshkaReranker(LLMReranker):
         "``CompensateTraining``. The result is appended to ``adapters``.",
     )
 
+    # Without an annotation, which would make it an option.
+    _known_parts = cast("tuple[Hashable, Description] | None", None)
+
     def __post_init__(self) -> None:
         source = self._source()
         vars(self).update(  # not an assignment, which would count as a change of the reranker
-            adapters=tuple(located(name, source) for name in self.adapters),
-            token_adapters=tuple((ratio, located(name, source)) for ratio, name in self.token_adapters),
+            adapters=tuple(absolute(name, source) for name in self.adapters),
+            token_adapters=tuple((ratio, absolute(name, source)) for ratio, name in self.token_adapters),
         )
-        self._check_stages(self.deepest())
+        self.shape.check_stages(self.deepest())
         if self.released and self.prune:
             raise ValueError(
                 f"prune={dict(self.prune)}: released=True reads heads of other layers than the cutoffs; allowed: ()."
@@ -267,25 +240,30 @@ class MatroyshkaReranker(LLMReranker):
                 raise ValueError(f"{name}={own!r}, but training has {other!r}; the two must agree.")
 
     def _check_early(self, parts: Description) -> None:
-        """Raise ValueError for a shape that the model does not allow, as far as that is known without a download."""
+        """Raise ValueError if the model does not allow the shape, unless a check needs a download."""
         if parts.layers is not None and parts.start_layer is not None:
             if parts.start_layer > parts.layers:
                 raise ValueError(f"start_layer={parts.start_layer}: model={self.model!r} has {parts.layers} layers.")
             heads = range(parts.start_layer, parts.layers + 1, parts.layer_sep or 1)
-            self._check_layers(f"model={self.model!r}", heads, parts.layers)
+            self.shape.check_layers(f"model={self.model!r}", heads, parts.layers)
         if self._is_local(parts):
             self._shape(self._weights().checkpoint)
 
     def _warn_without_effect(self) -> None:
         """Warn of compression that does nothing. It is no error because grids set one argument at a time."""
-        if self.compress_ratio > 1 and not self.compress_layers:
-            logger.warning("compress_ratio=%d has no effect without compress_layers", self.compress_ratio)
         deepest = self.deepest()
-        if self.compress_ratio > 1 and deepest is not None and min(self.compress_layers, default=0) >= deepest:
+        if self.compress_ratio > 1 and not self.shape.pools():
+            logger.warning("compress_ratio=%d has no effect without compress_layers from 1 on", self.compress_ratio)
+        elif self.compress_ratio > 1 and not self.shape.pools(deepest):
             logger.warning(
-                "compress_layers=%s: all are at or above the cutoff, %d, so nothing is pooled, but the compression "
-                "adapter is still used.", list(self.compress_layers), deepest,
+                "compress_layers=%s: no layer from 1 to below the cutoff, %d, so nothing is pooled; the token adapter "
+                "is still used", list(self.compress_layers), deepest,
             )  # fmt: skip
+
+    @property
+    def shape(self) -> MatroyshkaShape:
+        """The arguments that choose the depth, the width and the cascade."""
+        return MatroyshkaShape(self.cutoff, self.compress_layers, self.compress_ratio, self.prune)
 
     def at(
         self,
@@ -322,7 +300,7 @@ class MatroyshkaReranker(LLMReranker):
         return type(self)(**{**self.arguments(), **changed})
 
     def depths(self) -> dict[int, pt.Transformer]:
-        """Return a pipeline for each cutoff; all of them start with the same pass. A single cutoff gives the reranker.
+        """Return a pipeline for each cutoff; all start with the same pass. With a single cutoff, it is the reranker.
 
         An experiment that shares common prefixes of pipelines makes the pass once:
         ``pt.Experiment([bm25 >> depth for depth in m.at(cutoff=[8, 16, 24]).depths().values()], ..., plan="tree")``.
@@ -344,7 +322,7 @@ class MatroyshkaReranker(LLMReranker):
         logits = self
         if self.normalize:  # each depth is ranked by logits
             logits = self.at(normalize=False)
-            logits._works_for = self
+            logits._usage_parent = self
         return {layer: logits >> AtDepth(layer, self.cutoff, self.normalize) for layer in self.cutoff}
 
     def fuse_feature_union(self, other: pt.Transformer, is_left: bool) -> pt.Transformer | None:
@@ -357,34 +335,35 @@ class MatroyshkaReranker(LLMReranker):
         """Return the cutoff layers, ascending; the model's last layer with a head if ``cutoff`` is None."""
         if self.cutoff is None:
             return (self._weights().checkpoint.head_layers[-1],)
-        return self.cutoff if isinstance(self.cutoff, tuple) else (self.cutoff,)
+        return self.shape.cutoffs
 
     def deepest(self) -> int | None:
         """Return the deepest cutoff; None for the model's last layer."""
-        return self.cutoff[-1] if isinstance(self.cutoff, tuple) else self.cutoff
+        return self.shape.deepest
 
     def _checkpoint(self) -> partial[Any]:
         from .checkpoints.checkpoint import MatroyshkaCheckpoint
 
-        return partial(MatroyshkaCheckpoint, *self._opened())
+        return partial(MatroyshkaCheckpoint, *self._checkpoint_arguments())
 
-    def _overlaid(self) -> partial[Any] | None:
+    def _overlay_checkpoint(self) -> partial[Any] | None:
         from .checkpoints.checkpoint import MatroyshkaCheckpoint
 
         parts = self._parts()
         if overlay := self._token_adapter(parts):
-            return partial(MatroyshkaCheckpoint, *self._opened(), overlay)
-        if self._pools() and is_hub_id(self._source()) and not self.adapters and not self.token_adapters:
-            return partial(MatroyshkaCheckpoint, *self._opened(), (), self.compress_ratio)  # if it has one of its own
+            return partial(MatroyshkaCheckpoint, *self._checkpoint_arguments(), overlay)
+        if self.shape.pools() and is_hub_id(self._source()) and not self.adapters and not self.token_adapters:
+            return partial(
+                MatroyshkaCheckpoint, *self._checkpoint_arguments(), (), self.compress_ratio
+            )  # if it has one of its own
         return None
 
-    def _pools(self) -> bool:
-        """Return whether the shape compresses, whatever the cutoff: a score is the same at any deeper cutoff."""
-        return self.compress_ratio > 1 and any(layer > 0 for layer in self.compress_layers)
-
     def _token_adapter(self, parts: Description) -> tuple[str, ...]:
-        """Return the token compensation that fits the shape, if there is one."""
-        return fitting(parts.token_adapters, self.compress_ratio) if self._pools() else ()
+        """Return the token adapter for the shape, if there is one.
+
+        It does not depend on the cutoff, so that a layer's score is the same in deeper passes.
+        """
+        return token_adapter_for(parts.token_adapters, self.compress_ratio) if self.shape.pools() else ()
 
     def __repr__(self) -> str:
         call, source, parts = super().__repr__(), self._source(), self._parts()
@@ -394,15 +373,14 @@ class MatroyshkaReranker(LLMReranker):
         folder = Path(source).expanduser()
         own = {name: str(Path(name).relative_to(folder)) for name in names if folder in Path(name).parents}
         own[source] = folder.name
-        return f"{call} over {', '.join(own.get(name) or shown(name, source) for name in names) or 'no adapter'}"
+        return f"{call} over {', '.join(own.get(name) or shortest(name, source) for name in names) or 'no adapter'}"
 
-    def _shown(self, name: str) -> Any:
-        value = getattr(self, name)
+    def _repr_value(self, name: str) -> Any:
         if name == "adapters":
-            return tuple(shown(adapter, self.model) for adapter in value)
+            return tuple(shortest(adapter, self.model) for adapter in self.adapters)
         if name == "token_adapters":
-            return tuple((ratio, shown(adapter, self.model)) for ratio, adapter in value)
-        return value
+            return tuple((ratio, shortest(adapter, self.model)) for ratio, adapter in self.token_adapters)
+        return super()._repr_value(name)
 
     def _source(self) -> str:
         """Return the folder, ``.gguf`` file or hub id of the model."""
@@ -412,7 +390,7 @@ class MatroyshkaReranker(LLMReranker):
         """Return the parts of this reranker, from its arguments and the model's own description.
 
         Args:
-            fetch: download a hub model to read its description; else a hub model counts as having none.
+            fetch: download a hub model to read its description; otherwise the description of a hub model is left out.
         """
         source = self._source()
         folder: Path | None = Path(source).expanduser()
@@ -422,9 +400,12 @@ class MatroyshkaReranker(LLMReranker):
             kind="matroyshka", base=source, start_layer=self.start_layer, layer_sep=self.layer_sep, prompt=self.prompt,
             adapters=self.adapters, token_adapters=self.token_adapters,
         )  # fmt: skip
-        return assembled(given, folder, f"model={self.model!r}")
+        key = given, folder, None if folder is None else identity(str(folder / FILE))
+        if self._known_parts is None or self._known_parts[0] != key:  # read again only where something has changed
+            self._known_parts = key, assemble(given, folder, f"model={self.model!r}")
+        return self._known_parts[1]
 
-    def _opened(self) -> tuple[str, tuple[str, ...], int | None, int | None]:
+    def _checkpoint_arguments(self) -> tuple[str, tuple[str, ...], int | None, int | None]:
         """Return the base model, the adapters to merge, and ``start_layer`` and ``layer_sep`` if known."""
         parts = self._parts()
         return cast(str, parts.base), parts.adapters, parts.start_layer, parts.layer_sep
@@ -440,8 +421,8 @@ class MatroyshkaReranker(LLMReranker):
         self._parts().check_layers(checkpoint.layers, f"model={self.model!r}")
         self._check_layerwise(checkpoint)
         with_head = checkpoint.head_layers
-        cutoffs = self._check_layers(checkpoint.argument, with_head, checkpoint.layers)
-        pools = self.compress_ratio > 1 and any(0 < layer < cutoffs[-1] for layer in self.compress_layers)
+        cutoffs = self.shape.check_layers(checkpoint.argument, with_head, checkpoint.layers)
+        pools = self.shape.pools(cutoffs[-1])
         if pools:
             require_layerwise(checkpoint, "compress_ratio", self.compress_ratio, "1, no compression")
         if self.prune:
@@ -454,38 +435,6 @@ class MatroyshkaReranker(LLMReranker):
         return Shape(
             read, heads, self.compress_layers, self.compress_ratio, pad_id, self.prune, self.attn_implementation
         )
-
-    def _check_layers(self, model: str, with_head: Sequence[int], depth: int) -> tuple[int, ...]:
-        """Check the shape against a model, and return its cutoffs.
-
-        Args:
-            model: the argument that names the model.
-            with_head: its layers with a head, ascending.
-            depth: its number of layers.
-
-        Raises:
-            ValueError: a layer has no head, or does not exist.
-        """
-        cutoffs = self.cutoff if isinstance(self.cutoff, tuple) else (self.cutoff or with_head[-1],)
-        self._check_stages(cutoffs[-1])
-        for argument, value, layer in (
-            *(("cutoff", cutoff, cutoff) for cutoff in cutoffs),
-            *(("prune", dict(self.prune), layer) for layer, _ in self.prune),
-        ):
-            if layer not in with_head:
-                raise ValueError(f"{argument}={value}: {model} has heads at layers {_listed(with_head)}.")
-        for layer in self.compress_layers:
-            if layer >= depth:
-                raise ValueError(
-                    f"compress_layers={list(self.compress_layers)}: layer index {layer} is beyond {model}; "
-                    f"allowed: 0 to {depth - 1}."
-                )
-        return cutoffs
-
-    def _check_stages(self, deepest: int | None) -> None:
-        """Raise ValueError unless all stages are shallower than the deepest cutoff, or None if it is not known yet."""
-        if deepest is not None and self.prune and (layer := self.prune[-1][0]) >= deepest:
-            raise ValueError(f"prune={dict(self.prune)}: layer {layer} is not shallower than the cutoff, {deepest}.")
 
     def _encode(self, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Ids]:
         return MatroyshkaInputs(self._question(), self.query_max_length, self.max_length)(tokenizer, pairs)
@@ -509,7 +458,7 @@ class MatroyshkaReranker(LLMReranker):
         )
 
     def _train(self, training: Frames, validation: Frames | None) -> Path:
-        from .training.fitting import fit
+        from .training.fit import fit
 
         parts = self._parts(fetch=True)
         return fit(
@@ -517,7 +466,7 @@ class MatroyshkaReranker(LLMReranker):
             device=self.device, dtype=self.dtype, verbose=self.verbose,
         )  # fmt: skip
 
-    def _take_up(self, adapter: str) -> None:
+    def _switch_to(self, adapter: str) -> None:
         from .checkpoints.checkpoint import is_layer_wise
 
         recipe, parts = self._recipe(), self._parts(fetch=True)
@@ -533,20 +482,20 @@ class MatroyshkaReranker(LLMReranker):
         ``MatroyshkaReranker(folder)`` opens it.
 
         Args:
-            folder: where to; new or empty.
+            folder: a new or an empty folder.
             merged: write one layer-wise model (``cost_wise_*``) with all adapters merged in, rather than the
                 PEFT adapters. Weights are in ``dtype``, not quantised, heads are fp32.
 
         Returns:
             The folders of the adapters that this shape uses, in order: they open as ``adapters`` too. A single adapter
-            is in the folder itself, several in numbered folders below it, token compensations in ``token-<ratio>``.
+            is in the folder itself, several in numbered folders below it, token adapters in ``token-<ratio>``.
             Empty if ``merged``.
 
         Raises:
             FileExistsError: the folder is not empty.
             ValueError: there is no adapter to write.
         """
-        from .checkpoints.saving import write_adapters, write_merged, written_whole
+        from .checkpoints.saving import all_or_nothing, write_adapters, write_merged
         from .engine.weights import build_decoder
 
         target, parts = Path(folder).expanduser(), self._parts(fetch=True)
@@ -554,7 +503,7 @@ class MatroyshkaReranker(LLMReranker):
         if not merged:
             if not parts.folders:
                 raise ValueError("adapters=(): there is no adapter to write; allowed: merged=True.")
-            with written_whole(target):
+            with all_or_nothing(target):
                 saved = write_adapters(parts, target)
             return [target / name for name in (*saved.adapters, *self._token_adapter(saved))]
         weights = self._weights()
@@ -566,7 +515,7 @@ class MatroyshkaReranker(LLMReranker):
             "start_layer": checkpoint.start_layer, "layer_sep": checkpoint.layer_sep, "layer_wise": True,
         }  # fmt: skip
         named = {f"{checkpoint.head_module(k)}.weight": head[None] for k, head in enumerate(heads)}
-        with written_whole(target):
+        with all_or_nothing(target):
             description = replace(checkpoint.description(), prompt=parts.prompt)
             write_merged(checkpoint, build_decoder(checkpoint), named, settings, weights.dtype, target, description)
         return []
@@ -582,11 +531,3 @@ class MatroyshkaReranker(LLMReranker):
 
     def _finish(self, logits: np.ndarray) -> np.ndarray:
         return sigmoid(logits) if self.normalize else logits
-
-
-def _listed(layers: Sequence[int]) -> str:
-    """Return layers in words."""
-    if len(layers) == 1:
-        return f"{layers[0]} only; start_layer gives a plain language model more"
-    step = layers[1] - layers[0]
-    return f"{layers[0]} to {layers[-1]}" + (f" in steps of {step}" if step > 1 else "")

@@ -95,7 +95,7 @@ def with_options(cls: Class) -> Class:
     constructor.__signature__ = inspect.Signature([first, *others])
     constructor.__annotations__ = {parameter.name: parameter.annotation for parameter in others} | {"return": "None"}
     made.__signature__ = constructor_signature(made)
-    made.__doc__ = _documented(made.__doc__, options_of(made))
+    made.__doc__ = _with_args_section(made.__doc__, options_of(made))
     return cast(Class, made)
 
 
@@ -126,7 +126,7 @@ def _accepted_type(annotation: str) -> str:
     return ast.unparse(parameters.elts[0] if isinstance(parameters, ast.Tuple) else parameters)
 
 
-def _documented(doc: str | None, options: list[Converted[Any, Any]]) -> str | None:
+def _with_args_section(doc: str | None, options: list[Converted[Any, Any]]) -> str | None:
     """Insert the options as ``Args`` before the section ``Raises`` of a docstring, or at its end."""
     if doc is None:  # Python runs with -OO
         return None

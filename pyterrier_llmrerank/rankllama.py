@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import pandas as pd
 
 from .checkpoints import bundled
-from .checkpoints.description import described
-from .checkpoints.locate import folder_of, located, named_base, portable, require, shown
+from .checkpoints.description import read_description
+from .checkpoints.locate import absolute, folder_of, named_base, portable, require, shortest
 from .engine.inputs import Ids, RankLLaMAInputs, document
 from .frames import row_name
 from .options import Option, with_options
@@ -22,7 +22,7 @@ from .values import column, optional, positive, problem_of
 if TYPE_CHECKING:
     from .checkpoints.checkpoint import Checkpoint, RankLLaMACheckpoint
     from .engine.scoring import Shape
-    from .training.fitting import Frames
+    from .training.fit import Frames
     from .training.recipes import RankLLaMATraining
 
 
@@ -58,15 +58,15 @@ class RankLLaMAReranker(LLMReranker):
     model: Option[str] = Option(
         default="castorini/rankllama-v1-7b-lora-passage",
         check=model_path,
-        help="a PEFT ``SEQ_CLS`` adapter with its score head, or a merged ``*ForSequenceClassification`` model. It is "
-        'a folder or a hub id, which may include a revision (``"owner/name@v1"``); paths are kept absolute. '
-        '``"smollm2-135m"`` is the small adapter that comes with this package.',
+        help="a PEFT ``SEQ_CLS`` adapter with its score head, a merged ``*ForSequenceClassification`` model, or "
+        "``smollm2-135m``, the small adapter that comes with this package. It is a folder or a hub id, which may "
+        'include a revision (``"owner/name@v1"``); paths are kept absolute.',
     )
     _: KW_ONLY
     base_model: Option[str | None] = Option(
         default=None,
         check=optional(model_path),
-        help="the base of the adapter (folder, ``.gguf`` file or hub id), instead of the one that the adapter names.",
+        help="a base (folder, ``.gguf`` file or hub id) to use in place of the one that the adapter names.",
     )
     query_max_length: Option[int] = Option(
         default=32, check=positive, help="tokens kept of ``query: {query}``, not counting ``<s>``."
@@ -103,7 +103,7 @@ class RankLLaMAReranker(LLMReranker):
         #: The base that the adapter names. If that is a relative path, it is resolved now, not when it is opened.
         self.named_base = named_base(self._source())
         if (folder := Path(self._source()).expanduser()).is_dir():  # fail now, not after a first stage has run
-            described(self.model, folder, "rankllama", f"model={self.model!r}")
+            read_description(self.model, folder, "rankllama", f"model={self.model!r}")
 
     @classmethod
     def untrained(cls, base: str, **options: Any) -> RankLLaMAReranker:
@@ -128,13 +128,13 @@ class RankLLaMAReranker(LLMReranker):
     def _checkpoint(self) -> partial[Any]:
         from .checkpoints.checkpoint import RankLLaMACheckpoint
 
-        return partial(RankLLaMACheckpoint, *self._opened())
+        return partial(RankLLaMACheckpoint, *self._checkpoint_arguments())
 
     def _source(self) -> str:
         """Return the folder, ``.gguf`` file or hub id of the model."""
         return bundled.reranker(self.model, "rankllama")
 
-    def _opened(self) -> tuple[str, str | None]:
+    def _checkpoint_arguments(self) -> tuple[str, str | None]:
         """Return the model and its base."""
         return self._source(), self.base_model or self.named_base
 
@@ -164,20 +164,20 @@ class RankLLaMAReranker(LLMReranker):
         return self.training or RankLLaMATraining()
 
     def _train(self, training: Frames, validation: Frames | None) -> Path:
-        from .training.fitting import fit
+        from .training.fit import fit
 
-        model, base_model = self._opened()
+        model, base_model = self._checkpoint_arguments()
         return fit(
             self._recipe(), model, (), training, validation,
             device=self.device, dtype=self.dtype, verbose=self.verbose, base_model=base_model,
         )  # fmt: skip
 
     def _base(self) -> str:
-        """Return the base of the adapter, or of the one to be trained."""
+        """Return the base of the adapter, or the model itself before training."""
         return cast("RankLLaMACheckpoint", self._checkpoint()()).base
 
-    def _take_up(self, adapter: str) -> None:
-        self.base_model, self.model = located(self._base()), adapter
+    def _switch_to(self, adapter: str) -> None:
+        self.base_model, self.model = absolute(self._base()), adapter
 
     def __setattr__(self, name: str, value: Any) -> None:
         before = vars(self).get("model")
@@ -185,14 +185,15 @@ class RankLLaMAReranker(LLMReranker):
         if self.model != before and "named_base" in vars(self):  # another adapter may name another base
             self.named_base = named_base(self._source())
 
-    def compared(self) -> dict[str, Any]:
+    def equality_key(self) -> dict[str, Any]:
         """Return the arguments, and the local base that the adapter names, if it is used."""
         named = {} if self.base_model or self.named_base is None else {"named_base": portable(self.named_base)}
         return self.arguments() | named
 
-    def _shown(self, name: str) -> Any:
-        value = getattr(self, name)
-        return shown(value) if name == "base_model" and value is not None else value
+    def _repr_value(self, name: str) -> Any:
+        if name == "base_model" and self.base_model is not None:
+            return shortest(self.base_model)
+        return super()._repr_value(name)
 
     def _is_adapter(self) -> bool:
         return (folder_of(self._source(), "model") / "adapter_config.json").is_file()
@@ -208,10 +209,10 @@ class RankLLaMAReranker(LLMReranker):
                 with its score head. Weights are in ``dtype``, not quantised, the head is fp32.
 
         Raises:
-            FileExistsError: there is something in the folder.
-            ValueError: there is no adapter, or it is untrained.
+            FileExistsError: the folder is not empty.
+            ValueError: there is no adapter, or the model is untrained.
         """
-        from .checkpoints.saving import copy_adapter, write_merged, written_whole
+        from .checkpoints.saving import all_or_nothing, copy_adapter, write_merged
         from .engine.weights import build_decoder
 
         weights = self._weights()
@@ -222,7 +223,7 @@ class RankLLaMAReranker(LLMReranker):
         family = type(checkpoint.config).__name__.removesuffix("Config")
         settings = {"architectures": [f"{family}ForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
         settings |= {"label2id": {"LABEL_0": 0}}
-        with written_whole(Path(folder).expanduser()) as target:
+        with all_or_nothing(Path(folder).expanduser()) as target:
             if merged:
                 head = {"score.weight": heads}
                 decoder, description = build_decoder(checkpoint), checkpoint.description()

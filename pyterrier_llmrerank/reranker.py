@@ -1,4 +1,4 @@
-"""The base of all rerankers: takes a frame, and returns it with scores and ranks."""
+"""The base class of all rerankers: scores and ranks the rows of a frame."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import threading
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import KW_ONLY
 from functools import partial
 from pathlib import Path
@@ -20,11 +19,12 @@ import pandas as pd
 import pyterrier as pt
 from numpy.typing import NDArray
 
-from .checkpoints.locate import located, shown
+from .arguments import ValueSemantics
+from .checkpoints.locate import absolute, shortest
 from .engine.cascade import Cascade
 from .engine.usage import Observer, Usage
 from .errors import ScoringError
-from .frames import check_columns, check_rows, distinct, ranked, row_name, warn_of_ties
+from .frames import check_columns, check_rows, distinct, row_name, warn_of_ties, with_ranks
 from .options import Converted, Option, constructor_signature, with_options
 from .values import as_pairs, column, devices, flag, one_of, optional, path_like, positive, refuse
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .engine.inputs import Ids
     from .engine.scoring import Scorer, Shape
     from .engine.weights import Weights
-    from .training.fitting import Frames
+    from .training.fit import Frames
     from .training.recipes import Recipe
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ ATTENTIONS = ("sdpa", "eager", "flex_attention", "flash_attention_2", "flash_att
 
 def model_path(name: str, value: object) -> str:
     """Return a folder or file as an absolute path, or a hub id as it is."""
-    return located(path_like(name, value))
+    return absolute(path_like(name, value))
 
 
 def _dtype(name: str, value: object) -> str:
@@ -75,19 +75,19 @@ class Scores(NamedTuple):
 
     @classmethod
     def none(cls, rows: int = 0) -> Scores:
-        """Return the scores of rows before any is scored."""
+        """Return scores that are all missing."""
         missing = np.full(rows, np.nan)
         return cls(missing, defaultdict(lambda: missing), np.zeros(rows, dtype=int), missing)
 
     @classmethod
     def of(cls, error: BaseException, rows: int) -> Scores:
-        """Return the scores that an error carries, or none."""
+        """Return the scores that an error carries; all missing if it carries none."""
         scores = getattr(error, "scores", None)
         return scores if isinstance(scores, cls) else cls.none(rows)
 
 
 class Reporter(Observer):
-    """Names the rows of a call in errors, moves its progress bar, and collects its usage.
+    """Name the rows of a call in errors, move its progress bar, and collect its usage.
 
     Args:
         name: names a row.
@@ -113,7 +113,7 @@ class Reporter(Observer):
 
 
 @with_options
-class LLMReranker(pt.Estimator):
+class LLMReranker(ValueSemantics, pt.Estimator):
     """A pointwise cross-encoder on a decoder-only language model, as a PyTerrier transformer.
 
     Subclasses define the input format, the heads and how much of the model is run. Each constructor argument is kept
@@ -121,10 +121,9 @@ class LLMReranker(pt.Estimator):
     copy in memory.
 
     Rerankers made with equal arguments are equal, so experiments share their work. A reranker that is changed later
-    (:meth:`set_parameter`, :meth:`fit`, an attribute) equals only itself from then on and keeps its hash. So it can
-    stay a key of a dict. A copy or pickle of it compares by its values
-    at that time, like a new reranker. (Two rerankers that are equal from the start
-    are one key, as in any dict: give one of them another ``batch_size``, for example.)
+    (:meth:`set_parameter`, :meth:`fit`, an attribute) equals only itself from then on and keeps its hash, so that it
+    can stay a key of a dict. A copy or pickle of it compares by its current values, like a new reranker. (Rerankers
+    that are equal from the start are one key of a dict: give one of them another ``batch_size``, for example.)
     """
 
     schematic: ClassVar[Mapping[str, str]]
@@ -178,10 +177,9 @@ class LLMReranker(pt.Estimator):
 
     # Without annotations, which would make them options.
     _usage = Usage()
-    _works_for = cast("LLMReranker | None", None)  # a reranker that counts this one's usage, too
+    _usage_parent = cast("LLMReranker | None", None)  # another reranker, which counts this one's usage too
     _usage_level = logging.INFO
-    _has_warned = False  # of ties, once
-    _made_with = cast("dict[str, Any] | None", None)  # the first values of a reranker that was changed since
+    _has_warned = False  # of ties; one warning is enough
     _shared = cast("tuple[Hashable, tuple[Weights, ...]] | None", None)  # the weights in use, and their key
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -195,13 +193,13 @@ class LLMReranker(pt.Estimator):
     def _checkpoint(self) -> partial[Any]:
         """Return a call that opens the checkpoint; equal calls mean equal weights."""
 
-    def _overlaid(self) -> partial[Any] | None:
-        """Return a call that opens the checkpoint with adapters laid over its weights; None for no such adapters."""
+    def _overlay_checkpoint(self) -> partial[Any] | None:
+        """Return a call that opens the checkpoint with a token adapter over it; None without a token adapter."""
         return None
 
     @abstractmethod
     def _shape(self, checkpoint: Checkpoint) -> Shape:
-        """Return how much of a checkpoint is run; ValueError if it does not allow the arguments."""
+        """Return the part of a checkpoint to run; ValueError if it does not allow the arguments."""
 
     @abstractmethod
     def _encode(self, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Ids]:
@@ -260,7 +258,7 @@ class LLMReranker(pt.Estimator):
         check_rows(inp, self.text_field)
         if len(inp) == 0:
             none = {name: pd.Series(values) for name, values in self._columns(Scores.none()).items()}
-            return ranked(inp.assign(**none))
+            return with_ranks(inp.assign(**none))
         pairs = list(zip(inp["query"], self._bodies(inp), strict=True))
         try:
             scores = self._score(pairs, inp["qid"], lambda row: row_name(inp, row))
@@ -268,9 +266,9 @@ class LLMReranker(pt.Estimator):
             so_far = Scores.of(error, len(inp))
             is_scored = ~np.isnan(so_far.logits)
             scored = inp.assign(**self._columns(so_far))[is_scored]
-            error.scores = ranked(scored, so_far.logits[is_scored])  # type: ignore[union-attr]
+            error.scores = with_ranks(scored, so_far.logits[is_scored])  # type: ignore[union-attr]
             raise
-        result = ranked(inp.assign(**self._columns(scores)), scores.logits)
+        result = with_ranks(inp.assign(**self._columns(scores)), scores.logits)
         self._has_warned = self._has_warned or warn_of_ties(self, inp["qid"], scores.final, scores.logits)
         return result
 
@@ -306,7 +304,7 @@ class LLMReranker(pt.Estimator):
 
         Args:
             pairs: the query and passage of each row.
-            qids: of each row; rows with the same qid and query compete.
+            qids: the qid of each row; rows with the same qid and query compete.
             name: names a row in errors.
         """
         scorer = self.scorer()
@@ -324,22 +322,22 @@ class LLMReranker(pt.Estimator):
                 logits = scorer.score(texts, reporter, cascade)
             except (ScoringError, KeyboardInterrupt) as error:
                 if hasattr(error, "scores"):
-                    error.scores = self._of_rows(error.scores[:, pair_of_row], shape, cascade)
+                    error.scores = self._row_scores(error.scores[:, pair_of_row], shape, cascade)
                 raise
             finally:
                 if reporter.parts:  # scoring began
                     usage = sum(reporter.parts, Usage())
                     self.add_usage(usage)
                     logger.log(self._usage_level, "%r: %s", self, usage)
-        return self._of_rows(logits[:, pair_of_row], shape, cascade)
+        return self._row_scores(logits[:, pair_of_row], shape, cascade)
 
-    def _of_rows(self, logits: np.ndarray, shape: Shape, cascade: Cascade | None) -> Scores:
+    def _row_scores(self, logits: np.ndarray, shape: Shape, cascade: Cascade | None) -> Scores:
         """Turn the logits of rows, ``[cutoffs, rows]``, into their scores."""
         by_layer = dict(zip(shape.cutoffs, logits, strict=True))
         if cascade is None:
             final, exit_layer = by_layer[shape.cutoffs[-1]], None
         else:
-            final, exit_layer = cascade.ordered(by_layer), cascade.exit_layer
+            final, exit_layer = cascade.final_scores(by_layer), cascade.exit_layer
             for layer, here in by_layer.items():  # another row with the same text may have survived
                 here[exit_layer < layer] = np.nan
         return Scores(self._finish(final), {k: self._finish(v) for k, v in by_layer.items()}, exit_layer, final)
@@ -352,11 +350,11 @@ class LLMReranker(pt.Estimator):
         return self._usage
 
     def add_usage(self, usage: Usage) -> None:
-        """Add to :attr:`usage`; for work that was done on behalf of this reranker."""
+        """Add to :attr:`usage` the usage of work on behalf of this reranker."""
         with _LOCK:
             self._usage += usage
-            if self._works_for is not None:
-                self._works_for.add_usage(usage)
+            if self._usage_parent is not None:
+                self._usage_parent.add_usage(usage)
 
     def take_usage(self) -> Usage:
         """Return :attr:`usage`, and start again from zero."""
@@ -388,7 +386,7 @@ class LLMReranker(pt.Estimator):
         """Train, and return the folder of the new adapter."""
 
     @abstractmethod
-    def _take_up(self, adapter: str) -> None:
+    def _switch_to(self, adapter: str) -> None:
         """Score with a newly trained adapter from now on."""
 
     def fit(
@@ -424,11 +422,11 @@ class LLMReranker(pt.Estimator):
             FileExistsError: the recipe's ``output_dir`` is not empty.
             FloatingPointError: the loss is not finite; names the step, learning rate and queries.
         """
-        from .training.fitting import Frames
+        from .training.fit import Frames
 
         if (topics_or_res_va is None) != (qrels_va is None):
             given, missing = ("topics_or_res_va", "qrels_va")[:: 1 if qrels_va is None else -1]
-            raise ValueError(f"{given} is given without {missing}; wanted both or neither.")
+            raise ValueError(f"{given} is given without {missing}; expected both or neither.")
         for name, results in (("topics_or_res_tr", topics_or_res_tr), ("topics_or_res_va", topics_or_res_va)):
             if results is not None:
                 check_columns(name, results, ["qid", "query", "docno", self.text_field])
@@ -437,11 +435,11 @@ class LLMReranker(pt.Estimator):
         if topics_or_res_va is not None and qrels_va is not None:
             validation = Frames(topics_or_res_va, qrels_va, self._bodies, self.text_field)
         if self._shared is not None:  # not needed while another copy is trained
-            for weights in stacked(self._shared[1]):
+            for weights in all_weights(self._shared[1]):
                 weights.leave(self)
             self._shared = None
         adapter = self._train(Frames(topics_or_res_tr, qrels_tr, self._bodies, self.text_field), validation)
-        self._take_up(located(str(adapter)))
+        self._switch_to(absolute(str(adapter)))
 
     # -- weights: one copy for all rerankers, or one per device
 
@@ -479,7 +477,7 @@ class LLMReranker(pt.Estimator):
 
         places = resolve_devices(self.device)
         dtype = resolve_dtype(self.dtype, *places)
-        openers = [opener for opener in (self._checkpoint(), self._overlaid()) if opener is not None]
+        openers = [opener for opener in (self._checkpoint(), self._overlay_checkpoint()) if opener is not None]
         files = [(opener.func, identity(opener.args)) for opener in openers]
         settings = [(place, dtype, self.quantization, self.torch_compile) for place in places]
         key = tuple((*named, *setting) for setting in settings for named in files)
@@ -493,80 +491,21 @@ class LLMReranker(pt.Estimator):
                         weights = shared_weights((*named, *setting), create)
                     assert weights is not None
                     replicas.append(weights)
-                kept = stacked(replicas)
+                kept = all_weights(replicas)
                 for joined in kept:  # before leaving, so that layers needed by both are not dropped
                     joined.join(self)
-                for left in stacked(() if self._shared is None else self._shared[1]):
+                for left in all_weights(() if self._shared is None else self._shared[1]):
                     if left not in kept:
                         left.leave(self)
                 self._shared = key, tuple(replicas)
             return self._shared[1]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
-
-    # -- value semantics: equality, hash and repr by the arguments
-
-    def arguments(self) -> dict[str, Any]:
-        """Return the constructor arguments of this reranker, with the values in use."""
-        return {name: getattr(self, name) for name in list(inspect.signature(type(self).__init__).parameters)[1:]}
-
-    def compared(self) -> dict[str, Any]:
-        """Return the values by which rerankers are equal: the arguments, and in subclasses others that scores need."""
-        return self.arguments()
-
     def subtransformers(self) -> dict[str, pt.Transformer]:
         """Return {}: PyTerrier would mistake an empty tuple among the arguments for a list of transformers."""
         return {}
 
-    def set_parameter(self, name: str, value: Any) -> None:
-        """Change a constructor argument, as ``pt.GridScan`` does. The value is checked as by the constructor.
-
-        Args:
-            name: of the argument.
-            value: the new value.
-
-        Raises:
-            ValueError: there is no such argument, or the value is not allowed.
-        """
-        arguments = self.arguments()
-        if name not in arguments:
-            raise ValueError(f"no argument {name!r}; allowed: {', '.join(arguments)}.")
-        changed = type(self)(**{**arguments, name: value})
-        for argument, before in arguments.items():
-            if (after := getattr(changed, argument)) != before:
-                setattr(self, argument, after)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        before = None
-        if self._made_with is None and name in self.__dict__ and not name.startswith("_"):
-            with suppress(AttributeError):  # a subclass's constructor that is still setting its arguments
-                before = self.compared()
-        super().__setattr__(name, value)
-        if before is not None and self.compared() != before:
-            self._made_with = before
-
-    def __eq__(self, other: object) -> bool:
-        if self is other:
-            return True
-        if not isinstance(other, LLMReranker) or type(self) is not type(other):
-            return False
-        return self._made_with is other._made_with is None and self.compared() == other.compared()
-
-    def __hash__(self) -> int:
-        return hash((type(self), *(self._made_with or self.compared()).values()))
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join([repr(shown(self.model)), *self._options_shown()])})"
-
-    def _options_shown(self) -> list[str]:
-        """Return the options that are not the default, as ``repr`` prints them."""
-        _, _, *options = inspect.signature(type(self).__init__).parameters.values()  # self, model
-        return [f"{p.name}={self._shown(p.name)!r}" for p in options if getattr(self, p.name) != p.default]
-
-    def _shown(self, name: str) -> Any:
-        """Return an argument's value as ``repr`` prints it."""
-        return getattr(self, name)
+    def _repr_value(self, name: str) -> Any:
+        return shortest(self.model) if name == "model" else super()._repr_value(name)
 
 
 def require_layerwise(checkpoint: Checkpoint, name: str, value: object, allowed: str) -> None:
@@ -578,6 +517,6 @@ def require_layerwise(checkpoint: Checkpoint, name: str, value: object, allowed:
         )
 
 
-def stacked(replicas: Iterable[Weights]) -> list[Weights]:
-    """Return the weights of several devices, each with the weights it is laid over."""
+def all_weights(replicas: Iterable[Weights]) -> list[Weights]:
+    """Return the weights on all devices: with a token adapter, and those below it that it shares."""
     return [weights for replica in replicas for weights in replica.stack]

@@ -1,11 +1,12 @@
 """Check values from outside: constructor arguments, and the cells of a frame.
 
-Checks of arguments take the argument's name and its value. They return the value as it is kept, or raise a ValueError
-that says the name, the value and what is allowed.
+A check of an argument takes its name and value. It returns the value to keep, or raises a ValueError that names the
+argument, the value and the allowed values.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, ItemsView, Iterable, Mapping, Sequence, Set
 from typing import Any, NoReturn, TypeVar, cast
@@ -154,6 +155,14 @@ def problem_of_id(value: object) -> str | None:
     return None if pd.api.types.is_hashable(value) else f"{value!r}, neither a string nor a number"
 
 
+def is_finite(value: object) -> bool:
+    """Tell whether a value is a number that a float can hold; a bool is no number."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return False
+
+
 def as_list(value: object) -> Any:
     """Return an array as a list, of lists if it has rows; anything else as it is."""
     return value.tolist() if isinstance(value, np.ndarray) else value
@@ -183,7 +192,7 @@ def as_pairs(pairs: Any) -> tuple[list[tuple[str, str]], bool]:
     checked = []
     for number, pair in enumerate([given] if is_single else map(as_list, given)):
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-            raise ValueError(f"pairs[{number}] is {short(pair)}; wanted two strings, (query, passage).")
+            raise ValueError(f"pairs[{number}] is {short(pair)}; expected two strings, (query, passage).")
         for name, text in zip(("query", "passage"), pair, strict=True):
             if problem := problem_of(text):
                 raise ValueError(f"the {name} of pairs[{number}] is {problem}.")

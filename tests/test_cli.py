@@ -24,10 +24,11 @@ from scipy import stats
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker, cli
+from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker, cli, cli_options
 from pyterrier_llmrerank.cli import app, main
 from pyterrier_llmrerank.runs import streaming
-from pyterrier_llmrerank.runs.formats import Judgement, RunRow, read_rerank, read_run
+from pyterrier_llmrerank.runs.collection import Judgement
+from pyterrier_llmrerank.runs.formats import RunRow, read_rerank, read_run
 
 RANKLLAMA = ["--model", str(MODELS / "rankllama_adapter"), "--base-model", str(MODELS / "rankllama_base")]
 KINDS = {"rankllama": RankLLaMAReranker, "matroyshka": MatroyshkaReranker}
@@ -259,7 +260,7 @@ def test_options_are_the_arguments_of_the_constructor(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("name", KINDS)
 def test_every_argument_is_an_option_with_help(name: str) -> None:
     said = " ".join(CliRunner().invoke(app, ["rerank", name, "--help"], terminal_width=10_000).output.split())
-    arguments = [one for one in inspect.signature(KINDS[name]).parameters if one not in cli._NO_OPTIONS]
+    arguments = [one for one in inspect.signature(KINDS[name]).parameters if one not in cli_options.WITHOUT_OPTION]
     assert len(arguments) >= 12
     for argument in arguments:
         assert re.search(f' --{argument.replace("_", "-")} [^-]*[A-Z"]', said), argument
@@ -324,6 +325,21 @@ def test_interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setattr(streaming, "rerank_file", stopped)
     assert main(["rerank", "rankllama", "in", "--output", "out.txt"]) == 130
     assert capsys.readouterr().err == "Interrupted. out.txt holds 3 pairs.\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "hint"),
+    [
+        ("rerank rankllama in.jsonl --output begun.txt --model smollm2-135m", "to continue it, set --resume."),
+        ("teach train.jsonl begun.txt --model smollm2-135m", "to continue it, set --resume."),
+        ("teach train.jsonl new.txt --model smollm2-135m", "neg_scores is there already; allowed with --overwrite."),
+    ],
+)
+def test_errors_name_options(command: str, hint: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("begun.txt").touch()
+    Path("train.jsonl").write_text('{"query": "q", "pos": ["a"], "neg": ["b"], "neg_scores": [1]}')
+    assert run(command) == 1
+    assert capsys.readouterr().err.endswith(f"{hint}\n")
 
 
 def test_verbose_logs_each_step(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -132,15 +132,16 @@ def test_the_module_map_names_every_module() -> None:
 
 #: The rooms from the lowest up: none imports one above it.
 ROOMS = [
-    {"errors", "values"},
-    {"options", "frames", "checkpoints"},
+    {"errors", "values", "arguments"},
+    {"options", "shapes", "frames", "checkpoints"},
     {"engine"},
     {"runs", "training"},
     {"reranker"},
     {"features"},
     {"matroyshka", "rankllama"},
+    {"sweep"},
     {"tuning"},
-    {"cli"},
+    {"cli_options", "cli"},
 ]
 
 
@@ -170,7 +171,7 @@ def test_imports_point_down() -> None:
 
 @pytest.fixture(autouse=True)
 def _levels() -> Iterator[None]:
-    """What a page or a command says of logging holds no longer than its test."""
+    """Restore the levels of the loggers, which pages and commands set."""
     loggers = [logging.getLogger(), logging.getLogger("pyterrier_llmrerank")]
     before = [logger.level for logger in loggers]
     yield
@@ -187,7 +188,7 @@ class Everything(pt.Transformer):
 
 
 def dataset(name: str) -> Any:
-    """A small one under a name that there is."""
+    """Return a small dataset under the name of a real one."""
     assert name.removeprefix("irds:") in ir_datasets.registry
 
     def text_loader(fields: str | list[str] = "text") -> pt.Transformer:
@@ -201,7 +202,7 @@ def dataset(name: str) -> Any:
 
 
 def write_adapter(folder: Path, base: Path, config: PretrainedConfig, score: bool = False) -> None:
-    """One with random numbers over a base: RankLLaMA's if it has a score head, else one for Matroyshka."""
+    """Write a random adapter for a base: RankLLaMA's if it has a score head, else Matroyshka's."""
     folder.mkdir(parents=True)
     settings = {"peft_type": "LORA", "task_type": "SEQ_CLS" if score else "CAUSAL_LM", "r": 2, "lora_alpha": 4}
     settings |= {"base_model_name_or_path": str(base), "target_modules": ["o_proj"]}
@@ -217,7 +218,7 @@ def write_adapter(folder: Path, base: Path, config: PretrainedConfig, score: boo
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders by the names under which the pages speak of models: of a real one's depth, but tiny and untrained."""
+    """Folders with the model names of the pages: as deep as the real models, but tiny and untrained."""
     home = tmp_path_factory.mktemp("world")
     config = AutoConfig.from_pretrained(MODELS / "mistral_deep")
     config.num_hidden_layers = 30  # as the small model has
@@ -246,15 +247,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def in_world(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of one's own with the models in it; no hub, no Java and no real data are needed in it."""
+    """A separate folder with the models, in which no hub, Java or real data is needed."""
     for path in world.iterdir():
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.setenv("PYTERRIER_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("pyterrier_llmrerank.checkpoints.bundled._base", lambda: "HuggingFaceTB/SmolLM2-135M-Instruct")
-    monkeypatch.setattr("pyterrier_llmrerank.checkpoints.bundled.MODELS", world)
+    monkeypatch.setattr(
+        "pyterrier_llmrerank.checkpoints.bundled.base_file", lambda: "HuggingFaceTB/SmolLM2-135M-Instruct"
+    )
+    monkeypatch.setattr(bundled, "MODELS", world)
     monkeypatch.setattr(pt, "get_dataset", dataset)
     monkeypatch.setattr(
         pt.Artifact, "from_hf", lambda name: SimpleNamespace(bm25=lambda *, num_results: Everything() % num_results)
@@ -295,7 +298,7 @@ def test_the_docstrings_examples_give_what_they_say(in_world: Path) -> None:
 
 
 def commands(path: Path) -> Iterator[list[str]]:
-    """The commands of a page as words."""
+    """The commands of a page, split into words."""
     for language in ("bash", "console"):
         for _, code in blocks(path, language):
             for line in code.replace("\\\n", " ").splitlines():
@@ -340,14 +343,14 @@ def test_what_a_page_says_in_the_shell_is_understood(words: list[str]) -> None:
 
 
 def parsed(command: Any, words: list[str], parent: Any = None) -> None:
-    """Let a command, and the one in it, take their arguments."""
+    """Parse the arguments of a command and of its subcommand."""
     context = command.make_context(words[0], words[1:], parent)
     if rest := [*context._protected_args, *context.args]:
         parsed(command.get_command(context, rest[0]), rest, context)
 
 
 def understood(words: list[str]) -> None:
-    """Parse a command of the package's, and run nothing."""
+    """Parse a command of the package without running it."""
     if words[0] != "train":
         parsed(get_command(app), ["llmrerank", *words])
         return

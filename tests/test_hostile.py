@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker, ScoringError
-from pyterrier_llmrerank.runs import formats
+from pyterrier_llmrerank.runs import collection, formats
 from pyterrier_llmrerank.training.data import read_lines
 
 FULL = str(MODELS / "costwise_full")
@@ -287,8 +287,8 @@ LINES = {
     b'{"query_id": "1", "query": "q", "docid": "d2", "text": "a text", "url": "u"}\n',
 }
 READERS: dict[str, Callable[[Path], Iterator[Any]]] = {
-    "train": read_lines, "run": formats.read_run, "qrels": formats.read_qrels, "topics": formats.read_topics,
-    "texts": formats.read_texts, "rerank": formats.read_rerank,
+    "train": read_lines, "run": formats.read_run, "qrels": collection.read_qrels, "topics": collection.read_topics,
+    "texts": collection.read_texts, "rerank": formats.read_rerank,
 }  # fmt: skip
 
 

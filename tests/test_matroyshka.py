@@ -136,7 +136,7 @@ def test_forms_of_a_score() -> None:
 
 @pytest.mark.parametrize("pairs", ["ab", [("a",)], ["ab", "cd", "ef"], [1], [("a", "b", "c")]])
 def test_an_invalid_pair_is_named(pairs: list[Any]) -> None:
-    with pytest.raises(ValueError, match=r"pairs\[0\] is .*; wanted two strings"):
+    with pytest.raises(ValueError, match=r"pairs\[0\] is .*; expected two strings"):
         full().compute_score(pairs)
 
 
@@ -168,7 +168,7 @@ def test_unordered_collections_and_scalars_are_refused(pairs: Any, kind: str) ->
 
 @pytest.mark.parametrize("pair", [{"query": "a", "passage": "b"}, {"a", "b"}, pd.DataFrame({"a": ["b"], "c": ["d"]})])
 def test_an_unordered_pair_is_named(pair: Any) -> None:
-    with pytest.raises(ValueError, match=r"(?s)^pairs\[1\] is .*; wanted two strings"):
+    with pytest.raises(ValueError, match=r"(?s)^pairs\[1\] is .*; expected two strings"):
         full().compute_score([("a", "b"), pair])
 
 
@@ -277,7 +277,7 @@ def test_a_compress_layer_beyond_the_model() -> None:
 
 def test_a_ratio_without_layers_gives_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     MatroyshkaReranker(FULL, compress_ratio=2)
-    assert caplog.messages == ["compress_ratio=2 has no effect without compress_layers"]
+    assert caplog.messages == ["compress_ratio=2 has no effect without compress_layers from 1 on"]
     MatroyshkaReranker(FULL, compress_ratio=2, compress_layers=4)
     MatroyshkaReranker(FULL, compress_layers=4)
     assert len(caplog.messages) == 1

@@ -1,4 +1,4 @@
-"""The main job on a real pretrained model, and on real collections where they are at hand."""
+"""Reranking by a real pretrained model, and on real collections if they are there."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import pandas as pd
 import pyterrier as pt
 import pytest
 import torch
+from conftest import ids_of
 from pyterrier.measures import nDCG
 from transformers import AutoModelForCausalLM
 
@@ -23,14 +24,14 @@ PAIRS = [(query, passage) for query in PASSAGES for passage in PASSAGES.values()
 
 
 def test_scores_are_the_models_own_logits_of_yes(smollm2: str) -> None:
-    """Against transformers' whole forward pass, one pair at a time, through the full vocabulary."""
+    """Scores equal transformers' whole forward pass over the full vocabulary, one pair at a time."""
     reranker = MatroyshkaReranker(smollm2, dtype="float32")
     got = reranker.compute_score(PAIRS)
-    weights = reranker._weights()
+    weights = reranker.scorer().weights[0]
     _, _, tokenizer = weights.at_depth(1)
     model = AutoModelForCausalLM.from_pretrained(weights.checkpoint.folder, dtype=torch.float32).eval()
     yes = tokenizer("Yes", add_special_tokens=False)["input_ids"][-1]
-    for score, ids in zip(got, reranker._encode(tokenizer, PAIRS), strict=True):
+    for score, ids in zip(got, ids_of(reranker, PAIRS), strict=True):
         with torch.inference_mode():
             logits = model(torch.tensor([ids.flat()])).logits[0, -1]
         assert score == pytest.approx(logits[yes].item(), abs=1e-3)
@@ -41,7 +42,7 @@ def test_a_score_does_not_depend_on_its_batch_in_the_default_dtype(smollm2: str,
     reranker = MatroyshkaReranker(smollm2, start_layer=4, **shape)
     pairs = [(query, passage * (1 + number % 5)) for number, (query, passage) in enumerate(PAIRS[:10])]
     alone = [reranker.compute_score(pair) for pair in pairs]
-    on_cpu = reranker._weights().device.type == "cpu"
+    on_cpu = reranker.scorer().device.type == "cpu"
     np.testing.assert_allclose(reranker.compute_score(pairs), alone, atol=1e-4 if on_cpu else 2e-2)
 
 
@@ -62,7 +63,7 @@ def test_the_shipped_models_rank(smollm2: str, reranker: LLMReranker) -> None:
 
 
 def test_a_shipped_model_is_its_adapters_over_the_base(smollm2: str) -> None:
-    """In fp32: in bf16 what is merged is rounded once more than what is laid over."""
+    """The dtype is fp32, because in bf16 a merged update is rounded once more than a token adapter."""
     folders = [
         str(MODELS / "matroyshka-smollm2-135m" / role) for role in ("distilled", "distilled-2", "layer", "token-2")
     ]

@@ -29,7 +29,6 @@ from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMARerank
 from pyterrier_llmrerank.engine import scoring
 from pyterrier_llmrerank.engine.packing import Row
 from pyterrier_llmrerank.options import options_of
-from pyterrier_llmrerank.training import fitting
 
 FULL = str(MODELS / "costwise_full")
 RERANKERS = {
@@ -464,7 +463,8 @@ def change(how: str, reranker: MatroyshkaReranker) -> None:
 
 @pytest.mark.parametrize("how", ["set_parameter", "attribute", "fit"])
 def test_a_changed_reranker_keeps_its_hash_and_equals_only_itself(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "fit", lambda *_, **__: MODELS / "adapter_sd")  # trains nothing
+    # Trains nothing.
+    monkeypatch.setattr("pyterrier_llmrerank.training.fit.fit", lambda *_, **__: MODELS / "adapter_sd")
     first, second = MatroyshkaReranker(FULL, cutoff=8), MatroyshkaReranker(FULL, cutoff=8)
     other = MatroyshkaReranker(FULL, cutoff=4)
     known, before = {first: "first", other: "other"}, hash(first)
@@ -561,7 +561,7 @@ DEVICES = ("cuda:0", "cuda:1", "cuda:2")
 def test_a_frame_over_several_devices_is_the_same(
     name: str, drawn: list[tuple[int, int, int]], batch_size: int | None
 ) -> None:
-    """Also if qids share a query text, queries share a passage, or a cascade keeps queries whole."""
+    """This holds if qids share a query text, if queries share a passage, and in cascades, too."""
     rows = pd.DataFrame(
         [
             {"qid": f"q{q}", "docno": f"d{d}", "query": words(q // 2, 3), "text": f"{words(n, 5)} {d}"}

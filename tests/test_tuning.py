@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from ir_measures import RR
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
-from pyterrier_llmrerank import MatroyshkaReranker, Tuning, tune, tuning
+from pyterrier_llmrerank import MatroyshkaReranker, Tuning, sweep, tune
 from pyterrier_llmrerank.engine import scoring
 from pyterrier_llmrerank.engine.operations import Operations
-from pyterrier_llmrerank.tuning import cascades, interval, pareto
+from pyterrier_llmrerank.sweep import cascades, interval, pareto
 
 FULL = MatroyshkaReranker(MODELS / "costwise_full", dtype="float32")
 RES = frame(5, 9)
@@ -88,7 +88,7 @@ def test_defaults() -> None:
     few = tune(FULL.at(cutoff=5, compress_layers=[3], compress_ratio=2, prune={3: 2}), RES, QRELS, timed=0).shapes
     assert sorted(set(few["cutoff"])) == [2, 3, 4, 5]
     assert set(few["compress_layers"]) == {(), (3,)}
-    assert tuning.evenly_spaced(range(4, 31), 30) == [7, 10, 14, 17, 20, 24, 27, 30]
+    assert sweep.evenly_spaced(range(4, 31), 30) == [7, 10, 14, 17, 20, 24, 27, 30]
 
 
 def test_a_pooling_without_effect_is_no_shape() -> None:
@@ -141,7 +141,7 @@ def test_the_front_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     clock = itertools.count()
     monkeypatch.setattr(MatroyshkaReranker, "transform", transform)
-    monkeypatch.setattr(tuning, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    monkeypatch.setattr(sweep, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
     got = tune(FULL, RES, QRELS, **{**GRID, "timed": 2, "compress_ratios": [1]})
     front = got.shapes[got.shapes["front"]]
     assert got.shapes["timed"].equals(got.shapes["front"])

@@ -21,11 +21,11 @@ def canonical(name: str) -> str:
     return name.removeprefix("model.")
 
 
-#: Fields of PEFT's LoraConfig that say which modules have an update, and that the tensors have to agree with.
+#: Fields of PEFT's LoraConfig that choose the modules with an update. The tensors must agree with them.
 TARGETS = {"exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"}
 
 #: Fields of PEFT's LoraConfig that this module reads.
-READ = TARGETS | {
+FIELDS_READ = TARGETS | {
     "alpha_pattern", "base_model_name_or_path", "init_lora_weights", "lora_alpha", "peft_type", "r", "rank_pattern",
     "revision", "use_rslora",
 }  # fmt: skip
@@ -44,17 +44,17 @@ VARIANTS = {
     "velora_config",
 }  # fmt: skip
 
-#: The initialisations of LoRA with which PEFT leaves the base's weights unchanged.
+#: The initialisations of LoRA that leave the base's weights unchanged.
 INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 
 #: PEFT's defaults for lora_alpha and r.
 LORA_ALPHA = LORA_RANK = 8
 
-#: The operators by which a regular expression can match in more than one way.
-WILD = re.compile(r"[*+?|{]")
+#: Operators that let a regular expression match in more than one way.
+WILDCARDS = re.compile(r"[*+?|{]")
 
 #: Larger than any lora_alpha in use.
-MOST = 1e9
+MAX_ALPHA = 1e9
 
 
 class Adapter:
@@ -127,12 +127,12 @@ class Adapter:
                 )
 
     def _check_config(self) -> None:
-        """Raise ValueError on a configuration by which the tensors are not plain LoRA."""
+        """Raise ValueError unless the configuration describes plain LoRA."""
         if self.config.get("peft_type") != "LORA":
             kind = short(self.config.get("peft_type"))
             raise ValueError(f"{self.argument}: peft_type is {kind}; only LoRA is allowed.")
         for key, value in self.config.items():
-            if value and key not in READ | WITHOUT_EFFECT:
+            if value and key not in FIELDS_READ | WITHOUT_EFFECT:
                 known = "a variant of LoRA" if key in VARIANTS else "an unknown field"
                 raise ValueError(
                     f"{self.argument}: {short(key)} in adapter_config.json is {short(value)}, which is {known}; only "
@@ -147,13 +147,13 @@ class Adapter:
             )
 
     def _check_targets(self) -> None:
-        """Raise ValueError on an update of a module that PEFT, by the configuration, would leave alone."""
+        """Raise ValueError if the tensors update a module that the configuration does not target."""
         from peft import LoraConfig
         from peft.tuners.tuners_utils import check_target_module_exists
 
         given = {name: self.config[name] for name in TARGETS if self.config.get(name) is not None}
         patterns = [value for value in given.values() if isinstance(value, str)]
-        if "target_modules" not in given or any(len(WILD.findall(pattern)) > 2 for pattern in patterns):
+        if "target_modules" not in given or any(len(WILDCARDS.findall(pattern)) > 2 for pattern in patterns):
             return  # PEFT's defaults for the model, or a match that could take forever
         try:
             config = LoraConfig(**given)
@@ -171,7 +171,7 @@ class Adapter:
         """The base that the adapter names, at the revision that it names.
 
         Raises:
-            ValueError: it names none.
+            ValueError: the adapter names no base.
         """
         base = self.config.get("base_model_name_or_path")
         if not isinstance(base, str) or not 0 < len(base) < 4096:
@@ -187,7 +187,7 @@ class Adapter:
         Raises:
             FileNotFoundError, PermissionError, ConnectionError: as
                 :func:`~pyterrier_llmrerank.checkpoints.locate.folder_of`.
-            ValueError: it names none.
+            ValueError: the adapter names no base.
         """
         try:
             return folder_of(self.base, f"the base model that {self.argument} names")
@@ -202,7 +202,7 @@ class Adapter:
         """The names of the modules that it updates."""
         return set(self._sides)
 
-    def ending(self, ending: str) -> set[str]:
+    def modules_ending_in(self, ending: str) -> set[str]:
         """Return the modules that it updates whose names have this ending."""
         return {module for module in self._sides if module.endswith(ending)}
 
@@ -228,7 +228,7 @@ class Adapter:
 
     def factors(self, module: str) -> tuple[Tensor, Tensor]:
         """Return the factors of a module's update, fp32 ``[rank, inputs]`` and ``[outputs, rank]``, scale included."""
-        down, up = (self._finite(self._sides[module][side]) for side in "AB")
+        down, up = (self._read_finite(self._sides[module][side]) for side in "AB")
         rank = down.shape[0]
         alpha = self._alpha(self._full_names[module])
         scaling = alpha / rank**0.5 if self.config.get("use_rslora") else alpha / rank
@@ -240,13 +240,13 @@ class Adapter:
         Raises:
             ValueError: it has values that are not finite.
         """
-        return self._finite(self.whole[name])
+        return self._read_finite(self.whole[name])
 
     def whole_shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor that was trained whole."""
         return self._files.shape(self.whole[name])
 
-    def _finite(self, key: str) -> Tensor:
+    def _read_finite(self, key: str) -> Tensor:
         tensor = self._files.read(key).float()
         if not tensor.isfinite().all():
             raise ValueError(f"{self.argument}: not all values of tensor {key!r} are finite.")
@@ -256,7 +256,7 @@ class Adapter:
         """Return a module's ``lora_alpha``."""
         alpha = self._by_pattern("alpha", module, "lora_alpha", LORA_ALPHA)
         number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-        if not number or not -MOST < alpha < MOST:
+        if not number or not -MAX_ALPHA < alpha < MAX_ALPHA:
             raise ValueError(
                 f"{self.argument}: lora_alpha of {short(module)} is {short(alpha)}, by lora_alpha or alpha_pattern; "
                 "expected a number."
@@ -274,7 +274,7 @@ class Adapter:
         return self.config.get(field, default)
 
     def _fits(self, field: str, pattern: str, module: str) -> bool:
-        if len(pattern) > 1000 or len(WILD.findall(pattern)) > 2:  # a match could take forever
+        if len(pattern) > 1000 or len(WILDCARDS.findall(pattern)) > 2:  # a match could take forever
             raise ValueError(f"{self.argument}: {field} {short(pattern)} is too intricate.")
         try:
             return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None

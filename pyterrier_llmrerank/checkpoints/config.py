@@ -1,4 +1,4 @@
-"""Configurations: the JSON files of a checkpoint, read as data, and the model settings in them."""
+"""Read and check the JSON files of a checkpoint, and the model settings in them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 from ..errors import reason, short
 
 #: The largest JSON file that is read, in bytes; indexes of the largest models have a few million.
-LARGEST_JSON = 2**26
+MAX_JSON_BYTES = 2**26
 
 #: The largest value of each size in a configuration: ten times that of any known model, yet small enough to build
 #: without weights in little memory. The tensors must agree with it in any case.
-LARGEST = {
+MAX_SIZES = {
     "num_hidden_layers": 10_000,
     **dict.fromkeys(
         ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"),
@@ -23,19 +23,19 @@ LARGEST = {
     "sliding_window": 2**31,
 }
 
-#: The first bytes of a file that stands in for one in Git's large file storage.
+#: The first bytes of a Git LFS pointer.
 LFS_POINTER = b"version https://git-lfs"
 
-#: Settings that are ignored: those without effect on a headless decoder in a dtype of our choice, and those that
-#: could have code fetched.
-IGNORED = {
+#: Settings to ignore: they have no effect on a headless decoder in our own dtype, or could make transformers fetch
+#: code.
+IGNORED_SETTINGS = {
     "model_type", "auto_map", "architectures", "transformers_version", "dtype", "torch_dtype", "num_labels", "id2label",
     "label2id", "problem_type", "attn_implementation", "experts_implementation",
 }  # fmt: skip
 
 
 def refuse_pointer(path: Path) -> None:
-    """Raise ValueError if Git has left a pointer in place of a large file that it did not fetch."""
+    """Raise ValueError if a file is a Git LFS pointer to a large file that was not fetched."""
     with path.open("rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise ValueError(f"{path}: a Git LFS pointer, not the file itself; run 'git lfs pull' in its folder.")
@@ -47,8 +47,8 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file holds anything else.
     """
-    if (size := path.stat().st_size) > LARGEST_JSON:
-        raise ValueError(f"{path}: {size} bytes; a checkpoint's JSON file has at most {LARGEST_JSON}.")
+    if (size := path.stat().st_size) > MAX_JSON_BYTES:
+        raise ValueError(f"{path}: {size} bytes; a checkpoint's JSON file has at most {MAX_JSON_BYTES}.")
     refuse_pointer(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -60,11 +60,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def model_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Remove the :data:`IGNORED` settings and those private to transformers, at any depth."""
+    """Remove the :data:`IGNORED_SETTINGS` settings and those private to transformers, at any depth."""
     return {
         key: model_settings(value) if isinstance(value, dict) else value
         for key, value in settings.items()
-        if key not in IGNORED and not key.startswith("_")
+        if key not in IGNORED_SETTINGS and not key.startswith("_")
     }
 
 
@@ -73,10 +73,10 @@ def check_sizes(settings: Mapping[str, Any], names: Mapping[str, str], argument:
 
     Args:
         settings: a checkpoint's configuration.
-        names: the family's own names for some of :data:`LARGEST`.
+        names: the family's own names for some of :data:`MAX_SIZES`.
         argument: the caller's argument and its value, for messages.
     """
-    for usual, largest in LARGEST.items():
+    for usual, largest in MAX_SIZES.items():
         for name in {usual, names.get(usual, usual)}:
             value = settings.get(name)
             if value is None or (name == "sliding_window" and value == 0):  # both mean no sliding window

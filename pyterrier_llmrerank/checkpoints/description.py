@@ -1,6 +1,6 @@
 """``reranker.json``: the file by which a saved reranker describes itself, and opens with no other argument.
 
-It is read as data. Everything in it is checked, and it may name folders below its own only.
+Every field is checked, and paths in it must be inside its own folder.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .locate import HUB_ID, adapter_folder, below, is_hub_id
 #: The name of the file.
 FILE = "reranker.json"
 
-#: The version of its format. A file of a newer version is refused, for it may hold settings that scores depend on.
+#: The version of its format. A newer version is refused, because it may have settings that scores depend on.
 FORMAT_VERSION = 1
 
 #: The kinds of rerankers, and the classes that open them.
@@ -40,7 +40,7 @@ class Description:
         layer_sep: layers from one head to the next; None for the base's own.
         prompt: the question that ends every input; None for the usual one, and for RankLLaMA.
         adapters: folders of the adapters to merge, in this order; ``.`` is the folder itself.
-        token_adapters: folders of token compensations by ratio, ascending.
+        token_adapters: folders of token adapters by ratio, ascending.
     """
 
     kind: str
@@ -96,9 +96,9 @@ class Description:
             prompt=reader.get("prompt", str),
             adapters=reader.adapters(),
             token_adapters=reader.token_adapters(),
-        ).checked(path, argument)
+        ).check_fields(path, argument)
 
-    def checked(self, path: Path, argument: str) -> Description:
+    def check_fields(self, path: Path, argument: str) -> Description:
         """Return the description, or raise ValueError if its fields contradict each other."""
         if self.kind == "rankllama":
             matroyshka = ("start_layer", "layer_sep", "prompt", "token_adapters")
@@ -149,7 +149,7 @@ class Description:
 _FIELDS = {"format_version", "package_version", *Description.__dataclass_fields__}
 
 
-def described(model: str, folder: Path, kind: str, argument: str) -> Description | None:
+def read_description(model: str, folder: Path, kind: str, argument: str) -> Description | None:
     """Read a model's description, with folder names resolved to paths or hub references.
 
     Args:
@@ -181,22 +181,22 @@ def described(model: str, folder: Path, kind: str, argument: str) -> Description
     )
 
 
-def assembled(given: Description, folder: Path | None, argument: str) -> Description:
+def assemble(given: Description, folder: Path | None, argument: str) -> Description:
     """Return the parts of a Matroyshka reranker: given values win over the model's own description.
 
     Args:
         given: the user's arguments; its base is the model as the user names it. Adapters replace the model's own and
-            their token compensations.
+            their token adapters.
         folder: the local folder with the model's files; None if it is not to be downloaded.
         argument: the caller's argument and its value, for messages.
 
     Raises:
         ValueError: the model's own adapters were trained with another ``start_layer`` or ``layer_sep``, or as
-            :func:`described`.
-        FileNotFoundError: as :func:`described`.
+            :func:`read_description`.
+        FileNotFoundError: as :func:`read_description`.
     """
     model = str(given.base)
-    own = None if folder is None else described(model, folder, "matroyshka", argument)
+    own = None if folder is None else read_description(model, folder, "matroyshka", argument)
     if own is None:
         return given
     adapters, token_adapters = own.adapters, own.token_adapters
@@ -223,15 +223,15 @@ def assembled(given: Description, folder: Path | None, argument: str) -> Descrip
 
 
 def _found(name: str, model: str) -> str:
-    """Resolve an adapter that may be in a folder below the model's own: from its base, that would not be found."""
+    """Resolve an adapter in a folder below the model's own, which cannot be found from its base."""
     if is_hub_id(model):
         return str(adapter_folder(name, model))
     own = Path(model).expanduser() / name
     return str(own) if own.is_dir() else name
 
 
-def fitting(token_adapters: Sequence[tuple[int, str]], ratio: int) -> tuple[str, ...]:
-    """Return the token compensation for a ratio, else for the next lower one; none if there is none."""
+def token_adapter_for(token_adapters: Sequence[tuple[int, str]], ratio: int) -> tuple[str, ...]:
+    """Return the token adapter for a ratio, else for the next lower one, as a tuple of at most one."""
     return tuple([name for own, name in sorted(token_adapters) if own <= ratio][-1:])
 
 
@@ -241,33 +241,33 @@ class _Reader:
     def __init__(self, path: Path, content: Mapping[str, Any], argument: str) -> None:
         self.path, self.content, self.argument = path, content, argument
 
-    def refused(self, name: str, allowed: str) -> ValueError:
+    def refusal(self, name: str, allowed: str) -> ValueError:
         value = short(self.content.get(name))
         return ValueError(f"{self.argument}: {name} in {self.path} is {value}; allowed: {allowed}.")
 
     def get(self, name: str, kind: type, least: int | None = None) -> Any:
         value = self.content.get(name)
         if value is not None and (type(value) is not kind or (isinstance(value, int) and value < (least or 0))):
-            raise self.refused(name, "a string" if kind is str else f"an integer of at least {least}")
+            raise self.refusal(name, "a string" if kind is str else f"an integer of at least {least}")
         return value
 
     def base(self) -> str | None:
         base: str | None = self.get("base", str)
         if base is None or Path(base).is_absolute() or HUB_ID.fullmatch(base):
             return base
-        raise self.refused("base", "a hub id, an absolute path or null")
+        raise self.refusal("base", "a hub id, an absolute path or null")
 
     def adapters(self) -> tuple[str, ...]:
         names = self.content.get("adapters", [])
         if not isinstance(names, list):
-            raise self.refused("adapters", "a list of folders")
+            raise self.refusal("adapters", "a list of folders")
         return tuple(self.folder("adapters", name) for name in names)
 
     def token_adapters(self) -> tuple[tuple[int, str], ...]:
         by_ratio = self.content.get("token_adapters", {})
         ratios = [str(ratio) for ratio in RATIOS if ratio > 1]
         if not isinstance(by_ratio, dict) or not by_ratio.keys() <= set(ratios):
-            raise self.refused("token_adapters", f"an object with a folder for ratios among {', '.join(ratios)}")
+            raise self.refusal("token_adapters", f"an object with a folder for ratios among {', '.join(ratios)}")
         pairs = [(int(ratio), self.folder("token_adapters", name)) for ratio, name in by_ratio.items()]
         return tuple(sorted(pairs))
 
@@ -275,8 +275,8 @@ class _Reader:
         """Check that a name is that of a folder below this one, or of this one."""
         allowed = "names of folders below its own"
         if not isinstance(name, str) or not 0 < len(name) < 256:
-            raise self.refused(field, allowed)
+            raise self.refusal(field, allowed)
         parts = PurePosixPath(name)
         if parts.is_absolute() or ".." in parts.parts or "\\" in name or "\0" in name or str(parts) != name:
-            raise self.refused(field, allowed)
+            raise self.refusal(field, allowed)
         return name

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def dequantised(file: Path, argument: str = "model") -> Path:
+def dequantise(file: Path, argument: str = "model") -> Path:
     """Convert a GGUF file to a folder of fp32 safetensors, once: the folder is kept in PyTerrier's home.
 
     Raises:

@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import reason
 from . import bundled
 from .config import read_json
-from .gguf import dequantised
+from .gguf import dequantise
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ HUB_FILES = ("*.json", "*.model", "*.txt", "*.safetensors")
 
 
 def is_hub_id(reference: str) -> bool:
-    """Tell whether a reference is for the hub: it could be an id there, and there is no local path of its name."""
+    """Tell whether a reference is a hub id: it has the form of one, and no local path has this name."""
     return HUB_ID.fullmatch(reference) is not None and not Path(reference).exists()
 
 
@@ -52,7 +52,7 @@ def below(model: str, name: str) -> str:
     return at_revision(f"{repository}/{name}", revision) if is_hub_id(model) else str(Path(model).expanduser() / name)
 
 
-def located(reference: str, model: str | None = None) -> str:
+def absolute(reference: str, model: str | None = None) -> str:
     """Return the absolute path of a local folder or file, so that it means the same in any working directory.
 
     Args:
@@ -66,18 +66,18 @@ def located(reference: str, model: str | None = None) -> str:
     return str(path.resolve() if ".." in path.parts else path.absolute())
 
 
-def shown(reference: str, model: str | None = None) -> str:
-    """Return the shortest reference that means the same in the working directory; arguments as for :func:`located`."""
+def shortest(reference: str, model: str | None = None) -> str:
+    """Return the shortest reference that means the same in the working directory; arguments as for :func:`absolute`."""
     path = Path(reference)
     if not path.is_absolute() or Path.cwd() not in path.parents:
         return reference
     relative = str(path.relative_to(Path.cwd()))
-    return relative if located(relative, model) == reference else reference
+    return relative if absolute(relative, model) == reference else reference
 
 
 def portable(base: str) -> str:
-    """Return the name to store for a base: for the bundled one its name, whose file is elsewhere on other machines."""
-    return bundled.name_of(base) or located(base)
+    """Return the reference to store for a base; for the bundled one its name, whose file differs between machines."""
+    return bundled.name_of(base) or absolute(base)
 
 
 def named_base(adapter: str) -> str | None:
@@ -85,14 +85,14 @@ def named_base(adapter: str) -> str | None:
     config = Path(adapter).expanduser() / "adapter_config.json"
     named = read_json(config).get("base_model_name_or_path") if config.is_file() else None
     named = bundled.base(named) if isinstance(named, str) else None
-    return located(named) if named and os.path.exists(Path(named).expanduser()) else None
+    return absolute(named) if named and os.path.exists(Path(named).expanduser()) else None
 
 
 def identity(reference: Any) -> Any:
-    """Return a value that is equal for equal files: resolved paths, with the size and time of all files in them.
+    """Return a value that is equal for equal files: resolved paths, with the size and time of each file.
 
     Args:
-        reference: a folder, file or hub id, a tuple of such values, or any other value, which stands for itself.
+        reference: a folder, file or hub id, a tuple of such values, or any other value, which is returned unchanged.
     """
     if isinstance(reference, tuple):
         return tuple(identity(part) for part in reference)
@@ -133,7 +133,7 @@ def folder_of(reference: str, argument: str) -> Path:
         return _hub_folder(reference, argument)
     path = Path(reference).expanduser()
     if path.suffix == ".gguf" and path.is_file():
-        return dequantised(path, argument)
+        return dequantise(path, argument)
     require(reference, argument)
     if not path.is_dir():
         raise FileNotFoundError(f"{argument}={reference!r}: a file. Allowed: a folder, a .gguf file or a hub id.")

@@ -1,4 +1,4 @@
-"""Rerankers written to disk in the forms that the original programs read, each with its description."""
+"""Write rerankers to disk in the forms that the original programs read, each with its description."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .locate import adapter_folder, portable, without_revision
 from .tensors import save_tensors
 from .tokenizer import VOCABULARIES, save_tokenizer
 
-#: Files that are not copied with an adapter: those of its training run, and those that are written anew.
+#: Files that are not copied with an adapter: they belong to its training run, or are written anew.
 NOT_COPIED = ("adapter_config.json", "trainer_state.json", "begun_with.json", FILE)
 
 
@@ -46,7 +46,7 @@ def empty_folder(folder: Path, argument: str = "folder") -> Path:
 
 
 @contextmanager
-def written_whole(folder: Path, argument: str = "folder") -> Iterator[Path]:
+def all_or_nothing(folder: Path, argument: str = "folder") -> Iterator[Path]:
     """Write into a new or empty folder, and empty it again if an error interrupts the writing.
 
     A killed process cannot tidy up: write the file that makes the folder a model last.
@@ -66,7 +66,7 @@ def written_whole(folder: Path, argument: str = "folder") -> Iterator[Path]:
         raise
 
 
-#: The files of a tokenizer; beside those of another one they would change it.
+#: The files of a tokenizer. Left beside another tokenizer's files, they would change it.
 TOKENIZER_FILES = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", *chain(*VOCABULARIES)}
 
 
@@ -97,7 +97,7 @@ def copy_adapter(
 def write_adapters(parts: Description, folder: Path) -> Description:
     """Copy the adapters of a Matroyshka reranker into a folder, and describe them there.
 
-    A single adapter goes into the folder itself, several into numbered folders below it, and token compensations into
+    A single adapter goes into the folder itself, several into numbered folders below it, and token adapters into
     ``token-<ratio>``.
 
     Args:
@@ -128,7 +128,7 @@ def describe_trained(
         checkpoint: the model that was trained on; copies of the adapters merged into it go into ``adapter-<number>``.
         folder: the folder of the trained adapter.
         prompt: the question that ends every input; None for RankLLaMA.
-        ratio: the ratio that a token compensation was trained for; None for any other adapter.
+        ratio: the ratio that a token adapter was trained for; None for any other adapter.
         whole: copy earlier adapters; without them, an adapter that needs some is not described.
     """
     earlier = list(checkpoint.adapters)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 #: The dtypes in which weights may be stored, as torch prints them.
-STORED = ("torch.float32", "torch.bfloat16", "torch.float16", "torch.float64")
+STORED_DTYPES = ("torch.float32", "torch.bfloat16", "torch.float16", "torch.float64")
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -38,7 +38,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
 
 
 class TensorFiles:
-    """Read the tensors of a checkpoint by name, whatever files hold them, each on demand.
+    """Read the tensors of a checkpoint by name, each on demand, from one file or several.
 
     Args:
         folder: the folder of the files.
@@ -104,12 +104,14 @@ class TensorFiles:
         """Read a tensor in its stored dtype. It may be a view of the file, which stays mapped as long as it lives.
 
         Raises:
-            ValueError: its dtype is none of :data:`STORED`.
+            ValueError: its dtype is none of :data:`STORED_DTYPES`.
         """
         source = self._where[name]
         tensor: Tensor = source[name] if isinstance(source, dict) else self._open(source).get_tensor(name)
-        if str(tensor.dtype) not in STORED:
-            raise ValueError(f"{self.argument}: tensor {short(name)} is {tensor.dtype}; allowed: {', '.join(STORED)}.")
+        if str(tensor.dtype) not in STORED_DTYPES:
+            raise ValueError(
+                f"{self.argument}: tensor {short(name)} is {tensor.dtype}; allowed: {', '.join(STORED_DTYPES)}."
+            )
         return tensor
 
 

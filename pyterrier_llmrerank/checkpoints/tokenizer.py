@@ -1,7 +1,7 @@
-"""Tokenizers that give the same ids as the code that made their vocabulary.
+"""Open tokenizers so that they give the same ids as the code that made their vocabulary.
 
-The class that transformers picks rebuilds a tokenizer from its vocabulary and the defaults of the class, whatever else
-the files say. Here ``tokenizer.json`` is taken literally, and sentencepiece itself runs ``tokenizer.model``.
+The class that transformers picks rebuilds a tokenizer from its vocabulary and the defaults of the class. It ignores
+the other files. Here ``tokenizer.json`` is taken literally, and sentencepiece itself runs ``tokenizer.model``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merge
 
 
 class LlamaTokenizer(SentencePieceBackend):
-    """Tokenize for Llama and Mistral. Saved tokenizers name their class, so it is called as it is elsewhere.
+    """Tokenize for Llama and Mistral. The class has the name that saved tokenizers give their class.
 
     Unless ``legacy``, the text after a special token gets no leading space.
     """
@@ -46,7 +46,7 @@ class LlamaTokenizer(SentencePieceBackend):
 
 
 class GemmaTokenizer(SentencePieceBackend):
-    """Tokenize for Gemma, under the name that the class has elsewhere."""
+    """Tokenize for Gemma. The class has the name that saved tokenizers give their class."""
 
 
 #: Classes of tokenizers that are a sentencepiece model and nothing else, by the name in a folder's settings.
@@ -64,8 +64,8 @@ BYTE_LEVEL: dict[str | None, type[PreTrainedTokenizerBase]] = {
 }
 
 
-#: Classes that say nothing of a first token.
-GENERIC = (None, "TokenizersBackend", "PreTrainedTokenizerFast", "MistralCommonBackend")
+#: Classes that do not define a first token.
+GENERIC_CLASSES = (None, "TokenizersBackend", "PreTrainedTokenizerFast", "MistralCommonBackend")
 
 
 def vocabulary_of(folder: Path) -> tuple[str, ...] | None:
@@ -132,13 +132,13 @@ def open_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenize
 def _class_of(config: PreTrainedConfig) -> str | None:
     """Return the tokenizer class that transformers has for a model type; None if it is a generic one."""
     name = TOKENIZER_MAPPING_NAMES.get(config.model_type)
-    return name if name not in GENERIC else None
+    return name if name not in GENERIC_CLASSES else None
 
 
 def _sentencepiece(
     folder: Path, name: str | None, settings: dict[str, Any], special: dict[str, Any]
 ) -> SentencePieceBackend:
-    """Open a folder with ``tokenizer.model`` alone; ids are those of the slow tokenizer class that it names."""
+    """Open a folder with ``tokenizer.model`` alone, with the ids of the slow tokenizer class that it names."""
     if not (is_sentencepiece_available() and is_protobuf_available()):
         raise ImportError(
             f"reading {folder / 'tokenizer.model'} needs sentencepiece and protobuf: "

@@ -1,8 +1,8 @@
 """Find where a long text can be cut before it is tokenised without changing its first ids.
 
 Cuts are made before a space that follows a letter or a digit. The text after the cut cannot change the ids before it if
-no step of the tokenizer looks across the cut and no token spans it. The tokenizer's own description tells both. With a
-tokenizer that has an unknown step, texts are not cut.
+no step of the tokenizer looks across the cut and no token spans it. The tokenizer's own description shows both. For a
+tokenizer with an unknown step, texts are not cut.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 #: A place to cut: between the two characters.
 CUT = re.compile(r"[^\W_] ")
 
-#: Alternatives of patterns that match a word, and a number, up to its end.
+#: Alternatives that match a whole word, and a whole number.
 LETTERS = frozenset(
     [
         r" ?\p{L}+", r"[^\r\n\p{L}\p{N}]?\p{L}+",
@@ -80,7 +80,7 @@ def _sentencepiece_may_cut(processor: Any) -> bool:
 
 
 def _json_may_cut(described: dict[str, Any]) -> bool:
-    """Return the same for a tokenizer as ``tokenizer.json`` describes it."""
+    """Return whether texts can be cut for a tokenizer that ``tokenizer.json`` describes."""
     normalizers = _steps(described["normalizer"], "normalizers")
     splits = _steps(described["pre_tokenizer"], "pretokenizers")
     model = described["model"]

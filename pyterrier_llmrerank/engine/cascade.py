@@ -7,12 +7,12 @@ from collections.abc import Hashable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-#: Logits between the worst candidate that continued past a layer and the best one that was dropped there.
+#: The difference in score between the worst survivor of a layer and the best candidate dropped there.
 GAP = 1.0
 
 
 class Cascade:
-    """Decides which rows of a result frame are dropped after which layer, and ranks them all.
+    """Decide which rows of a result frame are dropped after which layer, and rank them all.
 
     Ties are broken by the order of the rows, as in PyTerrier's ranks.
 
@@ -36,7 +36,7 @@ class Cascade:
         self._starts = np.searchsorted(pair_of_row[self._by_pair], np.arange(pair_of_row.max(initial=-1) + 2))
 
     def survivors(self, layer: int, pairs: Sequence[int], scores: NDArray[np.float64]) -> list[int]:
-        """Drop rows after a layer, and return the pairs that continue.
+        """Drop rows after a layer, and return the surviving pairs.
 
         Args:
             layer: the layer.
@@ -57,8 +57,8 @@ class Cascade:
         return [pair for pair in pairs if pair in survivors]
 
     @np.errstate(invalid="ignore")  # rows without a score
-    def ordered(self, scores: Mapping[int, NDArray[np.float64]]) -> NDArray[np.float64]:
-        """Combine the layers' scores into one that ranks dropped rows below all survivors of their query.
+    def final_scores(self, scores: Mapping[int, NDArray[np.float64]]) -> NDArray[np.float64]:
+        """Combine the layers' scores into a final score that ranks dropped rows below all survivors of their query.
 
         Args:
             scores: score of each row by layer, ``[rows]``; NaN where the row did not reach the layer.

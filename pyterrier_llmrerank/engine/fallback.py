@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 from ..checkpoints.adapters import canonical
-from ..checkpoints.checkpoint import Checkpoint, errors_only
+from ..checkpoints.checkpoint import Checkpoint, silence_warnings
 from .packing import PackedPairs, on_device
 
 #: Names of the norm after the last layer in transformers' decoders.
@@ -27,7 +27,7 @@ POSITIONS = ("wpe", "embed_positions", "position_embeddings", "positions_embed",
 
 
 class FallbackDecoder(nn.Module):
-    """Runs a transformers model of any causal architecture, with adapters merged in.
+    """Run a transformers model of any causal architecture, with adapters merged in.
 
     Args:
         checkpoint: the source of the weights.
@@ -53,14 +53,14 @@ class FallbackDecoder(nn.Module):
         self.model: PreTrainedModel = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
         self.argument = checkpoint.argument
         self.layers = checkpoint.layers
-        #: How many tokens the model knows.
+        #: The size of the vocabulary.
         self.vocabulary = len(cast(nn.Embedding, self.model.get_input_embeddings()).weight)
         #: The longest sequence that the model has positions for; None for any length.
         self.positions = _positions(self.model)
         model_type = checkpoint.config.model_type
         if not self._is_causal():
             raise ValueError(
-                f"{self.argument}: in model_type {model_type!r} a token sees later ones; wanted a causal decoder."
+                f"{self.argument}: in model_type {model_type!r} a token sees later ones; expected a causal decoder."
             )
         checkpoint.check_unused(unexpected)
         if quantize is not None and not linear_layers:
@@ -181,7 +181,7 @@ def _open_model(checkpoint: Checkpoint) -> tuple[Any, Sequence[str]]:
         raise ValueError(
             f"{checkpoint.argument}: config.json describes a model of {wanted} weights, its files hold {held}."
         )
-    with checkpoint.described(), errors_only():  # it would warn of the unused language model head
+    with checkpoint.described(), silence_warnings():  # it would warn of the unused language model head
         model, loading = AutoModel.from_pretrained(
             checkpoint.folder,
             config=checkpoint.config,
@@ -213,7 +213,7 @@ def _merge_adapters(model: Any, checkpoint: Checkpoint) -> dict[str, nn.Linear]:
             shapes[name] = (*adapter.whole_shape(name)[:1], *shapes[name][1:])
     checkpoint.check_adapters({name: tuple(layer.weight.shape) for name, layer in linear_layers.items()}, shapes)
     for name, layer in linear_layers.items():
-        layer.weight.data = checkpoint.merged(name, layer.weight.data)
+        layer.weight.data = checkpoint.merge_updates(name, layer.weight.data)
     for name, adapter in whole.items():
         weights[name].data = adapter.read_whole(name)
     return linear_layers

@@ -49,7 +49,7 @@ class Layer(NamedTuple):
 
 
 class Operations:
-    """Counts multiplications and additions for some pairs in any shape of a decoder.
+    """Count multiplications and additions for some pairs in any shape of a decoder.
 
     It counts useful work: the layers' matrices, attention to visible keys, and heads; a query's prefix once, and no
     padding. It leaves out element-wise work and pooling.

@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import NamedTuple, NoReturn, TypeVar, cast
+from typing import NamedTuple, NoReturn, cast
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from .fallback import FallbackDecoder
 from .inputs import Ids
 from .kernels import kernel_of, without_cudnn
 from .packing import PackedPairs, Packing, Row, regrouped
+from .prefetch import prefetch
 from .usage import Observer, Stopwatch, Usage
 from .weights import Weights
 
@@ -39,13 +40,10 @@ CASCADE_CHUNK = 256
 #: Chunks for each of several devices, if there are enough queries, so that no device waits long for the last one.
 SHARES = 4
 
-Item = TypeVar("Item")
-Made = TypeVar("Made")
-
 
 @dataclass(frozen=True)
 class Shape:
-    """How much of a model is run, and which heads read it.
+    """The part of a model that is run, and the heads that read it.
 
     Args:
         cutoffs: layers at which a score is read, ascending.
@@ -76,7 +74,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scorer:
-    """Scores pairs with one model in one shape. It opens files only when something asks for their contents.
+    """Score pairs with one model in one shape. It opens files only when something asks for their contents.
 
     Args:
         weights: the model's weights, once for each device.
@@ -107,7 +105,7 @@ class Scorer:
 
     @cached_property
     def shape(self) -> Shape:
-        """How much of the model is run.
+        """The part of the model that is run.
 
         Raises:
             ValueError: the checkpoint does not allow the shape.
@@ -201,7 +199,7 @@ class Call:
     Args:
         pairs: query and passage of each.
         chunks: indices of pairs, chunk by chunk.
-        cutoffs: how many there are.
+        cutoffs: the number of cutoffs.
         observer: follows the call.
         cascade: decides which pairs survive; None if all do.
     """
@@ -239,8 +237,8 @@ class Call:
         return ScoringError(message, self.scores)
 
 
-class Chunk(NamedTuple):
-    """Tokenised pairs of whole queries.
+class TokenizedPairs(NamedTuple):
+    """A chunk of pairs with their token ids.
 
     Args:
         pairs: their indices among all pairs.
@@ -273,8 +271,8 @@ class Stage:
         cutoffs: layers at which it reads scores.
         is_last: whether no stage follows.
         alive: positions in the chunk of the pairs that take part.
-        states_before: where each pair's hidden states are before the stage, by position in the chunk: a row, and the
-            pair's number in it. Empty for the first stage.
+        states_before: each pair's hidden states before the stage, by position in the chunk: a row, and the pair's index
+            in it. Empty for the first stage.
         states_after: the same after the stage, filled as batches are run. Empty for the last stage.
         prefix: the prefix at the end of the latest batch; the next batch may start with it.
     """
@@ -288,7 +286,7 @@ class Stage:
 
 
 class DeviceScorer:
-    """One device's part in a call: takes chunks and writes their scores into the call.
+    """Take chunks of a call on one device, and write their scores into the call.
 
     It holds the token ids of two chunks at most: it tokenises the next one, in a thread, while it scores one.
 
@@ -321,7 +319,7 @@ class DeviceScorer:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # torch keeps that per thread
             begun, waiting = time.perf_counter(), Stopwatch()
             try:
-                for chunk in one_ahead(self._tokenise, iter(self.call.next_chunk, None), waiting):
+                for chunk in prefetch(map(self._tokenise, iter(self.call.next_chunk, None)), waiting):
                     self._score_chunk(chunk)
                 self._collect()
             except BaseException as error:
@@ -352,7 +350,7 @@ class DeviceScorer:
 
     # -- token ids
 
-    def _tokenise(self, pairs: list[int]) -> Chunk:
+    def _tokenise(self, pairs: list[int]) -> TokenizedPairs:
         """Tokenise a chunk; ScoringError if the model cannot read one of its pairs."""
         texts = [self.call.pairs[pair] for pair in pairs]
         with self._tokenising:
@@ -363,7 +361,7 @@ class DeviceScorer:
         queries = {query for (query, _), ids in zip(texts, encoded, strict=True) if ids.query_truncated}
         passages = sum(ids.passage_truncated for ids in encoded)
         self.call.observer.used(Usage(truncated_queries=len(queries), truncated_passages=passages))
-        return Chunk(pairs, encoded)
+        return TokenizedPairs(pairs, encoded)
 
     def _encode_or_name(self, pairs: list[int], texts: list[tuple[str, str]]) -> list[Ids]:
         """Return token ids, or raise a ScoringError that names the pair whose tokenisation fails."""
@@ -386,7 +384,7 @@ class DeviceScorer:
 
     # -- batches
 
-    def _score_chunk(self, chunk: Chunk) -> None:
+    def _score_chunk(self, chunk: TokenizedPairs) -> None:
         """Take a chunk through all stages."""
         alive, states = list(range(len(chunk.pairs))), dict[int, tuple[Row, int]]()
         for cutoffs in self.shape.stages:
@@ -405,7 +403,7 @@ class DeviceScorer:
             states = {index: stage.states_after[index] for index in alive if index in stage.states_after}
 
     @torch.inference_mode()
-    def _run_batch(self, chunk: Chunk, stage: Stage, batch: list[int]) -> None:
+    def _run_batch(self, chunk: TokenizedPairs, stage: Stage, batch: list[int]) -> None:
         """Start a batch, given by positions in ``stage.alive``, and wait for the one before it."""
         if self.call.stopped.is_set():
             raise Stopped
@@ -430,7 +428,7 @@ class DeviceScorer:
         return states
 
     def _decoder_states(self, model: Decoder, members: list[int], ids: list[Ids], stage: Stage) -> Tensor:
-        """Run a stage's layers, on from the hidden states that the stage before left."""
+        """Run a stage's layers on the hidden states of the stage before."""
         known = None if stage.prefix is None else stage.prefix.ids
         if stage.states_before:
             row = regrouped([stage.states_before[member] for member in members], ids, known)
@@ -459,7 +457,7 @@ class DeviceScorer:
         while len(self._pending) > leave:
             batch = self._pending[0]
             logits = batch.result()
-            self._pending.popleft()  # after the result: if that fails, it is asked for again
+            self._pending.popleft()  # after the result, which is asked for again if it fails
             finite = np.isfinite(logits).all(axis=0)
             call.scores[batch.cutoffs, np.array(batch.pairs)[finite]] = logits[:, finite]
             if not finite.all():
@@ -471,7 +469,7 @@ class DeviceScorer:
             if batch.cutoffs.stop == len(call.scores):
                 call.progress(len(batch.pairs))
 
-    def _survivors(self, chunk: Chunk, stage: Stage, cascade: Cascade) -> list[int]:
+    def _survivors(self, chunk: TokenizedPairs, stage: Stage, cascade: Cascade) -> list[int]:
         """Return the positions in the chunk of the pairs that survive a stage."""
         self._collect()
         layer = stage.cutoffs[-1]
@@ -482,7 +480,7 @@ class DeviceScorer:
 
 
 def limits_of(model: Decoder | FallbackDecoder) -> tuple[int, int | None]:
-    """Return how many tokens a model knows, and how many positions it has; None for any number."""
+    """Return the size of a model's vocabulary, and its number of positions; None for any number."""
     if isinstance(model, FallbackDecoder):
         return model.vocabulary, model.positions
     return len(cast(Tensor, model.embed_tokens.weight)), None
@@ -504,7 +502,7 @@ def problem_of_ids(ids: Ids, vocabulary: int, positions: int | None) -> str | No
 
 
 def to_host(computed: Tensor) -> Callable[[], np.ndarray]:
-    """Start copying a tensor to the host.
+    """Start to copy a tensor to the host.
 
     Returns:
         A function that waits for this copy only, not for later GPU work, and returns the array.
@@ -520,27 +518,6 @@ def to_host(computed: Tensor) -> Callable[[], np.ndarray]:
         return copy.numpy()
 
     return result
-
-
-def one_ahead(make: Callable[[Item], Made], items: Iterable[Item], waiting: Stopwatch) -> Iterator[Made]:
-    """Map items lazily. A thread makes the next result while the caller works on one.
-
-    Args:
-        make: the function to map.
-        items: its arguments.
-        waiting: measures the time in which the caller waits.
-    """
-    thread = ThreadPoolExecutor(1)
-    made: list[Made] = []
-    try:
-        for item in items:
-            coming = thread.submit(make, item) if made else None
-            yield from made
-            with waiting:
-                made = [coming.result() if coming else make(item)]
-        yield from made
-    finally:
-        thread.shutdown(wait=False, cancel_futures=True)
 
 
 def _is_failure(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""The cost of scoring (pairs, tokens, padding and seconds), and an observer that it is reported to."""
+"""The cost of scoring (pairs, tokens, padding and seconds), and the observer of a call."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Usage:
-    """How many pairs were scored, and the tokens and seconds that took. Usages of several runs can be added.
+    """Counts of scored pairs, with the tokens and seconds that they took. Usages of several runs can be added.
 
     Measuring never makes a device wait. Seconds are summed over the threads that work. ``model_seconds`` covers
     laying out and launching batches and waiting for their results, not opening weights. Tokenisation runs in a thread
@@ -66,21 +66,21 @@ class Usage:
 
 
 class Observer:
-    """Follows the scoring of some pairs. Subclasses override the methods they need."""
+    """Follow the scoring of some pairs. Subclasses override the methods they need."""
 
     def label(self, pair: int) -> str:
         """Name a pair, given by its index, in error messages."""
         return f"pairs[{pair}]"
 
     def progress(self, pairs: int) -> None:
-        """Take note of pairs that are done, by their number; called by one thread at a time."""
+        """Record a number of pairs as done; one thread calls at a time."""
 
     def used(self, usage: Usage) -> None:
-        """Take note of a part of the usage; any thread may call, also after scoring has failed."""
+        """Record a part of the usage; any thread may call, even after scoring has failed."""
 
 
 class Stopwatch:
-    """Adds up the seconds spent in ``with`` blocks, which must not overlap."""
+    """Add up the seconds spent in ``with`` blocks, which must not overlap."""
 
     def __init__(self) -> None:
         self.seconds = 0.0

@@ -13,7 +13,8 @@ import pandas as pd
 import pyterrier as pt
 from numpy.typing import NDArray
 
-from .formats import Judgement, RunRow, best_first, by_query
+from .collection import Judgement
+from .formats import RunRow, best_first, by_query
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def parse_measure(name: str) -> ir_measures.Measure:
         ValueError: the name is unknown, a parameter is invalid, or no installed package computes the measure.
     """
     try:
-        measure = _of_trec_eval(name) or ir_measures.parse_measure(name)
+        measure = _trec_eval_measure(name) or ir_measures.parse_measure(name)
     except (ValueError, NameError) as error:
         known = ", ".join(sorted({kind.NAME for kind in ir_measures.measures.registry.values()}))
         raise ValueError(
@@ -88,8 +89,8 @@ def parse_measure(name: str) -> ir_measures.Measure:
     return measure
 
 
-def _of_trec_eval(name: str) -> ir_measures.Measure | None:
-    """Return the measure that trec_eval calls so, or None. Some of its names mean several measures."""
+def _trec_eval_measure(name: str) -> ir_measures.Measure | None:
+    """Return the measure with this name in trec_eval; None if there is none, or if the name means several."""
     try:
         found = ir_measures.parse_trec_measure(name)
     except ValueError:

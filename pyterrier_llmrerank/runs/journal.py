@@ -221,7 +221,7 @@ def refuse_existing(path: Path) -> None:
     """Raise FileExistsError if a file exists. The message mentions ``resume`` if that may be possible."""
     if path.exists():
         resumable = journal_path(path).exists() or not path.stat().st_size
-        hint = "to continue it, set resume=True (--resume)" if resumable else "delete it or choose another file"
+        hint = "to continue it, set resume=True" if resumable else "delete it or choose another file"
         raise FileExistsError(f"{path} already exists and is not overwritten; {hint}.")
 
 

@@ -12,19 +12,9 @@ from typing import Any
 import ir_datasets
 import pyterrier as pt
 
-from .formats import (
-    Judgement,
-    RerankRow,
-    RunRow,
-    Text,
-    best_first,
-    by_query,
-    malformed,
-    read_qrels,
-    read_run,
-    read_texts,
-    read_topics,
-)  # fmt: skip
+from .collection import Judgement, Text, read_qrels, read_texts, read_topics
+from .formats import RerankRow, RunRow, best_first, by_query, read_run
+from .lines import malformed
 
 #: The fields that form the text of documents for which ir_datasets defines no ``default_text()``.
 TEXTS = {
@@ -74,7 +64,7 @@ def queries(name: str, qids: Collection[str] | None = None) -> dict[str, str]:
     """Load queries, by qid.
 
     Args:
-        name: a file, as read by :func:`~pyterrier_llmrerank.runs.formats.read_topics`, or a dataset with topics.
+        name: a file, as read by :func:`~pyterrier_llmrerank.runs.collection.read_topics`, or a dataset with topics.
         qids: the queries to load, if they exist; None for all.
 
     Raises:
@@ -101,7 +91,7 @@ def documents(name: str, docnos: Collection[str]) -> dict[str, Text]:
     """Load documents, by docno.
 
     Args:
-        name: a file, as read by :func:`~pyterrier_llmrerank.runs.formats.read_texts`, or a dataset with documents.
+        name: a file, as read by :func:`~pyterrier_llmrerank.runs.collection.read_texts`, or a dataset with documents.
         docnos: the documents to load, if they exist. No others are kept in memory.
 
     Raises:
@@ -131,7 +121,7 @@ def documents(name: str, docnos: Collection[str]) -> dict[str, Text]:
 
 
 def _text(source: str, document: Any) -> Text:
-    """Convert a document of ir_datasets: its default text, with the title as a field of its own if it comes first."""
+    """Convert a document of ir_datasets: its default text, without the title if that comes first."""
     text = _default_text(source, document)
     title, url = (getattr(document, name, None) for name in ("title", "url"))
     for field, value in (("title", title), ("url", url)):
@@ -179,7 +169,7 @@ def judgements(name: str) -> list[Judgement]:
     """Load qrels, without repetitions.
 
     Args:
-        name: a file, as read by :func:`~pyterrier_llmrerank.runs.formats.read_qrels`, or a dataset with qrels.
+        name: a file, as read by :func:`~pyterrier_llmrerank.runs.collection.read_qrels`, or a dataset with qrels.
 
     Raises:
         ValueError, OSError: as :func:`queries`; or there are no qrels, or a document has several labels for a query.
@@ -231,7 +221,7 @@ def _dataset(argument: str, name: str) -> Any:
 
 
 def _part(name: str, part: str, read: Callable[[], Any]) -> Any:
-    """Read a part of a PyTerrier dataset. Whether a dataset has it shows only on reading."""
+    """Read a part of a PyTerrier dataset, which says only on reading whether it has the part."""
     try:
         return read()
     except NotImplementedError as error:

@@ -6,7 +6,6 @@ import gzip
 import logging
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
+from ..engine.prefetch import prefetch
 from ..engine.usage import Stopwatch, Usage
 from ..values import positive
 from .chunks import Chunk, ScoredChunk, Shard, count_lines, open_shard, read_chunks, score_chunk
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 #: Constructor arguments that may differ when a run is resumed: without quantization, they do not affect scores beyond
 #: the last digits.
-FREE = ("batch_size", "device", "training", "verbose")
+MAY_CHANGE = ("batch_size", "device", "training", "verbose")
 
 #: Scores chunks, in their order.
 ScoreChunks = Callable[[Iterator[Chunk]], Generator[tuple[Chunk, ScoredChunk]]]
@@ -201,9 +201,7 @@ def _block(reranker: LLMReranker) -> int:
 def _add_note(error: BaseException, target: Path, pairs: int, block: int) -> None:
     """Add to an error the number of pairs that the target holds, and how to resume."""
     if pairs:
-        error.add_note(
-            f"{target} holds {pairs:,} pairs, all of complete queries; to continue, set resume=True (--resume)."
-        )
+        error.add_note(f"{target} holds {pairs:,} pairs, all of complete queries; to continue, set resume=True.")
     elif isinstance(error, KeyboardInterrupt):
         error.add_note(f"Nothing was written yet: results are written in blocks of at least {block:,} pairs.")
 
@@ -237,7 +235,7 @@ def _skip_written(chunks: Iterator[Chunk], blocks: Sequence[Block], source: Path
 
 @contextmanager
 def _scoring(reranker: LLMReranker, workers: int, address: str | None) -> Iterator[tuple[ScoreChunks, str]]:
-    """Open the model or connect to Ray, and set the reranker's ``dtype`` to the one that scores are computed in.
+    """Open the model or connect to Ray, and set the reranker's ``dtype`` to the dtype of the computation.
 
     Yields:
         A function that scores chunks, and the type of the device (``""`` if scores do not depend on it).
@@ -257,11 +255,8 @@ def _scoring(reranker: LLMReranker, workers: int, address: str | None) -> Iterat
 
 def _score_here(reranker: LLMReranker, chunks: Iterator[Chunk]) -> Generator[tuple[Chunk, ScoredChunk]]:
     """Score chunks in this process, while a thread reads the next one."""
-    with ThreadPoolExecutor(1) as thread:
-        upcoming = thread.submit(next, chunks, None)
-        while (chunk := upcoming.result()) is not None:
-            upcoming = thread.submit(next, chunks, None)
-            yield chunk, score_chunk(reranker, chunk.frame)
+    for chunk in prefetch(chunks):
+        yield chunk, score_chunk(reranker, chunk.frame)
 
 
 # -- writing
@@ -304,7 +299,7 @@ def _settings(reranker: LLMReranker, device_type: str, form: str, tag: str, shar
     These are the arguments that affect scores, the base that an adapter names, and the shard. With quantization, batch
     size and type of device do, too.
     """
-    arguments = {name: value for name, value in reranker.compared().items() if name not in FREE}
+    arguments = {name: value for name, value in reranker.equality_key().items() if name not in MAY_CHANGE}
     if reranker.quantization:
         arguments |= {"batch_size": reranker.batch_size, "device": device_type}
     if shard is not None:

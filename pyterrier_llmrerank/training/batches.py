@@ -30,7 +30,7 @@ class Groups(torch.utils.data.Dataset[Group]):
     Args:
         records: rows for :func:`~pyterrier_llmrerank.training.examples.read_example`.
         size: passages in a group.
-        seed: of the draw.
+        seed: the seed of the draw.
         body: formats the passages.
     """
 
@@ -82,7 +82,7 @@ class Collator:
     """Encode groups as a batch.
 
     Args:
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
         inputs: returns the encoding for a group's prompt, which is None for the recipe's.
     """
 

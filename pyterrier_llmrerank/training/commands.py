@@ -138,7 +138,7 @@ def parse(command: str, argv: Sequence[str]) -> tuple[Recipe, Sources, TrainingA
     if not sources.use_lora:
         raise ValueError("use_lora=False; allowed: True. Only LoRA adapters and heads are trained.")
     if not sources.train_data:
-        raise ValueError("train_data is missing; wanted JSON lines files, or a dataset's hub id.")
+        raise ValueError("train_data is missing; expected JSON lines files, or a dataset's hub id.")
     if not sources.eval_data and recipe.patience is not None:
         raise ValueError(f"patience={recipe.patience} needs eval_data to measure nDCG@10 on.")
     return recipe, sources, arguments
@@ -154,7 +154,7 @@ def _parser(command: str, recipe_type: type[Recipe]) -> HfArgumentParser:
     options = dataclasses.make_dataclass(
         "Options",
         [
-            (f.name, _parsed(hints[f.name]), _argument(f.default, f.metadata["help"], *f.metadata["aliases"]))
+            (f.name, _parser_type(hints[f.name]), _argument(f.default, f.metadata["help"], *f.metadata["aliases"]))
             for f in dataclasses.fields(recipe_type)
             if f.metadata["shell"] and f.name not in _trainers()
         ],
@@ -175,7 +175,7 @@ def _parser(command: str, recipe_type: type[Recipe]) -> HfArgumentParser:
     return parser
 
 
-def _parsed(hint: Any) -> Any:
+def _parser_type(hint: Any) -> Any:
     """Return the type to parse an option as: a list for a tuple."""
     return list[typing.get_args(hint)[0]] if typing.get_origin(hint) is tuple else hint  # type: ignore[misc]
 

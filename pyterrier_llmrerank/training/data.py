@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.locate import HUB_ID
-from ..runs.formats import malformed, objects
+from ..runs.lines import malformed, objects
 from .examples import read_example
 
 if TYPE_CHECKING:
     from datasets.arrow_dataset import Dataset
 
-#: Columns of the table that files are read into, those of both forms; None if a line lacks one.
+#: Columns of the table that holds the data of both forms; a column that a line lacks is None.
 COLUMNS = ("query_id", "query", "positive_passages", "negative_passages", "pos", "neg", "pos_scores", "neg_scores")
 
 #: Name endings of the files that are read from a folder.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import short
-from ..values import problem_of
+from ..values import is_finite, problem_of
 
 #: Formats a passage, given its text and its title or None, as a model reads it.
 Body = Callable[[str, str | None], str]
@@ -77,10 +76,10 @@ def read_example(record: Any, body: Body) -> Example:
         ValueError: the record has neither form; names the key, its value and the allowed values.
     """
     if not isinstance(record, dict):
-        raise ValueError(f"a JSON object is wanted, not {type(record).__name__}")
+        raise ValueError(f"a {type(record).__name__}; expected a JSON object")
     query = record.get("query")
     if not isinstance(query, str):
-        raise ValueError(f"query is {short(query)}; wanted a string")
+        raise ValueError(f"query is {short(query)}; expected a string")
     _check_unicode("query", [query])
     _check_unicode("query_id", [str(record.get("query_id"))])
     prompt = None
@@ -90,11 +89,11 @@ def read_example(record: Any, body: Body) -> Example:
         positives, negatives = ([body(text, None) for text in _texts(record, key)] for key in ("pos", "neg"))
         prompt = record.get("prompt")
         if not isinstance(prompt, str | None):
-            raise ValueError(f"prompt is {short(prompt)}; wanted a string")
+            raise ValueError(f"prompt is {short(prompt)}; expected a string")
         _check_unicode("prompt", [prompt or ""])
     else:
         raise ValueError(
-            "neither positive_passages nor pos; wanted positive_passages and negative_passages, lists of passages "
+            "neither positive_passages nor pos; expected positive_passages and negative_passages, lists of passages "
             "with text and optionally title, or pos and neg, lists of strings"
         )
     return Example(query, positives, negatives, _teacher(record, len(positives), len(negatives)), prompt)
@@ -115,14 +114,14 @@ def _check_unicode(key: str, texts: Sequence[str]) -> None:
 def _texts(record: dict[str, Any], key: str) -> list[str]:
     value = record.get(key)
     if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
-        raise ValueError(f"{key} is {short(value)}; wanted a list of strings, at least one")
+        raise ValueError(f"{key} is {short(value)}; expected a list of strings, at least one")
     _check_unicode(key, value)
     return value
 
 
 def _documents(record: dict[str, Any], key: str, body: Body) -> list[str]:
     value = record.get(key)
-    wanted = f"{key} is {short(value)}; wanted a list of passages with text and optionally title, at least one"
+    wanted = f"{key} is {short(value)}; expected a list of passages with text and optionally title, at least one"
     if not isinstance(value, list) or not value:
         raise ValueError(wanted)
     for passage in value:
@@ -136,13 +135,5 @@ def _documents(record: dict[str, Any], key: str, body: Body) -> list[str]:
 def _scores(record: dict[str, Any], key: str, count: int) -> list[float]:
     value = record.get(key)
     if not isinstance(value, list) or len(value) != count or not all(map(is_finite, value)):
-        raise ValueError(f"{key} is {short(value)}; wanted {count} finite numbers, one for each passage")
+        raise ValueError(f"{key} is {short(value)}; expected {count} finite numbers, one for each passage")
     return [float(score) for score in value]
-
-
-def is_finite(value: object) -> bool:
-    """Whether a value is a number that a float can hold."""
-    try:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # an int of hundreds of digits
-        return False

@@ -22,7 +22,7 @@ TEACHER = "teacher"
 Bodies = Callable[[pd.DataFrame], list[str]]
 
 
-def judged(qrels: pd.DataFrame, argument: str) -> pd.DataFrame:
+def check_qrels(qrels: pd.DataFrame, argument: str) -> pd.DataFrame:
     """Check judgements, and return them with string ids and number labels, each pair once.
 
     Args:
@@ -36,7 +36,7 @@ def judged(qrels: pd.DataFrame, argument: str) -> pd.DataFrame:
     wanted = ["qid", "docno", "label"]
     for name in wanted:
         if list(qrels.columns).count(name) != 1:
-            raise ValueError(f"{argument} has columns {list(qrels.columns)}; wanted qid, docno and label, once each.")
+            raise ValueError(f"{argument} has columns {list(qrels.columns)}; expected qid, docno and label, once each.")
     if qrels.empty:
         raise ValueError(f"{argument} is empty.")
     rows = qrels[wanted].reset_index(drop=True)
@@ -65,7 +65,7 @@ def numbers(rows: pd.DataFrame, name: str, argument: str) -> pd.Series[Any]:
             finite = False
         if not finite:
             raise ValueError(
-                f"{argument}: {name!r} is {short(value)} for qid {qid!r}, docno {docno!r}; wanted a finite number."
+                f"{argument}: {name!r} is {short(value)} for qid {qid!r}, docno {docno!r}; expected a finite number."
             )
     return pd.to_numeric(rows[name])
 
@@ -80,31 +80,27 @@ def records_of(
 ) -> list[dict[str, Any]]:
     """Make one record for each query: relevant results are positives, all other results negatives.
 
-    A query without a relevant result gets its judged positives from the other queries' results or from ``text``. It is
-    dropped if neither has one, if there is a column ``teacher`` (they would have no scores), or if it has no negatives;
-    one log line counts the dropped queries.
+    A query without a relevant result takes its judged positives from other queries' results or from ``text``. The query
+    is dropped if neither has one, if it has no negatives, or if it has no positive and the results have a column
+    ``teacher``, because positives from elsewhere have no teacher scores. A log line counts the dropped queries.
 
     Args:
-        results: columns ``qid``, ``query``, ``docno``, those that ``bodies`` reads, and optionally ``teacher``.
-        qrels: from :func:`judged`.
+        results: columns ``qid``, ``query``, ``docno``, the columns that ``bodies`` reads, and optionally ``teacher``.
+        qrels: from :func:`check_qrels`.
         bodies: formats the passages of a frame as the model reads them.
         min_label: the lowest label of a positive.
         text: adds the columns that ``bodies`` reads to a frame with ``qid``, ``query`` and ``docno``; or None.
-        text_field: the column of texts.
+        text_field: the column with texts.
 
     Raises:
         ValueError: a teacher's score is missing, ``text`` adds no texts, or no query remains.
     """
-    results = results.reset_index(drop=True)  # an index named qid would hide the column
-    results = results.assign(qid=results["qid"].astype(str), docno=results["docno"].astype(str))
-    if TEACHER in results:
-        results[TEACHER] = numbers(results, TEACHER, "the training results")
-    results["_body"] = bodies(results)
+    results = _with_bodies(results, bodies)
     positive = qrels[qrels["label"] >= min_label].groupby("qid")["docno"]
     relevant = {str(qid): set(docnos) for qid, docnos in positive}
     queries = [(str(qid), query, rows) for (qid, query), rows in results.groupby(["qid", "query"], sort=False)]
     lacking = [qid for qid, _, rows in queries if not rows["docno"].isin(relevant.get(qid, set())).any()]
-    elsewhere = {} if TEACHER in results else _fetched(lacking, relevant, results, bodies, text, text_field)
+    elsewhere = {} if TEACHER in results else _fetch_positives(lacking, relevant, results, bodies, text, text_field)
     records, fetched, without_positive, without_negative = [], 0, 0, 0
     for qid, query, rows in queries:
         hit = rows["docno"].isin(relevant.get(qid, set()))
@@ -120,9 +116,8 @@ def records_of(
         if TEACHER in rows:
             record["pos_scores"], record["neg_scores"] = (list(rows.loc[side, TEACHER]) for side in (hit, ~hit))
         records.append(record)
-    skipped = without_positive + without_negative
     logger.log(
-        logging.WARNING if skipped else logging.INFO,
+        logging.WARNING if without_positive + without_negative else logging.INFO,
         "training on %d queries; %d have positives from outside their results; "
         "dropped: %d without a positive, %d without a negative",
         *(len(records), fetched, without_positive, without_negative),
@@ -135,7 +130,16 @@ def records_of(
     return records
 
 
-def _fetched(
+def _with_bodies(results: pd.DataFrame, bodies: Bodies) -> pd.DataFrame:
+    """Add the column ``_body``, with each passage as the model reads it; ids become strings, teacher scores numbers."""
+    results = results.reset_index(drop=True)  # an index named qid would hide the column
+    results = results.assign(qid=results["qid"].astype(str), docno=results["docno"].astype(str))
+    if TEACHER in results:
+        results[TEACHER] = numbers(results, TEACHER, "the training results")
+    return results.assign(_body=bodies(results))
+
+
+def _fetch_positives(
     lacking: list[str],
     relevant: dict[str, set[str]],
     results: pd.DataFrame,
@@ -161,7 +165,7 @@ def _fetched(
 
 
 def validation_of(results: pd.DataFrame, qrels: pd.DataFrame, bodies: Bodies) -> Validation:
-    """Make validation data of results and judgements."""
+    """Make validation data from results and judgements."""
     pairs = pd.DataFrame(
         {
             "qid": results["qid"].astype(str),

@@ -54,7 +54,7 @@ class _LowRankUpdate(Function):
 
 
 class LowRankLinear(lora.Linear):
-    """PEFT's LoRA layer, computed with its base layer at once; unusual settings fall back to PEFT's own code."""
+    """PEFT's LoRA layer, computed together with its base layer; unusual settings use PEFT's own code."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base layer's output plus the update, like PEFT."""
@@ -82,7 +82,7 @@ class LowRankLinear(lora.Linear):
 
 #: Settings kept from the configuration of an adapter that is trained further. Others could change the base's weights
 #: or the computation, where inference does not.
-CONTINUED = (
+KEPT_FIELDS = (
     "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern",
     "layers_to_transform", "layers_pattern",
 )  # fmt: skip
@@ -98,7 +98,7 @@ def with_lora(checkpoint: Checkpoint, heads: Tensor, recipe: Recipe, dtype: torc
         checkpoint: the start; a Matroyshka's adapters are merged into it.
         heads: initial weights of the heads, ``[heads, width]``.
         recipe: rank, scale, dropout and modules of the updates.
-        dtype: of the frozen weights; trainable weights are fp32.
+        dtype: the dtype of the frozen weights; trainable weights are fp32.
 
     Raises:
         ValueError: the model lacks a module that the recipe targets, or the adapter holds tensors that cannot be
@@ -120,7 +120,7 @@ def with_lora(checkpoint: Checkpoint, heads: Tensor, recipe: Recipe, dtype: torc
                 "allowed: LoRA and a score head. save(folder, merged=True) writes a model to train."
             )
         checkpoint.adapters = [adapter for adapter in checkpoint.adapters if adapter is not continued]
-        kept = {key: continued.config.get(key) for key in CONTINUED}
+        kept = {key: continued.config.get(key) for key in KEPT_FIELDS}
         config = LoraConfig(**{key: value for key, value in kept.items() if value is not None})
         logger.info("training %s further, with its rank, scale and modules, not the recipe's", continued.folder)
     _, config.revision = without_revision(checkpoint.base)

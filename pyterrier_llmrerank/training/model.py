@@ -1,4 +1,4 @@
-"""The model that is trained: inference's decoder with its heads as modules."""
+"""The model to train: the decoder of inference, with its heads as modules."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class RankingModel(nn.Module):
     Args:
         checkpoint: the start; its adapters are merged in.
         heads: weights of the heads, ``[heads, width]``.
-        dtype: of all weights.
+        dtype: the dtype of all weights.
 
     Raises:
         ValueError: the model does not support layer-wise execution.

@@ -218,7 +218,7 @@ class CascadeLoss:
 
     @staticmethod
     def _becomes_target(kind: str, step: int, with_teacher: bool) -> bool:
-        """Whether the layer at this step, counted from the deepest, becomes the target of shallower layers."""
+        """Tell whether the layer at this step, counted from the deepest, becomes the target of shallower layers."""
         if kind == "distill_final_layer":
             return step == 0 and not with_teacher
         return kind == "distill_last_layer" or step % TARGET_SEP == 0

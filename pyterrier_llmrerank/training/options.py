@@ -20,7 +20,7 @@ def option(
     Args:
         default: its default; a dict is copied for each recipe.
         help: its meaning, for ``--help`` and the docstring; a phrase without a full stop.
-        aliases: other names of it on the command line.
+        aliases: its other names on the command line.
         least: the smallest number allowed, an int where only integers are; None for an option that is checked
             elsewhere.
         shell: whether the command line has it.
@@ -39,7 +39,7 @@ def option(
 
 
 class Declared:
-    """The base of a dataclass with options: a subclass may give an option a new default alone.
+    """The base of a dataclass with options, whose subclasses may change the default of an option.
 
     The option keeps its help text, aliases and limits.
     """
@@ -57,7 +57,7 @@ def default_of(declared: Field[Any]) -> Any:
     return declared.default if declared.default_factory is MISSING else declared.default_factory()
 
 
-def documented(recipe: type[Recipe]) -> type[Recipe]:
+def document_options(recipe: type[Recipe]) -> type[Recipe]:
     """Add the options of a dataclass to its docstring, as the section ``Args``."""
     if recipe.__doc__ is None:  # python -OO
         return recipe
@@ -101,5 +101,5 @@ def make_tuple(recipe: Any, name: str, kind: type) -> None:
 
 
 def all_are(values: Sequence[Any], kind: type) -> bool:
-    """Whether all values are of this kind; a bool is no integer."""
+    """Tell whether all values are of this kind; a bool is no integer."""
     return all(isinstance(value, kind) and not isinstance(value, bool) for value in values)

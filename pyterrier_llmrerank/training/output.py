@@ -16,9 +16,9 @@ from ..checkpoints.description import FILE
 
 logger = logging.getLogger(__name__)
 
-#: Files that prove that a run wrote into a folder, and files that it writes beside them.
-PROOFS = ("checkpoint-[0-9]*", "adapter_config.json", "adapter_model.*", "trainer_state.json", "training_args.bin")
-BESIDE = (
+#: Files that show that a run wrote into a folder, and the files that it writes beside them.
+RUN_FILES = ("checkpoint-[0-9]*", "adapter_config.json", "adapter_model.*", "trainer_state.json", "training_args.bin")
+COMPANION_FILES = (
     "README.md", FILE, "adapter-[0-9]*",
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja",
 )  # fmt: skip
@@ -58,7 +58,7 @@ def find_resumed(arguments: TrainingArguments, overwrite: bool = False) -> Path 
         raise FileExistsError(
             f"output_dir={str(folder)!r}: a model is there ({models[0].name}); choose another folder."
         )
-    if not overwrite and not is_in(folder, resumed) and (written := written_by_runs(folder)):
+    if not overwrite and not is_in(folder, resumed) and (written := files_of_runs(folder)):
         raise FileExistsError(
             f"output_dir={str(folder)!r}: another run is there ({written[0].name}); choose another folder, resume the "
             "run with resume_from_checkpoint=True, or replace it with overwrite_output_dir."
@@ -74,26 +74,26 @@ def refuse_own_inputs(folder: Path, inputs: Sequence[Path]) -> None:
 
 def remove_runs(folder: Path) -> None:
     """Remove the files of earlier runs, and no others."""
-    for path in written_by_runs(folder):
+    for path in files_of_runs(folder):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def written_by_runs(folder: Path) -> list[Path]:
-    """List the files of earlier runs; none if nothing proves that there was a run."""
-    found = [path for pattern in PROOFS for path in folder.glob(pattern)]
-    return found and [*found, *(path for pattern in BESIDE for path in folder.glob(pattern))]
+def files_of_runs(folder: Path) -> list[Path]:
+    """List the files of earlier runs; none if nothing shows that there was a run."""
+    found = [path for pattern in RUN_FILES for path in folder.glob(pattern)]
+    return found and [*found, *(path for pattern in COMPANION_FILES for path in folder.glob(pattern))]
 
 
 def is_in(folder: Path, checkpoint: Path | None) -> bool:
-    """Whether a checkpoint belongs to the run in a folder."""
+    """Tell whether a checkpoint belongs to the run in a folder."""
     return checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
 
 
 class SameSettings(TrainerCallback):
-    """Save the settings of a run beside each checkpoint, and resume with the same only.
+    """Save the settings of a run beside each checkpoint, and resume only with the same settings.
 
     Args:
-        settings: those that a resumed run must not change.
+        settings: the settings that a resumed run must not change.
         resumed: the checkpoint to resume from, or None.
 
     Raises:

@@ -14,7 +14,7 @@ import pyterrier as pt
 from ..engine.inputs import PROMPT, MatroyshkaInputs, RankLLaMAInputs, document
 from ..values import RATIOS
 from .objectives import METHODS, CascadeLoss, DistilledLoss, Loss
-from .options import Declared, check_numbers, default_of, documented, make_tuple, option
+from .options import Declared, check_numbers, default_of, document_options, make_tuple, option
 from .widths import Widths
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ from pyterrier_llmrerank import {name}
 """
 
 
-@documented
+@document_options
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Recipe(Declared, ABC):
     """Hold the settings of a training.
@@ -158,7 +158,7 @@ class Recipe(Declared, ABC):
 
     @property
     def token_ratio(self) -> int | None:
-        """The ratio that a token compensation is trained for; None for any other adapter."""
+        """The ratio that a token adapter is trained for; None for any other adapter."""
         return None
 
     def widths(self, seed: int) -> Widths:
@@ -203,7 +203,7 @@ class Recipe(Declared, ABC):
         """Format a passage as the model reads it."""
 
 
-@documented
+@document_options
 @dataclass(frozen=True, kw_only=True, repr=False)
 class RankLLaMATraining(Recipe):
     """Fine-tune RankLLaMA (Ma et al., 2023): LoRA and a score head, with cross-entropy over groups.
@@ -276,10 +276,10 @@ class RankLLaMATraining(Recipe):
         return document(text, title)
 
 
-@documented
+@document_options
 @dataclass(frozen=True, kw_only=True, repr=False)
 class MatroyshkaTraining(Recipe):
-    """Hold the settings of both steps in the training of a Matroyshka reranker (Liu et al., 2025).
+    """Hold the settings that both steps of training a Matroyshka reranker share (Liu et al., 2025).
 
     Raises:
         ValueError: a value is not allowed.
@@ -334,14 +334,14 @@ class MatroyshkaTraining(Recipe):
         """
         from ..checkpoints.adapters import Adapter
         from ..checkpoints.checkpoint import MatroyshkaCheckpoint, is_layer_wise
-        from ..checkpoints.description import described
+        from ..checkpoints.description import read_description
         from ..checkpoints.locate import folder_of
 
         continued, folder = None, folder_of(model, "model")
         if (folder / "adapter_config.json").is_file():
             continued = Adapter(folder, f"model={model!r}")
             continued.base_folder()  # if it is missing, the error names the adapter
-            description = described(model, folder, "matroyshka", f"model={model!r}")
+            description = read_description(model, folder, "matroyshka", f"model={model!r}")
             earlier = [name for name in description.adapters if name != model] if description is not None else []
             model, adapters = continued.base, [*(adapters or earlier), str(folder)]
         # A layer-wise checkpoint has its own head layers.
@@ -382,7 +382,7 @@ class MatroyshkaTraining(Recipe):
         return f"{title} {text}" if title else text
 
 
-@documented
+@document_options
 @dataclass(frozen=True, kw_only=True, repr=False)
 class DistillTraining(MatroyshkaTraining):
     """Train every layer from ``start_layer`` to rank, by cascaded self-distillation.
@@ -402,7 +402,7 @@ class DistillTraining(MatroyshkaTraining):
     learning_rate: float = 2e-4
 
 
-@documented
+@document_options
 @dataclass(frozen=True, kw_only=True, repr=False)
 class CompensateTraining(MatroyshkaTraining):
     """Train one more adapter on top of a distilled model, for all its depths or for one width.
@@ -431,5 +431,5 @@ class CompensateTraining(MatroyshkaTraining):
 
     @property
     def token_ratio(self) -> int | None:
-        """The ratio that a token compensation is trained for; None for layer compensation."""
+        """The ratio that a token adapter is trained for; None for layer compensation."""
         return self.compress_ratios[0] if self.finetune_type == "token" else None

@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from hashlib import sha256
 from itertools import chain, islice, repeat
@@ -18,13 +18,14 @@ import pandas as pd
 import pyterrier as pt
 
 from ..errors import short
-from ..runs.formats import MAX_LINE, malformed, objects
-from ..runs.journal import JournaledFile, refuse_existing
-from .examples import is_finite, read_example
+from ..runs.journal import Block, JournaledFile, refuse_existing
+from ..runs.lines import MAX_LINE, malformed, objects
+from ..values import is_finite
+from .examples import read_example
 
 logger = logging.getLogger(__name__)
 
-#: Passages that are scored in one call and written in one block, at least.
+#: The least number of passages to score in one call and write in one block.
 CHUNK = 1024
 
 #: The keys of the scores, with the keys of the passages in Tevatron's form and in Matroyshka's.
@@ -62,7 +63,7 @@ def teach(
 
     All lines are checked before the first one is scored. Memory does not grow with the file. Lines keep their order,
     and all other keys their values. ``<target>.journal`` records the progress in blocks of whole lines, so that
-    ``resume`` continues after the last complete block, whatever stopped the run. Changed lines, another transformer
+    ``resume`` continues after the last complete block. Changed lines, another transformer
     (by its ``repr``) or another ``overwrite`` are refused; whether a model's files have changed is not checked.
 
     Args:
@@ -87,7 +88,7 @@ def teach(
     """
     source, target = Path(source), Path(target)
     if not source.is_file():
-        raise FileNotFoundError(f"source={str(source)!r}: no such file; wanted JSON lines.")
+        raise FileNotFoundError(f"source={str(source)!r}: no such file; expected JSON lines.")
     if not resume:
         refuse_existing(target)
     total = sum(1 for _ in _records(source, overwrite))
@@ -95,27 +96,22 @@ def teach(
         raise ValueError(f"{source}: no training data in it.")
     compress = partial(gzip.compress, mtime=0) if target.suffix == ".gz" else bytes
     teacher = re.sub(r" at 0x[0-9a-f]+", "", repr(transformer))  # an address differs in the next process
-    scored = resumed = 0
+    scored = 0
     with JournaledFile(target, {"teacher": teacher, "overwrite": overwrite}, resume=resume) as file:
         blocks = _blocks(_records(source, overwrite), chain((block.rows for block in file.blocks), repeat(0)))
-        for block in file.blocks:
-            records = next(blocks, [])
-            if (len(records), _checksum(records)) != (block.rows, block.source_checksum):
-                first = f"line {records[0][0]}" if records else "its end"
-                raise ValueError(
-                    f"{source}, from {first}: not the lines that {target} was made from; use the same, or delete it."
-                )
-            resumed += len(records)
+        resumed = _skip_written(blocks, file.blocks, source, target)
         try:
             with pt.tqdm(total=total, initial=resumed, desc="teach", unit="line", disable=not verbose) as bar:
                 for records in blocks:
-                    data = compress(_scored(source, records, transformer))
+                    data = compress(_score_block(source, records, transformer))
                     file.append(data, len(records), _checksum(records))
                     scored += len(records)
                     bar.update(len(records))
         except BaseException as error:
             if resumed + scored:
-                error.add_note(f"{target} holds {resumed + scored:,} lines; continue with resume (--resume).")
+                error.add_note(
+                    f"{target} holds {resumed + scored:,} lines, all complete; to continue, set resume=True."
+                )
             raise
     logger.info("%s: %d lines scored, after %d from before", target, scored, resumed)
     return scored
@@ -142,7 +138,7 @@ def _records(source: Path, overwrite: bool) -> Iterator[tuple[int, dict[str, Any
     for line, record in objects(source):
         present = [key for key in SCORES if record.get(key) is not None]
         if present and not overwrite:
-            raise malformed(source, line, f"{present[0]} is there already; allowed with overwrite (--overwrite)")
+            raise malformed(source, line, f"{present[0]} is there already; allowed with overwrite=True")
         try:
             read_example({**record, **dict.fromkeys(SCORES)}, lambda text, title: text)
         except ValueError as error:
@@ -178,11 +174,28 @@ def _blocks(records: Iterator[tuple[int, dict[str, Any]]], lines: Iterator[int])
         yield block
 
 
+def _skip_written(blocks: Iterator[Records], written: Sequence[Block], source: Path, target: Path) -> int:
+    """Skip the blocks that the target already contains, and return their number of lines.
+
+    Raises:
+        ValueError: a block was written from other lines.
+    """
+    for block in written:
+        records = next(blocks, [])
+        if (len(records), _checksum(records)) != (block.rows, block.source_checksum):
+            first = f"line {records[0][0]}" if records else "its end"
+            raise ValueError(
+                f"{source}, from {first}: the lines have changed since {target} was written; resume with the original "
+                f"file, or delete {target}."
+            )
+    return sum(block.rows for block in written)
+
+
 def _checksum(records: Records) -> int:
     return zlib.crc32(repr(records).encode())
 
 
-def _scored(source: Path, records: Records, transformer: pt.Transformer) -> bytes:
+def _score_block(source: Path, records: Records, transformer: pt.Transformer) -> bytes:
     """Score the passages of a block, and write its lines."""
     passages = {line: _passages(record) for line, record in records}
     rows = {
@@ -207,7 +220,7 @@ def _scored(source: Path, records: Records, transformer: pt.Transformer) -> byte
             for passage, values in zip(side, found, strict=True):
                 if len(values) != 1 or not is_finite(values[0]):
                     value = "missing" if not values else short(values[0] if len(values) == 1 else values)
-                    problem = f"the teacher's score of {passage.place} is {value}; wanted one finite number"
+                    problem = f"the teacher's score of {passage.place} is {value}; expected one finite number"
                     raise malformed(source, line, problem)
             taught[key] = [values[0] for values in found]
         data = _line(taught)

@@ -77,7 +77,7 @@ def train(
     arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel cannot split our batches; torchrun uses several GPUs
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
     heads = recipe.heads(checkpoint, checkpoint.tokenizer(), arguments.seed)
-    with _unsharded(arguments):
+    with _without_sharding(arguments):
         model = with_lora(checkpoint, heads, recipe, dtype)
     trainer = GroupTrainer(model, arguments, recipe, checkpoint, groups, validation)
     if recipe.patience is not None:
@@ -93,7 +93,7 @@ def train(
 
 
 @contextmanager
-def _unsharded(arguments: TrainingArguments) -> Iterator[None]:
+def _without_sharding(arguments: TrainingArguments) -> Iterator[None]:
     """Build a model in one piece: transformers would let DeepSpeed shard it before its weights are read."""
     config = getattr(arguments, "hf_deepspeed_config", None)
     if config is None:
@@ -167,7 +167,7 @@ class GroupTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Compute the loss of a batch, at the width drawn for it."""
+        """Compute the loss of a batch, at a width drawn for this batch."""
         batch: Batch = inputs["batch"]
         step = self.state.global_step
         teacher = None
@@ -208,13 +208,13 @@ class GroupTrainer(Trainer):
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Measure nDCG@10; each process measures all validation queries."""
         validation = cast(Validation, eval_dataset or self.eval_dataset)
-        metrics = {f"{metric_key_prefix}_{MEASURE}": validation(self._scores)}
+        metrics = {f"{metric_key_prefix}_{MEASURE}": validation(self.score_pairs)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     @torch.no_grad()
-    def _scores(self, asked: Sequence[tuple[str, str, str | None]]) -> list[float]:
+    def score_pairs(self, asked: Sequence[tuple[str, str, str | None]]) -> list[float]:
         """Score ``(query, body, prompt)`` by the deepest head, at full width."""
         encode = {prompt: self.collate.inputs(prompt) for prompt in {prompt for _, _, prompt in asked}}
         rows = [encode[prompt](self.collate.tokenizer, [(query, body)])[0] for query, body, prompt in asked]

@@ -61,7 +61,7 @@ class Validation:
 
     @classmethod
     def of_records(cls, records: Iterable[Any], body: Body) -> Validation:
-        """Make candidates of training records: positives against negatives."""
+        """Make validation data from training records: positives against negatives."""
         pairs: list[tuple[str, str, str, str, str | None]] = []
         qrels: list[tuple[str, str, int]] = []
         for number, record in enumerate(records):

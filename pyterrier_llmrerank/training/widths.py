@@ -13,7 +13,7 @@ class Widths:
     Args:
         layers: layers before which passages may be pooled, each with probability one half.
         ratios: ratios to draw from.
-        seed: of the draw.
+        seed: the seed of the draw.
     """
 
     layers: tuple[int, ...] = ()

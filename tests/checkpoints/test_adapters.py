@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pyterrier_llmrerank.checkpoints.adapters import INITIALISATIONS, READ, VARIANTS, WITHOUT_EFFECT, Adapter
+from pyterrier_llmrerank.checkpoints.adapters import FIELDS_READ, INITIALISATIONS, VARIANTS, WITHOUT_EFFECT, Adapter
 
 
 @pytest.mark.parametrize(
@@ -61,17 +61,17 @@ def llama() -> LlamaForCausalLM:
 
 
 def test_every_field_of_lora_is_known() -> None:
-    """Where a new PEFT has more of them: find out whether they change the base or the forward pass, and list them."""
+    """If a new PEFT has more fields, find out whether they change the base or the forward pass, and list them."""
     fields = {field.name for field in dataclasses.fields(LoraConfig)}
-    assert fields - (READ | WITHOUT_EFFECT | VARIANTS) == set()
+    assert fields - (FIELDS_READ | WITHOUT_EFFECT | VARIANTS) == set()
     variants = {field.name for field in dataclasses.fields(LoraConfig) if field.metadata.get("is_lora_variant")}
     assert variants <= VARIANTS
-    assert not READ & WITHOUT_EFFECT
-    assert not (READ | WITHOUT_EFFECT) & VARIANTS
+    assert not FIELDS_READ & WITHOUT_EFFECT
+    assert not (FIELDS_READ | WITHOUT_EFFECT) & VARIANTS
 
 
 def test_what_peft_saves_of_plain_lora_is_plain_here(tmp_path: Path) -> None:
-    """Whatever the fields' defaults are."""
+    """The defaults of the fields do not matter."""
     get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     assert Adapter(tmp_path, "adapters").modules
 
@@ -219,8 +219,8 @@ def test_an_unknown_module_is_named() -> None:
     adapter = Adapter(MODELS / "adapter_sd", "adapters")
     with pytest.raises(ValueError, match=r"no module 'layers\.0\.mlp\.down_proj'"):
         adapter.check({})
-    assert len(adapter.ending("linear_head")) == 7
-    assert adapter.ending("embed_tokens") == set()
+    assert len(adapter.modules_ending_in("linear_head")) == 7
+    assert adapter.modules_ending_in("embed_tokens") == set()
 
 
 def test_a_whole_tensor_is_kept_by_name() -> None:
@@ -313,7 +313,7 @@ def test_a_base_that_is_no_name_is_shown(change: Callable[..., Path], base: obje
 def test_a_configuration_that_contradicts_its_tensors_is_refused(
     change: Callable[..., Path], config: dict[str, object], message: str
 ) -> None:
-    """PEFT either refuses these, or leaves updates out that are in the file."""
+    """PEFT either refuses these or ignores updates in the file."""
     with pytest.raises(ValueError, match=message):
         Adapter(change(config), "adapters: 'mine'")
 

@@ -10,7 +10,7 @@ from conftest import MODELS, frame
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
 from pyterrier_llmrerank.checkpoints import bundled
 from pyterrier_llmrerank.checkpoints.config import read_json
-from pyterrier_llmrerank.checkpoints.gguf import dequantised
+from pyterrier_llmrerank.checkpoints.gguf import dequantise
 from pyterrier_llmrerank.checkpoints.locate import adapter_folder, folder_of, portable, require
 from pyterrier_llmrerank.training import DistillTraining, RankLLaMATraining
 
@@ -22,7 +22,7 @@ def test_training_continues_from_a_bundled_adapters_folder(smollm2: str) -> None
     rankllama = RankLLaMATraining().open(str(RANKLLAMA))
     distilled = DistillTraining().open(str(MATROYSHKA / "distilled"))
     for checkpoint in (rankllama, distilled):
-        assert checkpoint.folder == dequantised(Path(smollm2))
+        assert checkpoint.folder == dequantise(Path(smollm2))
         assert checkpoint.base == "smollm2-135m"
         assert checkpoint.adapter is not None
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker, ScoringError
 from pyterrier_llmrerank.checkpoints.checkpoint import MatroyshkaCheckpoint, RankLLaMACheckpoint
-from pyterrier_llmrerank.checkpoints.locate import located
+from pyterrier_llmrerank.checkpoints.locate import absolute
 from pyterrier_llmrerank.engine.weights import build_decoder
 
 RAW, FULL, SD = (str(MODELS / name) for name in ("mistral_base", "costwise_full", "adapter_sd"))
@@ -92,7 +92,7 @@ def test_adapters_below_the_models_folder(tmp_path: Path) -> None:
     shutil.copytree(FULL, tmp_path / "model")
     shutil.copytree(SD, tmp_path / "model" / "compensate" / "layer" / "full")
     checkpoint = MatroyshkaCheckpoint(str(tmp_path / "model"), ["compensate/layer/full"], None)
-    assert len(checkpoint.adapters[0].ending("linear_head")) == 7
+    assert len(checkpoint.adapters[0].modules_ending_in("linear_head")) == 7
 
 
 def test_remote_code_is_neither_needed_nor_run(changed: Callable[..., str]) -> None:
@@ -346,7 +346,7 @@ def test_no_tokenizer(changed: Callable[..., str]) -> None:
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> Callable[..., Path]:
-    """A copy of a RankLLaMA adapter that says otherwise of its base."""
+    """Copy a RankLLaMA adapter, and let it name another base."""
 
     def naming(base: str) -> Path:
         folder = tmp_path / "adapter"
@@ -360,15 +360,15 @@ def adapter(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.mark.parametrize("base", ["../../../../../etc", "/etc", "/dev/zero", "/etc/passwd", "~/nowhere/at/all", "a\0b"])
 def test_an_adapter_that_names_a_path_outside_gets_nothing_of_it(adapter: Callable[..., Path], base: str) -> None:
-    """A base may lie anywhere, as PEFT writes absolute paths; what lies there is only ever read as a model."""
+    """A base may be anywhere, because PEFT writes absolute paths; its files are only read as a model."""
     folder = adapter(base)
     with pytest.raises(FileNotFoundError, match=r"no config\.json|a file\. Allowed|no such model folder") as info:
         RankLLaMAReranker(folder).compute_score(("a", "b"))
-    assert repr(located(base))[1:-1] in str(info.value)
+    assert repr(absolute(base))[1:-1] in str(info.value)
 
 
 class Command:
-    """What a pickle of it would have the shell do when it is opened."""
+    """The shell command that a pickle of it would run when opened."""
 
     def __init__(self, command: str) -> None:
         self.command = command

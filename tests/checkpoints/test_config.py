@@ -24,7 +24,7 @@ def test_broken_json_is_named(tmp_path: Path, content: bytes) -> None:
 def test_json_of_any_length_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text("{}" + " " * 100)
     assert read_json(tmp_path / "config.json") == {}
-    monkeypatch.setattr(config, "LARGEST_JSON", 100)
+    monkeypatch.setattr(config, "MAX_JSON_BYTES", 100)
     with pytest.raises(ValueError, match=r"config\.json: 102 bytes; .* at most 100"):
         read_json(tmp_path / "config.json")
 

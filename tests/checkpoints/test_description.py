@@ -10,6 +10,7 @@ import pytest
 from conftest import MODELS, Cache, frame
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
+from pyterrier_llmrerank.checkpoints import description
 from pyterrier_llmrerank.checkpoints.config import read_json
 from pyterrier_llmrerank.training import CompensateTraining, DistillTraining, RankLLaMATraining
 
@@ -48,6 +49,19 @@ def test_the_file_holds_all_that_opening_needs(saved: Path) -> None:
         "format_version": 1, "kind": "matroyshka", "base": BASE, "layers": None, "start_layer": 2, "layer_sep": None,
         "prompt": "Is it?", "adapters": ["1", "2"], "token_adapters": {"2": "token-2"},
     }  # fmt: skip
+
+
+def test_the_file_is_read_again_only_after_a_change(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[Path] = []
+    monkeypatch.setattr(description, "read_json", lambda path: reads.append(path) or read_json(path))
+    opened = MatroyshkaReranker(saved, dtype="float32")
+    opened.compute_score(PAIRS)
+    reads.clear()
+    opened.compute_score(PAIRS)
+    assert reads == []
+    content = read_json(saved / "reranker.json")
+    (saved / "reranker.json").write_text(json.dumps(content | {"prompt": "Is it relevant?"}))
+    same(opened, reranker(prompt="Is it relevant?"))
 
 
 def test_its_adapters_open_without_the_file(tmp_path: Path) -> None:

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import lfs_pointer, no_file_above
+from conftest import ids_of, lfs_pointer, no_file_above
 from safetensors.torch import load_file
 
 from pyterrier_llmrerank import MatroyshkaReranker
 from pyterrier_llmrerank.checkpoints import gguf
 from pyterrier_llmrerank.checkpoints.config import read_json
-from pyterrier_llmrerank.checkpoints.gguf import dequantised
+from pyterrier_llmrerank.checkpoints.gguf import dequantise
 from pyterrier_llmrerank.checkpoints.locate import folder_of
 
 
@@ -23,14 +23,14 @@ def test_a_gguf_file_scores_what_its_model_does(
     reranker = MatroyshkaReranker(path, dtype="float32")
     pair = ("what", "Yes, this")
     score = reranker.compute_score(pair)
-    _, _, tokenizer = reranker._weights().at_depth(1)
-    (ids,) = reranker._encode(tokenizer, [pair])
+    _, _, tokenizer = reranker.scorer().weights[0].at_depth(1)
+    (ids,) = ids_of(reranker, [pair])
     with torch.inference_mode():
         logits = model.eval()(torch.tensor([ids.flat()])).logits[0, -1]
     assert score == pytest.approx(logits[tokenizer("Yes")["input_ids"][-1]].item(), abs=1e-4)
     (folder,) = (tmp_path / "llmrerank").iterdir()
     written = (folder / "model.safetensors").stat().st_mtime_ns
-    assert dequantised(path) == folder
+    assert dequantise(path) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
 
 
@@ -98,15 +98,15 @@ def test_a_full_disk_leaves_no_model_of_a_gguf(
 ) -> None:
     monkeypatch.setenv("PYTERRIER_HOME", str(tmp_path / "home"))
     with no_file_above(50_000), pytest.raises(OSError, match=r"model\.safetensors cannot be written: .*too large"):
-        dequantised(tiny_gguf[0])
+        dequantise(tiny_gguf[0])
     assert list((tmp_path / "home" / "llmrerank").iterdir()) == []
-    assert (dequantised(tiny_gguf[0]) / "model.safetensors").is_file()
+    assert (dequantise(tiny_gguf[0]) / "model.safetensors").is_file()
 
 
 def test_a_gguf_is_dequantised_once(smollm2: str) -> None:
-    folder = dequantised(Path(smollm2))
+    folder = dequantise(Path(smollm2))
     written = (folder / "model.safetensors").stat().st_mtime_ns
-    assert dequantised(Path(smollm2)) == folder
+    assert dequantise(Path(smollm2)) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
     tensors = load_file(folder / "model.safetensors")
     assert tensors["model.embed_tokens.weight"].dtype == torch.float32

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import MODELS, words
+from conftest import MODELS, ids_of, words
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
+from pyterrier_llmrerank.engine.inputs import MatroyshkaInputs, RankLLaMAInputs, document
 
 TOKENIZER = AutoTokenizer.from_pretrained(MODELS / "rankllama_base")
 PAIRS = [("panda", words(3, 9)), ("what is bread", words(4, 30)), ("coffee", "tide")]
@@ -41,22 +42,22 @@ Tensors = dict[str, Tensor]
 
 
 def one(folder: Path, tensors: Tensors, stem: str = "model") -> None:
-    """As one safetensors file."""
+    """Save one safetensors file."""
     save_file(tensors, folder / f"{stem}.safetensors", metadata={"format": "pt"})
 
 
 def one_bin(folder: Path, tensors: Tensors, stem: str = "pytorch_model") -> None:
-    """As one pickle."""
+    """Save one pickle."""
     torch.save(tensors, folder / f"{stem}.bin")
 
 
 def older_bin(folder: Path, tensors: Tensors, stem: str = "pytorch_model") -> None:
-    """As one pickle of before torch 1.6."""
+    """Save one pickle in the format before torch 1.6."""
     torch.save(tensors, folder / f"{stem}.bin", _use_new_zipfile_serialization=False)
 
 
 def shards(folder: Path, tensors: Tensors, suffix: str = "safetensors", stem: str = "model") -> None:
-    """As three files and their index."""
+    """Save three files and their index."""
     names, where = sorted(tensors), {}
     for number in range(3):
         file = f"{stem}-{number + 1:05}-of-00003.{suffix}"
@@ -69,12 +70,12 @@ def shards(folder: Path, tensors: Tensors, suffix: str = "safetensors", stem: st
 
 
 def shards_bin(folder: Path, tensors: Tensors) -> None:
-    """As three pickles and their index."""
+    """Save three pickles and their index."""
     shards(folder, tensors, "bin", "pytorch_model")
 
 
 def both_shards(folder: Path, tensors: Tensors) -> None:
-    """Twice, as in meta-llama/Llama-2-7b-hf: older pickles beside safetensors."""
+    """Save twice, as in meta-llama/Llama-2-7b-hf: older pickles beside safetensors."""
     shards_bin(folder, tensors)
     shards(folder, tensors)
 
@@ -86,7 +87,7 @@ FILES: list[Callable[..., None]] = [one, one_bin, older_bin, shards, shards_bin,
 
 
 def base_config(folder: Path) -> None:
-    """A configuration as Llama 2's, of transformers 4."""
+    """A configuration like Llama 2's, from transformers 4."""
     said = SIZES | {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "pretraining_tp": 1,
         "rms_norm_eps": 1e-5, "rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "float16",
@@ -97,7 +98,7 @@ def base_config(folder: Path) -> None:
 
 
 class Trained:
-    """A RankLLaMA adapter, as PEFT has it in memory: what its base's and its own files hold, and its scores."""
+    """A RankLLaMA adapter in PEFT: its tensors, the tensors of its base, and its scores."""
 
     def __init__(self, folder: Path) -> None:
         torch.manual_seed(0)
@@ -113,12 +114,11 @@ class Trained:
         self.peft.save_pretrained(folder)
         self.adapter = load_file(folder / "adapter_model.safetensors")
         self.config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
-        reranker = RankLLaMAReranker(MODELS / "rankllama_adapter", base_model=MODELS / "rankllama_base")
-        self.pairs = reranker._encode(TOKENIZER, [(query, reranker._body(passage)) for query, passage in PAIRS])
-        self.scores = self.scored_by(self.peft)
+        self.pairs = RankLLaMAInputs()(TOKENIZER, [(query, document(passage)) for query, passage in PAIRS])
+        self.scores = self.reranker(self.peft)
 
-    def scored_by(self, model: torch.nn.Module) -> list[float]:
-        """What a sequence classifier makes of the pairs."""
+    def reranker(self, model: torch.nn.Module) -> list[float]:
+        """The scores of a sequence classifier."""
         with torch.inference_mode():
             return [model(input_ids=torch.tensor([pair.flat()])).logits.item() for pair in self.pairs]
 
@@ -129,7 +129,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 def renamed(*changes: tuple[str, str]) -> Callable[[Tensors], Tensors]:
-    """Tensors whose names end otherwise."""
+    """Tensors with other endings of their names."""
 
     def rename(tensors: Tensors) -> Tensors:
         for old, new in changes:
@@ -142,13 +142,13 @@ def renamed(*changes: tuple[str, str]) -> Callable[[Tensors], Tensors]:
 
 
 def with_angles(tensors: Tensors) -> Tensors:
-    """With a buffer in each layer, as files of transformers before 4.32 have it."""
+    """Tensors with the buffers that transformers before 4.32 saved in each layer."""
     angles = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.rand(4) for layer in range(4)}
     return tensors | angles
 
 
 def headless(tensors: Tensors) -> Tensors:
-    """As of ``AutoModel``: without a head, and without the prefix."""
+    """Tensors as ``AutoModel`` saves them: without a head and without the prefix."""
     return {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
 
 
@@ -269,11 +269,11 @@ def test_a_merged_model_scores_as_transformers_does(tmp_path: Path, made: str, l
     model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(tmp_path))
     layout(tmp_path, {name: torch.randn_like(t) * 0.2 + (t == 1) for name, t in model.state_dict().items()})
     reranker = RankLLaMAReranker(tmp_path, dtype="float32")
-    scores, tokenizer = reranker.compute_score(PAIRS), reranker.tokenizer
+    scores = reranker.compute_score(PAIRS)
     opened = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32).eval()
     wanted = []
     for query, passage in PAIRS:
-        (pair,) = reranker._encode(tokenizer, [(query, reranker._body(passage))])
+        (pair,) = ids_of(reranker, [(query, passage)])
         with torch.inference_mode():
             wanted.append(opened(input_ids=torch.tensor([pair.flat()])).logits.item())
     np.testing.assert_allclose(scores, wanted, atol=1e-4)
@@ -335,7 +335,7 @@ def naive(tensors: Tensors, updates: list[Tensors], pairs: list[Any], alpha: flo
 
 
 def modules_of(tensors: Tensors) -> set[str]:
-    """The ends of the names of the modules that an adapter's tensors update."""
+    """The last parts of the names of the modules that an adapter updates."""
     return {name.partition(".lora_")[0].rpartition(".")[2] for name in tensors if ".lora_" in name}
 
 
@@ -357,7 +357,7 @@ def test_a_layer_wise_model_scores_as_computed_naively(
     tensors = {name: tensor.to(dtype) for name, tensor in matroyshka().items()}
     layout(tmp_path, tensors)
     reranker = MatroyshkaReranker(tmp_path, cutoff=[2, 3, 4], dtype="float32")
-    wanted = naive(tensors, [], reranker._encode(TOKENIZER, PAIRS))
+    wanted = naive(tensors, [], MatroyshkaInputs()(TOKENIZER, PAIRS))
     np.testing.assert_allclose(reranker.compute_score(PAIRS), wanted, atol=1e-4)
     assert np.ptp(wanted, axis=1).min() > 0.01
 
@@ -375,7 +375,7 @@ def test_compensation_below_a_layer_wise_model_scores_as_computed_naively(
     for place, update in zip(places, updates, strict=True):
         lora(tmp_path / place, ADAPTERS[names](update), layout)
     reranker = MatroyshkaReranker(tmp_path, adapters=places, cutoff=[2, 3, 4], dtype="float32")
-    wanted = naive(matroyshka(), updates, reranker._encode(TOKENIZER, PAIRS))
+    wanted = naive(matroyshka(), updates, MatroyshkaInputs()(TOKENIZER, PAIRS))
     np.testing.assert_allclose(reranker.compute_score(PAIRS), wanted, atol=1e-4)
 
 
@@ -395,5 +395,5 @@ def test_a_causal_language_model_scores_as_computed_naively(
     reranker = MatroyshkaReranker(tmp_path, adapters="distilled", start_layer=2, cutoff=[2, 3, 4], dtype="float32")
     yes = rows[TOKENIZER("Yes", add_special_tokens=False)["input_ids"][-1]]
     started = tensors | {f"{head}.weight": yes[None] for head in HEADS}
-    wanted = naive(started, [compensation(1)], reranker._encode(TOKENIZER, PAIRS))
+    wanted = naive(started, [compensation(1)], MatroyshkaInputs()(TOKENIZER, PAIRS))
     np.testing.assert_allclose(reranker.compute_score(PAIRS), wanted, atol=1e-4)

@@ -43,7 +43,7 @@ PAIR = ("a query", "a passage")
 
 
 def test_what_other_programs_left_in_the_cache_is_enough(cached: Cache) -> None:
-    """They fetch what they need, not all files of the kinds that may be needed."""
+    """Other programs fetch only the files that they need."""
     listed = ("LICENSE.txt", "added_tokens.json", "model-00001-of-00002.safetensors", "sub/adapter_model.safetensors")
     cached.add("owner/model", MODELS / "costwise_full", NOW, "main", listed=listed)
     cached.add("owner/adapter", MODELS / "adapter_sd", NOW, "main", listed=("vocab.txt",))
@@ -78,7 +78,7 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(cached: Cache, tmp_path: Path)
         assert adapter_folder("compensate/layer", f"owner/model@{revision}") == before / "compensate" / "layer"
     assert adapter_folder("owner/model/compensate/layer@main", f"owner/model@{BEFORE}").parent.parent == now
     reranker = MatroyshkaReranker("owner/model@v1.0", adapters="compensate/layer", dtype="float32")
-    assert reranker._weights().checkpoint.folder == before
+    assert reranker.scorer().checkpoint.folder == before
     assert repr(reranker).startswith("MatroyshkaReranker('owner/model@v1.0', adapters=('compensate/layer',)")
     with pytest.raises(ConnectionError, match="model='owner/model@v2': .*not in the local cache"):
         folder_of("owner/model@v2", "model")
@@ -112,7 +112,7 @@ def test_the_base_is_opened_at_the_revision_that_the_adapter_names(cached: Cache
         RankLLaMAReranker(adapter, dtype="float32", training=settings),
         RankLLaMAReranker(adapter, base_model="owner/base@v1", dtype="float32"),
     ):
-        assert reranker._weights().checkpoint.folder == base
+        assert reranker.scorer().checkpoint.folder == base
         assert reranker.compute_score(PAIR) == wanted
         reranker.save(tmp_path / f"saved-{reranker.base_model is None}")
     reranker = RankLLaMAReranker(adapter, dtype="float32", training=settings)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import MODELS, words
+from conftest import MODELS, ids_of, words
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -54,7 +54,7 @@ ROTARY = [
 
 @st.composite
 def configs(draw: st.DrawFn, family: str) -> PreTrainedConfig:
-    """A configuration of a family whose layers are walked."""
+    """A configuration of a family whose layers are run one by one."""
     kv_heads, sharing, head_dim = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.sampled_from([4, 8, 12]))
     heads = kv_heads * sharing
     layers = draw(st.integers(1, 4))
@@ -90,7 +90,7 @@ def configs(draw: st.DrawFn, family: str) -> PreTrainedConfig:
 
 @st.composite
 def adapters(draw: st.DrawFn) -> dict[str, Any]:
-    """What ``LoraConfig`` may say of a plain LoRA adapter."""
+    """Settings of ``LoraConfig`` for a plain LoRA adapter."""
     target = draw(st.lists(st.sampled_from(LINEAR), min_size=1, max_size=4, unique=True))
     said: dict[str, Any] = {
         "target_modules": target,
@@ -110,7 +110,7 @@ def adapters(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def shaken(model: torch.nn.Module, seed: int) -> None:
-    """Give every parameter random numbers: what starts as 0 or 1 would hide what is not read."""
+    """Give every parameter random numbers; zeros and ones would hide that a parameter is not read."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -120,7 +120,7 @@ def shaken(model: torch.nn.Module, seed: int) -> None:
 def base(
     folder: Path, kind: Any, config: PreTrainedConfig, seed: int, dtype: torch.dtype, shard: str
 ) -> PreTrainedModel:
-    """A random model, as it is stored in a folder with a tokenizer."""
+    """A random model, saved in a folder with a tokenizer."""
     model = kind.from_config(config)
     shaken(model, seed)
     model.to(dtype).save_pretrained(folder, max_shard_size=shard)
@@ -129,7 +129,7 @@ def base(
 
 
 def adapted(model: PreTrainedModel, said: dict[str, Any], task: str, seed: int, folder: Path) -> PeftModel:
-    """The model with a random adapter, which is saved."""
+    """The model with a random adapter, which is saved, too."""
     torch.manual_seed(seed)
     peft = get_peft_model(model, LoraConfig(task_type=task, init_lora_weights=False, **said))
     peft.save_pretrained(folder)
@@ -154,8 +154,8 @@ def test_rankllama_scores_as_peft_does(
         model = base(folder, AutoModelForSequenceClassification, config, seed, dtype, shard)
         peft = adapted(model, said, "SEQ_CLS", seed, adapter)
         reranker = RankLLaMAReranker(adapter, base_model=folder, dtype="float32")
-        scores, tokenizer = reranker.compute_score(PAIRS), reranker.tokenizer  # as transformers opens it for a family
-        pairs = reranker._encode(tokenizer, [(query, reranker._body(passage)) for query, passage in PAIRS])
+        scores = reranker.compute_score(PAIRS)
+        pairs = ids_of(reranker, PAIRS)
     with torch.inference_mode():
         wanted = [peft(input_ids=torch.tensor([pair.flat()])).logits.item() for pair in pairs]
     np.testing.assert_allclose(scores, wanted, atol=1e-4, rtol=0)
@@ -177,7 +177,7 @@ def test_matroyshka_scores_as_peft_does_at_every_layer(
         cutoffs = list(range(1, config.num_hidden_layers + 1))
         reranker = MatroyshkaReranker(folder, adapters=names, start_layer=1, cutoff=cutoffs, dtype="float32")
         scores, tokenizer = reranker.compute_score(PAIRS), reranker.tokenizer  # as transformers opens it for a family
-        pairs = reranker._encode(tokenizer, PAIRS)
+        pairs = ids_of(reranker, PAIRS)
     row = model.lm_head.weight[tokenizer("Yes", add_special_tokens=False)["input_ids"][-1]]
     wanted = []
     with torch.inference_mode():

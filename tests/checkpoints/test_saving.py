@@ -8,7 +8,7 @@ from conftest import MODELS, no_file_above
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
 from pyterrier_llmrerank.checkpoints import saving
-from pyterrier_llmrerank.checkpoints.saving import written_whole
+from pyterrier_llmrerank.checkpoints.saving import all_or_nothing
 
 PAIR = ("a query", "a passage")
 RANKLLAMA = RankLLaMAReranker(MODELS / "rankllama_adapter", base_model=MODELS / "rankllama_base", dtype="float32")
@@ -40,7 +40,7 @@ def test_a_full_disk_leaves_nothing_that_opens(reranker: Any, merged: bool, tmp_
 
 @pytest.mark.parametrize("reranker", [RANKLLAMA, MATROYSHKA], ids=["rankllama", "matroyshka"])
 def test_what_makes_it_a_model_is_written_last(reranker: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a process that was killed, and could not tidy up, leaves nothing that opens."""
+    """A killed process cannot tidy up, but must leave no folder that opens."""
     order: list[str] = []
     write_text = Path.write_text
 
@@ -56,14 +56,14 @@ def test_what_makes_it_a_model_is_written_last(reranker: Any, tmp_path: Path, mo
 
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("kept")
-    with pytest.raises(FileExistsError, match="there is something in it"), written_whole(tmp_path):
+    with pytest.raises(FileExistsError, match="there is something in it"), all_or_nothing(tmp_path):
         pass
     assert (tmp_path / "mine").read_text() == "kept"
 
 
 def test_an_interruption_tidies_up_too(tmp_path: Path) -> None:
     def interrupted() -> None:
-        with written_whole(tmp_path / "new") as folder:
+        with all_or_nothing(tmp_path / "new") as folder:
             (folder / "sub").mkdir()
             (folder / "sub" / "file").write_text("half")
             (folder / "link").symlink_to(MODELS)

@@ -96,7 +96,7 @@ def test_a_broken_safetensors_is_named(tmp_path: Path, content: bytes) -> None:
 
 
 def lying(header: object, data: bytes, length: int | None = None) -> bytes:
-    """A safetensors file whose header says so."""
+    """A safetensors file with this header."""
     said = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(said) if length is None else length) + said + data
 
@@ -151,7 +151,7 @@ def test_a_truncated_safetensors_is_named(tmp_path: Path) -> None:
 
 
 def records(content: bytes, change: Callable[[str, bytes], bytes]) -> bytes:
-    """What torch saved, with its records changed, and checksums that agree."""
+    """Change the records of a file that torch saved, and fix their checksums."""
     into = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as saved, zipfile.ZipFile(into, "w") as other:
         for name in saved.namelist():

@@ -71,7 +71,7 @@ def byte_level(normalizer: object = None, regex: str | None = None) -> Tokenizer
 
 
 def folder_of(path: Path, model: Path | None, settings: dict[str, object] | None, **files: bytes) -> Path:
-    """A folder with a model, if any, but without its tokenizer, and with these files instead."""
+    """Make a folder with these files in place of a tokenizer, and optionally with a model."""
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir()
     for file in model.iterdir() if model is not None else ():
@@ -96,7 +96,7 @@ NAMED = {"tokenizer_class": "LlamaTokenizer", "sp_model_kwargs": {}, "pad_token"
 @pytest.mark.parametrize("legacy", [True, False, None])
 @pytest.mark.parametrize("model", [FULL, RAW, BASE])
 def test_tokenizer_model_alone_is_run_by_sentencepiece(tmp_path: Path, model: Path, legacy: bool | None) -> None:
-    """What slow tokenizers save, and so the released Matroyshka training code."""
+    """Slow tokenizers save such files, and so does the released Matroyshka training code."""
     vocabulary = sentencepiece()
     processor = sys.modules["sentencepiece"].SentencePieceProcessor(model_proto=vocabulary)
     folder = folder_of(tmp_path / "m", model, NAMED | {"legacy": legacy}, tokenizer__model=vocabulary)
@@ -138,7 +138,7 @@ def test_whatever_the_sentencepiece_model_says_is_done(
 
 @pytest.mark.parametrize(("legacy", "space"), [(True, "▁"), (False, "")])
 def test_text_after_a_special_token(tmp_path: Path, legacy: bool, space: str) -> None:
-    """As the slow Llama tokenizer: a space of its own only where it is legacy."""
+    """Like the slow Llama tokenizer, it adds a space only if it is legacy."""
     folder = folder_of(tmp_path / "m", None, NAMED | {"legacy": legacy}, tokenizer__model=sentencepiece())
     from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
@@ -152,7 +152,7 @@ def test_text_after_a_special_token(tmp_path: Path, legacy: bool, space: str) ->
 
 
 def test_scores_are_those_of_sentencepieces_ids(tmp_path: Path) -> None:
-    """The same vocabulary as tokenizer.json, with what Llama 2's and Mistral's say, gives the same scores."""
+    """The same vocabulary as tokenizer.json, with the settings of Llama 2 and Mistral, gives the same scores."""
     folder = folder_of(tmp_path / "m", FULL, NAMED, tokenizer__model=sentencepiece())
     pairs = [(words(seed, 4), words(seed + 9, 20)) for seed in range(6)]
     got = MatroyshkaReranker(folder, dtype="float32").compute_score(pairs)
@@ -170,7 +170,7 @@ def test_scores_are_those_of_sentencepieces_ids(tmp_path: Path) -> None:
 @pytest.mark.parametrize("config", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, GemmaConfig])
 @pytest.mark.parametrize("named", ["LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast", "GPT2Tokenizer"])
 def test_tokenizer_json_is_taken_literally(tmp_path: Path, config: type, named: str) -> None:
-    """Whatever class is named beside it: transformers would rebuild it as that class takes for granted."""
+    """The class named beside it has no effect; transformers would rebuild the tokenizer by its defaults."""
     for content in ((RAW / "tokenizer.json").read_bytes(), byte_level(normalizers.NFC(), QWEN).to_str().encode()):
         settings = {"tokenizer_class": named, "bos_token": None, "unk_token": None}
         folder = folder_of(tmp_path / "m", None, settings, tokenizer__json=content)
@@ -181,7 +181,7 @@ def test_tokenizer_json_is_taken_literally(tmp_path: Path, config: type, named: 
 
 
 def test_the_first_token_may_be_its_classes(tmp_path: Path) -> None:
-    """Llama's class adds ``<s>`` where the files do not say otherwise."""
+    """Llama's class adds ``<s>`` unless the files forbid it."""
     content = (RAW / "tokenizer.json").read_bytes()
     folder = folder_of(tmp_path / "m", None, {"tokenizer_class": "LlamaTokenizer"}, tokenizer__json=content)
     for config in (LlamaConfig(), MistralConfig(), Qwen2Config()):
@@ -204,7 +204,7 @@ def test_a_class_that_transformers_lacks_is_refused_if_no_first_token_is_named(t
 
 
 def test_the_model_type_names_the_class_if_no_file_does(tmp_path: Path) -> None:
-    """As in openai-community/gpt2, whose settings hold a length alone."""
+    """openai-community/gpt2 is such a model: its settings hold only a length."""
     tokenizer = byte_level(None, None)
     folder = folder_of(tmp_path / "m", None, {"model_max_length": 1024}, tokenizer__json=tokenizer.to_str().encode())
     expected = GPT2Tokenizer.from_pretrained(folder)
@@ -249,7 +249,7 @@ def test_vocab_and_merges_are_opened_by_the_class_that_is_named(
 @pytest.mark.parametrize("model", [FULL, RAW])
 @pytest.mark.parametrize("missing", ["tokenizer.json", "all", "merges.txt"])
 def test_no_vocabulary_is_no_tokenizer(tmp_path: Path, model: Path, missing: str) -> None:
-    """A configuration alone would be a tokenizer of three tokens, and merges that are missing one of single bytes."""
+    """transformers would make three tokens of a configuration alone, and single bytes of missing merges."""
     folder = folder_of(tmp_path / "m", model, None if missing == "all" else NAMED)
     if missing == "merges.txt":
         byte_level().model.save(str(folder))
@@ -358,7 +358,7 @@ def test_scores_stand_while_a_thread_pads_with_the_public_tokenizer(reranker: Ma
 
 
 def test_the_public_tokenizer_cuts_windows(reranker: MatroyshkaReranker, tmp_path: Path) -> None:
-    """Also where sentencepiece runs it, which has no copy of its own accord."""
+    """A sentencepiece tokenizer is copied, too, though it has no method for that."""
     folder = folder_of(tmp_path / "m", FULL, NAMED, tokenizer__model=sentencepiece())
     for tokenizer in (reranker.tokenizer, MatroyshkaReranker(folder).tokenizer):
         text = words(3, 20)

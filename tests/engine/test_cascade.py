@@ -142,7 +142,7 @@ def test_ties_go_by_the_rows_order() -> None:
     cascade = Cascade({2: 2}, ["q", "q", "q", "q"], pair_of_row, 3)
     assert cascade.survivors(2, [0, 1], np.array([1.0, 0.5])) == [0]
     assert cascade.exit_layer.tolist() == [3, 3, 2, 2]
-    final = cascade.ordered({2: np.array([1.0, 0.5])[pair_of_row], 3: np.array([-7.0, np.nan])[pair_of_row]})
+    final = cascade.final_scores({2: np.array([1.0, 0.5])[pair_of_row], 3: np.array([-7.0, np.nan])[pair_of_row]})
     assert final.tolist() == [-7.0, -7.0, -8.5, -8.0]
 
 

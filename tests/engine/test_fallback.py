@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import MODELS, words
+from conftest import MODELS, ids_of, words
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -75,8 +75,7 @@ def test_rankllama_over_another_family_scores_as_transformers_does(tmp_path: Pat
     model = saved(tmp_path, CONFIGS[name])
     reranker = RankLLaMAReranker(tmp_path, dtype="float32")
     scores = reranker.compute_score(PAIRS)
-    _, _, tokenizer = reranker._weights().at_depth(3)
-    ids = reranker._encode(tokenizer, [(query, reranker._body(passage)) for query, passage in PAIRS])
+    ids = ids_of(reranker, PAIRS)
     with torch.inference_mode():
         wanted = [model(input_ids=torch.tensor([pair.flat()])).logits.item() for pair in ids]
     np.testing.assert_allclose(scores, wanted, atol=1e-5)
@@ -88,12 +87,12 @@ def test_matroyshka_over_another_family_reads_layers_through_the_final_norm(tmp_
     model = saved(tmp_path, CONFIGS[name], AutoModelForCausalLM)
     reranker = MatroyshkaReranker(tmp_path, start_layer=1, cutoff=[2, 3], dtype="float32")
     scores = reranker.compute_score(PAIRS)
-    _, _, tokenizer = reranker._weights().at_depth(3)
+    _, _, tokenizer = reranker.scorer().weights[0].at_depth(3)
     yes = tokenizer("Yes", add_special_tokens=False)["input_ids"][-1]
     shallow = AutoModelForCausalLM.from_pretrained(tmp_path, num_hidden_layers=2).eval()
     for layers, of in zip((shallow, model), scores, strict=True):
         head = layers.get_output_embeddings().weight[yes]
-        for score, pair in zip(of, reranker._encode(tokenizer, PAIRS), strict=True):
+        for score, pair in zip(of, ids_of(reranker, PAIRS), strict=True):
             with torch.inference_mode():
                 state = layers.base_model(input_ids=torch.tensor([pair.flat()])).last_hidden_state[0, -1]
                 assert score == pytest.approx((state @ head).item(), abs=1e-5)
@@ -114,7 +113,7 @@ def test_both_decoders_give_the_same_scores(monkeypatch: pytest.MonkeyPatch) -> 
             plain.dtype = "float32"
             del layerwise  # else its weights are shared
             np.testing.assert_allclose(plain.compute_score(PAIRS), wanted, atol=1e-4)
-            assert not plain._weights().checkpoint.supports_layerwise
+            assert not plain.scorer().checkpoint.supports_layerwise
 
 
 def test_layers_may_differ_in_size(tmp_path: Path) -> None:
@@ -128,7 +127,7 @@ def test_layers_may_differ_in_size(tmp_path: Path) -> None:
     reranker = MatroyshkaReranker(tmp_path, start_layer=1, cutoff=3, dtype="float32")
     scores, tokenizer = reranker.compute_score(PAIRS), reranker.tokenizer
     head = model.get_output_embeddings().weight[tokenizer("Yes", add_special_tokens=False)["input_ids"][-1]]
-    for score, pair in zip(scores, reranker._encode(tokenizer, PAIRS), strict=True):
+    for score, pair in zip(scores, ids_of(reranker, PAIRS), strict=True):
         with torch.inference_mode():
             state = model.base_model(input_ids=torch.tensor([pair.flat()])).last_hidden_state[0, -1]
             assert score == pytest.approx((state @ head).item(), abs=1e-5)
@@ -208,8 +207,7 @@ def test_an_adapter_is_merged(tmp_path: Path) -> None:
     peft.save_pretrained(tmp_path / "adapter")
     with_adapter = RankLLaMAReranker(tmp_path / "adapter", base_model=tmp_path / "base", dtype="float32")
     score = with_adapter.compute_score(PAIRS[0])
-    _, _, tokenizer = with_adapter._weights().at_depth(3)
-    (pair,) = with_adapter._encode(tokenizer, [(PAIRS[0][0], with_adapter._body(PAIRS[0][1]))])
+    (pair,) = ids_of(with_adapter, PAIRS[:1])
     with torch.inference_mode():
         assert score == pytest.approx(peft(input_ids=torch.tensor([pair.flat()])).logits.item(), abs=1e-5)
     assert score != pytest.approx(
@@ -223,7 +221,7 @@ def test_linear_layers_are_quantised(tmp_path: Path) -> None:
     wanted = RankLLaMAReranker(tmp_path / "phi3", dtype="float32").compute_score(PAIRS)
     quantised = RankLLaMAReranker(tmp_path / "phi3", dtype="float32", quantization="int8", attn_implementation="sdpa")
     np.testing.assert_allclose(quantised.compute_score(PAIRS), wanted, atol=0.1 * np.abs(wanted).max())
-    model, _, _ = quantised._weights().at_depth(3)
+    model, _, _ = quantised.scorer().weights[0].at_depth(3)
     kinds = [type(m.weight.data).__name__ for m in model.modules() if isinstance(m, torch.nn.Linear)]
     assert kinds == ["Int8Tensor"] * 3 * 4
     saved(tmp_path / "gpt2", CONFIGS["gpt2"])

@@ -179,7 +179,7 @@ def test_scores_do_not_depend_on_the_kernel(flash: list[int | None], name: str) 
         wanted, got = (reranker(frame(2, 4))["score"].to_numpy() for reranker in (usual, other))
         np.testing.assert_allclose(got, wanted, atol=1e-4)
         assert name != "sdpa" or np.array_equal(got, wanted)
-        assert usual._weights() is other._weights()
+        assert usual.scorer().weights[0] is other.scorer().weights[0]
     assert bool(flash) == (name == FLASH)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import MODELS, frame, words
+from conftest import MODELS, frame, ids_of, words
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
@@ -26,8 +26,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def counted(reranker: MatroyshkaReranker, queries: int, documents: int) -> tuple[Operations, Any]:
     rows = frame(queries, documents)
-    decoder, _, tokenizer = reranker._weights().at_depth(8)
-    ids = reranker._encode(tokenizer, list(zip(rows["query"], rows["text"], strict=True)))
+    decoder, _, _ = reranker.scorer().weights[0].at_depth(8)
+    ids = ids_of(reranker, list(zip(rows["query"], rows["text"], strict=True)))
     return Operations(decoder, ids, np.repeat(np.arange(queries), documents), queries), rows
 
 
@@ -38,7 +38,7 @@ def test_operations_of_the_layers_matrices_equal_torchs_count(name: str) -> None
     with FlopCounterMode(display=False) as counter:
         scored = reranker.transform(rows)
     exits = scored["exit_layer"].to_numpy() if "exit_layer" in scored else None
-    shape = reranker._shape(reranker._weights().checkpoint)
+    shape = reranker.scorer().shape
     operations._width = 0  # torch counts heads and attention apart, as batched products
     operations._layers = [layer._replace(attended=0) for layer in operations._layers]
     own = operations(shape.cutoffs, shape.compress_layers, shape.compress_ratio, exits).sum()
@@ -80,8 +80,8 @@ def test_a_fallback_decoder_takes_the_same_at_any_depth(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(MODELS / "mistral_base").save_pretrained(tmp_path)
     reranker = MatroyshkaReranker(tmp_path, dtype="float32", start_layer=1)
-    decoder, _, tokenizer = reranker._weights().at_depth(3)
-    ids = reranker._encode(tokenizer, [("panda", words(n, 9)) for n in range(4)])
+    decoder, _, _ = reranker.scorer().weights[0].at_depth(3)
+    ids = ids_of(reranker, [("panda", words(n, 9)) for n in range(4)])
     operations = Operations(decoder, ids, np.zeros(4, dtype=int), 1)
     assert operations([1]) == operations([3])
     per_layer = 2 * 12 * 32 * 32 * sum(pair.length for pair in ids)

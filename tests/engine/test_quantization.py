@@ -85,7 +85,7 @@ def test_a_quantised_layer_is_accurate_and_treats_each_token_alone(name: str, er
 
 
 def test_scores_are_close() -> None:
-    """How close depends on the processor: a random model's layers amplify the rounding of its kernels."""
+    """The tolerance is wide because a random model's layers amplify the rounding of the processor's kernels."""
     for usual, quantised in zip(make(dtype="float32"), make(dtype="float32", quantization="int8"), strict=True):
         wanted, got = (reranker(frame(6, 4))["score"].to_numpy() for reranker in (usual, quantised))
         assert np.abs(got - wanted).max() > 0
@@ -96,7 +96,7 @@ def test_scores_are_close() -> None:
 def test_layers_are_quantised_one_by_one_when_loaded_and_when_loaded_again(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So no more than one layer is in memory unquantised; a dropped layer leaves nothing there."""
+    """At most one layer is in memory unquantised, and a dropped layer leaves nothing there."""
     unquantised = []
 
     def counted(*arguments: Any) -> Callable[[torch.nn.Module], None]:
@@ -112,7 +112,7 @@ def test_layers_are_quantised_one_by_one_when_loaded_and_when_loaded_again(
     monkeypatch.setattr(weights_module, "quantization_of", counted)
     own = shutil.copytree(FULL, tmp_path / "own")  # no other test uses this copy
     shallow = MatroyshkaReranker(own, cutoff=3, dtype="float32", quantization=name)
-    weights = shallow._weights()
+    weights = shallow.scorer().weights[0]
     before = shallow(frame())["score"]
     deep = shallow.at(cutoff=7)
     wanted = deep(frame())["score"]
@@ -128,7 +128,7 @@ def test_layers_are_quantised_one_by_one_when_loaded_and_when_loaded_again(
 
 
 def test_only_projections_are_quantised() -> None:
-    weights = MatroyshkaReranker(FULL, dtype="float32", quantization="int8")._weights()
+    weights = MatroyshkaReranker(FULL, dtype="float32", quantization="int8").scorer().weights[0]
     model, heads, _ = weights.at_depth(8)
     kinds = {name: type(parameter.data).__name__ for name, parameter in model.named_parameters()}
     quantised = {name for name, kind in kinds.items() if kind == "Int8Tensor"}
@@ -138,7 +138,7 @@ def test_only_projections_are_quantised() -> None:
 
 
 def test_with_quantised_weights_a_score_does_not_depend_on_its_batch() -> None:
-    """With quantised activations it may: a difference in the last bit can change a rounded value."""
+    """With quantised activations scores may differ: a difference in the last bit can change a rounded value."""
     rows = frame(2, 5)
     for reranker in make(dtype="float32", quantization="float8"):
         alone = [reranker(rows.iloc[[row]])["score"].item() for row in range(len(rows))]

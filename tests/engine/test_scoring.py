@@ -51,7 +51,7 @@ def test_a_score_depends_on_its_pair_alone(name: str, drawn: list, batch_size: i
 
 @pytest.mark.parametrize("shape", [{}, {"compress_layers": [2, 5], "compress_ratio": 2}])
 def test_in_bf16_too(shape: dict) -> None:
-    """Rounding must not depend on the batch's shape on a CPU: any difference would grow through the layers."""
+    """On a CPU, rounding must not depend on the batch's shape: the layers would amplify any difference."""
     reranker = MatroyshkaReranker(FULL, dtype="bfloat16", **shape)
     pairs = [pair(i, 7 * i, i) for i in range(20)] + [(words(2, 30), words(i, 5 * i)) for i in range(20)]
     alone = [reranker.compute_score(p) for p in pairs]
@@ -423,7 +423,7 @@ def test_a_device_that_fails_alone_loses_no_score_either(monkeypatch: pytest.Mon
 
 
 def scored_before(reranker: MatroyshkaReranker, pairs: list[tuple[str, str]], error: BaseException) -> list[bool]:
-    """Which pairs have a score in an error, after checking these scores."""
+    """Check the scores in an error, and return the pairs that have one."""
     scores = error.scores[0]
     there = np.isfinite(scores)
     np.testing.assert_allclose(scores[there], reranker.compute_score(pairs)[there], atol=1e-4)
@@ -452,7 +452,7 @@ def test_any_exception_names_its_pairs_and_keeps_the_scores(monkeypatch: pytest.
 
 
 class Panic(BaseException):
-    """An error like those of tokenizers in Rust."""
+    """An error like a panic in a Rust tokenizer."""
 
     __module__ = "pyo3_runtime"
 
@@ -460,7 +460,7 @@ class Panic(BaseException):
 @pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize("error", [SystemExit(143), GeneratorExit(), MemoryError()])
 def test_an_exit_during_tokenisation_is_no_scoring_error(error: BaseException, alone: bool) -> None:
-    """Alone: the batch fails with another error, and the exit comes while the pair at fault is looked for."""
+    """``alone``: the batch fails with another error, and the exit comes during the search for the pair at fault."""
 
     def encode(given: list[tuple[str, str]]) -> object:
         raise ValueError("odd") if alone and len(given) > 1 else error
@@ -515,7 +515,7 @@ def test_ids_are_checked_before_their_chunk_is_scored(monkeypatch: pytest.Monkey
 
 
 def test_ctrl_c_keeps_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also the scores of the batch that was still running."""
+    """The scores of the batch that was still running are kept, too."""
     pairs = [("a", words(i, 40 - 5 * i)) for i in range(6)]
     real, calls = scoring.run_layers, []
 

@@ -35,25 +35,25 @@ def test_shapes_and_equal_rerankers_share_one_copy() -> None:
         MatroyshkaReranker(FULL, dtype="float32", max_length=64),
     ):
         other.compute_score(PAIR)
-        assert other._weights() is first._weights()
-        assert other._weights().at_depth(1)[0] is first._weights().at_depth(1)[0]
+        assert other.scorer().weights[0] is first.scorer().weights[0]
+        assert other.scorer().weights[0].at_depth(1)[0] is first.scorer().weights[0].at_depth(1)[0]
 
 
 def test_arguments_of_the_same_meaning_share_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     first = MatroyshkaReranker(FULL)
-    dtype = str(first._weights().dtype)
+    dtype = str(first.scorer().dtype)
     monkeypatch.chdir(MODELS)
     for other in (
         MatroyshkaReranker(FULL + "/"),
-        MatroyshkaReranker(FULL, device=f"{first._weights().device.type}:0"),
+        MatroyshkaReranker(FULL, device=f"{first.scorer().device.type}:0"),
         MatroyshkaReranker("costwise_full"),
-        MatroyshkaReranker(FULL, device=str(first._weights().device), dtype=dtype),
+        MatroyshkaReranker(FULL, device=str(first.scorer().device), dtype=dtype),
     ):
-        assert other._weights() is first._weights()
+        assert other.scorer().weights[0] is first.scorer().weights[0]
 
 
 def test_threads_may_share_a_reranker() -> None:
-    """Eight threads that use it first at once get one copy and one score."""
+    """Eight threads that use a reranker first at the same time get one copy and one score."""
     reranker = MatroyshkaReranker(FULL, dtype="float16", max_length=77)
     scores, start = [], threading.Barrier(8)
 
@@ -90,7 +90,7 @@ def test_shapes_of_a_hub_model_open_it_once(monkeypatch: pytest.MonkeyPatch) -> 
     ).compile()
     for _ in range(3):
         features.transform(rows)
-        assert len(layers_in_memory(features.rerankers[0]._weights())) == 8
+        assert len(layers_in_memory(features.rerankers[0].scorer().weights[0])) == 8
     assert len(opened) <= 2  # other tests may hold the second model
 
 
@@ -125,8 +125,8 @@ def test_a_token_adapter_shares_the_weights_below_it() -> None:
     assert narrow.compute_score(PAIR) != pytest.approx(
         compensated(token_adapters={}, compress_ratio=2).compute_score(PAIR), abs=1e-3
     )
-    assert narrower._weights() is narrow._weights() is not plain._weights()
-    below, over = (dict(reranker._weights().at_depth(8)[0].named_parameters()) for reranker in (plain, narrow))
+    assert narrower.scorer().weights[0] is narrow.scorer().weights[0] is not plain.scorer().weights[0]
+    below, over = (dict(reranker.scorer().weights[0].at_depth(8)[0].named_parameters()) for reranker in (plain, narrow))
     assert {name: p.data_ptr() for name, p in below.items()} == {name: p.data_ptr() for name, p in over.items()}
     assert repr(narrow).endswith("adapter_comp_token2")
     assert repr(plain).endswith("adapter_comp_layer")
@@ -136,18 +136,18 @@ def test_a_token_adapter_shares_the_weights_below_it() -> None:
 def test_layers_below_an_overlay_are_dropped_and_loaded_with_it(tmp_path: Path) -> None:
     own = Path(shutil.copytree(MODELS / "mistral_base", tmp_path / "own"))  # no other test uses this copy
     deep, shallow = compensated(own, compress_ratio=2), compensated(own, compress_ratio=2, cutoff=4)
-    wanted, over = deep.compute_score(PAIR), deep._weights()
+    wanted, over = deep.compute_score(PAIR), deep.scorer().weights[0]
     shallow.compute_score(PAIR)
     below = compensated(own, cutoff=2)
     below.compute_score(PAIR)
-    assert len(layers_in_memory(over)) == len(layers_in_memory(below._weights())) == 8
+    assert len(layers_in_memory(over)) == len(layers_in_memory(below.scorer().weights[0])) == 8
     del deep
     gc.collect()
-    assert len(layers_in_memory(over)) == len(layers_in_memory(below._weights())) == 4
+    assert len(layers_in_memory(over)) == len(layers_in_memory(below.scorer().weights[0])) == 4
     assert compensated(own, compress_ratio=2).compute_score(PAIR) == pytest.approx(wanted, abs=1e-6)
     del shallow, over
     gc.collect()
-    assert layers_in_memory(below._weights()) == [1, 2]
+    assert layers_in_memory(below.scorer().weights[0]) == [1, 2]
 
 
 def test_another_shape_of_a_reranker_loads_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +160,7 @@ def test_another_shape_of_a_reranker_loads_nothing_again(tmp_path: Path, monkeyp
         reranker.set_parameter("compress_ratio", ratio)
         reranker.compute_score(PAIR)
     assert filled == []
-    below = reranker._weights().stack[-1]
+    below = reranker.scorer().weights[0].stack[-1]
     del reranker
     gc.collect()
     assert layers_in_memory(below) == []
@@ -170,7 +170,7 @@ def test_garbage_collection_while_a_layer_loads_does_not_deadlock(tmp_path: Path
     """One thread loads a layer and collects a reranker with an overlay; another needs the layer for the overlay."""
     own = Path(shutil.copytree(MODELS / "mistral_base", tmp_path / "own"))
     reranker = compensated(own, compress_ratio=2)
-    over, below = reranker._weights().stack
+    over, below = reranker.scorer().weights[0].stack
     reads, wants = threading.Event(), threading.Event()
 
     def collect() -> None:
@@ -219,12 +219,12 @@ def test_other_weights_are_not_shared() -> None:
         MatroyshkaReranker(FULL, dtype="float32", quantization="float8"),
         MatroyshkaReranker(FULL, dtype="float32", torch_compile=True),
     )
-    assert len({id(reranker._weights()) for reranker in (first, *others)}) == len(others) + 1
+    assert len({id(reranker.scorer().weights[0]) for reranker in (first, *others)}) == len(others) + 1
 
 
 def test_layers_are_loaded_on_demand_and_dropped_when_unused() -> None:
     shallow = MatroyshkaReranker(FULL, cutoff=3, dtype="float16")  # no other test uses these weights
-    weights = shallow._weights()
+    weights = shallow.scorer().weights[0]
     shallow.compute_score(PAIR)
     assert layers_in_memory(weights) == [1, 2, 3]
     deep = shallow.at(cutoff=7)
@@ -266,13 +266,13 @@ def test_a_living_template_keeps_the_layers_it_needs() -> None:
     shallow.compute_score(PAIR)
     del shallow
     gc.collect()
-    assert len(layers_in_memory(template._weights())) == 8
+    assert len(layers_in_memory(template.scorer().weights[0])) == 8
 
 
 def test_weights_are_freed_with_the_last_reranker() -> None:
     reranker = MatroyshkaReranker(str(MODELS / "mistral_base"), max_length=100)
     reranker.compute_score(PAIR)
-    weights = weakref.ref(reranker._weights())
+    weights = weakref.ref(reranker.scorer().weights[0])
     del reranker
     gc.collect()
     assert weights() is None
@@ -283,7 +283,7 @@ def test_all_weights_have_the_dtype_of_the_argument(dtype: str) -> None:
     reranker = MatroyshkaReranker(
         str(MODELS / "mistral_base"), adapters=[MODELS / "adapter_sd"], start_layer=2, dtype=dtype
     )
-    model, heads, _ = reranker._weights().at_depth(8)
+    model, heads, _ = reranker.scorer().weights[0].at_depth(8)
     assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
     assert heads.dtype == torch.float32
 
@@ -313,12 +313,12 @@ def test_each_device_has_one_copy_shared_by_all_shapes(monkeypatch: pytest.Monke
         devices, "resolve_devices", lambda names: TWO_CPUS if isinstance(names, tuple) else TWO_CPUS[:1]
     )
     both = MatroyshkaReranker(FULL, dtype="float32", cutoff=3, device=["cuda:0", "cuda:1"], max_length=99)
-    first, second = both._replicas()
+    first, second = both.scorer().weights
     assert (first.device, second.device) == TWO_CPUS
-    assert both._weights() is first is not second
-    assert MatroyshkaReranker(FULL, dtype="float32")._replicas() == (first,)
+    assert both.scorer().weights[0] is first is not second
+    assert MatroyshkaReranker(FULL, dtype="float32").scorer().weights == (first,)
     deep = both.at(cutoff=7)
-    assert deep._replicas() == (first, second)
+    assert deep.scorer().weights == (first, second)
     deep.compute_score([(f"{number} panda", "a panda") for number in range(8)])
     assert len(layers_in_memory(second)) == 7
     parts = [dict(weights.at_depth(1)[0].named_parameters()) for weights in (first, second)]
@@ -331,7 +331,7 @@ def test_each_device_has_one_copy_shared_by_all_shapes(monkeypatch: pytest.Monke
     second = weakref.ref(second)
     parts.clear()
     both.set_parameter("device", None)
-    assert both._replicas() == (first,)
+    assert both.scorer().weights == (first,)
     gc.collect()
     assert second() is None
     assert len(layers_in_memory(first)) >= 3
@@ -340,12 +340,12 @@ def test_each_device_has_one_copy_shared_by_all_shapes(monkeypatch: pytest.Monke
 def test_a_changed_argument_frees_the_old_weights() -> None:
     reranker = MatroyshkaReranker(FULL, dtype="float16")
     reranker.compute_score(PAIR)
-    old = reranker._weights()
+    old = reranker.scorer().weights[0]
     reranker.set_parameter("dtype", "float32")
-    assert reranker._weights() is not old
+    assert reranker.scorer().weights[0] is not old
     assert layers_in_memory(old) == []
     reranker.compute_score(PAIR)
-    assert reranker._weights().dtype == torch.float32
+    assert reranker.scorer().dtype == torch.float32
 
 
 MEMORY = """
@@ -355,8 +355,8 @@ peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 reranker = MatroyshkaReranker(sys.argv[1], adapters=[sys.argv[2]], start_layer=1, dtype="bfloat16")
 tiny = MatroyshkaReranker(sys.argv[3], dtype="bfloat16"); tiny.compute_score(("a", "b"))
 before = peak()
-model, _, _ = reranker._weights().at_depth(16)
-reranker.at(cutoff=4)._weights().at_depth(4), reranker.at(normalize=True)._weights().at_depth(16)
+model, _, _ = reranker.scorer().weights[0].at_depth(16)
+reranker.at(cutoff=4).scorer().weights[0].at_depth(4), reranker.at(normalize=True).scorer().weights[0].at_depth(16)
 own = sum(p.numel() * p.element_size() for p in model.parameters())
 layer = 4 * sum(p.numel() for p in model.layers[0].parameters())
 print((peak() - before) / own, layer / own)

@@ -5,8 +5,9 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from pyterrier_llmrerank.runs.collection import Judgement
 from pyterrier_llmrerank.runs.evaluation import compare, parse_measure
-from pyterrier_llmrerank.runs.formats import Judgement, RunRow
+from pyterrier_llmrerank.runs.formats import RunRow
 
 QRELS = [Judgement(f"q{q}", f"d{q}", 2) for q in range(4)]
 

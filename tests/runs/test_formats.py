@@ -2,37 +2,29 @@
 
 import gzip
 import json
-import os
 import tracemalloc
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import written
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pyterrier_llmrerank.runs import formats
+from pyterrier_llmrerank.runs.collection import Topic, read_qrels, read_texts, read_topics
 from pyterrier_llmrerank.runs.formats import (
     FORMS,
-    MAX_LINE,
-    Judgement,
     RerankRow,
     RunRow,
-    Text,
-    Topic,
     best_first,
     by_query,
-    read_qrels,
     read_rerank,
     read_run,
-    read_texts,
-    read_topics,
     rerank_line,
     run_line,
-    writing,
-)  # fmt: skip
+)
+from pyterrier_llmrerank.runs.lines import MAX_LINE
 
 READERS: dict[str, tuple[str, Callable[[Path], Iterator[Any]]]] = {
     "run": ("run.txt", read_run),
@@ -51,13 +43,8 @@ IDS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_si
     lambda text: not any(character in " \t\n\r\v\f\0" for character in text)
 )
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+ROW = RerankRow("q1", "panda", "d1", "T", "u", "a panda", 1.5, 1)
 SCORES = st.floats(allow_nan=False, allow_infinity=False)
-
-
-def written(path: Path, *lines: str) -> Path:
-    with writing(path) as file:
-        file.writelines(lines)
-    return path
 
 
 def rerank(**changed: Any) -> str:
@@ -91,6 +78,11 @@ def test_a_run_is_read_as_it_was_written(
 )  # fmt: skip
 def test_a_rerank_file_is_read_as_it_was_written(tmp_path: Path, row: RerankRow) -> None:
     assert list(read_rerank(written(tmp_path / "rerank.jsonl", rerank_line(row)))) == [row]
+
+
+def test_ids_of_a_rerank_line_may_be_integers(tmp_path: Path) -> None:
+    (row,) = read_rerank(written(tmp_path / "rerank.jsonl", rerank(query_id=0, docid=8841823)))
+    assert (row.qid, row.docno) == ("0", "8841823")
 
 
 def test_a_rerank_line_may_have_other_keys(tmp_path: Path) -> None:
@@ -185,53 +177,6 @@ def test_invalid_columns_are_errors(tmp_path: Path, columns: str) -> None:
         list(read_run(path, "docno,qid,_,rank"))
 
 
-def test_topics_and_texts(tmp_path: Path) -> None:
-    topics = [Topic("1", "what is\xa0a panda", 1), Topic("q2", "", 2)]
-    assert list(read_topics(written(tmp_path / "a.tsv", "1\twhat is\xa0a panda\nq2\t\n"))) == topics
-    lines = ['{"_id": "1", "text": "what is\\u00a0a panda"}\n', '{"query_id": "q2", "query": ""}\n']
-    assert list(read_topics(written(tmp_path / "a.jsonl.gz", *lines))) == topics
-    assert list(read_texts(written(tmp_path / "b.tsv", "d1\ta  text \n"))) == [Text("d1", None, None, "a  text ", 1)]
-    assert list(read_texts(written(tmp_path / "c.tsv", "d1\tT\ta\n"))) == [Text("d1", "T", None, "a", 1)]
-    line = '{"docid": "d1", "title": "T", "text": "a", "url": "u", "other": 1}\n'
-    assert list(read_texts(written(tmp_path / "d.jsonl", line))) == [Text("d1", "T", "u", "a", 1)]
-
-
-def test_files_of_other_projects(tmp_path: Path) -> None:
-    docs = written(tmp_path / "msmarco-docs.tsv", "D1\thttp://x\tT\ta body\n")
-    assert list(read_texts(docs)) == [Text("D1", "T", "http://x", "a body", 1)]
-    pyserini = written(tmp_path / "pyserini.jsonl", '{"id": 7, "contents": "a"}\n{"id": "d-2", "contents": ""}\n')
-    assert list(read_texts(pyserini)) == [Text("7", None, None, "a", 1), Text("d-2", None, None, "", 2)]
-    assert list(read_topics(written(tmp_path / "q.jsonl", '{"id": -1, "query": "a"}'))) == [Topic("-1", "a", 1)]
-    (row,) = read_rerank(written(tmp_path / "rerank.jsonl", rerank(query_id=0, docid=8841823)))
-    assert (row.qid, row.docno) == ("0", "8841823")
-
-
-@pytest.mark.parametrize(
-    "element",
-    [
-        "<top>\n\n<num> Number: 51 \n<title> Topic: Airbus\n  Subsidies\n\n<desc> Its <title>.\n</top>\n",
-        "<top>\n<num> 51\n<dom> Domain: Law\n<title>\nAirbus Subsidies\n\n<narr> Narrative:\nx\n\n</top>\n",
-        "<TOP><NUM>51</NUM><TITLE>Airbus  Subsidies</TITLE><DESC>x</DESC></TOP>\n",
-        '<top lang="en">\n<num> 51\n<title> TITLE: Airbus\n<i>Subsidies</i>\n<desc> x\n</top>\n',
-        "  <top>\n  <num>Number: 51</num>\n  <title>Airbus Subsidies</title>\n  </top>",
-    ],
-)
-def test_topics_of_trec(tmp_path: Path, element: str) -> None:
-    second = "<top>\n<num> Number: 052\n<title> AT&T < 5 &amp; 6\n</top>\n"
-    first, other = read_topics(written(tmp_path / "topics.txt", f"{element}\n{second}"))
-    title = "Airbus <i>Subsidies</i>" if "<i>" in element else "Airbus Subsidies"
-    assert first == Topic("51", title, 1)
-    assert other[:2] == ("052", "AT&T < 5 & 6")
-
-
-def test_a_judgement_that_is_repeated_counts_once(tmp_path: Path) -> None:
-    path = written(tmp_path / "qrels", "q1 0 d1 2\nq2 0 d1 0\nq1 0 d1 2\n")
-    assert list(read_qrels(path)) == [Judgement("q1", "d1", 2), Judgement("q2", "d1", 0)]
-
-
-ROW = RerankRow("q1", "panda", "d1", "T", "u", "a panda", 1.5, 1)
-
-
 @pytest.mark.parametrize(
     ("changed", "problem"),
     [
@@ -249,15 +194,6 @@ ROW = RerankRow("q1", "panda", "d1", "T", "u", "a panda", 1.5, 1)
 def test_invalid_rerank_lines_are_not_written(changed: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         rerank_line(ROW._replace(**changed))
-
-
-def test_judgements(tmp_path: Path) -> None:
-    want = [Judgement("q1", "d1", 2), Judgement("q2", "d1", -1), Judgement("q1", "d2", 0)]
-    for lines in (
-        "q1 0 d1 2\nq2 0 d1 -1\nq1 0 d2 0\n",
-        "query-id\tcorpus-id\tscore\nq1\td1\t2\nq2\td1\t-1\nq1\td2\t0\n",
-    ):
-        assert list(read_qrels(written(tmp_path / "qrels", lines))) == want
 
 
 def test_bom_crlf_and_empty_lines_are_tolerated(tmp_path: Path) -> None:
@@ -443,67 +379,3 @@ def test_invalid_run_lines_are_not_written(change: dict[str, Any], problem: str)
 
 
 # -- writing
-
-
-def test_a_file_appears_once_it_is_complete(tmp_path: Path) -> None:
-    path = tmp_path / "run.txt"
-    path.write_text("before")
-    with pytest.raises(KeyError), writing(path) as file:  # noqa: PT012
-        file.write("x" * 100_000)
-        raise KeyError
-    assert path.read_text() == "before"
-    assert os.listdir(tmp_path) == ["run.txt"]
-    assert written(path, "after").read_text() == "after"
-    assert os.listdir(tmp_path) == ["run.txt"]
-
-
-def test_a_full_disk_keeps_the_previous_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = written(tmp_path / "run.gz", "before")
-
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(formats.os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        written(path, "after")
-    assert gzip.decompress(path.read_bytes()) == b"before"
-    assert os.listdir(tmp_path) == ["run.gz"]
-
-
-def test_equal_texts_give_equal_gz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = written(tmp_path / "one.gz", "q1 d1 1\n").read_bytes()
-    monkeypatch.setattr("time.time", lambda: 10.0**9)
-    two = written(tmp_path / "two.gz", "q1 d1 1\n").read_bytes()
-    assert one == two
-    assert gzip.decompress(one) == b"q1 d1 1\n"
-
-
-def test_links_devices_and_pipes_are_kept(tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to(tmp_path / "target")
-    written(tmp_path / "link", "x")
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "target").read_text() == "x"
-    assert written(Path(os.devnull), "x").is_char_device()
-    reading, end = os.pipe()
-    written(Path(f"/dev/fd/{end}"), "through a pipe")
-    assert os.read(reading, 100) == b"through a pipe"
-    os.close(reading)
-    os.close(end)
-    with pytest.raises(FileNotFoundError, match="the folder .*none does not exist"):
-        written(tmp_path / "none" / "run.txt", "x")
-
-
-def test_a_pipe_gets_nothing_of_what_fails(tmp_path: Path) -> None:
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        with suppress(ValueError), writing(pipe) as lines:
-            lines.write("x" * 10_000)
-            raise ValueError
-        assert os.read(reader, 10) == b""
-        with writing(pipe) as lines:
-            lines.write("all")
-        assert os.read(reader, 10) == b"all"
-    finally:
-        os.close(reader)

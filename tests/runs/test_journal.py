@@ -105,7 +105,7 @@ def test_a_finished_file_can_grow(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("changed", [b"", b"one\n", b"two\none\n", b"one\ntwo\nmine\n"])
 def test_a_finished_file_that_was_changed_is_refused(changed: bytes, tmp_path: Path) -> None:
-    """An attempt to resume it that writes nothing does not make it unfinished."""
+    """Resuming a finished file without writing leaves it finished."""
     path = tmp_path / "run.tsv"
     write(path, [b"one\n", b"two\n"])
     with pytest.raises(KeyboardInterrupt):
@@ -195,13 +195,13 @@ def test_an_existing_file_is_not_overwritten(tmp_path: Path) -> None:
         JournaledFile(path, SETTINGS)
     assert list(tmp_path.iterdir()) == [path]
     journal_path(path).touch()
-    with pytest.raises(FileExistsError, match=r"set resume=True \(--resume\)"):
+    with pytest.raises(FileExistsError, match=r"set resume=True\."):
         JournaledFile(path, SETTINGS)
     assert path.read_text() == "mine\n"
 
 
 def test_resume_without_a_file_begins_one(tmp_path: Path) -> None:
-    """Even if a journal is left of an earlier one."""
+    """A journal left by an earlier file is ignored."""
     path = tmp_path / "run.tsv"
     journal_path(path).write_bytes(b'{"other')
     assert write(path, [b"one\n"], resume=True) == []

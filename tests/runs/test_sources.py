@@ -14,7 +14,8 @@ import pyterrier as pt
 import pytest
 from ir_datasets.formats import GenericDoc, GenericQuery
 
-from pyterrier_llmrerank.runs.formats import Judgement, RerankRow, Text, read_rerank, rerank_line
+from pyterrier_llmrerank.runs.collection import Judgement, Text
+from pyterrier_llmrerank.runs.formats import RerankRow, read_rerank, rerank_line
 from pyterrier_llmrerank.runs.sources import documents, judgements, queries, rerank_rows
 
 FILES = {

@@ -110,11 +110,11 @@ def test_a_chunk_that_always_ends_its_worker_stops_the_run(cluster: Any, tmp_pat
 
 
 class LostError(Exception):
-    """Stands for RayError: a worker was lost."""
+    """A fake RayError: a worker was lost."""
 
 
 class RaisedError(Exception):
-    """Stands for RayTaskError: a task raised an error."""
+    """A fake RayTaskError: a task raised an error."""
 
     def __init__(self, cause: Exception) -> None:
         self.cause = cause

@@ -48,7 +48,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def commands(script: str, tmp_path: Path, *arguments: str) -> list[tuple[str, list[str]]]:
-    """The train commands that an example script runs: recipe and options, as torchrun would get them."""
+    """The train commands of an example script: recipe and options, as torchrun would get them."""
     said = tmp_path / "said"
     stub = tmp_path / "bin" / "torchrun"
     stub.parent.mkdir()
@@ -125,7 +125,7 @@ def test_losses_are_logged_where_there_is_no_progress_bar(
 
 
 def opened_as_said(capsys: pytest.CaptureFixture[str], folder: Path) -> LLMReranker:
-    """The re-ranker that a run's last words say opens what it wrote."""
+    """The reranker that the last lines of a run open its output with."""
     said = capsys.readouterr().out.split("\n\n")
     assert said[-2].endswith(f"The adapter is in {folder}; open it in Python with")
     return eval(said[-1], {kind.__name__: kind for kind in (MatroyshkaReranker, RankLLaMAReranker)})

@@ -40,7 +40,7 @@ def test_both_forms() -> None:
     assert read_example(SCORED, plain).prompt == "Relevant?"
     scored = read_example({**TEVATRON, "pos_scores": [1.0], "neg_scores": [0.5, 2]}, plain)
     assert scored == Example("q", ["p"], ["n", "m"], ([1.0], [0.5, 2.0]))
-    with pytest.raises(ValueError, match=r"neg_scores is \[0.5\]; wanted 2 finite numbers"):
+    with pytest.raises(ValueError, match=r"neg_scores is \[0.5\]; expected 2 finite numbers"):
         read_example({**TEVATRON, "pos_scores": [1.0], "neg_scores": [0.5]}, plain)
 
 
@@ -64,16 +64,16 @@ def test_a_missing_teacher_is_named_where_it_is_needed(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"query": None}, "query is None"),
-        ({"pos": []}, r"pos is \[\]; wanted a list of strings, at least one"),
+        ({"pos": []}, r"pos is \[\]; expected a list of strings, at least one"),
         ({"neg": "n"}, "neg is 'n'"),
-        ({"neg": ["a", 3]}, "neg is .*; wanted a list of strings"),
+        ({"neg": ["a", 3]}, "neg is .*; expected a list of strings"),
         ({"prompt": 3}, "prompt is 3"),
-        ({"pos_scores": [1.0]}, r"pos_scores is \[1.0\]; wanted 2 finite numbers"),
-        ({"pos_scores": [1.0, float("nan")]}, r"pos_scores is \[1.0, nan\]; wanted 2 finite numbers"),
-        ({"neg_scores": None}, "neg_scores is None; wanted 3 finite numbers"),
-        ({"positive_passages": [{"title": "x"}]}, "positive_passages is .*; wanted a list of passages with text"),
+        ({"pos_scores": [1.0]}, r"pos_scores is \[1.0\]; expected 2 finite numbers"),
+        ({"pos_scores": [1.0, float("nan")]}, r"pos_scores is \[1.0, nan\]; expected 2 finite numbers"),
+        ({"neg_scores": None}, "neg_scores is None; expected 3 finite numbers"),
+        ({"positive_passages": [{"title": "x"}]}, "positive_passages is .*; expected a list of passages with text"),
         ({"positive_passages": [{"text": "x"}]}, "negative_passages is None"),
-        ({"pos": None}, "neither positive_passages nor pos; wanted positive_passages and negative_passages.* or pos"),
+        ({"pos": None}, "neither positive_passages nor pos; expected positive_passages and negative_passages.* or pos"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -117,7 +117,7 @@ def test_files_and_folders(tmp_path: Path) -> None:
 
 
 def test_what_differs_from_line_to_line_and_file_to_file(tmp_path: Path) -> None:
-    """Both forms, numbers of both kinds, missing titles, compression: none of it stops a run that was checked."""
+    """Data that passed the check trains: both forms, both kinds of numbers, missing titles, compression."""
     (tmp_path / "a.jsonl").write_text(
         "".join(json.dumps(r) + "\n" for r in (MATROYSHKA, SCORED | {"pos_scores": [1, 2]}, TEVATRON | {"query_id": 7}))
     )

@@ -6,7 +6,7 @@ import pandas as pd
 import pyterrier as pt
 import pytest
 
-from pyterrier_llmrerank.training.frames import judged, records_of, validation_of
+from pyterrier_llmrerank.training.frames import check_qrels, records_of, validation_of
 
 
 def bodies(frame: pd.DataFrame) -> list[str]:
@@ -91,25 +91,25 @@ def test_a_teachers_scores_go_with_their_passages() -> None:
     scored = results().assign(teacher=range(9))
     (record,) = records_of(scored, QRELS, bodies, 1, None, "text")  # query 2's positive would come without a score
     assert (record["query_id"], record["pos_scores"], record["neg_scores"]) == ("1", [1], [0, 2])
-    with pytest.raises(ValueError, match="training results: 'teacher' is nan for qid '2', docno 'd4'; wanted a"):
+    with pytest.raises(ValueError, match="training results: 'teacher' is nan for qid '2', docno 'd4'; expected a"):
         records_of(scored.assign(teacher=[0.0, 1, 2, float("nan"), 4, 5, 6, 7, 8]), QRELS, bodies, 1, None, "text")
 
 
 def test_numbers_as_ids_are_fine() -> None:
     numbers = results().astype({"qid": int})
-    assert len(records_of(numbers, judged(QRELS.astype({"qid": int}), "qrels_tr"), bodies, 1, None, "text")) == 2
+    assert len(records_of(numbers, check_qrels(QRELS.astype({"qid": int}), "qrels_tr"), bodies, 1, None, "text")) == 2
 
 
 @pytest.mark.parametrize(
     ("qrels", "message"),
     [
-        (QRELS.rename(columns={"label": "grade"}), "qrels_tr has columns .*'grade'.*; wanted qid, docno and label"),
+        (QRELS.rename(columns={"label": "grade"}), "qrels_tr has columns .*'grade'.*; expected qid, docno and label"),
         (QRELS[:0], "qrels_tr is empty"),
     ],
 )
 def test_judgements_are_checked(qrels: pd.DataFrame, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        judged(qrels, "qrels_tr")
+        check_qrels(qrels, "qrels_tr")
 
 
 def test_validation_counts_what_was_not_retrieved() -> None:
@@ -122,8 +122,8 @@ def test_validation_counts_what_was_not_retrieved() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"label": ["x", 0, 2, 1, 1]}, "qrels_tr: 'label' is 'x' for qid '1', docno 'd2'; wanted a finite number"),
-        ({"label": [1, 0, None, 1, 1]}, "qrels_tr: 'label' is .* for qid '2', docno 'd1'; wanted a finite number"),
+        ({"label": ["x", 0, 2, 1, 1]}, "qrels_tr: 'label' is 'x' for qid '1', docno 'd2'; expected a finite number"),
+        ({"label": [1, 0, None, 1, 1]}, "qrels_tr: 'label' is .* for qid '2', docno 'd1'; expected a finite number"),
         ({"label": [1, 0, float("inf"), 1, 1]}, "'label' is inf for qid '2'"),
         ({"label": [1, 0, 10**400, 1, 1]}, r"'label' is 10+\.\.\. for qid '2'"),
         ({"label": [1, 0, [2], 1, 1]}, r"'label' is \[2\] for qid '2'"),
@@ -135,13 +135,13 @@ def test_validation_counts_what_was_not_retrieved() -> None:
 def test_a_judgement_that_is_none_is_named(change: dict[str, list[object]], message: str) -> None:
     columns = {name: pd.Series(values, dtype=object) for name, values in change.items()}
     with pytest.raises(ValueError, match=message):
-        judged(QRELS.assign(**columns), "qrels_tr")
+        check_qrels(QRELS.assign(**columns), "qrels_tr")
 
 
 def test_judgements_are_of_three_columns_each_once() -> None:
-    with pytest.raises(ValueError, match="wanted qid, docno and label, once each"):
-        judged(pd.concat([QRELS, QRELS[["label"]]], axis=1), "qrels_tr")
-    twice = judged(pd.concat([QRELS, QRELS]).set_index("qid", drop=False), "qrels_tr")
+    with pytest.raises(ValueError, match="expected qid, docno and label, once each"):
+        check_qrels(pd.concat([QRELS, QRELS[["label"]]], axis=1), "qrels_tr")
+    twice = check_qrels(pd.concat([QRELS, QRELS]).set_index("qid", drop=False), "qrels_tr")
     pd.testing.assert_frame_equal(twice, QRELS, check_dtype=False)
 
 
@@ -153,5 +153,5 @@ def test_an_index_may_be_named_as_a_column() -> None:
 @pytest.mark.parametrize("value", [None, "x", float("inf"), 10**400])
 def test_a_teachers_score_that_is_none_is_named(value: object) -> None:
     scored = results().assign(teacher=pd.Series([0, 1, 2, value, 4, 5, 6, 7, 8], dtype=object))
-    with pytest.raises(ValueError, match=r"'teacher' is .* for qid '2', docno 'd4'; wanted a finite number"):
+    with pytest.raises(ValueError, match=r"'teacher' is .* for qid '2', docno 'd4'; expected a finite number"):
         records_of(scored, QRELS, bodies, 1, None, "text")

@@ -26,7 +26,7 @@ def matroyshka(base: str, merged: list[str], start_layer: int) -> RankingModel:
 
 
 def opened(name: str) -> torch.nn.Module:
-    """A golden run's model: a base, perhaps with a merged adapter, perhaps with one to train."""
+    """The model of a golden run: a base, perhaps with a merged adapter and an adapter to train."""
     base, *adapters = name.split("+")
     merged = [a.removeprefix("merge(").removesuffix(")") for a in adapters if a.startswith("merge")]
     model = matroyshka(base, merged, 1 if base == "mistral_deep" else 2)
@@ -49,7 +49,7 @@ def rows_of(batch: dict[str, Any]) -> PackedPairs:
 
 
 def by_intent(run: dict[str, Any]) -> bool:
-    """Where the original weighed a pooling by a padding token, and we do not.
+    """Tell whether the original weighted a pooling by a padding token, which we do not.
 
     Rows of different lengths have padding, and so have equal ones once pooling has shortened them unequally.
     """

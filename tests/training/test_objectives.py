@@ -38,7 +38,7 @@ def test_only_the_student_learns(method: str) -> None:
 
 
 def test_which_layer_is_the_target() -> None:
-    """Of 20 layers, counted from the deepest: which full scores does each target depend on?"""
+    """Find the full scores that each target depends on, for 20 layers counted from the deepest."""
     expected = {
         "distill_final_layer": [19],
         "distill_last_layer": list(range(1, 20)),

@@ -129,7 +129,7 @@ def test_another_source_or_teacher_is_not_resumed(source: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt) as stopped:
         teach(source, target, Teacher(stop))
-    assert stopped.value.__notes__ == [f"{target} holds 2 lines; continue with resume (--resume)."]
+    assert stopped.value.__notes__ == [f"{target} holds 2 lines, all complete; to continue, set resume=True."]
     before = target.read_bytes()
     with pytest.raises(FileExistsError, match="already exists and is not overwritten"):
         teach(source, target, Teacher())
@@ -138,7 +138,7 @@ def test_another_source_or_teacher_is_not_resumed(source: Path) -> None:
     with pytest.raises(ValueError, match="overwrite=False, not True"):
         teach(source, target, Teacher(), resume=True, overwrite=True)
     source.write_text(source.read_text().replace("a panda", "a whale"))
-    with pytest.raises(ValueError, match=r"train\.jsonl, from line 1: not the lines that .* was made from"):
+    with pytest.raises(ValueError, match=r"train\.jsonl, from line 1: the lines have changed since .* was written"):
         teach(source, target, Teacher(), resume=True)
     assert target.read_bytes() == before
 
@@ -163,10 +163,13 @@ def test_scores_that_are_there_need_overwrite(source: Path) -> None:
             lambda f: f.assign(score=[float("nan"), *f["score"][1:]]),
             r"line \d: the teacher's score of \w+\[\d\] is nan",
         ),
-        (lambda f: f.assign(score=float("inf")), r"line 1: the teacher's score of pos\[0\] is inf; wanted one finite"),
+        (
+            lambda f: f.assign(score=float("inf")),
+            r"line 1: the teacher's score of pos\[0\] is inf; expected one finite",
+        ),
         (lambda f: f.assign(score="high"), r"line 1: the teacher's score of pos\[0\] is 'high'"),
         (lambda f: f[f["text"] != "low"], r"line 2: the teacher's score of negative_passages\[1\] is missing"),
-        (lambda f: pd.concat([f, f]), r"line 1: the teacher's score of pos\[0\] is \[.*\]; wanted one finite number"),
+        (lambda f: pd.concat([f, f]), r"line 1: the teacher's score of pos\[0\] is \[.*\]; expected one finite number"),
         (lambda f: f.drop(columns="score"), r"the teacher returns columns \[.*\]; missing: score"),
     ],
 )

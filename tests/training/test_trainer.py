@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import MODELS, RECORDS, words
+from conftest import MODELS, RECORDS, ids_of, words
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
-from pyterrier_llmrerank.engine.inputs import MatroyshkaInputs
 from pyterrier_llmrerank.engine.packing import PackedPairs
 from pyterrier_llmrerank.training import CompensateTraining, DistillTraining, RankLLaMATraining
 from pyterrier_llmrerank.training.batches import Groups
@@ -66,8 +65,7 @@ def test_it_learns_and_what_is_saved_scores_the_same(tmp_path: Path, method: str
     run.save_model(str(tmp_path / "adapter"))
     reranker = MatroyshkaReranker(BASE, adapters=[tmp_path / "adapter"], start_layer=4, cutoff=[4, 8], dtype="float32")
     pair = ("panda", words(5, 9))
-    _, _, tokenizer = reranker._weights().at_depth(1)
-    (ids,) = MatroyshkaInputs()(tokenizer, [pair])
+    (ids,) = ids_of(reranker, [pair])
     run.model.eval()
     with torch.inference_mode():
         wanted = run.model(PackedPairs([ids]))
@@ -94,8 +92,7 @@ def test_rankllama_is_the_same_loop_and_peft_opens_it(tmp_path: Path) -> None:
     assert opened.peft_config["default"].base_model_name_or_path == base
     assert opened.peft_config["default"].task_type == "SEQ_CLS"
     pair = ("panda", words(5, 9))
-    _, _, tokenizer = ours._weights().at_depth(1)
-    (ids,) = ours._encode(tokenizer, [(pair[0], ours._body(pair[1]))])
+    (ids,) = ids_of(ours, [pair])
     with torch.inference_mode():
         theirs = opened(input_ids=torch.tensor([ids.flat()])).logits.item()
     assert ours.compute_score(pair) == pytest.approx(theirs, abs=1e-4)
@@ -332,10 +329,12 @@ def test_validation_scores_are_those_of_inference(tmp_path: Path) -> None:
     run = trainer(tmp_path)
     pairs = [("panda", words(n, 3 + n)) for n in range(8)]
     reranker = MatroyshkaReranker(BASE, start_layer=4, dtype="float32")
-    np.testing.assert_allclose(run._scores([(*pair, None) for pair in pairs]), reranker.compute_score(pairs), atol=1e-4)
+    np.testing.assert_allclose(
+        run.score_pairs([(*pair, None) for pair in pairs]), reranker.compute_score(pairs), atol=1e-4
+    )
     assert run.model.training
     other = MatroyshkaReranker(BASE, start_layer=4, dtype="float32", prompt="Relevant?").compute_score(pairs)
-    np.testing.assert_allclose(run._scores([(*pair, "Relevant?") for pair in pairs]), other, atol=1e-4)
+    np.testing.assert_allclose(run.score_pairs([(*pair, "Relevant?") for pair in pairs]), other, atol=1e-4)
 
 
 def test_accumulation_is_averaging(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Training of a reranker in a pipeline, on the results of the stages before it: ``fit``."""
+"""Train a reranker in a pipeline, on the results of the stages before it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from ..checkpoints.saving import empty_folder
 from ..engine.devices import resolve_device, resolve_dtype
 from .batches import Groups
-from .frames import judged, records_of, validation_of
+from .frames import check_qrels, records_of, validation_of
 from .recipes import MatroyshkaTraining, Recipe
 from .trainer import train
 from .validation import MEASURE
@@ -27,13 +27,13 @@ logger = logging.getLogger(__name__)
 
 
 class Frames(NamedTuple):
-    """Results with judgements.
+    """Results with judgements, as the reranker reads them.
 
     Args:
-        results: as the reranker takes them.
+        results: results with texts, in the columns that the reranker takes.
         qrels: judgements.
         bodies: formats the passages of a frame as the model reads them.
-        text_field: the column of texts.
+        text_field: the column with texts.
     """
 
     results: pd.DataFrame
@@ -58,13 +58,13 @@ def fit(
 
     Args:
         recipe: the settings; ``output_dir`` is a new folder in PyTerrier's home folder by default.
-        model: the start.
+        model: the model to start from.
         adapters: adapters to merge into it first.
         training: the training data. A column ``teacher`` holds another model's scores; they are used if the recipe's
             loss has a teacher.
         validation: data to measure nDCG@10 on; the best checkpoint is kept.
         device: as for a reranker, but one device only.
-        dtype: as for a reranker: of frozen weights and of computation.
+        dtype: the dtype of frozen weights and of computation, as for a reranker.
         verbose: show a progress bar.
         opening: further arguments of the recipe's ``open``.
 
@@ -76,43 +76,59 @@ def fit(
         FileExistsError: the recipe's ``output_dir`` is not empty, and no run in it is resumed.
         FloatingPointError: as :class:`~pyterrier_llmrerank.training.trainer.GroupTrainer`.
     """
-    if isinstance(device, tuple):
-        raise ValueError(
-            f"device={device!r}: fit trains on one device; for several: torchrun -m pyterrier_llmrerank train."
-        )
+    _one_device(device)  # fails before the slow steps
     records = records_of(
         training.results,
-        judged(training.qrels, "qrels_tr"),
+        check_qrels(training.qrels, "qrels_tr"),
         training.bodies,
         recipe.min_label,
         recipe.text,
         training.text_field,
     )
-    has_teacher = "pos_scores" in records[0]
-    if isinstance(recipe, MatroyshkaTraining) and recipe.loss.needs_teacher and not has_teacher:
-        method = recipe.train_method.removesuffix("_teacher")
-        logger.warning("the results have no column teacher: train_method is %s, not %s", method, recipe.train_method)
-        recipe = dataclasses.replace(recipe, train_method=method)
-    elif recipe.loss.needs_teacher and not has_teacher:
-        raise ValueError(f"training={recipe!r}: the results have no column teacher, which it needs.")
+    if recipe.loss.needs_teacher and "pos_scores" not in records[0]:
+        recipe = _without_teacher(recipe)
     measured = None
     if validation is not None:
-        measured = validation_of(validation.results, judged(validation.qrels, "qrels_va"), validation.bodies)
+        measured = validation_of(validation.results, check_qrels(validation.qrels, "qrels_va"), validation.bodies)
     elif recipe.patience is not None:
         raise ValueError(f"patience={recipe.patience} needs validation results to measure nDCG@10 on.")
-    place = resolve_device(device)
-    if place.index:  # the Trainer uses the first one
-        raise ValueError(f"device={device!r}: fit trains on the first GPU; choose it by CUDA_VISIBLE_DEVICES.")
+    place = _one_device(device)
     arguments = _arguments(recipe, place, resolve_dtype(dtype, place), measured is not None, verbose)
     checkpoint = recipe.open(model, adapters, **opening)
     if not arguments.resume_from_checkpoint:
         empty_folder(Path(str(arguments.output_dir)), "output_dir")
-    groups = Groups(records, recipe.group_size, recipe.seed, formatted)
+    if not (verbose or logger.isEnabledFor(logging.INFO)):
+        logger.warning(
+            "Training on %d queries. For progress, set verbose=True or log at level INFO. Output folder: %s",
+            len(records), arguments.output_dir,
+        )  # fmt: skip
+    groups = Groups(records, recipe.group_size, recipe.seed, as_is)
     return train(recipe, checkpoint, groups, arguments, measured)
 
 
-def formatted(text: str, title: str | None) -> str:
-    """Return a passage that is formatted already."""
+def _one_device(device: str | tuple[str, ...] | None) -> torch.device:
+    """Return the device to train on; ValueError unless it is the CPU or the first GPU."""
+    if isinstance(device, tuple):
+        raise ValueError(
+            f"device={device!r}: fit trains on one device; for several: torchrun -m pyterrier_llmrerank train."
+        )
+    place = resolve_device(device)
+    if place.index:  # the Trainer uses the first one
+        raise ValueError(f"device={device!r}: fit trains on the first GPU; choose it by CUDA_VISIBLE_DEVICES.")
+    return place
+
+
+def _without_teacher(recipe: Recipe) -> Recipe:
+    """Return the recipe that learns from labels alone; ValueError if the recipe cannot do without a teacher."""
+    if not isinstance(recipe, MatroyshkaTraining):
+        raise ValueError(f"training={recipe!r}: the results have no column teacher, which it needs.")
+    method = recipe.train_method.removesuffix("_teacher")
+    logger.warning("Training on labels alone, with train_method=%r: the results have no column 'teacher'.", method)
+    return dataclasses.replace(recipe, train_method=method)
+
+
+def as_is(text: str, title: str | None) -> str:
+    """Return a passage that is as_is already."""
     return text
 
 

@@ -27,7 +27,7 @@ SHORT: dict[str, Any] = {
 
 
 def candidates() -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Topics, results with texts, and judgements: the relevant text stands last."""
+    """Topics, results with texts, and judgements: the relevant text is last."""
     rows, qrels = [], []
     for number, record in enumerate(RECORDS):
         for place, text in enumerate(record["neg"] + record["pos"]):
@@ -77,7 +77,7 @@ def test_a_pipeline_learns(kind: str, tmp_path: Path) -> None:
 
 
 def test_rankllama_learns_from_a_teacher(tmp_path: Path) -> None:
-    """A teacher that ranks the relevant text last is followed where the labels count for little."""
+    """The model follows a teacher that ranks the relevant text last if its weight is high."""
     topics, results, qrels = candidates()
     reranker = untrained("rankllama", tmp_path / "run", teacher_weight=50.0, teacher_temperature=0.5)
     with pytest.raises(ValueError, match=r"training=RankLLaMATraining\(.*the results have no column teacher"):
@@ -99,7 +99,7 @@ def test_a_merged_model_scores_the_same(kind: str, dtype: str, tmp_path: Path) -
     again = type(reranker)(tmp_path / "merged", dtype=dtype)
     np.testing.assert_allclose(again.transform(results)["score"], reranker.transform(results)["score"], atol=1e-6)
     if kind == "matroyshka":
-        assert again.at(cutoff=5)._weights().checkpoint.start_layer == 5
+        assert again.at(cutoff=5).scorer().checkpoint.start_layer == 5
     elif dtype == "float32":
         model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", dtype=torch.float32)
         assert model.score.weight.shape == (1, 64)
@@ -184,7 +184,7 @@ def test_losses_are_logged_not_printed(
 
 
 @pytest.mark.parametrize("kind", ["rankllama", "matroyshka"])
-def test_fitting_again_goes_on_from_there(kind: str, tmp_path: Path) -> None:
+def test_a_second_fit_continues_from_the_first(kind: str, tmp_path: Path) -> None:
     _, results, qrels = candidates()
     reranker = untrained(kind, tmp_path / "first", max_steps=3)
     reranker.fit(results, qrels)
@@ -217,7 +217,7 @@ def test_an_adapter_names_the_base_it_was_trained_on(tmp_path: Path) -> None:
     shutil.copytree(RANKLLAMA_BASE, other)
     reranker = RankLLaMAReranker(MODELS / "rankllama_adapter", base_model=other, dtype="float32")
     reranker.save(tmp_path / "saved")
-    assert RankLLaMAReranker(tmp_path / "saved", dtype="float32")._weights().checkpoint.folder == other
+    assert RankLLaMAReranker(tmp_path / "saved", dtype="float32").scorer().checkpoint.folder == other
 
 
 def test_a_recipe_and_its_reranker_agree() -> None:
