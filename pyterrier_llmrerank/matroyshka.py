@@ -543,7 +543,7 @@ class MatroyshkaReranker(LLMReranker):
 
         Raises:
             FileExistsError: the folder is not empty.
-            ValueError: there is no adapter to write.
+            ValueError: there is no adapter to write, or the model's layers cannot be run one by one (``merged``).
         """
         from .checkpoints.saving import write_adapters, write_merged, written_whole
         from .engine.weights import build_decoder
@@ -558,6 +558,7 @@ class MatroyshkaReranker(LLMReranker):
             return [target / name for name in (*saved.adapters, *self._token_adapter(saved))]
         weights = self._weights()
         checkpoint = cast("MatroyshkaCheckpoint", weights.checkpoint)
+        require_layerwise(checkpoint, "merged", merged, "False")
         heads = checkpoint.heads(checkpoint.tokenizer())
         settings = {
             "model_type": f"cost_wise_{checkpoint.config.model_type}",

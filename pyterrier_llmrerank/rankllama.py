@@ -16,7 +16,7 @@ from .checkpoints.locate import folder_of, located, named_base, portable, requir
 from .engine.inputs import Ids, RankLLaMAInputs, document
 from .frames import row_name
 from .options import Option, with_options
-from .reranker import LLMReranker, model_path
+from .reranker import LLMReranker, model_path, require_layerwise
 from .values import column, optional, positive, problem_of
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ class RankLLaMAReranker(LLMReranker):
 
         Raises:
             FileExistsError: there is something in the folder.
-            ValueError: there is no adapter, or it is untrained.
+            ValueError: there is no adapter, it is untrained, or the model's layers cannot be run one by one (``merged``).
         """
         from .checkpoints.saving import copy_adapter, write_merged, written_whole
         from .engine.weights import build_decoder
@@ -217,6 +217,8 @@ class RankLLaMAReranker(LLMReranker):
         weights = self._weights()
         checkpoint = weights.checkpoint
         heads = checkpoint.heads(checkpoint.tokenizer())  # raises where it is untrained
+        if merged:
+            require_layerwise(checkpoint, "merged", merged, "False")
         if not merged and not self._is_adapter():
             raise ValueError(f"model={self.model!r} is no adapter; allowed: merged=True.")
         family = type(checkpoint.config).__name__.removesuffix("Config")

@@ -23,6 +23,9 @@ BESIDE = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja",
 )  # fmt: skip
 
+#: The setting with a digest of each model and adapter that was trained on.
+FINGERPRINTS = "fingerprints of what is trained on"
+
 
 def find_resumed(arguments: TrainingArguments, overwrite: bool = False) -> Path | None:
     """Find the checkpoint to resume from, and check that the run overwrites no other.
@@ -110,6 +113,7 @@ class SameSettings(TrainerCallback):
             logger.warning("%s has no %s: whether its settings were the same is not checked.", resumed, self.FILE)
             return
         before = read_json(resumed / self.FILE)
+        before.setdefault(FINGERPRINTS, settings.get(FINGERPRINTS))  # earlier versions did not write them
         for name in {**before, **settings}:
             if before.get(name) != settings.get(name):
                 raise ValueError(

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import pyterrier as pt
 
+from ..checkpoints.locate import fingerprint
 from ..engine.inputs import PROMPT, MatroyshkaInputs, RankLLaMAInputs, document
 from ..values import RATIOS
 from .objectives import METHODS, CascadeLoss, DistilledLoss, Loss
+from .output import FINGERPRINTS
 from .options import Declared, check_numbers, default_of, documented, make_tuple, option
 from .widths import Widths
 
@@ -153,8 +155,13 @@ class Recipe(Declared, ABC):
         settings = {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata["resumable"]}
         lists = {name: list(value) for name, value in settings.items() if isinstance(value, tuple)}
         paths = [checkpoint.base, *(str(adapter.name) for adapter in checkpoint.adapters)]
-        names = {"trained_on": [PurePath(path).name for path in paths]}  # folders may have moved
-        return {"recipe": type(self).__name__, **names, **settings, **lists}
+        adapters = [*checkpoint.adapters, *([checkpoint.adapter] if checkpoint.adapter else [])]
+        folders = dict.fromkeys([checkpoint.folder, *(adapter.folder for adapter in adapters)])
+        trained_on = {  # folders may have moved, so their contents count
+            "trained_on": [PurePath(path).name for path in paths],
+            FINGERPRINTS: [fingerprint(folder) for folder in folders],
+        }
+        return {"recipe": type(self).__name__, **trained_on, **settings, **lists}
 
     @property
     def token_ratio(self) -> int | None:
