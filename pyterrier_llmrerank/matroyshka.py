@@ -543,7 +543,7 @@ class MatroyshkaReranker(LLMReranker):
 
         Raises:
             FileExistsError: the folder is not empty.
-            ValueError: there is no adapter to write, or the model's layers cannot be run one by one (``merged``).
+            ValueError: there is no adapter to write, or, for ``merged``, the model's layers cannot be run one by one.
         """
         from .checkpoints.saving import write_adapters, write_merged, written_whole
         from .engine.weights import build_decoder

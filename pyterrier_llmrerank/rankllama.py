@@ -209,7 +209,8 @@ class RankLLaMAReranker(LLMReranker):
 
         Raises:
             FileExistsError: there is something in the folder.
-            ValueError: there is no adapter, it is untrained, or the model's layers cannot be run one by one (``merged``).
+            ValueError: there is no adapter, it is untrained, or, for ``merged``, the model's layers cannot be run one
+                by one.
         """
         from .checkpoints.saving import copy_adapter, write_merged, written_whole
         from .engine.weights import build_decoder

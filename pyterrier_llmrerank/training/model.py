@@ -18,7 +18,7 @@ from ..engine.weights import build_decoder, fill
 
 
 class _Normalise(Function):
-    """Scale states to a root mean square of 1, then by a frozen weight; the gradient takes fewer passes than autograd's."""
+    """Scale states to a root mean square of 1, then by a frozen weight, with a gradient in fewer passes."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -50,7 +50,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Normalise states over their last dimension."""
-        if self.weight.requires_grad or hasattr(self.weight, "ds_id"):  # DeepSpeed's stage 3 gathers a weight for autograd
+        if self.weight.requires_grad or hasattr(self.weight, "ds_id"):  # which DeepSpeed's stage 3 gathers for autograd
             wide = states.float()
             scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
             return self.weight * scaled.to(states.dtype)

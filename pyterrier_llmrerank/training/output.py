@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from ..checkpoints.config import read_json
 from ..checkpoints.description import FILE
+from .recipes import FINGERPRINTS
 
 logger = logging.getLogger(__name__)
 
@@ -22,9 +23,6 @@ BESIDE = (
     "README.md", FILE, "adapter-[0-9]*",
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja",
 )  # fmt: skip
-
-#: The setting with a digest of each model and adapter that was trained on.
-FINGERPRINTS = "fingerprints of what is trained on"
 
 
 def find_resumed(arguments: TrainingArguments, overwrite: bool = False) -> Path | None:

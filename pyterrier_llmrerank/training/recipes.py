@@ -15,7 +15,6 @@ from ..checkpoints.locate import fingerprint
 from ..engine.inputs import PROMPT, MatroyshkaInputs, RankLLaMAInputs, document
 from ..values import RATIOS
 from .objectives import METHODS, CascadeLoss, DistilledLoss, Loss
-from .output import FINGERPRINTS
 from .options import Declared, check_numbers, default_of, documented, make_tuple, option
 from .widths import Widths
 
@@ -25,6 +24,9 @@ if TYPE_CHECKING:
 
     from ..checkpoints.checkpoint import Checkpoint, MatroyshkaCheckpoint
     from .batches import Inputs
+
+#: The setting with a digest of each model and adapter that is trained on.
+FINGERPRINTS = "fingerprints of what is trained on"
 
 #: The projections of a decoder layer.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -33,6 +33,7 @@ from .examples import Group
 from .lora import with_lora
 from .output import SameSettings, find_resumed, is_in, refuse_own_inputs, remove_runs
 from .recipes import Recipe
+from .threads import fastest_threads
 from .validation import MEASURE, Validation
 
 
@@ -81,7 +82,8 @@ def train(
     trainer.add_callback(same_settings)
     if overwrite and not is_in(folder, resumed) and arguments.should_save:
         remove_runs(folder)
-    trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    with fastest_threads(arguments.device):
+        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     trainer.save_state()
     trainer.save_model()  # pushes to the hub too, if asked to
     return folder
