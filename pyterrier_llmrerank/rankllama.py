@@ -16,7 +16,7 @@ from .checkpoints.locate import absolute, folder_of, named_base, portable, requi
 from .engine.inputs import Ids, RankLLaMAInputs, document
 from .frames import row_name
 from .options import Option, with_options
-from .reranker import LLMReranker, model_path
+from .reranker import LLMReranker, model_path, require_layerwise
 from .values import column, optional, positive, problem_of
 
 if TYPE_CHECKING:
@@ -210,7 +210,8 @@ class RankLLaMAReranker(LLMReranker):
 
         Raises:
             FileExistsError: the folder is not empty.
-            ValueError: there is no adapter, or the model is untrained.
+            ValueError: there is no adapter, the model is untrained or, for ``merged``, it does not support layer-wise
+                execution.
         """
         from .checkpoints.saving import all_or_nothing, copy_adapter, write_merged
         from .engine.weights import build_decoder
@@ -218,6 +219,8 @@ class RankLLaMAReranker(LLMReranker):
         weights = self._weights()
         checkpoint = weights.checkpoint
         heads = checkpoint.heads(checkpoint.tokenizer())  # raises where it is untrained
+        if merged:
+            require_layerwise(checkpoint, "merged", merged, "False")
         if not merged and not self._is_adapter():
             raise ValueError(f"model={self.model!r} is no adapter; allowed: merged=True.")
         family = type(checkpoint.config).__name__.removesuffix("Config")

@@ -478,7 +478,7 @@ class LLMReranker(ValueSemantics, pt.Estimator):
         places = resolve_devices(self.device)
         dtype = resolve_dtype(self.dtype, *places)
         openers = [opener for opener in (self._checkpoint(), self._overlay_checkpoint()) if opener is not None]
-        files = [(opener.func, identity(opener.args)) for opener in openers]
+        files = [(opener.func, identity(opener.args, opener.args[0])) for opener in openers]
         settings = [(place, dtype, self.quantization, self.torch_compile) for place in places]
         key = tuple((*named, *setting) for setting in settings for named in files)
         with _LOCK:

@@ -24,6 +24,7 @@ from conftest import MODELS, frame, words
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyterrier.measures import nDCG
+from safetensors.torch import load_file, save_file
 
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker, ScoringError
 from pyterrier_llmrerank.engine import scoring
@@ -372,6 +373,22 @@ def test_relative_and_absolute_paths_share_weights(elsewhere: Path, monkeypatch:
 
 
 @pytest.mark.usefixtures("elsewhere")
+def test_an_adapter_below_the_model_that_is_rewritten_is_read_again(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(MODELS / "mistral_base", model)
+    shutil.copytree(MODELS / "adapter_sd", model / "trained" / "here")
+    options: dict[str, Any] = {"adapters": "trained/here", "start_layer": 2, "dtype": "float32"}
+    pair = ("panda", words(1, 9))
+    before = MatroyshkaReranker(model, **options)
+    score = before.compute_score(pair)
+    file = model / "trained" / "here" / "adapter_model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file)
+    again = MatroyshkaReranker(model, **options)
+    elsewhere = MatroyshkaReranker(model, **options | {"adapters": shutil.copytree(file.parent, tmp_path / "copy")})
+    assert again.compute_score(pair) == elsewhere.compute_score(pair) != score
+    assert again._weights() is MatroyshkaReranker(model, **options)._weights()
+
+
 def test_repr_shortens_paths() -> None:
     rankllama = RankLLaMAReranker(Path.cwd() / "rankllama_adapter", base_model="./rankllama_base")
     assert repr(rankllama) == "RankLLaMAReranker('rankllama_adapter', base_model='rankllama_base')"

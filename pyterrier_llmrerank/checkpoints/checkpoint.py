@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,8 +32,13 @@ from .tokenizer import open_tokenizer, vocabulary_of
 #: The start of a layer-wise model_type; the decoder's family follows.
 LAYER_WISE = "cost_wise_"
 
-#: Buffers that older releases of transformers stored, and that are computed now: rotary angles and causal masks.
-COMPUTED_BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias|causal_mask))")
+#: Buffers that older releases of transformers stored, and that are computed now: rotary angles, and causal masks with
+#: the value of what they hide.
+ROTARY = re.compile(
+    r"(.*\.)?((maybe_)?rotary(_pos)?(_emb)?\.((original_)?inv_freq|(cos|sin)_cached)|(attn|attention)\.embed_positions)"
+)
+MASK = re.compile(r"(.*\.)?(attn|attention)\.(bias|causal_mask)")
+HIDDEN = re.compile(r"(.*\.)?(attn|attention)\.masked_bias")
 
 #: The name of RankLLaMA's head.
 SCORE = "score.weight"
@@ -303,13 +309,24 @@ class Checkpoint(ABC):
         Args:
             names: the tensors in the files that the decoder does not have.
         """
-        unknown = sorted(name for name in names if not COMPUTED_BUFFERS.fullmatch(name) and not self.is_head(name))
+        unknown = sorted(name for name in names if not self._is_computed(name) and not self.is_head(name))
         if unknown:
             raise ValueError(
                 f"{self.argument}: the checkpoint has a tensor {short(unknown[0])}, which a model_type "
                 f"{self.config.model_type!r} with this config.json does not have ({len(unknown)} such tensors); scores "
                 "would ignore it."
             )
+
+    def _is_computed(self, name: str) -> bool:
+        """Tell whether a tensor in the files, known by its name there or a part of it, is a buffer that is computed."""
+        if ROTARY.fullmatch(name):
+            return True
+        same = (file for file in self.files if f".{file}".endswith(f".{name}") or f".{name}".endswith(f".{file}"))
+        shapes = [self.files.shape(file) for file in same]
+        if HIDDEN.fullmatch(name):
+            return all(math.prod(shape) == 1 for shape in shapes)
+        masks = all(len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3] for shape in shapes)
+        return MASK.fullmatch(name) is not None and masks
 
     def tensor(self, name: str) -> Tensor:
         """Read a weight by its name in the headless decoder: fp32 if an adapter updates it, else in its stored dtype.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import logging
 import os
 import re
@@ -21,6 +22,13 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*(@[A-Za-z0-9][\w-]
 
 #: The files of a hub repository that may be needed; weights in ``.bin`` files only where there are no others.
 HUB_FILES = ("*.json", "*.model", "*.txt", "*.safetensors")
+
+
+#: Files beside the weights that a fingerprint covers.
+FINGERPRINTED = ("config.json", "adapter_config.json")
+
+#: Bytes of a sample, and about how many samples a fingerprint takes of a file.
+SAMPLE, SAMPLES = 1 << 20, 64
 
 
 def is_hub_id(reference: str) -> bool:
@@ -88,20 +96,44 @@ def named_base(adapter: str) -> str | None:
     return absolute(named) if named and os.path.exists(Path(named).expanduser()) else None
 
 
-def identity(reference: Any) -> Any:
-    """Return a value that is equal for equal files: resolved paths, with the size and time of each file.
+def identity(reference: Any, model: str) -> Any:
+    """Return a value that is equal for equal files: resolved paths, with the size and time of all files in them.
 
     Args:
         reference: a folder, file or hub id, a tuple of such values, or any other value, which is returned unchanged.
+        model: the model below which an adapter may be named.
     """
     if isinstance(reference, tuple):
-        return tuple(identity(part) for part in reference)
-    path = Path(reference).expanduser() if isinstance(reference, str) else None
-    if path is None or not path.exists():
+        return tuple(identity(part, model) for part in reference)
+    if not isinstance(reference, str):
         return reference
-    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    own = Path(bundled.base(model)).expanduser() / reference
+    path = own if own.is_dir() else Path(reference).expanduser()
+    if not path.exists():
+        return reference
+    files = _files_in(path)
     states = [(file.name, file.stat()) for file in files]
     return str(path.resolve()), tuple((name, state.st_size, state.st_mtime_ns) for name, state in states)
+
+
+def fingerprint(path: Path) -> str:
+    """Return a digest of a model's or an adapter's files, wherever they are; of long files, of samples from them."""
+    digest = hashlib.sha256()
+    for file in _files_in(path):
+        if file.suffix not in (".safetensors", ".bin", ".gguf") and file.name not in FINGERPRINTED:
+            continue
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as opened:
+            for start in range(0, size, max(SAMPLE, size // SAMPLES)):
+                opened.seek(start)
+                digest.update(opened.read(SAMPLE))
+    return digest.hexdigest()[:16]
+
+
+def _files_in(path: Path) -> list[Path]:
+    """Return the files in a folder, sorted, or a file itself."""
+    return sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
 
 
 def require(reference: str, argument: str) -> None:

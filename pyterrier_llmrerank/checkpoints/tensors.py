@@ -73,14 +73,14 @@ class TensorFiles:
             #: Whether the files are safetensors, rather than torch's own format.
             self.safetensors = name.endswith(".safetensors")
             self._where: dict[str, Path | dict[str, Tensor]] = {}
+            self._shapes: dict[str, tuple[int, ...]] = {}
             for file in files:
                 path = folder / file
                 source = path if path.suffix == ".safetensors" else _load_bin(path)
-                names = source if isinstance(source, dict) else self._open(path).keys()
-                for name in names:
+                for name, shape in _shapes(source if isinstance(source, dict) else self._open(path)).items():
                     if name in self._where:
                         raise ValueError(f"{argument}: tensor {short(name)} is in {path} and in another file too.")
-                    self._where[name] = source
+                    self._where[name], self._shapes[name] = source, shape
             return
         raise incomplete or FileNotFoundError(
             f"{argument}: no weights in {folder}; expected {stem}.safetensors, {bin_stem}.bin or their index. "
@@ -95,10 +95,7 @@ class TensorFiles:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape without reading the tensor."""
-        source = self._where[name]
-        if isinstance(source, dict):
-            return tuple(source[name].shape)
-        return tuple(self._open(source).get_slice(name).get_shape())
+        return self._shapes[name]
 
     def read(self, name: str) -> Tensor:
         """Read a tensor in its stored dtype. It may be a view of the file, which stays mapped as long as it lives.
@@ -122,6 +119,13 @@ def _weight_map(index: Path) -> dict[str, str]:
     ):
         raise ValueError(f"{index}: weight_map must name files of this folder.")
     return weight_map
+
+
+def _shapes(source: Any) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all tensors in a dict of tensors or an open safetensors file, by name."""
+    if isinstance(source, dict):
+        return {name: tuple(tensor.shape) for name, tensor in source.items()}
+    return {name: tuple(source.get_slice(name).get_shape()) for name in source.keys()}  # noqa: SIM118
 
 
 def _open_safetensors(path: Path) -> Any:

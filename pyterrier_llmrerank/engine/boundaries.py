@@ -1,8 +1,9 @@
 """Find where a long text can be cut before it is tokenised without changing its first ids.
 
-Cuts are made before a space that follows a letter or a digit. The text after the cut cannot change the ids before it if
-no step of the tokenizer looks across the cut and no token spans it. The tokenizer's own description shows both. For a
-tokenizer with an unknown step, texts are not cut.
+Cuts are made before a space that follows a letter or a digit. If a tokenizer separates words from punctuation, they are
+also made before Chinese and Japanese marks, for texts without spaces. The text after the cut cannot change the ids
+before it if no step of the tokenizer looks across the cut and no token spans it. The tokenizer's own description shows
+both. For a tokenizer with an unknown step, texts are not cut.
 """
 
 from __future__ import annotations
@@ -20,50 +21,59 @@ if TYPE_CHECKING:
 #: A place to cut: between the two characters.
 CUT = re.compile(r"[^\W_] ")
 
-#: Alternatives that match a whole word, and a whole number.
+#: The same with marks that no word of a tokenizer that parts words includes: full stop, commas, and fullwidth ! ? ;
+CUT_AT_MARKS = re.compile(r"[^\W_][ \u3002\uff0c\u3001\uff01\uff1f\uff1b]")
+
+_CASED = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*",
+)
+
+#: Alternatives of patterns that match a word, and a number, up to its end.
 LETTERS = frozenset(
     [
-        r" ?\p{L}+", r"[^\r\n\p{L}\p{N}]?\p{L}+",
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*",
+        r" ?\p{L}+", r"[^\r\n\p{L}\p{N}]?\p{L}+", r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+",
+        *_CASED, *(words + "(?i:'s" for words in _CASED),
     ]
 )  # fmt: skip
 NUMBERS = frozenset([r" ?\p{N}+", r"\p{N}", r"\p{N}{1,3}"])
 
-#: Alternatives in the patterns of GPT-2, Llama 3, Qwen, Mistral's Tekken and others. None matches a space after
+#: Alternatives in the patterns of GPT-2, o200k, Llama 3, Qwen, Mistral's Tekken and others. None matches a space after
 #: anything but white space. Only ``\s+(?!\S)`` looks ahead, and it matches nothing but white space.
 ALTERNATIVES = (
     LETTERS
     | NUMBERS
     | {
-        "'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "(?i:'s", "'d)",
+        "'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "(?i:'s", "'d)", "'d)?", r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*",
         r" ?[^\s\p{L}\p{N}]+", r" ?[^\s\p{L}\p{N}]+[\r\n]*", r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
         r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+",
     }
 )  # fmt: skip
 
-_known: WeakKeyDictionary[PreTrainedTokenizerBase, bool] = WeakKeyDictionary()
+_known: WeakKeyDictionary[PreTrainedTokenizerBase, re.Pattern[str] | None] = WeakKeyDictionary()
 
 
 def cut_after(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> int:
     """Return the first place to cut after ``length`` characters, or the end of the text if there is none."""
     if length >= len(text):
         return len(text)
-    if (allowed := _known.get(tokenizer)) is None:
-        allowed = _known[tokenizer] = may_cut(tokenizer)
-    found = CUT.search(text, length - 1) if allowed else None
+    if tokenizer not in _known:
+        _known[tokenizer] = places_to_cut(tokenizer)
+    places = _known[tokenizer]
+    found = None if places is None else places.search(text, length - 1)
     return len(text) if found is None else found.start() + 1
 
 
-def may_cut(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether texts can be cut at :data:`CUT` without changing the ids before."""
-    added = (token.content for token in tokenizer.added_tokens_decoder.values())
+def places_to_cut(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
+    """Return the places where texts can be cut without changing the ids before; None if there are none."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values()]
     if any(re.search(r"[^\s▁][\s▁]", content) for content in added):  # such a token could span a cut
-        return False
+        return None
     if hasattr(tokenizer, "sp_model"):
-        return _sentencepiece_may_cut(tokenizer.sp_model)
+        return CUT if _sentencepiece_may_cut(tokenizer.sp_model) else None
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    return backend is not None and _json_may_cut(json.loads(backend.to_str()))
+    places = None if backend is None else _json_places(json.loads(backend.to_str()))
+    return CUT if places is CUT_AT_MARKS and any(map(CUT_AT_MARKS.search, added)) else places
 
 
 def _sentencepiece_may_cut(processor: Any) -> bool:
@@ -79,22 +89,22 @@ def _sentencepiece_may_cut(processor: Any) -> bool:
     )
 
 
-def _json_may_cut(described: dict[str, Any]) -> bool:
-    """Return whether texts can be cut for a tokenizer that ``tokenizer.json`` describes."""
+def _json_places(described: dict[str, Any]) -> re.Pattern[str] | None:
+    """Return where to cut for a tokenizer that ``tokenizer.json`` describes; None for nowhere."""
     normalizers = _steps(described["normalizer"], "normalizers")
     splits = _steps(described["pre_tokenizer"], "pretokenizers")
     model = described["model"]
     spaces = set(filter(None, map(_space_mark, [*normalizers, *splits])))
     if not all(map(_is_local_normalizer, normalizers)) or model["type"] not in ("BPE", "Unigram") or len(spaces) != 1:
-        return False
+        return None
     (space,) = spaces
     if not all(_is_local_split(part, space) for part in splits):
-        return False
+        return None
     if space == "Ġ" and any(map(_parts_words, splits)):
-        return not model.get("dropout")  # no token spans two pieces of a split
+        return None if model.get("dropout") else CUT_AT_MARKS  # no token spans two pieces of a split
     unsupported = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
     vocabulary = model["vocab"] if model["type"] == "BPE" else [piece for piece, _ in model["vocab"]]
-    return not any(map(model.get, unsupported)) and _none_spans_a_cut(space, vocabulary)
+    return CUT if not any(map(model.get, unsupported)) and _none_spans_a_cut(space, vocabulary) else None
 
 
 def _steps(step: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:

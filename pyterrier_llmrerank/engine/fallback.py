@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 from ..checkpoints.adapters import canonical
-from ..checkpoints.checkpoint import Checkpoint, silence_warnings
+from ..checkpoints.checkpoint import MASK, Checkpoint, silence_warnings
 from .packing import PackedPairs, on_device
 
 #: Names of the norm after the last layer in transformers' decoders.
@@ -191,7 +191,10 @@ def _open_model(checkpoint: Checkpoint) -> tuple[Any, Sequence[str]]:
         )
     if loading["missing_keys"]:
         raise ValueError(f"{checkpoint.argument}: the checkpoint has no tensor {min(loading['missing_keys'])!r}.")
-    return model, loading["unexpected_keys"]
+    # Some of transformers' models leave out every tensor that is named like a mask of older releases.
+    own = [f".{name}" for name in model.state_dict()]
+    masks = {name for name in checkpoint if MASK.fullmatch(name) and not any(f".{name}".endswith(o) for o in own)}
+    return model, sorted(masks.union(loading["unexpected_keys"]))
 
 
 def _merge_adapters(model: Any, checkpoint: Checkpoint) -> dict[str, nn.Linear]:

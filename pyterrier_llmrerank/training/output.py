@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from ..checkpoints.config import read_json
 from ..checkpoints.description import FILE
+from .recipes import FINGERPRINTS
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +111,7 @@ class SameSettings(TrainerCallback):
             logger.warning("%s has no %s: whether its settings were the same is not checked.", resumed, self.FILE)
             return
         before = read_json(resumed / self.FILE)
+        before.setdefault(FINGERPRINTS, settings.get(FINGERPRINTS))  # earlier versions did not write them
         for name in {**before, **settings}:
             if before.get(name) != settings.get(name):
                 raise ValueError(

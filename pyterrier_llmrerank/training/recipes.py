@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import pyterrier as pt
 
+from ..checkpoints.locate import fingerprint
 from ..engine.inputs import PROMPT, MatroyshkaInputs, RankLLaMAInputs, document
 from ..values import RATIOS
 from .objectives import METHODS, CascadeLoss, DistilledLoss, Loss
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
     from ..checkpoints.checkpoint import Checkpoint, MatroyshkaCheckpoint
     from .batches import Inputs
+
+#: The setting with a digest of each model and adapter that is trained on.
+FINGERPRINTS = "fingerprints of what is trained on"
 
 #: The projections of a decoder layer.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -153,8 +157,13 @@ class Recipe(Declared, ABC):
         settings = {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata["resumable"]}
         lists = {name: list(value) for name, value in settings.items() if isinstance(value, tuple)}
         paths = [checkpoint.base, *(str(adapter.name) for adapter in checkpoint.adapters)]
-        names = {"trained_on": [PurePath(path).name for path in paths]}  # folders may have moved
-        return {"recipe": type(self).__name__, **names, **settings, **lists}
+        adapters = [*checkpoint.adapters, *([checkpoint.adapter] if checkpoint.adapter else [])]
+        folders = dict.fromkeys([checkpoint.folder, *(adapter.folder for adapter in adapters)])
+        trained_on = {  # folders may have moved, so their contents count
+            "trained_on": [PurePath(path).name for path in paths],
+            FINGERPRINTS: [fingerprint(folder) for folder in folders],
+        }
+        return {"recipe": type(self).__name__, **trained_on, **settings, **lists}
 
     @property
     def token_ratio(self) -> int | None:

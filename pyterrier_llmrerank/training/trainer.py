@@ -37,6 +37,7 @@ from .examples import Group
 from .lora import with_lora
 from .output import SameSettings, find_resumed, is_in, refuse_own_inputs, remove_runs
 from .recipes import Recipe
+from .threads import fastest_threads
 from .validation import MEASURE, Validation
 
 
@@ -85,7 +86,7 @@ def train(
     trainer.add_callback(same_settings)
     if overwrite and not is_in(folder, resumed) and arguments.should_save:
         remove_runs(folder)
-    with without_cudnn():
+    with without_cudnn(), fastest_threads(arguments.device):
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     trainer.save_state()
     trainer.save_model()  # pushes to the hub too, if asked to

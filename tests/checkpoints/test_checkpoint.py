@@ -182,6 +182,7 @@ def test_a_tensor_that_scores_would_ignore_is_named(changed: Callable[..., str],
     [
         (RAW, "model.rotary_emb.inv_freq"),
         (FULL, "model.layers.7.self_attn.rotary_emb.inv_freq"),
+        (FULL, "model.layers.7.self_attn.rotary_emb.cos_cached"),
         (FULL, "lm_head.weight"),
         (BASE, "score.weight"),  # the adapter has its own
         (BASE, "lm_head.0.linear_head.weight"),

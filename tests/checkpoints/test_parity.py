@@ -85,6 +85,8 @@ def configs(draw: st.DrawFn, family: str) -> PreTrainedConfig:
         said["use_sliding_window"] = draw(st.booleans())
         said["sliding_window"] = draw(st.sampled_from([1, 7, 100]))
         said["max_window_layers"] = draw(st.integers(0, layers))
+    if draw(st.booleans()):
+        said["is_causal"] = draw(st.sampled_from([True, True, False]))
     return FAMILIES[family](**said, bos_token_id=1, eos_token_id=2, pad_token_id=None)
 
 
@@ -154,6 +156,10 @@ def test_rankllama_scores_as_peft_does(
         model = base(folder, AutoModelForSequenceClassification, config, seed, dtype, shard)
         peft = adapted(model, said, "SEQ_CLS", seed, adapter)
         reranker = RankLLaMAReranker(adapter, base_model=folder, dtype="float32")
+        if not getattr(config, "is_causal", True):
+            with pytest.raises(ValueError, match="is_causal is False"):
+                reranker.compute_score(PAIRS)
+            return
         scores = reranker.compute_score(PAIRS)
         pairs = ids_of(reranker, PAIRS)
     with torch.inference_mode():
@@ -175,6 +181,10 @@ def test_matroyshka_scores_as_peft_does_at_every_layer(
         for number, (options, name) in enumerate(zip(said, names, strict=True)):
             model = adapted(model, options, "CAUSAL_LM", seed + number, name).merge_and_unload()
         cutoffs = list(range(1, config.num_hidden_layers + 1))
+        if not getattr(config, "is_causal", True):
+            with pytest.raises(ValueError, match="is_causal is False"):
+                MatroyshkaReranker(folder, adapters=names, start_layer=1, cutoff=cutoffs, dtype="float32")
+            return
         reranker = MatroyshkaReranker(folder, adapters=names, start_layer=1, cutoff=cutoffs, dtype="float32")
         scores, tokenizer = reranker.compute_score(PAIRS), reranker.tokenizer  # as transformers opens it for a family
         pairs = ids_of(reranker, PAIRS)

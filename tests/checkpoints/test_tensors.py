@@ -14,6 +14,7 @@ from conftest import lfs_pointer
 from safetensors.torch import save_file
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
+from pyterrier_llmrerank.checkpoints import tensors
 from pyterrier_llmrerank.checkpoints.tensors import TensorFiles
 
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b.weight": torch.ones(4)}
@@ -29,6 +30,16 @@ def sharded(folder: Path, suffix: str) -> None:
         names[name] = file
     stem = "model.safetensors" if suffix == ".safetensors" else "pytorch_model.bin"
     (folder / f"{stem}.index.json").write_text(json.dumps({"weight_map": names}))
+
+
+def test_shapes_are_read_once_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sharded(tmp_path, ".safetensors")
+    opened: list[Path] = []
+    original = tensors._open_safetensors
+    monkeypatch.setattr(tensors, "_open_safetensors", lambda path: opened.append(path) or original(path))
+    files = TensorFiles(tmp_path, "model", "model='m'")
+    assert {name: files.shape(name) for name in files} == {"a.weight": (2, 3), "b.weight": (4,)}
+    assert len(opened) == 2
 
 
 @pytest.mark.parametrize("layout", ["safetensors", "bin", "old bin", "sharded safetensors", "sharded bin"])

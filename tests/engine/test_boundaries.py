@@ -15,14 +15,23 @@ from transformers import GemmaConfig, LlamaConfig, MistralConfig, PreTrainedToke
 
 from pyterrier_llmrerank.checkpoints.tokenizer import open_tokenizer
 from pyterrier_llmrerank.engine import boundaries, inputs
-from pyterrier_llmrerank.engine.boundaries import CUT, cut_after, may_cut
+from pyterrier_llmrerank.engine.boundaries import CUT, CUT_AT_MARKS, cut_after, places_to_cut
 from pyterrier_llmrerank.engine.inputs import RankLLaMAInputs, token_ids
 
+QWEN_3_5 = QWEN.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"^\s\p{L}\p{N}", r"^\s\p{L}\p{M}\p{N}")
 LLAMA3 = QWEN.replace(r"\p{N}|", r"\p{N}{1,3}|")
 TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    + CONTRACTIONS
+    + r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    + CONTRACTIONS
+    + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 RAW = PreTrainedTokenizerFast.from_pretrained(MODELS / "mistral_base")
 PARTS = st.sampled_from(
@@ -40,6 +49,7 @@ PARTS = st.sampled_from(
             "york",
             "new",
             "\U0001f600",
+            *("。", "\uff0c", "、", "\uff01", "\uff1f", "\uff1b", "大。", "熊\uff0c"),
             "▁",
             "_",
             "-",
@@ -94,12 +104,17 @@ KINDS: dict[str, Callable[[Path], PreTrainedTokenizerBase]] = {
     "qwen": lambda _: fast(byte_level(normalizers.NFC(), QWEN)),
     "llama 3": lambda _: fast(byte_level(None, LLAMA3)),
     "tekken": lambda _: fast(byte_level(normalizers.NFKD(), TEKKEN)),
+    "o200k": lambda _: fast(byte_level(None, O200K)),
+    "qwen 3.5": lambda _: fast(byte_level(normalizers.NFC(), QWEN_3_5)),
     "sentencepiece": lambda folder: slow(folder, MistralConfig),
     "sentencepiece, not legacy": lambda folder: slow(folder, LlamaConfig, (("legacy", False),)),
     "sentencepiece, unigram": lambda folder: slow(folder, MistralConfig, model_type="unigram"),
     "sentencepiece, fewer spaces": lambda folder: slow(folder, MistralConfig, remove_extra_whitespaces=True),
     "sentencepiece, no bytes": lambda folder: slow(folder, GemmaConfig, byte_fallback=False, add_dummy_prefix=False),
 }
+
+#: Tokenizers that part words from punctuation.
+PARTS_WORDS = ("gpt2", "qwen", "llama 3", "tekken", "o200k", "qwen 3.5")
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +125,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], PreTrained
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_before_a_cut_are_those_of_the_whole_text(kind: str, made: Callable) -> None:
     tokenizer = made(kind)
-    assert may_cut(tokenizer)
+    places = places_to_cut(tokenizer)
+    assert places is (CUT_AT_MARKS if kind in PARTS_WORDS else CUT)
 
     @given(TEXTS)
     def check(text: str) -> None:
         whole = tokenizer(text, add_special_tokens=False)["input_ids"]
-        for cut in CUT.finditer(text):
+        for cut in places.finditer(text):
             before = tokenizer(text[: cut.start() + 1], add_special_tokens=False)["input_ids"]
             assert whole[: len(before)] == before
 
@@ -142,7 +158,7 @@ NOT_CUT = {
 @pytest.mark.parametrize("kind", NOT_CUT)
 def test_texts_are_not_cut_unless_that_is_provably_safe(kind: str) -> None:
     tokenizer = NOT_CUT[kind]()
-    assert not may_cut(tokenizer)
+    assert places_to_cut(tokenizer) is None
     text = words(1, 400) + " new york 4"
     assert cut_after(tokenizer, text, 10) == len(text)
     if kind != "chance":
@@ -228,9 +244,24 @@ def test_long_texts_that_cannot_be_cut_go_into_calls_of_limited_size() -> None:
 
 def test_a_tokenizer_is_examined_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(boundaries, "may_cut", lambda tokenizer: asked.append(tokenizer) or True)
+    monkeypatch.setattr(boundaries, "places_to_cut", lambda tokenizer: asked.append(tokenizer) or CUT)
     tokenizer = fast(byte_level())
     for _ in range(3):
         assert cut_after(tokenizer, "panda tide coffee", 7) == 10
         assert cut_after(tokenizer, "panda tide", 99) == 10
     assert asked == [tokenizer]
+
+
+def test_a_long_text_without_spaces_is_cut_at_its_marks() -> None:
+    tokenizer, text = fast(byte_level(None, QWEN)), "大熊猫吃竹子。" * 5_000
+    assert cut_after(tokenizer, text, 1_000) == text.index("。", 1_000)
+    wanted = tokenizer(text, add_special_tokens=False)["input_ids"][:50]
+    watched = Watched(tokenizer)
+    assert token_ids(watched, [text], 50) == [wanted]
+    assert sum(watched.calls) < 10_000
+
+
+def test_an_added_token_may_span_a_mark() -> None:
+    tokenizer = fast(byte_level(None, QWEN))
+    tokenizer.add_tokens([AddedToken("熊。", normalized=False)])
+    assert places_to_cut(tokenizer) is CUT

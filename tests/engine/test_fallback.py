@@ -173,11 +173,43 @@ def test_gemma_2_under_the_name_of_gemma_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("buffer", ["attn.masked_bias", "attention.bias", "rotary_emb.inv_freq", "lm_head.weight"])
-def test_tensors_that_are_computed_or_unused_change_nothing(tmp_path: Path, name: str, buffer: str) -> None:
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (1, 64, 9, 9), (1, 1, 9, 8)])
+def test_a_bias_of_attention_is_no_mask(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
+    saved(tmp_path, CONFIGS[name])
+    add(tmp_path, "model.layers.0.attn.bias", torch.ones(shape))
+    with pytest.raises(ValueError, match=r"has a tensor '.*attn\.bias', which a model_type"):
+        RankLLaMAReranker(tmp_path).compute_score(PAIRS[0])
+
+
+@pytest.mark.parametrize("kind", [AutoModelForSequenceClassification, AutoModelForCausalLM])
+def test_a_merged_model_is_not_written(tmp_path: Path, kind: type) -> None:
+    saved(tmp_path / "model", CONFIGS["gpt_neox"], kind)
+    cls = RankLLaMAReranker if kind is AutoModelForSequenceClassification else MatroyshkaReranker
+    with pytest.raises(ValueError, match=r"merged=True: the layers of model='.*' \(model_type 'gpt_neox'\) cannot be"):
+        cls(tmp_path / "model").save(tmp_path / "saved", merged=True)
+    assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("buffer", "shape"),
+    [
+        ("attn.masked_bias", ()),
+        ("attention.bias", (1, 1, 9, 9)),
+        ("attn.causal_mask", (1, 1, 9, 9)),
+        ("attn.embed_positions", (9, 4)),
+        ("rotary_emb.inv_freq", (3,)),
+        ("self_attention.maybe_rotary.inv_freq", (3,)),
+        ("self_attn.rotary_emb.cos_cached", (1, 1, 9, 4)),
+        ("lm_head.weight", (3,)),
+    ],
+)
+def test_tensors_that_are_computed_or_unused_change_nothing(
+    tmp_path: Path, name: str, buffer: str, shape: tuple[int, ...]
+) -> None:
     saved(tmp_path, CONFIGS[name])
     wanted = RankLLaMAReranker(tmp_path).compute_score(PAIRS)
-    add(tmp_path, buffer if buffer == "lm_head.weight" else f"model.layers.0.{buffer}")
+    add(tmp_path, buffer if buffer == "lm_head.weight" else f"model.layers.0.{buffer}", torch.ones(shape))
     np.testing.assert_array_equal(RankLLaMAReranker(tmp_path).compute_score(PAIRS), wanted)
 
 

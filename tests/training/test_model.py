@@ -8,12 +8,13 @@ import torch
 from conftest import MODELS, golden
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from pyterrier_llmrerank.checkpoints.checkpoint import MatroyshkaCheckpoint, RankLLaMACheckpoint
 from pyterrier_llmrerank.engine.inputs import Ids, RankLLaMAInputs, document
 from pyterrier_llmrerank.engine.packing import PackedPairs
 from pyterrier_llmrerank.training.lora import LowRankLinear
-from pyterrier_llmrerank.training.model import RankingModel
+from pyterrier_llmrerank.training.model import RankingModel, RMSNorm
 from pyterrier_llmrerank.training.objectives import CascadeLoss, cross_entropy
 
 FILES = [golden(f"matroyshka_train_{name}.json") for name in ("self_distillation", "compensation")]
@@ -128,3 +129,46 @@ def test_rankllamas_loss_and_gradients_are_the_original_ones() -> None:
         assert named[name].grad.norm().item() == pytest.approx(wanted, rel=1e-3), name
     total = torch.stack([p.grad.square().sum() for p in peft.parameters() if p.grad is not None]).sum().sqrt()
     assert total.item() == pytest.approx(train["total_grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_norm_has_the_gradient_of_the_decoders(dtype: torch.dtype) -> None:
+    norm = LlamaRMSNorm(48, eps=1e-5).to(dtype).requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    states, gradient = (3 * torch.randn(1, 7, 48, generator=generator).to(dtype) for _ in range(2))
+    norm.weight.copy_(torch.randn(48, generator=generator))
+    (wanted, of_input), (got, of_ours) = (
+        (out := module(leaf := states.clone().requires_grad_()), torch.autograd.grad(out, leaf, gradient)[0])
+        for module in (norm, RMSNorm(norm))
+    )
+    assert torch.equal(got, wanted)
+    torch.testing.assert_close(of_ours, of_input, atol=1e-6 if dtype == torch.float32 else 0.05, rtol=1e-2)
+    norm.requires_grad_(True)
+    torch.testing.assert_close(RMSNorm(norm)(states), norm(states))
+    RMSNorm(norm)(states).sum().backward()
+    assert norm.weight.grad is not None
+
+
+@pytest.mark.parametrize("shape", [(), ((2, 4), 2)], ids=["full", "pooled"])
+def test_the_deepest_layer_runs_for_last_tokens_alone_with_the_same_gradients(
+    shape: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = rows_of(FILES[0]["batches"]["mixed"])
+    gradients = []
+    for whole in (False, True):
+        model = matroyshka("mistral_base", [], 2)
+        monkeypatch.setattr(model, "_whole_layers", lambda whole=whole: whole)
+        ran: list[torch.Size] = []
+        model.model.layers[-1].mlp.register_forward_hook(lambda _, inputs, __, ran=ran: ran.append(inputs[0].shape))
+        model(batch, *shape).square().sum().backward()
+        assert (ran[0].numel() == len(batch) * 64) is not whole
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], atol=1e-4, rtol=1e-4)
+
+
+def test_dropout_of_attention_runs_the_whole_deepest_layer() -> None:
+    model = matroyshka("mistral_base", [], 2)
+    assert not model._whole_layers()
+    model.config.attention_dropout = 0.1
+    assert model._whole_layers()

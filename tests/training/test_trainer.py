@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import MODELS, RECORDS, ids_of, words
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
@@ -294,6 +295,26 @@ def test_the_last_whole_checkpoint_is_gone_on_with(tmp_path: Path, caplog: pytes
             (tmp_path / name / "trainer_state.json").write_text("{}")
     assert find_resumed(asked) == tmp_path / "checkpoint-10"
     assert caplog.messages == []
+
+
+def test_a_run_goes_on_over_the_same_weights_alone(tmp_path: Path) -> None:
+    """Wherever they are, and whatever another folder of the same name holds."""
+    for place in ("begun", "moved", "other"):
+        shutil.copytree(BASE, tmp_path / place / "base")
+    weights = tmp_path / "other" / "base" / "model.safetensors"
+    tensors = load_file(weights)
+    save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] * 2}, weights, metadata={"format": "pt"})
+    folder = tmp_path / "run"
+    run(folder, base=str(tmp_path / "begun" / "base"))
+    options = {"resume_from_checkpoint": str(folder / "checkpoint-1")}
+    with pytest.raises(ValueError, match=r"the run began with fingerprints of what is trained on=\['\w{16}'\], not "):
+        run(folder, base=str(tmp_path / "other" / "base"), **options)
+    run(folder, base=str(tmp_path / "moved" / "base"), **options)
+
+    settings = folder / "checkpoint-1" / "begun_with.json"  # as earlier versions wrote it
+    said = json.loads(settings.read_text())
+    settings.write_text(json.dumps({name: value for name, value in said.items() if "fingerprint" not in name}))
+    run(folder, base=str(tmp_path / "moved" / "base"), **options)
 
 
 def test_a_checkpoint_that_does_not_say_what_it_was_begun_with(

@@ -1,0 +1,71 @@
+"""Training on a CPU runs on the number of threads that is fastest, and leaves torch's own number as it was."""
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from pyterrier_llmrerank.training.threads import TURNS, fastest_threads, seconds_of_layer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Six threads, without a number in the environment."""
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    torch.set_num_threads(6)
+    yield monkeypatch
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("best", [1, 2, 4, 6])
+def test_the_fastest_number_of_threads_is_used(
+    best: int, threads: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    asked: list[int] = []
+
+    def seconds(number: int) -> float:
+        asked.append(number)
+        slow = 60.0 if len(asked) in (best, 9, 14) else 0.0  # a disturbance
+        return 0.001 * (1 + abs(number - best)) + slow
+
+    with fastest_threads(CPU, seconds):
+        assert torch.get_num_threads() == best
+    assert torch.get_num_threads() == 6
+    assert asked == [1, 2, 4, 6] * (TURNS + 1)
+    assert f"training on {best} of 6 threads (1: " in caplog.text
+
+
+def test_a_given_number_is_kept(threads: pytest.MonkeyPatch) -> None:
+    def seconds(number: int) -> float:
+        pytest.fail("it was measured")
+
+    with fastest_threads(torch.device("cuda"), seconds):
+        assert torch.get_num_threads() == 6
+    threads.setenv("OMP_NUM_THREADS", "6")
+    with fastest_threads(CPU, seconds):
+        assert torch.get_num_threads() == 6
+    threads.delenv("OMP_NUM_THREADS")
+    torch.set_num_threads(1)
+    with fastest_threads(CPU, seconds):
+        assert torch.get_num_threads() == 1
+
+
+def test_the_number_is_restored_after_an_error(threads: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        with fastest_threads(CPU, float):
+            assert torch.get_num_threads() == 1
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert torch.get_num_threads() == 6
+
+
+def test_a_layer_is_measured_on_the_threads_asked_for(threads: pytest.MonkeyPatch) -> None:
+    assert seconds_of_layer(2) > 0
+    assert torch.get_num_threads() == 2
