@@ -2,7 +2,8 @@
 
     python examples/evaluate_small.py FOLDER [FOLDER ...] --output results --plot results/cost.png
 
-Every judged query of a collection counts; the first stage is BM25, and its best candidates are reranked. A FOLDER
+Every query with judgements counts; the first stage is BM25, and its best candidates are reranked. A query without
+a judged candidate has the same value in any order, so that its candidates are not scored. A FOLDER
 holds topics.tsv (qid, query), qrels.txt (TREC), docs.jsonl.gz (docno, title, text) and runs/bm25.res.gz (TREC).
 Differences from the first stage are tested by a paired t-test, with Holm's correction over the systems.
 
@@ -320,8 +321,8 @@ def main() -> None:
     collections = {}
     for folder in arguments.folders:
         topics, qrels, first = load(folder, "bm25", CANDIDATES.get(folder.name, arguments.candidates), None)
-        topics = topics[topics["qid"].isin(first.merge(qrels, on=["qid", "docno"])["qid"])]
-        collections[folder.name] = topics, qrels, first[first["qid"].isin(topics["qid"])]
+        judged = set(first.merge(qrels, on=["qid", "docno"])["qid"])  # the order changes no other query's measure
+        collections[folder.name] = topics, qrels, first[first["qid"].isin(judged)]
     try:
         remember(arguments)
         for name, (_, _, first) in collections.items():
