@@ -562,7 +562,7 @@ class LLMReranker(pt.Estimator):
     def _options_shown(self) -> list[str]:
         """Return the options that are not the default, as ``repr`` prints them."""
         _, _, *options = inspect.signature(type(self).__init__).parameters.values()  # self, model
-        return [f"{p.name}={self._shown(p.name)!r}" for p in options if getattr(self, p.name) != p.default]
+        return [f"{p.name}={value!r}" for p in options if (value := self._shown(p.name)) != p.default]
 
     def _shown(self, name: str) -> Any:
         """Return an argument's value as ``repr`` prints it."""

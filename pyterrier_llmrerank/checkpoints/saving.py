@@ -120,14 +120,14 @@ def write_adapters(parts: Description, folder: Path) -> Description:
 
 
 def describe_trained(
-    checkpoint: Checkpoint, folder: Path, *, prompt: str | None = None, ratio: int | None = None, whole: bool = True
+    checkpoint: Checkpoint, folder: Path, inputs: Mapping[str, Any], *, ratio: int | None = None, whole: bool = True
 ) -> None:
     """Describe the reranker that a newly trained adapter makes of its base, so that the adapter's folder opens.
 
     Args:
         checkpoint: the model that was trained on; copies of the adapters merged into it go into ``adapter-<number>``.
         folder: the folder of the trained adapter.
-        prompt: the question that ends every input; None for RankLLaMA.
+        inputs: the fields of the description that say how inputs are made.
         ratio: the ratio that a token compensation was trained for; None for any other adapter.
         whole: copy earlier adapters; without them, an adapter that needs some is not described.
     """
@@ -140,7 +140,8 @@ def describe_trained(
         copy_adapter(adapter.folder, folder / name)
     merged, by_ratio = ((*names, "."), ()) if ratio is None else (names, ((ratio, "."),))
     described = checkpoint.description()
-    replace(described, base=checkpoint.base, prompt=prompt, adapters=merged, token_adapters=by_ratio).write(folder)
+    parts = replace(described, base=checkpoint.base, adapters=merged, token_adapters=by_ratio, **inputs)
+    parts.write(folder)
 
 
 def write_merged(

@@ -214,6 +214,7 @@ def main(command: str, argv: Sequence[str]) -> Path:
         logging.getLogger(__name__.partition(".")[0]).setLevel(logging.INFO)
     find_resumed(arguments, sources.overwrite_output_dir)  # raises before the slow steps
     checkpoint = recipe.open(sources.model_name_or_path, sources.raw_peft or [])
+    recipe = recipe.following(checkpoint)
     with arguments.main_process_first(desc="reading the data"):
         records = open_data("train_data", sources.train_data, sources.dataset_split, recipe.loss.needs_teacher)
     validation = None

@@ -276,7 +276,7 @@ class GroupTrainer(Trainer):
             describe_trained(
                 self.checkpoint,
                 folder,
-                prompt=getattr(self.recipe, "prompt", None),
+                self.recipe.described_inputs(),
                 ratio=self.recipe.token_ratio,
                 whole=folder == Path(cast(str, self.args.output_dir)),
             )
