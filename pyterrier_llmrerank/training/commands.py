@@ -176,7 +176,9 @@ def _parser(command: str, recipe_type: type[Recipe]) -> HfArgumentParser:
 
 
 def _parsed(hint: Any) -> Any:
-    """Return the type to parse an option as: a list for a tuple."""
+    """Return the type to parse an option as: a list for a tuple, and bool, which needs no value, for bool or None."""
+    if hint == bool | None:
+        return bool
     return list[typing.get_args(hint)[0]] if typing.get_origin(hint) is tuple else hint  # type: ignore[misc]
 
 
