@@ -22,7 +22,7 @@ from .features import PAPER, AtDepth, MatroyshkaFeatures
 from .frames import sigmoid
 from .options import Converted, Option, with_options
 from .reranker import LLMReranker, Scores, model_path, require_layerwise
-from .values import RATIOS, flag, integer, items, layers, optional, path_like, positive, refuse, string
+from .values import RATIOS, flag, integer, items, layers, one_of, optional, path_like, positive, refuse, string
 
 if TYPE_CHECKING:
     from .checkpoints.checkpoint import Checkpoint, MatroyshkaCheckpoint
@@ -526,7 +526,9 @@ class MatroyshkaReranker(LLMReranker):
             self.start_layer, self.layer_sep = recipe.start_layer, recipe.layer_sep
         self.adapters, self.token_adapters = (*parts.adapters, *self._token_adapter(parts), adapter), ()
 
-    def save(self, folder: str | Path, *, merged: bool = False) -> list[Path]:
+    def save(
+        self, folder: str | Path, *, merged: bool = False, cutoff: int | None = None, form: str | None = None
+    ) -> list[Path]:
         """Write the trained model, in the form that the original programs, PEFT and the constructor open.
 
         A file ``reranker.json`` at the top describes it, with ``start_layer``, ``layer_sep`` and ``prompt``, so that
@@ -536,6 +538,9 @@ class MatroyshkaReranker(LLMReranker):
             folder: where to; new or empty.
             merged: write one layer-wise model (``cost_wise_*``) with all adapters merged in, rather than the
                 PEFT adapters. Weights are in ``dtype``, not quantised, heads are fp32.
+            cutoff: the depth of a sequence classifier; None for the reranker's own.
+            form: ``"sequence-classification"`` writes one depth as a plain ``*ForSequenceClassification`` with one
+                label, which other programs open and serve; it needs ``merged=True``. Widths and cascades stay here.
 
         Returns:
             The folders of the adapters that this shape uses, in order: they open as ``adapters`` too. A single adapter
@@ -544,11 +549,16 @@ class MatroyshkaReranker(LLMReranker):
 
         Raises:
             FileExistsError: the folder is not empty.
-            ValueError: there is no adapter to write.
+            ValueError: there is no adapter to write, the depth has no head, or an argument needs another.
         """
-        from .checkpoints.saving import write_adapters, write_merged, written_whole
+        from .checkpoints.saving import classifier_settings, write_adapters, write_merged, written_whole
         from .engine.weights import build_decoder
 
+        one_of("sequence-classification")("form", form)
+        if form is not None and not merged:
+            raise ValueError(f"form={form!r}: it is one model; allowed: merged=True too.")
+        if cutoff is not None and form is None:
+            raise ValueError(f"cutoff={cutoff!r}: adapters and layer-wise models keep all depths; allowed: None.")
         target, parts = Path(folder).expanduser(), self._parts(fetch=True)
         parts = replace(parts, prompt=PROMPT if parts.prompt is None else parts.prompt)
         if not merged:
@@ -557,9 +567,23 @@ class MatroyshkaReranker(LLMReranker):
             with written_whole(target):
                 saved = write_adapters(parts, target)
             return [target / name for name in (*saved.adapters, *self._token_adapter(saved))]
-        weights = self._weights()
+        shape = self
+        if form is not None:  # one depth at full width, which has no token compensation
+            depth = self.deepest() if cutoff is None else cutoff
+            shape = self.at(cutoff=depth, compress_layers=(), compress_ratio=1, prune=())
+            shape._shape(shape._weights().checkpoint)  # raises where the depth has no head
+        weights = shape._weights()
         checkpoint = cast("MatroyshkaCheckpoint", weights.checkpoint)
         heads = checkpoint.heads(checkpoint.tokenizer())
+        if form is not None:
+            (depth,) = shape.cutoffs()[-1:]
+            settings = classifier_settings(checkpoint) | {"num_hidden_layers": depth}
+            if kinds := checkpoint.settings.get("layer_types"):
+                settings["layer_types"] = kinds[:depth]
+            score = {"score.weight": heads[checkpoint.head_layers.index(depth)][None]}
+            with written_whole(target):
+                write_merged(checkpoint, build_decoder(checkpoint), score, settings, weights.dtype, target, None, depth)
+            return []
         settings = {
             "model_type": f"cost_wise_{checkpoint.config.model_type}",
             "architectures": [f"CostWise{type(checkpoint.config).__name__.removesuffix('Config')}ForCausalLM"],

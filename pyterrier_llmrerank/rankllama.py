@@ -285,7 +285,7 @@ class RankLLaMAReranker(LLMReranker):
             FileExistsError: there is something in the folder.
             ValueError: there is no adapter, or it is untrained.
         """
-        from .checkpoints.saving import copy_adapter, write_merged, written_whole
+        from .checkpoints.saving import classifier_settings, copy_adapter, write_merged, written_whole
         from .engine.weights import build_decoder
 
         weights, form = self._weights(), self._form()
@@ -293,13 +293,11 @@ class RankLLaMAReranker(LLMReranker):
         heads = checkpoint.heads(checkpoint.tokenizer())  # raises where it is untrained
         if not merged and not self._is_adapter():
             raise ValueError(f"model={self.model!r} is no adapter; allowed: merged=True.")
-        family = type(checkpoint.config).__name__.removesuffix("Config")
-        settings = {"architectures": [f"{family}ForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
-        settings |= {"label2id": {"LABEL_0": 0}}
         with written_whole(Path(folder).expanduser()) as target:
             if merged:
                 head = {"score.weight": heads}
                 decoder, description = build_decoder(checkpoint), replace(checkpoint.description(), input_format=form)
+                settings = classifier_settings(checkpoint)
                 write_merged(checkpoint, decoder, head, settings, weights.dtype, target, description)
             else:
                 copy_adapter(folder_of(self._source(), "model"), target, checkpoint.base, checkpoint.tokenizer())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -144,6 +145,28 @@ def describe_trained(
     parts.write(folder)
 
 
+def classifier_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the settings of a ``*ForSequenceClassification`` model with one label and a pad token.
+
+    Raises:
+        ValueError: the tokenizer has no token that could pad.
+    """
+    tokenizer = checkpoint.tokenizer()
+    known = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id)
+    pads = [token for token in known if token is not None]
+    if not pads:
+        raise ValueError(f"{checkpoint.argument}: its tokenizer has no pad, unknown or end token to pad batches with.")
+    family = type(checkpoint.config).__name__.removesuffix("Config")
+    return {
+        "model_type": checkpoint.config.model_type,
+        "architectures": [f"{family}ForSequenceClassification"],
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+        "pad_token_id": pads[0],
+        "sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"},
+    }
+
+
 def write_merged(
     checkpoint: Checkpoint,
     decoder: PreTrainedModel,
@@ -151,7 +174,8 @@ def write_merged(
     settings: Mapping[str, Any],
     dtype: torch.dtype,
     folder: Path,
-    description: Description,
+    description: Description | None,
+    layers: int | None = None,
 ) -> None:
     """Write one model with all adapters merged in, one file at a time, so that only one has to fit in memory.
 
@@ -162,11 +186,17 @@ def write_merged(
         settings: the settings in config.json beside the checkpoint's own.
         dtype: the dtype of all other weights.
         folder: the folder to write into.
-        description: the description to write beside the model.
+        description: the description to write beside the model; None for none.
+        layers: the number of layers to write, from the first; None for all.
     """
+    tokenizer = copy.deepcopy(checkpoint.tokenizer())
+    if "pad_token_id" in settings:
+        tokenizer.pad_token_id = settings["pad_token_id"]
+    beyond = [f"layers.{layer}." for layer in range(layers or checkpoint.layers, checkpoint.layers)]
     shapes = {
         f"model.{name}": torch.empty(parameter.shape, dtype=dtype, device="meta")
         for name, parameter in decoder.named_parameters()
+        if not name.startswith(tuple(beyond))
     }
     plan = split_torch_state_dict_into_shards({**shapes, **heads}, max_shard_size="4GB")
     for file, names in plan.filename_to_tensors.items():
@@ -180,8 +210,10 @@ def write_merged(
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
-    kept = {key: value for key, value in checkpoint.settings.items() if key not in ("auto_map", "torch_dtype")}
+    dropped = ("auto_map", "torch_dtype", "start_layer", "layer_sep", "layer_wise")
+    kept = {key: value for key, value in checkpoint.settings.items() if key not in dropped}
     config = kept | {"dtype": str(dtype).removeprefix("torch.")} | dict(settings)
-    save_tokenizer(checkpoint.tokenizer(), folder)
-    description.write(folder)
+    save_tokenizer(tokenizer, folder)
+    if description is not None:
+        description.write(folder)
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")  # makes the folder a model

@@ -3,8 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from conftest import MODELS, no_file_above
+import torch
+from conftest import MODELS, no_file_above, words
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
 from pyterrier_llmrerank.checkpoints import saving
@@ -85,3 +88,42 @@ def test_an_adapters_run_is_not_copied(tmp_path: Path) -> None:
     copied = {file.name for file in (tmp_path / "target").iterdir()}
     assert copied == {file.name for file in source.iterdir()} - {"trainer_state.json", "optimizer.pt", "reranker.json"}
     assert '"another/base"' in (tmp_path / "target" / "adapter_config.json").read_text()
+
+
+@pytest.mark.parametrize("heads", ["layer-wise", "yes"])
+def test_every_depth_is_a_plain_classifier(heads: str, tmp_path: Path) -> None:
+    """Transformers and sentence-transformers give our scores, in batches of two, too."""
+    reranker = MATROYSHKA if heads == "yes" else MatroyshkaReranker(MODELS / "costwise_full", dtype="float32")
+    pairs = [("panda", words(3, 9)), ("tide", words(4, 30))]
+    layers = reranker._weights().checkpoint.head_layers
+    for layer in layers:
+        ours = reranker.at(cutoff=layer)
+        reranker.save(tmp_path / f"{layer}", merged=True, cutoff=layer, form="sequence-classification")
+        opened, loading = AutoModelForSequenceClassification.from_pretrained(
+            tmp_path / f"{layer}", output_loading_info=True, dtype=torch.float32
+        )
+        assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert (opened.config.num_hidden_layers, opened.config.num_labels) == (layer, 1)
+        rows = [ids.flat() for ids in ours.scorer().ids(pairs)]
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / f"{layer}")
+        batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
+        with torch.inference_mode():
+            together = opened(**batch).logits[:, 0]
+            alone = [opened(input_ids=torch.tensor([row])).logits.item() for row in rows]
+        np.testing.assert_allclose(together, ours.compute_score(pairs), atol=1e-5)
+        np.testing.assert_allclose(alone, ours.compute_score(pairs), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"merged": True, "cutoff": 1, "form": "sequence-classification"}, "cutoff=1: .* has heads at layers 2 to 8"),
+        ({"form": "sequence-classification"}, "form='sequence-classification': it is one model; allowed: merged=True"),
+        ({"cutoff": 4}, "cutoff=4: adapters and layer-wise models keep all depths"),
+        ({"merged": True, "form": "onnx"}, "form='onnx'; allowed: sequence-classification"),
+    ],
+)
+def test_exports_that_make_no_sense_are_refused(given: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        MATROYSHKA.save(tmp_path / "new", **given)
+    assert not (tmp_path / "new").exists()
