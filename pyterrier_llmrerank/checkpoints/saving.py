@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import ModelCard, split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoint import Checkpoint
 from .config import read_json
 from .description import FILE, Description
-from .locate import adapter_folder, portable, without_revision
+from .locate import adapter_folder, is_hub_id, portable, without_revision
 from .tensors import save_tensors
 from .tokenizer import VOCABULARIES, save_tokenizer
 
@@ -143,6 +143,60 @@ def describe_trained(
     described = checkpoint.description()
     parts = replace(described, base=checkpoint.base, adapters=merged, token_adapters=by_ratio, **inputs)
     parts.write(folder)
+
+
+#: The card of a model that has none.
+CARD = """---
+---
+# {name}
+
+A reranker of pyterrier_llmrerank.
+
+```python
+from pyterrier_llmrerank import {kind}
+
+{kind}("{repo_id}")
+```
+
+`reranker.json` holds its base, adapters and input format.
+"""
+
+
+def complete_card(folder: Path, repo_id: str, kind: str, datasets: Sequence[str] | None, license: str | None) -> None:
+    """Write the model card of a saved reranker, or complete the one that its training wrote.
+
+    Args:
+        folder: of the saved reranker.
+        repo_id: the repository that it is for.
+        kind: the class that opens it.
+        datasets: hub ids of the training data.
+        license: its licence, as the hub abbreviates it.
+
+    Raises:
+        ValueError: its base is a folder of this machine.
+    """
+    base = read_json(folder / FILE)["base"]
+    if base is not None and not is_hub_id(base):
+        raise ValueError(
+            f"repo_id={repo_id!r}: the base {base!r} is on this machine alone; allowed: a base on the hub, or "
+            "merged=True."
+        )
+    card, path = CARD.format(name=repo_id.partition("/")[2], kind=kind, repo_id=repo_id), folder / "README.md"
+    if path.is_file():
+        card = path.read_text(encoding="utf-8").replace("path/to/this/folder", repo_id)
+    written = ModelCard(card, ignore_metadata_errors=False)  # type: ignore[no-untyped-call]
+    named = {
+        "base_model": base and without_revision(base)[0],
+        "datasets": datasets and list(datasets),
+        "license": license,
+    }
+    for name, value in named.items():
+        if value is not None:
+            setattr(written.data, name, value)
+    written.data.library_name = "transformers" if base is None else "peft"
+    written.data.pipeline_tag = "text-ranking"
+    written.data.tags = sorted({*(written.data.tags or ()), "reranker", "pyterrier"})
+    written.save(path)
 
 
 def classifier_settings(checkpoint: Checkpoint) -> dict[str, Any]:

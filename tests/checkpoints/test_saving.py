@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import MODELS, no_file_above, words
+from conftest import MODELS, Cache, no_file_above, words
+from huggingface_hub import HfApi, ModelCard
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
@@ -88,6 +89,56 @@ def test_an_adapters_run_is_not_copied(tmp_path: Path) -> None:
     copied = {file.name for file in (tmp_path / "target").iterdir()}
     assert copied == {file.name for file in source.iterdir()} - {"trainer_state.json", "optimizer.pt", "reranker.json"}
     assert '"another/base"' in (tmp_path / "target" / "adapter_config.json").read_text()
+
+
+@pytest.fixture
+def hub(cached: Cache, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A hub that keeps what is uploaded, and has two bases."""
+    kept: dict[str, Any] = {}
+
+    def create_repo(api: HfApi, repo_id: str, **options: Any) -> str:
+        kept.update(repo_id=repo_id, **options)
+        return f"https://huggingface.co/{repo_id}"
+
+    def upload_folder(api: HfApi, *, repo_id: str, folder_path: Path, **options: Any) -> None:
+        files = {str(f.relative_to(folder_path)) for f in folder_path.rglob("*") if f.is_file()}
+        kept["files"] = files
+        kept["card"] = ModelCard.load(folder_path / "README.md", ignore_metadata_errors=False)
+        cached.add(repo_id, folder_path, "c" * 40, "main")
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    for name in ("rankllama_base", "mistral_base"):
+        cached.add(f"someone/{name}", MODELS / name, "a" * 40, "main")
+    return kept
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("kind", [RankLLaMAReranker, MatroyshkaReranker])
+def test_what_is_pushed_opens_by_its_id(kind: Any, merged: bool, hub: dict[str, Any], tmp_path: Path) -> None:
+    if kind is RankLLaMAReranker:
+        base = "someone/rankllama_base"
+        reranker = kind(MODELS / "rankllama_adapter", base_model=base, dtype="float32", input_format="tevatron-2024")
+    else:
+        base = "someone/mistral_base"
+        reranker = kind(base, adapters=[str(MODELS / "adapter_sd")], start_layer=2, prompt="Is it?", dtype="float32")
+    pushed = {"private": True, "merged": merged, "datasets": ["owner/data"], "license": "apache-2.0"}
+    assert reranker.push_to_hub("owner/model", **pushed) == "https://huggingface.co/owner/model"
+    assert (hub["repo_id"], hub["private"], hub["exist_ok"]) == ("owner/model", True, True)
+    reranker.save(tmp_path / "saved", merged=merged)
+    saved = {str(f.relative_to(tmp_path / "saved")) for f in (tmp_path / "saved").rglob("*") if f.is_file()}
+    assert hub["files"] == saved | {"README.md"}
+    data = hub["card"].data
+    assert (data.base_model, data.datasets, data.license) == (None if merged else base, ["owner/data"], "apache-2.0")
+    assert f'{kind.__name__}("owner/model")' in hub["card"].text
+    opened = kind("owner/model", dtype="float32")
+    np.testing.assert_allclose(opened.compute_score([PAIR]), reranker.compute_score([PAIR]), atol=1e-5)
+
+
+def test_an_adapter_of_a_local_base_is_not_pushed(hub: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="repo_id='owner/model': the base '.*' is on this machine alone; allowed"):
+        RANKLLAMA.push_to_hub("owner/model")
+    assert hub == {}
 
 
 @pytest.mark.parametrize("heads", ["layer-wise", "yes"])
