@@ -184,13 +184,9 @@ def complete_card(folder: Path, repo_id: str, kind: str, datasets: Sequence[str]
     card, path = CARD.format(name=repo_id.partition("/")[2], kind=kind, repo_id=repo_id), folder / "README.md"
     if path.is_file():
         card = path.read_text(encoding="utf-8").replace("path/to/this/folder", repo_id)
-    written = ModelCard(card, ignore_metadata_errors=False)  # type: ignore[no-untyped-call]
-    named = {
-        "base_model": base and without_revision(base)[0],
-        "datasets": datasets and list(datasets),
-        "license": license,
-    }
-    for name, value in named.items():
+    written: Any = ModelCard(card, ignore_metadata_errors=False)
+    named = {"base_model": base and without_revision(base)[0], "datasets": datasets and list(datasets)}
+    for name, value in {**named, "license": license}.items():
         if value is not None:
             setattr(written.data, name, value)
     written.data.library_name = "transformers" if base is None else "peft"

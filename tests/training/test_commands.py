@@ -9,11 +9,13 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import MODELS, RECORDS
+from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -317,3 +319,20 @@ def test_training_encodes_as_scoring_does() -> None:
     pairs = [("panda", recipe.body(record["neg"][0], "a-b")) for record in RECORDS]
     form = InputFormat("tevatron-2024", append_eos=True)
     assert recipe.inputs(None)(tokenizer, pairs) == inputs_of(form, 32, 20)(tokenizer, pairs)
+
+
+def test_a_pushed_run_keeps_the_card_of_its_adapter(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploads: list[tuple[str, str, str]] = []
+
+    def upload_folder(api: HfApi, *, repo_id: str, folder_path: Path, **options: object) -> None:
+        uploads.append((repo_id, *((Path(folder_path) / name).read_text() for name in ("README.md", "reranker.json"))))
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda api, name, **options: SimpleNamespace(repo_id=name))
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    options = ["--push_to_hub", "--hub_model_id", "owner/model", "--max_steps", "1"]
+    assert main(["train", *distill(data, tmp_path / "run", *options)]) == 0
+    saved = [(tmp_path / "run" / name).read_text() for name in ("README.md", "reranker.json")]
+    assert uploads[-1] == ("owner/model", *saved)
+    assert "Trained by pyterrier_llmrerank for 1 steps" in uploads[-1][1]
