@@ -326,10 +326,11 @@ def test_a_pushed_run_keeps_the_card_of_its_adapter(
 ) -> None:
     uploads: list[tuple[str, str, str]] = []
 
-    def upload_folder(api: HfApi, *, repo_id: str, folder_path: Path, **options: object) -> None:
+    def upload_folder(api: HfApi, *, repo_id: str, folder_path: Path, **options: object) -> SimpleNamespace:
         if (Path(folder_path) / "README.md").exists():  # not yet, while training is in progress
             files = ((Path(folder_path) / name).read_text() for name in ("README.md", "reranker.json"))
             uploads.append((repo_id, *files))
+        return SimpleNamespace(done=lambda: True, result=lambda: None)
 
     monkeypatch.setattr(HfApi, "create_repo", lambda api, name, **options: SimpleNamespace(repo_id=name))
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
