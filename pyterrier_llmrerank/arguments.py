@@ -69,7 +69,7 @@ class ValueSemantics:
     def _options_shown(self) -> list[str]:
         """Return the options that differ from their defaults, as ``repr`` prints them."""
         _, _, *options = inspect.signature(type(self).__init__).parameters.values()  # self, and what is always shown
-        return [f"{p.name}={self._repr_value(p.name)!r}" for p in options if getattr(self, p.name) != p.default]
+        return [f"{p.name}={value!r}" for p in options if (value := self._repr_value(p.name)) != p.default]
 
     def _repr_value(self, name: str) -> Any:
         """Return an argument's value as ``repr`` prints it."""

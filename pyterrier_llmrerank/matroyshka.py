@@ -23,7 +23,7 @@ from .frames import sigmoid
 from .options import Converted, Option, with_options
 from .reranker import LLMReranker, Scores, model_path, require_layerwise
 from .shapes import MatroyshkaShape
-from .values import RATIOS, flag, integer, items, layers, optional, path_like, positive, refuse, string
+from .values import RATIOS, flag, integer, items, layers, one_of, optional, path_like, positive, refuse, string
 
 if TYPE_CHECKING:
     from .checkpoints.checkpoint import Checkpoint, MatroyshkaCheckpoint
@@ -475,7 +475,9 @@ class MatroyshkaReranker(LLMReranker):
             self.start_layer, self.layer_sep = recipe.start_layer, recipe.layer_sep
         self.adapters, self.token_adapters = (*parts.adapters, *self._token_adapter(parts), adapter), ()
 
-    def save(self, folder: str | Path, *, merged: bool = False) -> list[Path]:
+    def save(
+        self, folder: str | Path, *, merged: bool = False, cutoff: int | None = None, form: str | None = None
+    ) -> list[Path]:
         """Write the trained model, in the form that the original programs, PEFT and the constructor open.
 
         A file ``reranker.json`` at the top describes it, with ``start_layer``, ``layer_sep`` and ``prompt``, so that
@@ -485,6 +487,9 @@ class MatroyshkaReranker(LLMReranker):
             folder: a new or an empty folder.
             merged: write one layer-wise model (``cost_wise_*``) with all adapters merged in, rather than the
                 PEFT adapters. Weights are in ``dtype``, not quantised, heads are fp32.
+            cutoff: the depth of a sequence classifier; None for the reranker's own.
+            form: ``"sequence-classification"`` writes one depth as a plain ``*ForSequenceClassification`` with one
+                label, which other programs open and serve; it needs ``merged=True``. Widths and cascades stay here.
 
         Returns:
             The folders of the adapters that this shape uses, in order: they open as ``adapters`` too. A single adapter
@@ -493,11 +498,17 @@ class MatroyshkaReranker(LLMReranker):
 
         Raises:
             FileExistsError: the folder is not empty.
-            ValueError: there is no adapter to write, or, for ``merged``, the model's layers cannot be run one by one.
+            ValueError: there is no adapter to write, the depth has no head, or an argument needs another; or, for
+                ``merged``, the model does not support layer-wise execution.
         """
-        from .checkpoints.saving import all_or_nothing, write_adapters, write_merged
+        from .checkpoints.saving import all_or_nothing, classifier_settings, write_adapters, write_merged
         from .engine.weights import build_decoder
 
+        one_of("sequence-classification")("form", form)
+        if form is not None and not merged:
+            raise ValueError(f"form={form!r}: it is one model; allowed: merged=True too.")
+        if cutoff is not None and form is None:
+            raise ValueError(f"cutoff={cutoff!r}: adapters and layer-wise models keep all depths; allowed: None.")
         target, parts = Path(folder).expanduser(), self._parts(fetch=True)
         parts = replace(parts, prompt=PROMPT if parts.prompt is None else parts.prompt)
         if not merged:
@@ -506,10 +517,24 @@ class MatroyshkaReranker(LLMReranker):
             with all_or_nothing(target):
                 saved = write_adapters(parts, target)
             return [target / name for name in (*saved.adapters, *self._token_adapter(saved))]
-        weights = self._weights()
+        shape = self
+        if form is not None:  # one depth at full width, which has no token compensation
+            depth = self.deepest() if cutoff is None else cutoff
+            shape = self.at(cutoff=depth, compress_layers=(), compress_ratio=1, prune=())
+            shape._shape(shape._weights().checkpoint)  # raises where the depth has no head
+        weights = shape._weights()
         checkpoint = cast("MatroyshkaCheckpoint", weights.checkpoint)
         require_layerwise(checkpoint, "merged", merged, "False")
         heads = checkpoint.heads(checkpoint.tokenizer())
+        if form is not None:
+            (depth,) = shape.cutoffs()[-1:]
+            settings = classifier_settings(checkpoint) | {"num_hidden_layers": depth}
+            if kinds := checkpoint.settings.get("layer_types"):
+                settings["layer_types"] = kinds[:depth]
+            score = {"score.weight": heads[checkpoint.head_layers.index(depth)][None]}
+            with all_or_nothing(target):
+                write_merged(checkpoint, build_decoder(checkpoint), score, settings, weights.dtype, target, None, depth)
+            return []
         settings = {
             "model_type": f"cost_wise_{checkpoint.config.model_type}",
             "architectures": [f"CostWise{type(checkpoint.config).__name__.removesuffix('Config')}ForCausalLM"],

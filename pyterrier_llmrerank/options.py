@@ -103,7 +103,7 @@ def options_of(reranker: type) -> list[Converted[Any, Any]]:
     """Return the options of a reranker class in the order of its signature.
 
     >>> from pyterrier_llmrerank import RankLLaMAReranker
-    >>> option = options_of(RankLLaMAReranker)[2]
+    >>> option = options_of(RankLLaMAReranker)[6]
     >>> option.name, option.accepts, option.default, option.summary
     ('query_max_length', 'int', 32, 'Tokens kept of query: {query}, not counting <s>.')
     """

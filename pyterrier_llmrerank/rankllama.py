@@ -12,12 +12,13 @@ import pandas as pd
 
 from .checkpoints import bundled
 from .checkpoints.description import read_description
-from .checkpoints.locate import absolute, folder_of, named_base, portable, require, shortest
-from .engine.inputs import Ids, RankLLaMAInputs, document
+from .checkpoints.input_format import TEVATRON_2023, InputFormat, check_name
+from .checkpoints.locate import absolute, folder_of, is_hub_id, named_base, portable, require, shortest
+from .engine.inputs import Ids, inputs_of
 from .frames import row_name
 from .options import Option, with_options
 from .reranker import LLMReranker, model_path, require_layerwise
-from .values import column, optional, positive, problem_of
+from .values import column, flag, optional, positive, problem_of, string
 
 if TYPE_CHECKING:
     from .checkpoints.checkpoint import Checkpoint, RankLLaMACheckpoint
@@ -40,8 +41,8 @@ def _training(name: str, value: object) -> RankLLaMATraining | None:
 class RankLLaMAReranker(LLMReranker):
     """Rerank with RankLLaMA (Ma et al., 2023: Fine-Tuning LLaMA for Multi-Stage Text Retrieval).
 
-    The input is ``<s> query: {query}<s> document: {title} {text}``. A linear head scores the hidden state of its last
-    token after the last layer.
+    The input is ``<s> query: {query}<s> document: {title} {text}``, or another ``input_format``. A linear head scores
+    the hidden state of its last token after the last layer.
 
     Raises:
         ValueError: an argument is not allowed.
@@ -68,6 +69,32 @@ class RankLLaMAReranker(LLMReranker):
         check=optional(model_path),
         help="a base (folder, ``.gguf`` file or hub id) to use in place of the one that the adapter names.",
     )
+    input_format: Option[str | None] = Option(
+        default=None,
+        check=optional(check_name),
+        help='the form in which the model reads a pair. ``"tevatron-2023"`` is RankLLaMA\'s first form, and '
+        '``"tevatron-2024"`` the one string that Tevatron makes since 2024: ``<s> {query_prefix} {query} '
+        '{passage_prefix} {title} {text}``. ``"qwen3-reranker"`` is the prompt of Qwen3-Reranker\'s sequence '
+        "classifiers. A template with ``{query}``, perhaps ``{title}``, and ``{text}`` is any other prompt. None is "
+        'the format in the model\'s ``reranker.json``, or else ``"tevatron-2023"``.',
+    )
+    query_prefix: Option[str | None] = Option(
+        default=None,
+        check=optional(string),
+        help='text before the query in Tevatron\'s formats; None for the one in ``reranker.json``, or ``"query: "``.',
+    )
+    passage_prefix: Option[str | None] = Option(
+        default=None,
+        check=optional(string),
+        help="text before the passage in Tevatron's formats; None for the one in ``reranker.json``, or "
+        '``"document: "``.',
+    )
+    append_eos: Option[bool | None] = Option(
+        default=None,
+        check=optional(flag),
+        help="append the tokenizer's end token to the input, in all formats but ``tevatron-2023``; None for the value "
+        "in ``reranker.json``, or False.",
+    )
     query_max_length: Option[int] = Option(
         default=32, check=positive, help="tokens kept of ``query: {query}``, not counting ``<s>``."
     )
@@ -76,7 +103,9 @@ class RankLLaMAReranker(LLMReranker):
         check=positive,
         help="tokens kept of ``document: {title} {text}``, not counting ``<s>``. The whole input has at most "
         "``query_max_length + passage_max_length - 2`` tokens, counting both ``<s>``; the query is cut to fit. The "
-        "document checkpoint was trained with 2048.",
+        "document checkpoint was trained with 2048. In the other formats, query and passage share "
+        "``query_max_length + passage_max_length`` tokens, and the end of the passage is cut to fit: in "
+        "``tevatron-2024`` counting prefixes and special tokens, in a template without its own text.",
     )
     title_field: Option[str | None] = Option(
         default="title",
@@ -100,10 +129,35 @@ class RankLLaMAReranker(LLMReranker):
         require(self.model, "model")
         if self.base_model is not None:
             require(self.base_model, "base_model")
+        self._look_up_model()
+        if self.input_format is not None or not is_hub_id(self._source()):  # fail now, not after a first stage has run
+            self._checked(InputFormat.chosen(self._given_format(), self.named_format))
+
+    def _look_up_model(self) -> None:
+        """Keep what a local model says of itself."""
         #: The base that the adapter names. If that is a relative path, it is resolved now, not when it is opened.
         self.named_base = named_base(self._source())
-        if (folder := Path(self._source()).expanduser()).is_dir():  # fail now, not after a first stage has run
-            read_description(self.model, folder, "rankllama", f"model={self.model!r}")
+        #: The input format that a local model names; None if it names none.
+        self.named_format = None if is_hub_id(self._source()) else self._described_format()
+
+    def _described_format(self) -> InputFormat | None:
+        """Return the input format that the model names; a hub model is downloaded."""
+        source = self._source()
+        folder = folder_of(source, "model") if is_hub_id(source) else Path(source).expanduser()
+        own = read_description(self.model, folder, "rankllama", f"model={self.model!r}") if folder.is_dir() else None
+        return None if own is None else own.input_format
+
+    def _given_format(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in InputFormat().settings()}
+
+    def _form(self) -> InputFormat:
+        """Return the input format in use; a hub model is downloaded to learn it."""
+        return self._checked(InputFormat.chosen(self._given_format(), self._described_format()))
+
+    def _checked(self, form: InputFormat) -> InputFormat:
+        if self.url_field is not None and form.name != TEVATRON_2023:
+            raise ValueError(f"url_field={self.url_field!r}: input_format {form.name!r} reads no URLs; allowed: None.")
+        return form
 
     @classmethod
     def untrained(cls, base: str, **options: Any) -> RankLLaMAReranker:
@@ -123,7 +177,9 @@ class RankLLaMAReranker(LLMReranker):
         """
         if (Path(base).expanduser() / "adapter_config.json").is_file():
             raise ValueError(f"base={str(base)!r} is an adapter, which is trained already; give it to the constructor.")
-        return cls(bundled.base(str(base)), **options)
+        training = options.get("training")
+        given = {name: getattr(training, name, None) for name in InputFormat().settings()}
+        return cls(bundled.base(str(base)), **{**given, **options})
 
     def _checkpoint(self) -> partial[Any]:
         from .checkpoints.checkpoint import RankLLaMACheckpoint
@@ -149,19 +205,29 @@ class RankLLaMAReranker(LLMReranker):
         return None
 
     def _encode(self, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Ids]:
-        return RankLLaMAInputs(self.query_max_length, self.passage_max_length)(tokenizer, pairs)
+        return inputs_of(self._form(), self.query_max_length, self.passage_max_length)(tokenizer, pairs)
 
     def _bodies(self, frame: pd.DataFrame) -> list[str]:
+        form = self._form()
         titles, urls = (_optional_texts(frame, field) for field in (self.title_field, self.url_field))
-        return [document(*parts) for parts in zip(frame[self.text_field], titles, urls, strict=True)]
+        return [form.body(*parts) for parts in zip(frame[self.text_field], titles, urls, strict=True)]
 
     def _body(self, text: str) -> str:
-        return document(text)
+        return self._form().body(text)
 
     def _recipe(self) -> RankLLaMATraining:
+        """Return the recipe in ``training``, with this reranker's input format.
+
+        Raises:
+            ValueError: the recipe has another format.
+        """
         from .training.recipes import RankLLaMATraining
 
-        return self.training or RankLLaMATraining()
+        recipe, own = self.training or RankLLaMATraining(), self._form().settings()
+        for name, value in own.items():
+            if (other := getattr(recipe, name)) not in (None, value):
+                raise ValueError(f"{name}={value!r}, but training has {other!r}; the two must agree.")
+        return recipe if own == InputFormat().settings() else replace(recipe, **own)
 
     def _train(self, training: Frames, validation: Frames | None) -> Path:
         from .training.fit import fit
@@ -183,17 +249,23 @@ class RankLLaMAReranker(LLMReranker):
         before = vars(self).get("model")
         super().__setattr__(name, value)
         if self.model != before and "named_base" in vars(self):  # another adapter may name another base
-            self.named_base = named_base(self._source())
+            self._look_up_model()
 
     def equality_key(self) -> dict[str, Any]:
-        """Return the arguments, and the local base that the adapter names, if it is used."""
+        """Return the arguments, with the values that a local model names: its base, if it is used, and its format."""
         named = {} if self.base_model or self.named_base is None else {"named_base": portable(self.named_base)}
-        return self.arguments() | named
+        return self.arguments() | named | self._shown_format()
+
+    def _shown_format(self) -> dict[str, Any]:
+        """Return the arguments for the input format in use, as far as it is known without a download."""
+        form = InputFormat.chosen(self._given_format(), self.named_format)
+        usual = InputFormat(form.name).settings() | {"input_format": TEVATRON_2023}
+        return {name: None if value == usual[name] else value for name, value in form.settings().items()}
 
     def _repr_value(self, name: str) -> Any:
         if name == "base_model" and self.base_model is not None:
             return shortest(self.base_model)
-        return super()._repr_value(name)
+        return self._shown_format().get(name, super()._repr_value(name))
 
     def _is_adapter(self) -> bool:
         return (folder_of(self._source(), "model") / "adapter_config.json").is_file()
@@ -213,27 +285,26 @@ class RankLLaMAReranker(LLMReranker):
             ValueError: there is no adapter, the model is untrained or, for ``merged``, it does not support layer-wise
                 execution.
         """
-        from .checkpoints.saving import all_or_nothing, copy_adapter, write_merged
+        from .checkpoints.saving import all_or_nothing, classifier_settings, copy_adapter, write_merged
         from .engine.weights import build_decoder
 
-        weights = self._weights()
+        weights, form = self._weights(), self._form()
         checkpoint = weights.checkpoint
         heads = checkpoint.heads(checkpoint.tokenizer())  # raises where it is untrained
         if merged:
             require_layerwise(checkpoint, "merged", merged, "False")
         if not merged and not self._is_adapter():
             raise ValueError(f"model={self.model!r} is no adapter; allowed: merged=True.")
-        family = type(checkpoint.config).__name__.removesuffix("Config")
-        settings = {"architectures": [f"{family}ForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
-        settings |= {"label2id": {"LABEL_0": 0}}
         with all_or_nothing(Path(folder).expanduser()) as target:
             if merged:
                 head = {"score.weight": heads}
-                decoder, description = build_decoder(checkpoint), checkpoint.description()
+                decoder, description = build_decoder(checkpoint), replace(checkpoint.description(), input_format=form)
+                settings = classifier_settings(checkpoint)
                 write_merged(checkpoint, decoder, head, settings, weights.dtype, target, description)
             else:
                 copy_adapter(folder_of(self._source(), "model"), target, checkpoint.base, checkpoint.tokenizer())
-                replace(checkpoint.description(), base=checkpoint.base, adapters=(".",)).write(target)
+                parts = replace(checkpoint.description(), base=checkpoint.base, adapters=(".",), input_format=form)
+                parts.write(target)
 
 
 def _optional_texts(frame: pd.DataFrame, field: str | None) -> list[str | None]:

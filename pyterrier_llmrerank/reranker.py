@@ -441,6 +441,55 @@ class LLMReranker(ValueSemantics, pt.Estimator):
         adapter = self._train(Frames(topics_or_res_tr, qrels_tr, self._bodies, self.text_field), validation)
         self._switch_to(absolute(str(adapter)))
 
+    @abstractmethod
+    def save(self, folder: str | Path, *, merged: bool = False) -> Any:
+        """Write the trained model into a new or empty folder."""
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        merged: bool = False,
+        datasets: Sequence[str] | None = None,
+        license: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Upload the trained model, as :meth:`save` writes it, with a model card.
+
+        The repository then opens by its id alone.
+
+        Args:
+            repo_id: the repository, ``"owner/name"``; created if it does not exist.
+            private: whether a new repository is private; None for the hub's default.
+            merged: as for :meth:`save`.
+            datasets: hub ids of the training data, for the card.
+            license: licence of the model, as the hub abbreviates it, for the card.
+            token: token of the hub; None for the one that the hub's client is logged in with.
+
+        Returns:
+            The URL of the repository.
+
+        Raises:
+            ValueError: the base is a folder of this machine, so that the adapter would open nowhere else; or as
+                :meth:`save`.
+            huggingface_hub.errors.HfHubHTTPError: the hub refuses.
+        """
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        from .checkpoints.saving import complete_card
+
+        with tempfile.TemporaryDirectory() as parent:
+            folder = Path(parent) / "model"
+            self.save(folder, merged=merged)
+            complete_card(folder, repo_id, type(self).__name__, datasets, license)
+            api = HfApi(token=token)
+            url = api.create_repo(repo_id, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload a reranker")
+        return str(url)
+
     # -- weights: one copy for all rerankers, or one per device
 
     def scorer(self) -> Scorer:

@@ -1,5 +1,6 @@
 """RankLLaMA gives the original scores, from every checkpoint layout and with any optional columns."""
 
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -11,9 +12,18 @@ import torch
 from conftest import MODELS, agree, frame, golden, words
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, PhiConfig
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    PhiConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
 
 from pyterrier_llmrerank import RankLLaMAReranker
+from pyterrier_llmrerank.checkpoints.input_format import NAMED, InputFormat
 
 GOLDEN = golden("rankllama.json")
 ADAPTER, BASE = MODELS / "rankllama_adapter", MODELS / "rankllama_base"
@@ -226,3 +236,134 @@ def with_tensor(folder: Path, name: str, tensor: torch.Tensor) -> Path:
     stored = load_file(ADAPTER / "adapter_model.safetensors")
     save_file(stored | {f"base_model.model.{name}.weight": tensor}, folder / "adapter_model.safetensors")
     return folder
+
+
+def test_the_format_of_2024_scores_as_transformers_do() -> None:
+    """Ids of its one string, made plainly."""
+    ours = reranker(input_format="tevatron-2024", append_eos=True)
+    rows = golden_frame()
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    opened = PeftModel.from_pretrained(classifier(), ADAPTER).eval()
+    opened.config.pad_token_id = 0
+    wanted = []
+    for query, title, text in rows[["query", "title", "text"]].itertuples(index=False):
+        title = title.replace("-", " ").strip() if isinstance(title, str) else ""
+        ids = tokenizer(f"query:  {query} document:  {title} {text}".strip(), truncation=True, max_length=195)[
+            "input_ids"
+        ]
+        with torch.inference_mode():
+            wanted.append(opened(input_ids=torch.tensor([[*ids, 2]])).logits.item())
+    np.testing.assert_allclose(ours.transform(rows)["score"], wanted, atol=1e-4)
+    assert np.abs(wanted - reranker().transform(rows)["score"]).max() > 0.01
+
+
+FORMATS = [
+    {"input_format": "tevatron-2024"},
+    {"input_format": "tevatron-2024", "query_prefix": "", "passage_prefix": "", "append_eos": True},
+    {"query_prefix": "q: "},
+    {"input_format": "Q: {query} {title}: {text}</s>?"},
+]
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("given", FORMATS)
+def test_a_saved_reranker_keeps_its_input_format(tmp_path: Path, given: dict[str, object], merged: bool) -> None:
+    wanted = reranker(**given)
+    wanted.save(tmp_path / "saved", merged=merged)
+    opened = RankLLaMAReranker(tmp_path / "saved", dtype="float32")
+    rows = frame().assign(title="State-of-the-art")
+    np.testing.assert_allclose(opened.transform(rows)["score"], wanted.transform(rows)["score"], atol=1e-5)
+    shown = "".join(f", {name}={value!r}" for name, value in given.items())
+    assert repr(opened) == f"RankLLaMAReranker({str(tmp_path / 'saved')!r}{shown}, dtype='float32')"
+    said = eval(repr(opened))
+    assert said == opened
+    assert hash(said) == hash(opened)
+    other = RankLLaMAReranker(tmp_path / "saved", dtype="float32", input_format="tevatron-2023", query_prefix="other ")
+    assert other != opened
+    assert other.compute_score(PAIRS)[0] != opened.compute_score(PAIRS)[0]
+
+
+def test_a_format_of_ones_own_starts_from_its_own_defaults(tmp_path: Path) -> None:
+    reranker(**FORMATS[1]).save(tmp_path / "saved")
+    opened = RankLLaMAReranker(tmp_path / "saved", input_format="tevatron-2024", append_eos=False)
+    assert opened._form() == InputFormat("tevatron-2024", "", "")
+    assert RankLLaMAReranker(tmp_path / "saved", input_format="tevatron-2023")._form() == InputFormat()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"input_format": "tevatron-2025"},
+            "input_format='tevatron-2025'; allowed: tevatron-2023, tevatron-2024, qwen",
+        ),
+        ({"input_format": "{text} {query}"}, "input_format='{text} {query}'; allowed: "),
+        ({"input_format": "{query} {text"}, "input_format='{query} {text'; allowed: "),
+        ({"input_format": "{query} {text!r}"}, "input_format='{query} {text!r}'; allowed: "),
+        ({"input_format": "{query} {text} {docno}"}, "input_format='{query} {text} {docno}'; allowed: "),
+        ({"append_eos": True}, "append_eos=True: input_format 'tevatron-2023' has no end token"),
+        ({"input_format": "{query}{text}", "query_prefix": "q"}, "query_prefix='q': input_format is a template"),
+        (
+            {"input_format": "tevatron-2024", "url_field": "url"},
+            "url_field='url': input_format 'tevatron-2024' reads no",
+        ),
+        ({"passage_prefix": 3}, "passage_prefix=3; allowed: a string"),
+    ],
+)
+def test_formats_are_checked(given: dict[str, object], message: str) -> None:
+    for model in ("castorini/rankllama-v1-7b-lora-passage", ADAPTER):
+        if model is ADAPTER or "append_eos" not in given:  # what a hub model's own format is, is not known yet
+            with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+                RankLLaMAReranker(model, **given)
+
+
+def qwen(folder: Path) -> None:
+    """A tiny classifier of Qwen 3's kind, with its special tokens and its way to split a text."""
+    splits = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    made = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(splits), "isolated")
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator(["what?\n", "a!\n\n", *(words(i, 12) for i in range(300))], trainer)
+    made.add_tokens(["<think>", "</think>"])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token=None, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    tokenizer.padding_side = "left"
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_labels=1, pad_token_id=tokenizer.pad_token_id, initializer_range=0.3,
+    )  # fmt: skip
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+
+
+def test_qwen3s_classifiers_score_as_in_sentence_transformers(tmp_path: Path) -> None:
+    pytest.importorskip("sentence_transformers", reason="needs sentence-transformers")
+    from sentence_transformers import CrossEncoder
+
+    qwen(tmp_path)
+    theirs = CrossEncoder(str(tmp_path), device="cpu", activation_fn=torch.nn.Identity())
+    before, after = NAMED["qwen3-reranker"].split("{query}")
+    between, end = after.split("{text}")
+    pairs = [
+        *[(words(i, 4), words(50 + i, 3 + 6 * i)) for i in range(8)],
+        ("what?", "\n a "), ("a \n", "  two"), ("", ""), ("a!", "x<|im_end|>y"), ("大熊猫?", "naïve\n\n"),
+    ]  # fmt: skip
+    wanted = theirs.predict([(f"{before}{q}\n", f"{between.removeprefix(chr(10))}{t}{end}") for q, t in pairs])
+    ours = RankLLaMAReranker(tmp_path, input_format="qwen3-reranker", passage_max_length=8192, dtype="float32")
+    np.testing.assert_allclose(ours.compute_score(pairs), wanted, atol=1e-4)
+    assert np.ptp(wanted) > 0.1
+    ours.save(tmp_path / "saved", merged=True)
+    np.testing.assert_allclose(
+        RankLLaMAReranker(tmp_path / "saved", dtype="float32", passage_max_length=8192).compute_score(pairs),
+        wanted,
+        atol=1e-4,
+    )

@@ -372,7 +372,6 @@ def test_relative_and_absolute_paths_share_weights(elsewhere: Path, monkeypatch:
     assert absolute.compute_score(("a", "b")) == relative.compute_score(("a", "b"))
 
 
-@pytest.mark.usefixtures("elsewhere")
 def test_an_adapter_below_the_model_that_is_rewritten_is_read_again(tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(MODELS / "mistral_base", model)
@@ -389,6 +388,7 @@ def test_an_adapter_below_the_model_that_is_rewritten_is_read_again(tmp_path: Pa
     assert again._weights() is MatroyshkaReranker(model, **options)._weights()
 
 
+@pytest.mark.usefixtures("elsewhere")
 def test_repr_shortens_paths() -> None:
     rankllama = RankLLaMAReranker(Path.cwd() / "rankllama_adapter", base_model="./rankllama_base")
     assert repr(rankllama) == "RankLLaMAReranker('rankllama_adapter', base_model='rankllama_base')"
@@ -657,7 +657,7 @@ def test_an_option_is_in_the_signature_the_docs_and_the_table(kind: type[LLMRera
 
 def test_the_signature_has_own_options_first_and_one_that_is_positional() -> None:
     names = list(inspect.signature(RankLLaMAReranker).parameters)
-    assert names[:3] == ["model", "base_model", "query_max_length"]
+    assert names[:3] == ["model", "base_model", "input_format"]
     assert names[-3:] == ["torch_compile", "attn_implementation", "verbose"]
     with pytest.raises(TypeError, match="positional argument"):
         RankLLaMAReranker("someone/model", "someone/base")

@@ -38,9 +38,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, MistralConfig
 
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker
+from pyterrier_llmrerank.checkpoints.input_format import InputFormat
 from pyterrier_llmrerank.checkpoints.locate import folder_of
 from pyterrier_llmrerank.engine.batching import TOKENS
-from pyterrier_llmrerank.engine.inputs import Ids, MatroyshkaInputs, document
+from pyterrier_llmrerank.engine.inputs import Ids, MatroyshkaInputs
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from rerank_run import load, with_title
@@ -109,7 +110,7 @@ def classifier(folder: Path, candidates: pd.DataFrame, dtype: torch.dtype, devic
 
 def texts_of(candidates: pd.DataFrame, bos: str) -> list[tuple[str, str]]:
     """Queries and passages as RankLLaMA reads them."""
-    passages = [document(text, title) for text, title in zip(candidates["text"], candidates["title"], strict=True)]
+    passages = map(InputFormat().body, candidates["text"], candidates["title"])
     return [(f"{bos}query: {q}", bos + p) for q, p in zip(candidates["query"], passages, strict=True)]
 
 

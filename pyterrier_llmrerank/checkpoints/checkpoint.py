@@ -387,6 +387,8 @@ class RankLLaMACheckpoint(Checkpoint):
         adapter, base = None, model
         own = read_description(model, folder, "rankllama", argument)
         self._adapter_folder = folder
+        #: The format of its input, if its description names one.
+        self.input_format = None if own is None else own.input_format
         if (folder / "adapter_config.json").is_file():
             adapter = Adapter(folder, argument)
             if own is not None and own.base != adapter.base:

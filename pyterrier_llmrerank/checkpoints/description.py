@@ -10,11 +10,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, cast
 
 from ..errors import short
 from ..values import RATIOS
 from .config import read_json
+from .input_format import InputFormat, check_name
 from .locate import HUB_ID, adapter_folder, below, is_hub_id
 
 #: The name of the file.
@@ -39,6 +40,7 @@ class Description:
         start_layer: the shallowest layer with a head; None for the base's own.
         layer_sep: layers from one head to the next; None for the base's own.
         prompt: the question that ends every input; None for the usual one, and for RankLLaMA.
+        input_format: the format of a RankLLaMA's input; None if it is not known, and for Matroyshka.
         adapters: folders of the adapters to merge, in this order; ``.`` is the folder itself.
         token_adapters: folders of token adapters by ratio, ascending.
     """
@@ -49,6 +51,7 @@ class Description:
     start_layer: int | None = None
     layer_sep: int | None = None
     prompt: str | None = None
+    input_format: InputFormat | None = None
     adapters: tuple[str, ...] = ()
     token_adapters: tuple[tuple[int, str], ...] = ()
 
@@ -94,6 +97,7 @@ class Description:
             start_layer=reader.get("start_layer", int, least=1),
             layer_sep=reader.get("layer_sep", int, least=1),
             prompt=reader.get("prompt", str),
+            input_format=reader.input_format(),
             adapters=reader.adapters(),
             token_adapters=reader.token_adapters(),
         ).check_fields(path, argument)
@@ -110,6 +114,8 @@ class Description:
                     f"{argument}: adapters in {path} is {list(self.adapters)}; a rankllama model "
                     f"{'without' if self.base is None else 'with'} a base has {list(wanted)}."
                 )
+        elif self.input_format is not None:
+            raise ValueError(f"{argument}: {path} has input_format, which no matroyshka model has.")
         elif self.base is None and "." in self.folders:
             raise ValueError(f"{argument}: {path} has no base for the adapter beside it.")
         return self
@@ -138,6 +144,7 @@ class Description:
             "start_layer": self.start_layer,
             "layer_sep": self.layer_sep,
             "prompt": self.prompt,
+            **({} if self.input_format is None else self.input_format.settings()),
             "adapters": list(self.adapters),
             "token_adapters": {str(ratio): name for ratio, name in self.token_adapters},
             "package_version": importlib.metadata.version("pyterrier-llmrerank"),
@@ -146,7 +153,7 @@ class Description:
 
 
 #: All fields that a file may have.
-_FIELDS = {"format_version", "package_version", *Description.__dataclass_fields__}
+_FIELDS = {"format_version", "package_version", *Description.__dataclass_fields__, *InputFormat().settings()}
 
 
 def read_description(model: str, folder: Path, kind: str, argument: str) -> Description | None:
@@ -247,8 +254,9 @@ class _Reader:
 
     def get(self, name: str, kind: type, least: int | None = None) -> Any:
         value = self.content.get(name)
-        if value is not None and (type(value) is not kind or (isinstance(value, int) and value < (least or 0))):
-            raise self.refusal(name, "a string" if kind is str else f"an integer of at least {least}")
+        if value is not None and (type(value) is not kind or (kind is int and cast(int, value) < (least or 0))):
+            kinds = {str: "a string", bool: "true or false"}
+            raise self.refusal(name, kinds.get(kind, f"an integer of at least {least}"))
         return value
 
     def base(self) -> str | None:
@@ -256,6 +264,19 @@ class _Reader:
         if base is None or Path(base).is_absolute() or HUB_ID.fullmatch(base):
             return base
         raise self.refusal("base", "a hub id, an absolute path or null")
+
+    def input_format(self) -> InputFormat | None:
+        given = {name: self.content[name] for name in InputFormat().settings() if self.content.get(name) is not None}
+        if not given:
+            return None
+        try:
+            check_name("input_format", given.get("input_format"))
+            for name in ("query_prefix", "passage_prefix"):
+                self.get(name, str)
+            self.get("append_eos", bool)
+            return InputFormat(given.pop("input_format"), **given)
+        except ValueError as error:
+            raise ValueError(f"{self.argument}: in {self.path}, {error}") from None
 
     def adapters(self) -> tuple[str, ...]:
         names = self.content.get("adapters", [])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
@@ -12,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import ModelCard, split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoint import Checkpoint
 from .config import read_json
 from .description import FILE, Description
-from .locate import adapter_folder, portable, without_revision
+from .locate import adapter_folder, is_hub_id, portable, without_revision
 from .tensors import save_tensors
 from .tokenizer import VOCABULARIES, save_tokenizer
 
@@ -120,14 +121,14 @@ def write_adapters(parts: Description, folder: Path) -> Description:
 
 
 def describe_trained(
-    checkpoint: Checkpoint, folder: Path, *, prompt: str | None = None, ratio: int | None = None, whole: bool = True
+    checkpoint: Checkpoint, folder: Path, inputs: Mapping[str, Any], *, ratio: int | None = None, whole: bool = True
 ) -> None:
     """Describe the reranker that a newly trained adapter makes of its base, so that the adapter's folder opens.
 
     Args:
         checkpoint: the model that was trained on; copies of the adapters merged into it go into ``adapter-<number>``.
         folder: the folder of the trained adapter.
-        prompt: the question that ends every input; None for RankLLaMA.
+        inputs: the fields of the description that say how inputs are made.
         ratio: the ratio that a token adapter was trained for; None for any other adapter.
         whole: copy earlier adapters; without them, an adapter that needs some is not described.
     """
@@ -140,7 +141,80 @@ def describe_trained(
         copy_adapter(adapter.folder, folder / name)
     merged, by_ratio = ((*names, "."), ()) if ratio is None else (names, ((ratio, "."),))
     described = checkpoint.description()
-    replace(described, base=checkpoint.base, prompt=prompt, adapters=merged, token_adapters=by_ratio).write(folder)
+    parts = replace(described, base=checkpoint.base, adapters=merged, token_adapters=by_ratio, **inputs)
+    parts.write(folder)
+
+
+#: The card of a model that has none.
+CARD = """---
+---
+# {name}
+
+A reranker of pyterrier_llmrerank.
+
+```python
+from pyterrier_llmrerank import {kind}
+
+{kind}("{repo_id}")
+```
+
+`reranker.json` holds its base, adapters and input format.
+"""
+
+
+def complete_card(folder: Path, repo_id: str, kind: str, datasets: Sequence[str] | None, license: str | None) -> None:
+    """Write the model card of a saved reranker, or complete the one that its training wrote.
+
+    Args:
+        folder: of the saved reranker.
+        repo_id: the repository that it is for.
+        kind: the class that opens it.
+        datasets: hub ids of the training data.
+        license: its licence, as the hub abbreviates it.
+
+    Raises:
+        ValueError: its base is a folder of this machine.
+    """
+    base = read_json(folder / FILE)["base"]
+    if base is not None and not is_hub_id(base):
+        raise ValueError(
+            f"repo_id={repo_id!r}: the base {base!r} is on this machine alone; allowed: a base on the hub, or "
+            "merged=True."
+        )
+    card, path = CARD.format(name=repo_id.partition("/")[2], kind=kind, repo_id=repo_id), folder / "README.md"
+    if path.is_file():
+        card = path.read_text(encoding="utf-8").replace("path/to/this/folder", repo_id)
+    written: Any = ModelCard(card, ignore_metadata_errors=False)
+    named = {"base_model": base and without_revision(base)[0], "datasets": datasets and list(datasets)}
+    for name, value in {**named, "license": license}.items():
+        if value is not None:
+            setattr(written.data, name, value)
+    written.data.library_name = "transformers" if base is None else "peft"
+    written.data.pipeline_tag = "text-ranking"
+    written.data.tags = sorted({*(written.data.tags or ()), "reranker", "pyterrier"})
+    written.save(path)
+
+
+def classifier_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the settings of a ``*ForSequenceClassification`` model with one label and a pad token.
+
+    Raises:
+        ValueError: the tokenizer has no token that could pad.
+    """
+    tokenizer = checkpoint.tokenizer()
+    known = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id)
+    pads = [token for token in known if token is not None]
+    if not pads:
+        raise ValueError(f"{checkpoint.argument}: its tokenizer has no pad, unknown or end token to pad batches with.")
+    family = type(checkpoint.config).__name__.removesuffix("Config")
+    return {
+        "model_type": checkpoint.config.model_type,
+        "architectures": [f"{family}ForSequenceClassification"],
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+        "pad_token_id": pads[0],
+        "sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"},
+    }
 
 
 def write_merged(
@@ -150,7 +224,8 @@ def write_merged(
     settings: Mapping[str, Any],
     dtype: torch.dtype,
     folder: Path,
-    description: Description,
+    description: Description | None,
+    layers: int | None = None,
 ) -> None:
     """Write one model with all adapters merged in, one file at a time, so that only one has to fit in memory.
 
@@ -161,11 +236,17 @@ def write_merged(
         settings: the settings in config.json beside the checkpoint's own.
         dtype: the dtype of all other weights.
         folder: the folder to write into.
-        description: the description to write beside the model.
+        description: the description to write beside the model; None for none.
+        layers: the number of layers to write, from the first; None for all.
     """
+    tokenizer = copy.deepcopy(checkpoint.tokenizer())
+    if "pad_token_id" in settings:
+        tokenizer.pad_token_id = settings["pad_token_id"]
+    beyond = [f"layers.{layer}." for layer in range(layers or checkpoint.layers, checkpoint.layers)]
     shapes = {
         f"model.{name}": torch.empty(parameter.shape, dtype=dtype, device="meta")
         for name, parameter in decoder.named_parameters()
+        if not name.startswith(tuple(beyond))
     }
     plan = split_torch_state_dict_into_shards({**shapes, **heads}, max_shard_size="4GB")
     for file, names in plan.filename_to_tensors.items():
@@ -179,8 +260,10 @@ def write_merged(
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
-    kept = {key: value for key, value in checkpoint.settings.items() if key not in ("auto_map", "torch_dtype")}
+    dropped = ("auto_map", "torch_dtype", "start_layer", "layer_sep", "layer_wise")
+    kept = {key: value for key, value in checkpoint.settings.items() if key not in dropped}
     config = kept | {"dtype": str(dtype).removeprefix("torch.")} | dict(settings)
-    save_tokenizer(checkpoint.tokenizer(), folder)
-    description.write(folder)
+    save_tokenizer(tokenizer, folder)
+    if description is not None:
+        description.write(folder)
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")  # makes the folder a model

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..checkpoints.input_format import TEVATRON_2023, TEVATRON_2024, InputFormat
 from .boundaries import cut_after
 
 if TYPE_CHECKING:
@@ -51,19 +52,6 @@ class Ids(NamedTuple):
     def flat(self) -> list[int]:
         """Return all ids in reading order."""
         return self.prefix + self.body + self.suffix
-
-
-def document(text: str, title: str | None = None, url: str | None = None) -> str:
-    """Format a passage for RankLLaMA: ``document: {url} {title} {text}``, without parts that are None.
-
-    An empty title is not missing: it keeps its separator, as in the released code.
-
-    >>> document("A bear.", "Panda")
-    'document: Panda A bear.'
-    >>> document("A bear.", "")
-    'document:  A bear.'
-    """
-    return "document: " + " ".join(part for part in (url, title, text) if part is not None)
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
@@ -107,7 +95,7 @@ def _calls(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 @dataclass(frozen=True)
 class RankLLaMAInputs:
-    """Encodes ``<s> query: {query}`` + ``<s> {document}``, without a suffix.
+    """Encodes ``<s> query: {query}`` + ``<s> document: {title} {text}``, RankLLaMA's first format, without a suffix.
 
     A pair has at most ``query_max_length + passage_max_length - 2`` ids; a longer one loses the end of its query, never
     that of its document.
@@ -116,19 +104,21 @@ class RankLLaMAInputs:
         query_max_length: most ids of ``query: {query}``, without ``<s>``.
         passage_max_length: most ids of the document, without ``<s>``.
         margin: how many ids fewer a document keeps; 3 in training, as in the released code.
+        form: the format of query and document.
     """
 
     query_max_length: int = 32
     passage_max_length: int = 164
     margin: int = 0
+    form: InputFormat = InputFormat()  # noqa: RUF009 # it is frozen
 
     def __call__(self, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> list[Ids]:
-        """Encode ``(query, document)`` pairs, with documents formatted by :func:`document`."""
+        """Encode ``(query, document)`` pairs, with documents formatted by :meth:`InputFormat.body`."""
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         cap = self.query_max_length + self.passage_max_length - 2
         limit = self.passage_max_length - self.margin
         # One id more than is kept shows whether a text is truncated.
-        queries = token_ids(tokenizer, ["query: " + query for query, _ in pairs], self.query_max_length + 1)
+        queries = token_ids(tokenizer, [self.form.head(query) for query, _ in pairs], self.query_max_length + 1)
         bodies = token_ids(tokenizer, [body for _, body in pairs], limit + 1)
         encoded = []
         for query_ids, body_ids in zip(queries, bodies, strict=True):
@@ -137,6 +127,83 @@ class RankLLaMAInputs:
             prefix = whole[: min(len(bos) + self.query_max_length, max(len(bos), cap - len(body)))]
             encoded.append(Ids(prefix, body, [], len(prefix) < len(whole), len(body_ids) > limit))
         return encoded
+
+
+@dataclass(frozen=True)
+class StringInputs:
+    """Encodes query and passage as one string, with the tokenizer's own special tokens.
+
+    The string is cut at the end of the passage. The text after the passage is tokenised by itself and kept whole, and
+    so are all special tokens.
+
+    Args:
+        form: the format of the string.
+        query_max_length: with ``passage_max_length``, most ids of the string. In a template, its own texts do not
+            count. In ``tevatron-2024`` they do, and special tokens too, as in Tevatron.
+        passage_max_length: as ``query_max_length``.
+    """
+
+    form: InputFormat
+    query_max_length: int = 32
+    passage_max_length: int = 164
+
+    def __call__(self, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> list[Ids]:
+        """Encode ``(query, passage)`` pairs, with passages formatted by :meth:`InputFormat.body`.
+
+        Raises:
+            ValueError: the tokenizer has no end token to append, or as :func:`special_ids`.
+        """
+        if self.form.append_eos and tokenizer.eos_token_id is None:
+            raise ValueError("append_eos=True: the tokenizer has no end token; allowed: False.")
+        first, last = special_ids(tokenizer)
+        (tail,) = token_ids(tokenizer, [self.form.tail])
+        suffix = tail + last + [tokenizer.eos_token_id] * self.form.append_eos
+        limit = self.query_max_length + self.passage_max_length
+        if self.form.name == TEVATRON_2024:
+            limit = max(0, limit - len(first) - len(suffix))
+            heads = [self.form.head(query).lstrip() for query, _ in pairs]
+            texts = [(self.form.head(query) + body).strip() for query, body in pairs]
+        else:
+            limit += sum(map(len, token_ids(tokenizer, [self.form.head(""), self.form.body("")])))
+            heads = [self.form.head(query) for query, _ in pairs]
+            texts = [head + body for head, (_, body) in zip(heads, pairs, strict=True)]
+        encoded = []
+        # One id more than is kept shows whether a text is truncated.
+        for head, whole in zip(*(token_ids(tokenizer, part, limit + 1) for part in (heads, texts)), strict=True):
+            shared = _common(head, whole)  # the last ids of the query may depend on the passage
+            start = min(shared, limit)
+            encoded.append(Ids(first + whole[:start], whole[start:limit], suffix, shared > limit, len(whole) > limit))
+        return encoded
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Count the ids with which both begin."""
+    differing = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differing, min(len(one), len(other)))
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return the ids that a tokenizer puts before and after every text.
+
+    Raises:
+        ValueError: it changes texts in another way.
+    """
+    bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return list(whole[:start]), list(whole[start + len(bare) :])
+    raise ValueError(f"tokenizer: with special tokens, 'a' is {whole}; without, it is {bare}, which is no part of it.")
+
+
+#: The encodings of RankLLaMA's formats.
+Encoding = RankLLaMAInputs | StringInputs
+
+
+def inputs_of(form: InputFormat, query_max_length: int, passage_max_length: int, margin: int = 0) -> Encoding:
+    """Return the encoding of a format; ``margin`` as for :class:`RankLLaMAInputs`, which alone has one."""
+    if form.name == TEVATRON_2023:
+        return RankLLaMAInputs(query_max_length, passage_max_length, margin, form)
+    return StringInputs(form, query_max_length, passage_max_length)
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,9 @@ def _parser(command: str, recipe_type: type[Recipe]) -> HfArgumentParser:
 
 
 def _parser_type(hint: Any) -> Any:
-    """Return the type to parse an option as: a list for a tuple."""
+    """Return the type to parse an option as: a list for a tuple, and bool, which needs no value, for bool or None."""
+    if hint == bool | None:
+        return bool
     return list[typing.get_args(hint)[0]] if typing.get_origin(hint) is tuple else hint  # type: ignore[misc]
 
 
@@ -214,6 +216,7 @@ def main(command: str, argv: Sequence[str]) -> Path:
         logging.getLogger(__name__.partition(".")[0]).setLevel(logging.INFO)
     find_resumed(arguments, sources.overwrite_output_dir)  # raises before the slow steps
     checkpoint = recipe.open(sources.model_name_or_path, sources.raw_peft or [])
+    recipe = recipe.following(checkpoint)
     with arguments.main_process_first(desc="reading the data"):
         records = open_data("train_data", sources.train_data, sources.dataset_split, recipe.loss.needs_teacher)
     validation = None

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import pyterrier as pt
 
+from ..checkpoints.input_format import NAMED, InputFormat, check_name
 from ..checkpoints.locate import fingerprint
-from ..engine.inputs import PROMPT, MatroyshkaInputs, RankLLaMAInputs, document
+from ..engine.inputs import PROMPT, MatroyshkaInputs, inputs_of
 from ..values import RATIOS
 from .objectives import METHODS, CascadeLoss, DistilledLoss, Loss
 from .options import Declared, check_numbers, default_of, document_options, make_tuple, option
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from ..checkpoints.checkpoint import Checkpoint, MatroyshkaCheckpoint
+    from ..checkpoints.checkpoint import Checkpoint, MatroyshkaCheckpoint, RankLLaMACheckpoint
     from .batches import Inputs
 
 #: The setting with a digest of each model and adapter that is trained on.
@@ -195,6 +196,14 @@ class Recipe(Declared, ABC):
             prompt: the prompt in the training data; None for the recipe's.
         """
 
+    def following(self, checkpoint: Checkpoint) -> Recipe:
+        """Return the recipe with the values that it leaves to the checkpoint."""
+        return self
+
+    @abstractmethod
+    def described_inputs(self) -> dict[str, Any]:
+        """Return the fields of the model's description that say how inputs are made."""
+
     @abstractmethod
     def opening_call(self, checkpoint: Checkpoint, folder: str) -> str:
         """Write the Python call that opens the adapter in a folder, trained on this checkpoint."""
@@ -206,9 +215,8 @@ class Recipe(Declared, ABC):
         name = self.opening_call(checkpoint, folder).partition("(")[0]
         return CARD.format(base=checkpoint.base, steps=steps, recipe=recipe, name=name)
 
-    @staticmethod
     @abstractmethod
-    def body(text: str, title: str | None) -> str:
+    def body(self, text: str, title: str | None) -> str:
         """Format a passage as the model reads it."""
 
 
@@ -238,6 +246,39 @@ class RankLLaMATraining(Recipe):
     teacher_weight: float = option(
         0.0, "weight of the KL divergence from the teacher's scores; 0 learns from the labels alone", least=0.0
     )
+    input_format: str | None = option(
+        None, f"{', '.join(NAMED)} or a template; None for the format of an adapter to train further, or tevatron-2023"
+    )
+    query_prefix: str | None = option(None, "text before a query in Tevatron's formats; None for the format's own")
+    passage_prefix: str | None = option(None, "text before a passage in Tevatron's formats; None for the format's own")
+    append_eos: bool | None = option(
+        None,
+        "append the end token, in other formats than tevatron-2023; None as for input_format, or False",
+        "append_eos_token",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.input_format is not None:
+            check_name("input_format", self.input_format)
+            self.form  # noqa: B018 # raises if options contradict each other
+
+    @property
+    def form(self) -> InputFormat:
+        """The format of the input, as far as the recipe says."""
+        return InputFormat.chosen(self._given())
+
+    def _given(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in InputFormat().settings()}
+
+    def following(self, checkpoint: Checkpoint) -> RankLLaMATraining:
+        """Return the recipe with the input format of the checkpoint, unless it has its own."""
+        own = cast("RankLLaMACheckpoint", checkpoint).input_format
+        return self if own is None else replace(self, **InputFormat.chosen(self._given(), own).settings())
+
+    def described_inputs(self) -> dict[str, Any]:
+        """Return the input format."""
+        return {"input_format": self.form}
 
     @property
     def loss(self) -> DistilledLoss:
@@ -276,13 +317,15 @@ class RankLLaMATraining(Recipe):
         return f"RankLLaMAReranker({folder!r})"
 
     def inputs(self, prompt: str | None) -> Inputs:
-        """Return the encoding of inference, with passages three tokens shorter, as in the original; no prompt."""
-        return RankLLaMAInputs(self.query_max_length, self.passage_max_length, margin=3)
+        """Return the encoding of inference; no prompt.
 
-    @staticmethod
-    def body(text: str, title: str | None) -> str:
-        """Format a passage as ``document: {title} {text}``."""
-        return document(text, title)
+        In ``tevatron-2023``, passages are three tokens shorter, as in the original.
+        """
+        return inputs_of(self.form, self.query_max_length, self.passage_max_length, margin=3)
+
+    def body(self, text: str, title: str | None) -> str:
+        """Format a passage by the input format, for example as ``document: {title} {text}``."""
+        return self.form.body(text, title)
 
 
 @document_options
@@ -369,6 +412,10 @@ class MatroyshkaTraining(Recipe):
         """Return the checkpoint's heads."""
         return checkpoint.heads(tokenizer)
 
+    def described_inputs(self) -> dict[str, Any]:
+        """Return the prompt."""
+        return {"prompt": self.prompt}
+
     def opening_call(self, checkpoint: Checkpoint, folder: str) -> str:
         """Write the Python call, with the merged adapters and the settings that no adapter stores."""
         given: dict[str, Any] = {"adapters": [*(adapter.name for adapter in checkpoint.adapters), folder]}
@@ -385,8 +432,7 @@ class MatroyshkaTraining(Recipe):
         total = self.query_max_length + self.passage_max_length
         return MatroyshkaInputs(self.prompt if prompt is None else prompt, self.query_max_length, total=total)
 
-    @staticmethod
-    def body(text: str, title: str | None) -> str:
+    def body(self, text: str, title: str | None) -> str:
         """Format a passage as ``{title} {text}``, or as its text alone."""
         return f"{title} {text}" if title else text
 

@@ -239,6 +239,9 @@ class GroupTrainer(Trainer):
             raise MemoryError(f"validation: no memory for the pair with query {asked[failed][0]!r} alone.")
         return scores
 
+    def create_model_card(self, *args: Any, **options: Any) -> None:
+        """Keep the card that is saved with the adapter; the Trainer's would replace it before an upload."""
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log like the Trainer, and add the peak memory of the device or, on a CPU, of the process."""
         if "loss" in logs:
@@ -277,7 +280,7 @@ class GroupTrainer(Trainer):
             describe_trained(
                 self.checkpoint,
                 folder,
-                prompt=getattr(self.recipe, "prompt", None),
+                self.recipe.described_inputs(),
                 ratio=self.recipe.token_ratio,
                 whole=folder == Path(cast(str, self.args.output_dir)),
             )

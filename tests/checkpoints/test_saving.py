@@ -3,8 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from conftest import MODELS, no_file_above
+import torch
+from conftest import MODELS, Cache, no_file_above, words
+from huggingface_hub import HfApi, ModelCard
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
 from pyterrier_llmrerank.checkpoints import saving
@@ -85,3 +89,92 @@ def test_an_adapters_run_is_not_copied(tmp_path: Path) -> None:
     copied = {file.name for file in (tmp_path / "target").iterdir()}
     assert copied == {file.name for file in source.iterdir()} - {"trainer_state.json", "optimizer.pt", "reranker.json"}
     assert '"another/base"' in (tmp_path / "target" / "adapter_config.json").read_text()
+
+
+@pytest.fixture
+def hub(cached: Cache, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A hub that keeps what is uploaded, and has two bases."""
+    kept: dict[str, Any] = {}
+
+    def create_repo(api: HfApi, repo_id: str, **options: Any) -> str:
+        kept.update(repo_id=repo_id, **options)
+        return f"https://huggingface.co/{repo_id}"
+
+    def upload_folder(api: HfApi, *, repo_id: str, folder_path: Path, **options: Any) -> None:
+        files = {str(f.relative_to(folder_path)) for f in folder_path.rglob("*") if f.is_file()}
+        kept["files"] = files
+        kept["card"] = ModelCard.load(folder_path / "README.md", ignore_metadata_errors=False)
+        cached.add(repo_id, folder_path, "c" * 40, "main")
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    for name in ("rankllama_base", "mistral_base"):
+        cached.add(f"someone/{name}", MODELS / name, "a" * 40, "main")
+    return kept
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("kind", [RankLLaMAReranker, MatroyshkaReranker])
+def test_what_is_pushed_opens_by_its_id(kind: Any, merged: bool, hub: dict[str, Any], tmp_path: Path) -> None:
+    if kind is RankLLaMAReranker:
+        base = "someone/rankllama_base"
+        reranker = kind(MODELS / "rankllama_adapter", base_model=base, dtype="float32", input_format="tevatron-2024")
+    else:
+        base = "someone/mistral_base"
+        reranker = kind(base, adapters=[str(MODELS / "adapter_sd")], start_layer=2, prompt="Is it?", dtype="float32")
+    pushed = {"private": True, "merged": merged, "datasets": ["owner/data"], "license": "apache-2.0"}
+    assert reranker.push_to_hub("owner/model", **pushed) == "https://huggingface.co/owner/model"
+    assert (hub["repo_id"], hub["private"], hub["exist_ok"]) == ("owner/model", True, True)
+    reranker.save(tmp_path / "saved", merged=merged)
+    saved = {str(f.relative_to(tmp_path / "saved")) for f in (tmp_path / "saved").rglob("*") if f.is_file()}
+    assert hub["files"] == saved | {"README.md"}
+    data = hub["card"].data
+    assert (data.base_model, data.datasets, data.license) == (None if merged else base, ["owner/data"], "apache-2.0")
+    assert f'{kind.__name__}("owner/model")' in hub["card"].text
+    opened = kind("owner/model", dtype="float32")
+    np.testing.assert_allclose(opened.compute_score([PAIR]), reranker.compute_score([PAIR]), atol=1e-5)
+
+
+def test_an_adapter_of_a_local_base_is_not_pushed(hub: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="repo_id='owner/model': the base '.*' is on this machine alone; allowed"):
+        RANKLLAMA.push_to_hub("owner/model")
+    assert hub == {}
+
+
+@pytest.mark.parametrize("heads", ["layer-wise", "yes"])
+def test_every_depth_is_a_plain_classifier(heads: str, tmp_path: Path) -> None:
+    """Transformers and sentence-transformers give our scores, in batches of two, too."""
+    reranker = MATROYSHKA if heads == "yes" else MatroyshkaReranker(MODELS / "costwise_full", dtype="float32")
+    pairs = [("panda", words(3, 9)), ("tide", words(4, 30))]
+    layers = reranker._weights().checkpoint.head_layers
+    for layer in layers:
+        ours = reranker.at(cutoff=layer)
+        reranker.save(tmp_path / f"{layer}", merged=True, cutoff=layer, form="sequence-classification")
+        opened, loading = AutoModelForSequenceClassification.from_pretrained(
+            tmp_path / f"{layer}", output_loading_info=True, dtype=torch.float32
+        )
+        assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert (opened.config.num_hidden_layers, opened.config.num_labels) == (layer, 1)
+        rows = [ids.flat() for ids in ours.scorer().ids(pairs)]
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / f"{layer}")
+        batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
+        with torch.inference_mode():
+            together = opened(**batch).logits[:, 0]
+            alone = [opened(input_ids=torch.tensor([row])).logits.item() for row in rows]
+        np.testing.assert_allclose(together, ours.compute_score(pairs), atol=1e-5)
+        np.testing.assert_allclose(alone, ours.compute_score(pairs), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"merged": True, "cutoff": 1, "form": "sequence-classification"}, "cutoff=1: .* has heads at layers 2 to 8"),
+        ({"form": "sequence-classification"}, "form='sequence-classification': it is one model; allowed: merged=True"),
+        ({"cutoff": 4}, "cutoff=4: adapters and layer-wise models keep all depths"),
+        ({"merged": True, "form": "onnx"}, "form='onnx'; allowed: sequence-classification"),
+    ],
+)
+def test_exports_that_make_no_sense_are_refused(given: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        MATROYSHKA.save(tmp_path / "new", **given)
+    assert not (tmp_path / "new").exists()

@@ -2,14 +2,17 @@
 
 import pytest
 from conftest import MODELS, golden
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 from transformers import AutoTokenizer
 
-from pyterrier_llmrerank.engine.inputs import PROMPT, MatroyshkaInputs, RankLLaMAInputs, document, token_ids
+from pyterrier_llmrerank.checkpoints.input_format import InputFormat
+from pyterrier_llmrerank.engine.inputs import PROMPT, MatroyshkaInputs, RankLLaMAInputs, inputs_of, token_ids
 
 RANKLLAMA = golden("rankllama.json")
 MATROYSHKA = golden("matroyshka_inference.json")
+document = InputFormat().body
 TOKENIZER = AutoTokenizer.from_pretrained(MODELS / "mistral_base")
 
 
@@ -84,3 +87,67 @@ def test_parts_of_a_document() -> None:
 
 def test_no_texts_have_no_ids() -> None:
     assert token_ids(TOKENIZER, [], 5) == []
+
+
+#: Texts with spaces, dashes, tokens and letters in odd places.
+ODD = st.text(max_size=40) | st.lists(
+    st.sampled_from(
+        [" ", "  ", "-", "\n", "\t", "\u00a0", "</s>", "<s>", "▁", "大熊猫", "é", "panda", "query:", "{x}", "?"]
+    ),
+    max_size=60,
+).map("".join)
+
+
+@settings(max_examples=1000, suppress_health_check=[HealthCheck.too_slow])
+@given(ODD, ODD, st.none() | ODD, st.sampled_from(["query: ", "", "q"]), st.integers(2, 60), st.booleans())
+def test_the_string_of_2024_has_tevatrons_ids(
+    query: str, text: str, title: str | None, prefix: str, longest: int, eos: bool
+) -> None:
+    """Against a plain writing of the documented steps: one string, stripped, tokenised once and cut at its end."""
+    form = InputFormat("tevatron-2024", prefix, "document: " if prefix else "", eos)
+    plain = f"{prefix} {query} {form.passage_prefix} {(title or '').replace('-', ' ').strip()} {text}".strip()
+    wanted = TOKENIZER(plain, truncation=True, max_length=longest - eos)["input_ids"] + [2] * eos
+    (ids,) = inputs_of(form, 1, longest - 1)(TOKENIZER, [(query, form.body(text, title))])
+    assert ids.flat() == wanted
+    whole = TOKENIZER(plain)["input_ids"]
+    assert ids.passage_truncated == (len(whole) > longest - eos)
+
+
+@pytest.mark.parametrize("name", ["tevatron-2024", "qwen3-reranker", "{query}\n{title}\n{text} relevant?"])
+def test_passages_of_a_query_share_its_ids(name: str) -> None:
+    form = InputFormat(name)
+    pairs = [("what is tea", form.body(text, "-")) for text in ("Leaves.", "", "  Water")]
+    one, *others = inputs_of(form, 32, 164)(TOKENIZER, pairs)
+    assert TOKENIZER.decode(one.prefix).strip().endswith("what is tea")
+    assert all(other.prefix == one.prefix for other in others)
+
+
+def test_all_of_a_template_survives_truncation() -> None:
+    form = InputFormat("Q: {query} A: {text}</s>yes?")
+    short, long = inputs_of(form, 4, 6)(TOKENIZER, [("a", form.body("b")), ("a", form.body("b " * 50))])
+    assert (short.passage_truncated, long.passage_truncated) == (False, True)
+    assert long.suffix == short.suffix == token_ids(TOKENIZER, ["</s>yes?"])[0]
+    own = len(token_ids(TOKENIZER, ["Q: "])[0]) + len(token_ids(TOKENIZER, [" A: "])[0])
+    assert len(long.prefix + long.body) == 1 + own + 4 + 6
+    (lost,) = inputs_of(form, 4, 6)(TOKENIZER, [("a " * 50, form.body("b"))])
+    assert (lost.query_truncated, lost.body, lost.suffix) == (True, [], short.suffix)
+
+
+def test_a_tokenizers_own_last_token_stays() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / "mistral_base")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    form = InputFormat("tevatron-2024", append_eos=True)
+    (ids,) = inputs_of(form, 5, 5)(tokenizer, [("panda", form.body("bamboo " * 9))])
+    assert ids.flat() == [
+        *tokenizer(form.head("panda") + form.body("bamboo " * 9), truncation=True, max_length=9)["input_ids"],
+        2,
+    ]
+    assert ids.flat()[-2:] == [2, 2]
+
+
+def test_no_end_token_to_append() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / "mistral_base", eos_token=None)
+    with pytest.raises(ValueError, match="append_eos=True: the tokenizer has no end token"):
+        inputs_of(InputFormat("tevatron-2024", append_eos=True), 5, 5)(tokenizer, [("a", "b")])

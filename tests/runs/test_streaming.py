@@ -439,6 +439,22 @@ def test_options_that_affect_scores_cannot_change(
     assert target.read_bytes() == whole
 
 
+def test_a_models_input_format_cannot_change(source: Path, tmp_path: Path) -> None:
+    """Whether it is given or in the model's description."""
+    model, target = tmp_path / "model", tmp_path / "run.tsv"
+    adapter = RankLLaMAReranker(MODELS / "rankllama_adapter", base_model=MODELS / "rankllama_base", dtype="float32")
+    adapter.save(model)
+    rerank_file(RankLLaMAReranker(model, dtype="float32"), source, target)
+    same = RankLLaMAReranker(model, dtype="float32", input_format="tevatron-2023", query_prefix="query: ")
+    rerank_file(same, source, target, resume=True)
+    other = RankLLaMAReranker(model, dtype="float32", input_format="tevatron-2024")
+    other.save(tmp_path / "other")
+    (model / "reranker.json").write_bytes((tmp_path / "other" / "reranker.json").read_bytes())
+    for changed in (other, RankLLaMAReranker(model, dtype="float32")):
+        with pytest.raises(ValueError, match=r"was written with input_format=None, not 'tevatron-2024'"):
+            rerank_file(changed, source, target, resume=True)
+
+
 def test_the_base_that_an_adapter_names_cannot_change(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,15 +9,21 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import MODELS, RECORDS
+from huggingface_hub import HfApi
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker
 from pyterrier_llmrerank.__main__ import main
+from pyterrier_llmrerank.checkpoints.input_format import InputFormat
+from pyterrier_llmrerank.engine.inputs import inputs_of
+from pyterrier_llmrerank.training import RankLLaMATraining
 from pyterrier_llmrerank.training.commands import parse
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
@@ -288,3 +294,48 @@ def test_a_killed_run_goes_on_where_it_was(data: Path, tmp_path: Path) -> None:
     whole, cut = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
     for name, tensor in whole.items():
         torch.testing.assert_close(cut[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+def test_a_command_trains_in_tevatrons_format_of_2024(data: Path, tmp_path: Path) -> None:
+    options = [
+        "train", "rankllama", "--train_data", str(data), "--max_steps", "1", "--use_cpu", "--report_to", "none",
+        "--train_group_size", "4", "--lora_rank", "4", "--per_device_train_batch_size", "1",
+        "--gradient_accumulation_steps", "1",
+    ]  # fmt: skip
+    base = str(MODELS / "rankllama_base")
+    flags = ["--input_format", "tevatron-2024", "--query_prefix", "", "--append_eos_token"]
+    assert main([*options, "--model_name_or_path", base, "--output_dir", str(tmp_path / "one"), *flags]) == 0
+    assert main([*options, "--model_name_or_path", str(tmp_path / "one"), "--output_dir", str(tmp_path / "two")]) == 0
+    wanted = InputFormat("tevatron-2024", "", "document: ", True)
+    for name in ("one", "two"):  # the second goes on in the first one's format
+        opened = RankLLaMAReranker(tmp_path / name, dtype="float32")
+        assert opened._form() == wanted
+        assert np.isfinite(opened.compute_score(("panda", "a panda")))
+
+
+def test_training_encodes_as_scoring_does() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / "rankllama_base")
+    recipe = RankLLaMATraining(input_format="tevatron-2024", append_eos=True, passage_max_length=20)
+    pairs = [("panda", recipe.body(record["neg"][0], "a-b")) for record in RECORDS]
+    form = InputFormat("tevatron-2024", append_eos=True)
+    assert recipe.inputs(None)(tokenizer, pairs) == inputs_of(form, 32, 20)(tokenizer, pairs)
+
+
+def test_a_pushed_run_keeps_the_card_of_its_adapter(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploads: list[tuple[str, str, str]] = []
+
+    def upload_folder(api: HfApi, *, repo_id: str, folder_path: Path, **options: object) -> SimpleNamespace:
+        if (Path(folder_path) / "README.md").exists():  # not yet, while training is in progress
+            files = ((Path(folder_path) / name).read_text() for name in ("README.md", "reranker.json"))
+            uploads.append((repo_id, *files))
+        return SimpleNamespace(done=lambda: True, result=lambda: None)
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda api, name, **options: SimpleNamespace(repo_id=name))
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    options = ["--push_to_hub", "--hub_model_id", "owner/model", "--max_steps", "1"]
+    assert main(["train", *distill(data, tmp_path / "run", *options)]) == 0
+    saved = [(tmp_path / "run" / name).read_text() for name in ("README.md", "reranker.json")]
+    assert uploads[-1] == ("owner/model", *saved)
+    assert "Trained by pyterrier_llmrerank for 1 steps" in uploads[-1][1]

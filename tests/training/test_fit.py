@@ -16,6 +16,8 @@ from conftest import MODELS, RECORDS
 from transformers import AutoModelForSequenceClassification
 
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker
+from pyterrier_llmrerank.checkpoints.config import read_json
+from pyterrier_llmrerank.checkpoints.input_format import InputFormat
 from pyterrier_llmrerank.training import CompensateTraining, DistillTraining, RankLLaMATraining
 
 RANKLLAMA_BASE, MISTRAL = str(MODELS / "rankllama_base"), str(MODELS / "mistral_base")
@@ -230,3 +232,24 @@ def test_a_recipe_and_its_reranker_agree() -> None:
     ):
         with pytest.raises(ValueError, match="the two must agree"):
             MatroyshkaReranker(MISTRAL, training=training, **arguments)
+
+
+def test_a_rankllama_learns_and_keeps_another_input_format(tmp_path: Path) -> None:
+    _, results, qrels = candidates()
+    given = {"input_format": "tevatron-2024", "query_prefix": "", "append_eos": True}
+    training = RankLLaMATraining(**SHORT | {"output_dir": str(tmp_path / "run"), "max_steps": 1} | given)
+    reranker = RankLLaMAReranker.untrained(RANKLLAMA_BASE, training=training, dtype="float32")
+    assert reranker.input_format == "tevatron-2024"
+    reranker.fit(results, qrels)
+    assert read_json(tmp_path / "run" / "reranker.json")["append_eos"] is True
+    opened = RankLLaMAReranker(reranker.model, dtype="float32")
+    assert opened._form() == InputFormat("tevatron-2024", "", "document: ", True)
+    again = {**SHORT, "max_steps": 1, "output_dir": str(tmp_path / "again")}
+    opened.set_parameter("training", RankLLaMATraining(**again))
+    opened.fit(results, qrels)  # goes on in the adapter's own format
+    assert RankLLaMAReranker(tmp_path / "again")._form() == InputFormat("tevatron-2024", "", "document: ", True)
+    opened.set_parameter("training", RankLLaMATraining(**again, input_format="tevatron-2023"))
+    with pytest.raises(
+        ValueError, match="input_format='tevatron-2024', but training has 'tevatron-2023'; the two must"
+    ):
+        opened.fit(results, qrels)

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from pyterrier_llmrerank.checkpoints.checkpoint import MatroyshkaCheckpoint, RankLLaMACheckpoint
-from pyterrier_llmrerank.engine.inputs import Ids, RankLLaMAInputs, document
+from pyterrier_llmrerank.checkpoints.input_format import InputFormat
+from pyterrier_llmrerank.engine.inputs import Ids, RankLLaMAInputs
 from pyterrier_llmrerank.engine.packing import PackedPairs
 from pyterrier_llmrerank.training.lora import LowRankLinear
 from pyterrier_llmrerank.training.model import RankingModel, RMSNorm
@@ -111,7 +112,7 @@ def test_rankllamas_loss_and_gradients_are_the_original_ones() -> None:
     missing = peft.load_state_dict(values, strict=False)
     assert not missing.unexpected_keys
     pairs = [
-        (example["query"], document(p["text"], p.get("title")))
+        (example["query"], InputFormat().body(p["text"], p.get("title")))
         for example in train["examples"]
         for p in example["positive_passages"] + example["negative_passages"]
     ]
