@@ -281,7 +281,7 @@ def plot(table: pd.DataFrame, file: Path) -> None:
                 of_line = of_line.sort_values("operations")
                 label = None if line == "MiniLM" else line
                 ax.plot(of_line["operations"] / 1e9, of_line["nDCG@10"], "o-", color=color, markersize=4, label=label)
-        ax.set(title=title, xscale="log", xlabel="GFLOP a query", ylabel="nDCG@10")
+        ax.set(title=title, xlabel="GFLOP a query", ylabel="nDCG@10")
     for ax in axes.flat[len(panels) :]:
         ax.remove()
     figure.tight_layout()
