@@ -67,21 +67,21 @@ class Groups:
         places = np.pad(packing.places, ((0, 0), (0, int(rounded.max()) - packing.longest)))
         queries = np.where(places < tokens, places, 0)  # others are keys of a prefix computed earlier
         self._groups: list[Group] = []
-        start, first, stride = 0, np.empty(len(packing), int), rounded
+        start, first = 0, np.empty(len(packing), int)
         for length in np.unique(rounded).tolist():
             members = np.flatnonzero(rounded == length)
             real = None
             if packing.padding[members].any():
                 real = torch.from_numpy(np.arange(length) < packing.real[members, None])
-            here = (torch.from_numpy(np.ascontiguousarray(of[members, :length])) for of in (places, queries))
-            self._groups.append(Group(length, *here, real))
+            keys, asked = (torch.from_numpy(np.ascontiguousarray(of[members, :length])) for of in (places, queries))
+            self._groups.append(Group(length, keys, asked, real))
             first[members] = start + length * np.arange(len(members))
             start += length * len(members)
         pair = packing.pair_of_token
         #: For each token of the row, where its pair starts when all groups follow each other, its pair's rounded
         #: length, and its position in the pair.
         self._first, self._length, self._position = (
-            torch.from_numpy(of) for of in (first[pair], stride[pair], packing.positions)
+            torch.from_numpy(of) for of in (first[pair], rounded[pair], packing.positions)
         )
         self._sources: Tensor | None = None
 
