@@ -139,7 +139,7 @@ def cuda(device_guard: None) -> Iterator[None]:
             (devices, "has_bf16", lambda device: True),
             (weights, "shared_weights", lambda key, create: create()),  # other tests shall not find these
             (TensorFiles, "read", real(TensorFiles.read)),
-            (Adapter, "_finite", real(Adapter._finite)),
+            (Adapter, "_read_finite", real(Adapter._read_finite)),
         ):
             stack.enter_context(mock.patch.object(owner, name, stand_in))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
