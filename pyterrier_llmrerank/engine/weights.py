@@ -186,10 +186,10 @@ def fill(module: nn.Module, checkpoint: Checkpoint, prefix: str, device: torch.d
         ValueError: a tensor is missing or of an unsupported dtype.
     """
     for name, _ in list(module.named_parameters()):
-        tensor = checkpoint.tensor(prefix + name)
+        placed = checkpoint.place(prefix + name, device, dtype)
         owner = module.get_submodule(name.rpartition(".")[0])
-        placed = tensor.to(device=device, dtype=dtype, copy=True)
         owner.register_parameter(name.rpartition(".")[2], nn.Parameter(placed, requires_grad=False))
+    checkpoint.files.release()
 
 
 def unload(module: nn.Module) -> None:
