@@ -15,7 +15,7 @@ import pyterrier as pt
 
 from . import shapes
 from .checkpoints import bundled
-from .checkpoints.description import FILE, Description, assemble, token_adapter_for
+from .checkpoints.description import EXPORTED, FILE, Description, assemble, token_adapter_for
 from .checkpoints.locate import absolute, folder_of, identity, is_hub_id, require, shortest
 from .engine.inputs import PROMPT, Ids, MatroyshkaInputs
 from .features import PAPER, AtDepth, MatroyshkaFeatures
@@ -532,8 +532,9 @@ class MatroyshkaReranker(LLMReranker):
             if kinds := checkpoint.settings.get("layer_types"):
                 settings["layer_types"] = kinds[:depth]
             score = {"score.weight": heads[checkpoint.head_layers.index(depth)][None]}
+            description = Description(kind=EXPORTED, layers=depth, prompt=parts.prompt)
             with all_or_nothing(target):
-                write_merged(checkpoint, build_decoder(checkpoint), score, settings, weights.dtype, target, None, depth)
+                write_merged(checkpoint, build_decoder(checkpoint), score, settings, weights.dtype, target, description)
             return []
         settings = {
             "model_type": f"cost_wise_{checkpoint.config.model_type}",

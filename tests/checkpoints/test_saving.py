@@ -178,3 +178,16 @@ def test_exports_that_make_no_sense_are_refused(given: dict[str, Any], message: 
     with pytest.raises(ValueError, match=message):
         MATROYSHKA.save(tmp_path / "new", **given)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("kind", [RankLLaMAReranker, MatroyshkaReranker])
+def test_an_exported_depth_is_refused_here(kind: Any, tmp_path: Path) -> None:
+    """RankLLaMA would read another input than it was trained with, and Matroyshka has no heads."""
+    MATROYSHKA.save(tmp_path / "new", merged=True, cutoff=4, form="sequence-classification")
+    with pytest.raises(ValueError, match=r"reranker.json describes one depth of a Matroyshka, exported as a plain"):
+        kind(tmp_path / "new").compute_score(PAIR)
+    from pyterrier_llmrerank.training import DistillTraining, RankLLaMATraining
+
+    recipe = RankLLaMATraining() if kind is RankLLaMAReranker else DistillTraining()
+    with pytest.raises(ValueError, match=r"describes one depth of a Matroyshka"):
+        recipe.open(str(tmp_path / "new"), [])
