@@ -72,8 +72,8 @@ class Description:
             The description; None if the folder has none.
 
         Raises:
-            ValueError: the file is of another kind, of an exported model or of a newer version, has an unknown or missing field, a value that
-                is not allowed, or names a path outside its folder.
+            ValueError: the file is of another kind, of an exported model or of a newer version, has an unknown or
+                missing field, a value that is not allowed, or names a path outside its folder.
             FileNotFoundError: the folder of an adapter is missing.
         """
         path = folder / FILE
