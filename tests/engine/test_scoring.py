@@ -85,7 +85,8 @@ def test_one_pair_that_does_not_fit_is_named_and_the_rest_is_kept(monkeypatch: p
         return real(model, row, *args, **options)
 
     monkeypatch.setattr(scoring, "run_layers", fails_on_the_short)
-    with pytest.raises(ScoringError, match=r"out of memory on cpu with one pair alone: pairs\[1\], \d+ tokens") as info:
+    said = rf"out of memory on {DEVICE} with one pair alone: pairs\[1\], \d+ tokens"
+    with pytest.raises(ScoringError, match=said) as info:
         reranker.compute_score([("a", words(1, 60)), ("b", "short")])
     assert np.isfinite(info.value.scores).tolist() == [[True, False]]
 
@@ -132,7 +133,7 @@ def test_default_batches_stay_within_the_devices_budget(monkeypatch: pytest.Monk
         return real(model, row, *args, **options)
 
     monkeypatch.setattr(scoring, "run_layers", watched)
-    monkeypatch.setitem(batching.TOKENS, "cpu", 300)
+    monkeypatch.setattr(batching.Budget, "of_device", lambda *_: batching.Budget(300))
     RERANKERS["plain"].compute_score([pair(i, 20 + i, i) for i in range(20)])
     assert len(shapes) > 2
     assert max(shapes) <= 300
@@ -414,7 +415,7 @@ def test_a_device_that_fails_alone_loses_no_score_either(monkeypatch: pytest.Mon
         return real(*args, **options)
 
     monkeypatch.setattr(scoring, "run_layers", lost)
-    with pytest.raises(ScoringError, match=r"failed on cpu at pairs\[\d\]: RuntimeError: CUDA") as info:
+    with pytest.raises(ScoringError, match=rf"failed on {DEVICE} at pairs\[\d\]: RuntimeError: CUDA") as info:
         MatroyshkaReranker(FULL, dtype="float32", batch_size=1).compute_score([("a", words(i, 9)) for i in range(9)])
     assert np.isfinite(info.value.scores).sum() >= 1
 
@@ -444,7 +445,7 @@ def test_any_exception_names_its_pairs_and_keeps_the_scores(monkeypatch: pytest.
         return real(*args, **options)
 
     monkeypatch.setattr(scoring, "run_layers", fails_at_the_second)
-    said = rf"^scoring failed on cpu at pairs\[2\] or one of 1 more pairs in its batch: {type(error).__name__}: "
+    said = rf"^scoring failed on {DEVICE} at pairs\[2\] or one of 1 more pairs in its batch: {type(error).__name__}: "
     with pytest.raises(ScoringError, match=said) as info:
         MatroyshkaReranker(FULL, dtype="float32", batch_size=2).compute_score(pairs)
     assert info.value.__cause__ is error
