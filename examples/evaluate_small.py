@@ -47,7 +47,7 @@ from rerank_run import load, with_title
 
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker
 from pyterrier_llmrerank.checkpoints.bundled import reranker as folder_of_bundled
-from pyterrier_llmrerank.engine.inputs import document
+from pyterrier_llmrerank.checkpoints.input_format import InputFormat
 from pyterrier_llmrerank.engine.operations import Operations
 
 #: Collections with so many relevant near-duplicates that fewer candidates are reranked.
@@ -144,7 +144,7 @@ class Reranked:
     def operations(self, candidates: pd.DataFrame) -> dict[str, float]:
         """Count each system's operations for a query, on average."""
         if isinstance(self.reranker, RankLLaMAReranker):
-            texts = [document(*parts) for parts in zip(candidates["text"], candidates["title"], strict=True)]
+            texts = [InputFormat().body(*parts) for parts in zip(candidates["text"], candidates["title"], strict=True)]
         else:
             texts = with_title(candidates)["text"].tolist()
         scorer = self.reranker.scorer()
@@ -180,13 +180,13 @@ def models(arguments: argparse.Namespace) -> Iterator[Model]:
 
 
 def fingerprint(model: str) -> str:
-    """Return a digest of all files of a model or adapter; a hub id stands for itself."""
+    """Return a digest of the files of a model or adapter, but for its card; a hub id stands for itself."""
     path = Path(model).expanduser()
     if not path.exists():
         return model
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
+        if file.is_file() and file.suffix != ".md":
             digest.update(str(file.relative_to(path)).encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
 
@@ -281,7 +281,7 @@ def plot(table: pd.DataFrame, file: Path) -> None:
                 of_line = of_line.sort_values("operations")
                 label = None if line == "MiniLM" else line
                 ax.plot(of_line["operations"] / 1e9, of_line["nDCG@10"], "o-", color=color, markersize=4, label=label)
-        ax.set(title=title, xscale="log", xlabel="GFLOP a query", ylabel="nDCG@10")
+        ax.set(title=title, xlabel="GFLOP a query", ylabel="nDCG@10")
     for ax in axes.flat[len(panels) :]:
         ax.remove()
     figure.tight_layout()

@@ -23,14 +23,12 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from .groups import Groups
 from .kernels import Kernel, causal_mask, has_flash, packed_flash
 from .packing import Packing, on_device
 
 #: The name under which transformers finds :func:`attention`.
 ATTENTION = "pyterrier_llmrerank"
-
-#: Query positions in a block, if attention runs in blocks of fixed size.
-BLOCK = 32
 
 
 class AttentionTap:
@@ -55,7 +53,7 @@ class PrefixCache:
 
     def __init__(self, ids: Sequence[int]) -> None:
         self.ids = ids
-        #: Keys, already rotated, and values by layer index, ``[1, heads, tokens, width]`` each.
+        #: Keys, already rotated, and values by layer index, ``[tokens, heads, width]`` each.
         self.keys_values: dict[int, tuple[Tensor, Tensor]] = {}
         #: Hidden states after the last layer that was run, ``[tokens, width]``.
         self.states: Tensor | None = None
@@ -69,7 +67,7 @@ class Layout:
     Args:
         packing: which tokens of the row form a pair.
         device: the device of the hidden states.
-        in_blocks: compute attention in blocks of fixed size, see :func:`needs_blocks`; pads sequences to whole blocks.
+        in_groups: compute attention in :class:`Groups`, unless ``kernel`` does; for inference on a CPU.
         kernel: computes attention if every key is real; None for SDPA, which also serves where some are masked.
         reuse_prefix: the prefix that pairs with owner -1 begin with, which is not in the row.
         save_prefix: filled with the last pair's prefix, which is in the row.
@@ -79,27 +77,27 @@ class Layout:
         self,
         packing: Packing,
         device: torch.device,
-        in_blocks: bool = False,
+        in_groups: bool = False,
         kernel: Kernel | None = None,
         reuse_prefix: PrefixCache | None = None,
         save_prefix: PrefixCache | None = None,
     ) -> None:
-        length = -(-packing.longest // BLOCK) * BLOCK if in_blocks else packing.longest
-        places = np.pad(packing.places, ((0, 0), (0, length - packing.longest)))
+        length, places = packing.longest, packing.places
         self.shape = len(packing), length
-        self.in_blocks = in_blocks
         #: Each token's position in its pair, ``[tokens]``.
         self.positions = on_device(packing.positions, device)
         #: Index of each pair's last real token in the row, ``[pairs]``.
         self.last = on_device(packing.last, device)
         #: The position in each pair that an :class:`AttentionTap` reads: the last one, padding included, ``[pairs]``.
         self.tapped = on_device(packing.lengths - 1, device)
+        self._tapped_places = on_device(places[np.arange(len(packing)), packing.lengths - 1], device)
         #: Which keys are real, ``[pairs, length]``. None if causality hides all others anyway: then no mask is needed,
         #: and fused causal kernels can run.
         self.real_keys = None
         if packing.padding.any():
             self.real_keys = on_device(np.arange(length) < packing.real[:, None], device)
         self.kernel = kernel if self.real_keys is None else None
+        self.groups = Groups(packing) if in_groups and self.kernel is None else None
         #: Where each pair starts among the queries and the keys of :func:`packed_flash`; None for other kernels.
         self.starts: tuple[Tensor, Tensor] | None = None
         if cast(Any, self.kernel) is packed_flash:
@@ -120,7 +118,7 @@ class Layout:
 
     def gather_keys_values(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Gather a layer's keys and values like its queries, including a reused prefix's; fill ``save_prefix``."""
-        key, value = self._with_prefix(layer, key, value)
+        key, value = self.with_prefix(layer, key, value)
         return self._gather(key, self._places), self._gather(value, self._places)
 
     def attend_packed(
@@ -128,23 +126,26 @@ class Layout:
     ) -> tuple[Tensor, Tensor]:
         """Compute attention by :func:`packed_flash`; return ``[1, tokens, heads, width]`` and all keys."""
         assert self.starts is not None
-        key, value = self._with_prefix(layer, key, value)
+        key, value = self.with_prefix(layer, key, value)
         keys, values = (states[0].transpose(0, 1).index_select(0, self._key_places) for states in (key, value))
         query = query[0].transpose(0, 1)
         return packed_flash(query, keys, values, self.starts, self.longest, scaling, window)[None], key
 
-    def gather_last(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Gather each pair's last query, ``[pairs, heads, width]``, and its keys, ``[pairs, heads, length, width]``."""
-        return query[0].transpose(0, 1).index_select(0, self.last), self._gather(key, self._places)
-
-    def _with_prefix(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def with_prefix(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append a reused prefix to a layer's keys and values; fill ``save_prefix``."""
+        # Token by token, as the row is: joined head by head, each gather would jump through memory.
+        tokens = [states[0].transpose(0, 1) for states in (key, value)]
         if self._save_prefix is not None:
-            prefix = self._last_prefix
-            self._save_prefix.keys_values[layer] = key[:, :, prefix].clone(), value[:, :, prefix].clone()
+            saved_key, saved_value = (states[self._last_prefix].clone() for states in tokens)
+            self._save_prefix.keys_values[layer] = saved_key, saved_value
         if self._reuse_prefix is not None:
-            prefix_key, prefix_value = self._reuse_prefix.keys_values[layer]
-            key, value = torch.cat([key, prefix_key], dim=2), torch.cat([value, prefix_value], dim=2)
+            reused = self._reuse_prefix.keys_values[layer]
+            key, value = (torch.cat(both).transpose(0, 1)[None] for both in zip(tokens, reused, strict=True))
         return key, value
+
+    def gather_last(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Gather each pair's tapped query, ``[pairs, heads, width]``, and keys, ``[pairs, heads, length, width]``."""
+        return query[0].transpose(0, 1).index_select(0, self._tapped_places), self._gather(key, self._places)
 
     def _gather(self, states: Tensor, places: Tensor) -> Tensor:
         states = states[0].transpose(0, 1)
@@ -153,15 +154,6 @@ class Layout:
     def scatter(self, states: Tensor) -> Tensor:
         """Put ``[pairs, heads, length, width]`` back into the row, ``[1, tokens, heads, width]``."""
         return states.transpose(1, 2).flatten(0, 1).index_select(0, self._sources)[None]
-
-
-def needs_blocks(device: torch.device, dtype: torch.dtype, training: bool) -> bool:
-    """Return whether attention has to run in blocks of fixed size for a score not to depend on its batch.
-
-    The CPU kernel divides its work by the sequence's length, which changes the last bits of a result. In bf16 the
-    layers above amplify that until it reorders candidates.
-    """
-    return device.type == "cpu" and dtype != torch.float32 and not training
 
 
 def attention(
@@ -203,12 +195,16 @@ def attention(
             last, key = layout.gather_last(query, key)
             tap.log_weights = _summed(single_query_logits(last, key, layout.tapped, None, scaling, window))
         return output, None
+    if layout.groups is not None:
+        key, value = layout.with_prefix(layer, key, value)
+        if tap is not None:
+            last, keys = layout.gather_last(query, key)
+            tap.log_weights = _summed(single_query_logits(last, keys, layout.tapped, layout.real_keys, scaling, window))
+        return layout.groups.attend(query, key, value, scaling, window), None
     query = layout.gather_queries(query)
     key, value = layout.gather_keys_values(layer, key, value)
     if layout.kernel is not None:
         output = layout.kernel(query, key, value, scaling, window)
-    elif layout.in_blocks:
-        output = _sdpa_in_blocks(query, key, value, layout.real_keys, scaling, window)
     else:
         output = _sdpa(query, key, value, layout.real_keys, scaling, window, dropout)
     if tap is not None:
@@ -255,29 +251,6 @@ def _sdpa(
     return output.to(dtype)
 
 
-def _sdpa_in_blocks(
-    query: Tensor, key: Tensor, value: Tensor, real_keys: Tensor | None, scaling: float, window: int | None
-) -> Tensor:
-    """Call torch's attention per block of queries, each with the same number of keys however long the batch is."""
-    blocks = []
-    for start in range(0, key.shape[2], BLOCK):
-        end = start + BLOCK
-        mask = causal_mask(
-            torch.arange(start, end)[None], end, None if real_keys is None else real_keys[:, :end], window
-        )
-        blocks.append(
-            scaled_dot_product_attention(
-                query[:, :, start:end],
-                key[:, :, :end],
-                value[:, :, :end],
-                attn_mask=mask,
-                scale=scaling,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )
-        )
-    return torch.cat(blocks, dim=2)
-
-
 def single_query_logits(
     query: Tensor, key: Tensor, position: Tensor, real_keys: Tensor | None, scaling: float, window: int | None
 ) -> Tensor:
@@ -295,7 +268,7 @@ def single_query_logits(
         ``[pairs, key heads, heads per key head, length]``, in fp64 on the CPU, else in fp32.
     """
     _, kv_heads, length, width = key.shape
-    # Twice the precision, where there is one, hides in which order kernels add: see needs_blocks.
+    # Twice the precision, where there is one, hides in which order kernels add, which depends on the batch.
     precise = torch.float64 if key.device.type == "cpu" else torch.float32
     query = query.view(len(query), kv_heads, -1, width).to(precise)
     with torch.autocast(key.device.type, enabled=False):

@@ -29,7 +29,6 @@ from .attention import (
     AttentionTap,
     Layout,
     PrefixCache,
-    needs_blocks,
     single_query_logits,
     sliding_window_of,
 )
@@ -117,9 +116,9 @@ def run_layers(
     hidden, device, deepest = row.states[None], row.states.device, cutoffs[-1]
     reuse_prefix = reuse_prefix if (row.packing.owner < 0).any() else None
     save_prefix = save_prefix if save_prefix is not reuse_prefix else None
-    in_blocks = needs_blocks(device, hidden.dtype, cast(nn.Module, model).training)
+    in_groups = device.type == "cpu" and not cast(nn.Module, model).training
     lay_out = partial(
-        Layout, device=device, in_blocks=in_blocks, kernel=kernel, reuse_prefix=reuse_prefix, save_prefix=save_prefix
+        Layout, device=device, in_groups=in_groups, kernel=kernel, reuse_prefix=reuse_prefix, save_prefix=save_prefix
     )
     last_pooling = deepest if resumable else deepest - 1
     pooled_after = sorted({depth for depth in compress_layers if row.depth < depth <= last_pooling})
@@ -185,7 +184,7 @@ def _read_only_last(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tens
     parts: Any = layer
     attention = parts.self_attn
     cos, sin = rotary
-    # A matrix of one row uses another kernel than one of several rows, which rounds differently: see needs_blocks.
+    # A matrix of one row uses another kernel than one of several rows, which rounds differently.
     last = layout.last.repeat(2) if len(layout.last) == 1 else layout.last
     normed = parts.input_layernorm(hidden)
     key = _rotate(_project(attention, "k", normed), cos, sin).transpose(1, 2)

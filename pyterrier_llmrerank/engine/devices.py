@@ -45,10 +45,10 @@ def resolve_dtype(dtype: str, *devices: torch.device) -> torch.dtype:
     """Resolve a dtype name; ``auto`` is bf16 if all devices compute in it natively, else fp32."""
     if dtype != "auto":
         return cast(torch.dtype, getattr(torch, dtype))
-    return torch.bfloat16 if all(map(_has_bf16, devices)) else torch.float32
+    return torch.bfloat16 if all(map(has_bf16, devices)) else torch.float32
 
 
-def _has_bf16(device: torch.device) -> bool:
+def has_bf16(device: torch.device) -> bool:
     """Return whether a device computes in bf16 natively."""
     if device.type == "cuda":
         with torch.cuda.device(device):  # torch answers for the current device

@@ -136,10 +136,10 @@ def cuda(device_guard: None) -> Iterator[None]:
             (torch.cuda, "is_bf16_supported", lambda including_emulation=True: True),
             (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
             (devices, "resolve_devices", lambda names: (CUDA,)),
-            (devices, "_has_bf16", lambda device: True),
+            (devices, "has_bf16", lambda device: True),
             (weights, "shared_weights", lambda key, create: create()),  # other tests shall not find these
             (TensorFiles, "read", real(TensorFiles.read)),
-            (Adapter, "_finite", real(Adapter._finite)),
+            (Adapter, "_read_finite", real(Adapter._read_finite)),
         ):
             stack.enter_context(mock.patch.object(owner, name, stand_in))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

@@ -1,0 +1,58 @@
+"""Attention in groups equals attention pair by pair, in every dtype, with windows, padding and a prefix from before."""
+
+import numpy as np
+import pytest
+import torch
+
+from pyterrier_llmrerank.engine import groups
+from pyterrier_llmrerank.engine.groups import Groups
+from pyterrier_llmrerank.engine.packing import Packing
+
+HEADS, KEY_HEADS, WIDTH = 6, 2, 32
+PREFIX = 9
+
+
+def packing(padded: bool) -> Packing:
+    """Pairs of 10 to 140 tokens: one whose prefix is not in the row, two that share one, and others."""
+    body = np.array([30, 0, 3, 120, 88, 30, 4])
+    prefix, suffix = np.full(len(body), PREFIX), np.ones(len(body), int)
+    padding = -(prefix + body + suffix) % 8 if padded else np.zeros_like(body)
+    return Packing(prefix, body, suffix, np.array([-1, 1, 1, 3, 4, 5, 6]), padding)
+
+
+def naive(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, real: int, window: int | None) -> torch.Tensor:
+    """Attention of one pair, ``[tokens, heads, width]``, in fp64."""
+    distance = torch.arange(len(query))[:, None] - torch.arange(len(query))
+    seen = (distance >= 0) & (distance < (window or 10**9)) & (torch.arange(len(query)) < real)
+    key, value = (states.repeat_interleave(HEADS // KEY_HEADS, 1) for states in (key, value))
+    logits = torch.einsum("qhw,khw->hqk", query, key) * 0.3
+    return torch.einsum("hqk,khw->qhw", logits.masked_fill(~seen, -1e30).softmax(-1), value)
+
+
+@pytest.mark.parametrize("products", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize(
+    ("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03), (torch.float16, 0.004)], ids=str
+)
+@torch.inference_mode()
+def test_equals_attention_pair_by_pair(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, close: float, window: int | None, padded: bool, products: bool
+) -> None:
+    monkeypatch.setattr(groups, "_has_products", lambda: products)
+    packed = packing(padded)
+    generator = torch.Generator().manual_seed(1)
+    tokens = len(packed.positions)
+    query, key, value = (
+        torch.randn(count, heads, WIDTH, generator=generator).to(dtype)
+        for count, heads in ((tokens, HEADS), (tokens + PREFIX, KEY_HEADS), (tokens + PREFIX, KEY_HEADS))
+    )
+    row = [states.transpose(0, 1)[None] for states in (query, key, value)]
+    got = Groups(packed).attend(*row, 0.3, window)[0]
+    assert (got.shape, got.dtype) == (query.shape, dtype)
+    for pair, length in enumerate(packed.lengths):
+        places = packed.places[pair, :length]
+        asked = np.where(places < tokens, places, 0)
+        wanted = naive(query[asked].double(), key[places].double(), value[places].double(), packed.real[pair], window)
+        own = (places < tokens) & (packed.pair_of_token[asked] == pair)
+        torch.testing.assert_close(got[asked[own]].double(), wanted[own], atol=close, rtol=close)
