@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.nn.functional import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -35,20 +36,22 @@ class _Normalise(Function):
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = states.float()
-        if states.device.type == "cpu":  # one pass, row by row, where the mean of squares takes two
+        ctx.save_for_backward(states, weight)
+        ctx.eps = eps
+        if states.device.type == "cpu" and states.dtype != torch.float32:  # the mean of squares takes two passes
+            wide = states.float()
             mean = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(wide.shape[-1])
+            normed = wide.mul_(mean.add_(eps).rsqrt_()).to(states.dtype)
         else:
-            mean = wide.square().mean(-1, keepdim=True)
-        scale = mean.add_(eps).rsqrt_()
-        ctx.save_for_backward(states, weight, scale)
-        normed = wide * scale if states.dtype == torch.float32 else wide.mul_(scale).to(states.dtype)
+            normed = rms_norm(states, states.shape[-1:], None, eps).to(states.dtype)  # autocast widens it
         return normed.mul_(weight) if weight.dtype == normed.dtype else weight * normed
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        states, weight, scale = ctx.saved_tensors
-        normed = states.float() * scale
+        states, weight = ctx.saved_tensors
+        wide = states.float()
+        scale = wide.square().mean(-1, keepdim=True).add_(ctx.eps).rsqrt_()
+        normed = wide * scale
         through = (gradients[0] * weight).float()
         through = through.sub_(normed * (normed * through).mean(-1, keepdim=True)).mul_(scale)
         return through.to(states.dtype), None, None
