@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import ctypes
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -23,7 +23,6 @@ import torch
 from conftest import MODELS, RECORDS, frame
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker
@@ -46,21 +45,35 @@ class Waits(AssertionError):  # noqa: N818
     """The host would wait for the device."""
 
 
+def tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The tensors among an operation's arguments or results, also in lists; torch's tree_leaves is slow."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors(value)
+
+
+@cache
+def is_composite(name: str) -> bool:
+    """Whether an operation is made of others."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
+
+
 class NoWaiting(TorchDispatchMode):
     """Raises at copies that make the host wait, and at operations with an index on the wrong device."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = function.name()
-        composite = partial(torch._C._dispatch_has_kernel_for_dispatch_key, name, "CompositeImplicitAutograd")
-        if function.namespace == "aten" and composite():  # inference mode hands over .to() and the like as a whole
+        if function.namespace == "aten" and is_composite(name):  # inference mode hands over .to() and the like as a whole
             with self:
                 parts = function.decompose(*args, **kwargs)
             if parts is not NotImplemented:
                 return parts
         made = function(*args, **kwargs)
-        sources = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        results = [leaf for leaf in tree_leaves(made) if isinstance(leaf, torch.Tensor)]
+        sources = [*tensors(args), *tensors(kwargs.values())]
+        results = list(tensors((made,)))
         if {tensor.device.type for tensor in [*sources, *results]} == {"cpu", "cuda"}:
             if name in ("aten::_to_copy", "aten::copy_"):
                 asynchronous = kwargs.get("non_blocking") or args[2:3] == (True,)
@@ -154,7 +167,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         made[family] = folder = tmp_path_factory.mktemp(family)
         window = {} if family == "llama" else {"sliding_window": 6, "use_sliding_window": True, "max_window_layers": 1}
         config = AutoConfig.for_model(
-            family, vocab_size=700, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+            family, vocab_size=700, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
             num_key_value_heads=2, head_dim=8, **window,
         )  # fmt: skip
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
