@@ -269,6 +269,7 @@ def test_the_deepest_layers_parts_are_compiled_if_quantised(
 ) -> None:
     """Uncompiled, torchao's product of int8 matrices waits."""
     given: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda called, **_: called)  # the compiler alone takes a second to import
     monkeypatch.setattr(weights, "quantization_of", lambda *options: given.append(options) or (lambda layer: None))
     reranker = MatroyshkaReranker(FULL, cutoff=2, quantization=quantization, torch_compile=True)
     model: Any = reranker.scorer().open()
