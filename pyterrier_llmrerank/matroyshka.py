@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import KW_ONLY, replace
@@ -15,7 +16,7 @@ import pyterrier as pt
 
 from . import shapes
 from .checkpoints import bundled
-from .checkpoints.description import FILE, Description, assemble, token_adapter_for
+from .checkpoints.description import EXPORTED, FILE, Description, assemble, token_adapter_for
 from .checkpoints.locate import absolute, folder_of, identity, is_hub_id, require, shortest
 from .engine.inputs import PROMPT, Ids, MatroyshkaInputs
 from .features import PAPER, AtDepth, MatroyshkaFeatures
@@ -26,12 +27,17 @@ from .shapes import MatroyshkaShape
 from .values import RATIOS, flag, integer, items, layers, one_of, optional, path_like, positive, refuse, string
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .checkpoints.checkpoint import Checkpoint, MatroyshkaCheckpoint
     from .engine.scoring import Shape
     from .training.fit import Frames
     from .training.recipes import MatroyshkaTraining
 
 logger = logging.getLogger(__name__)
+
+#: Pairs whose ids show whether another program reads an exported tokenizer as it is meant.
+PROBES = [("what is tea?", "Leaves, 42 of them."), (" two  spaces\n", "naïve 大熊猫</s> don't"), ("", "")]
 
 
 def _adapters(name: str, value: object) -> tuple[str, ...]:
@@ -437,7 +443,10 @@ class MatroyshkaReranker(LLMReranker):
         )
 
     def _encode(self, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Ids]:
-        return MatroyshkaInputs(self._question(), self.query_max_length, self.max_length)(tokenizer, pairs)
+        return self._inputs()(tokenizer, pairs)
+
+    def _inputs(self) -> MatroyshkaInputs:
+        return MatroyshkaInputs(self._question(), self.query_max_length, self.max_length)
 
     def _question(self) -> str:
         """Return the question that ends every input: the argument, the model's own, or the original one."""
@@ -489,7 +498,8 @@ class MatroyshkaReranker(LLMReranker):
                 PEFT adapters. Weights are in ``dtype``, not quantised, heads are fp32.
             cutoff: the depth of a sequence classifier; None for the reranker's own.
             form: ``"sequence-classification"`` writes one depth as a plain ``*ForSequenceClassification`` with one
-                label, which other programs open and serve; it needs ``merged=True``. Widths and cascades stay here.
+                label, which other programs open and serve; it needs ``merged=True``. Its tokenizer makes the ids of a
+                pair, and its card says how. Widths and cascades stay here.
 
         Returns:
             The folders of the adapters that this shape uses, in order: they open as ``adapters`` too. A single adapter
@@ -499,9 +509,10 @@ class MatroyshkaReranker(LLMReranker):
         Raises:
             FileExistsError: the folder is not empty.
             ValueError: there is no adapter to write, the depth has no head, or an argument needs another; or, for
-                ``merged``, the model does not support layer-wise execution.
+                ``merged``, the model does not support layer-wise execution; or, for ``form``, transformers makes other
+                ids with the model's tokenizer.
         """
-        from .checkpoints.saving import all_or_nothing, classifier_settings, write_adapters, write_merged
+        from .checkpoints.saving import all_or_nothing, write_adapters, write_merged
         from .engine.weights import build_decoder
 
         one_of("sequence-classification")("form", form)
@@ -527,13 +538,7 @@ class MatroyshkaReranker(LLMReranker):
         require_layerwise(checkpoint, "merged", merged, "False")
         heads = checkpoint.heads(checkpoint.tokenizer())
         if form is not None:
-            (depth,) = shape.cutoffs()[-1:]
-            settings = classifier_settings(checkpoint) | {"num_hidden_layers": depth}
-            if kinds := checkpoint.settings.get("layer_types"):
-                settings["layer_types"] = kinds[:depth]
-            score = {"score.weight": heads[checkpoint.head_layers.index(depth)][None]}
-            with all_or_nothing(target):
-                write_merged(checkpoint, build_decoder(checkpoint), score, settings, weights.dtype, target, None, depth)
+            shape._export(target, heads[checkpoint.head_layers.index(shape.cutoffs()[-1])])
             return []
         settings = {
             "model_type": f"cost_wise_{checkpoint.config.model_type}",
@@ -545,6 +550,35 @@ class MatroyshkaReranker(LLMReranker):
             description = replace(checkpoint.description(), prompt=parts.prompt)
             write_merged(checkpoint, build_decoder(checkpoint), named, settings, weights.dtype, target, description)
         return []
+
+    def _export(self, folder: Path, head: Tensor) -> None:
+        """Write the model down to the cutoff as a plain classifier, with a tokenizer that makes the ids of pairs."""
+        from .checkpoints.cards import exported
+        from .checkpoints.saving import all_or_nothing, classifier_settings, write_merged
+        from .checkpoints.tokenizer import check_pairs, set_pair
+        from .engine.inputs import special_ids
+        from .engine.weights import build_decoder
+
+        weights, parts, inputs, (depth,) = self._weights(), self._parts(fetch=True), self._inputs(), self.cutoffs()
+        checkpoint = weights.checkpoint
+        settings = classifier_settings(checkpoint) | {"num_hidden_layers": depth}
+        if kinds := checkpoint.settings.get("layer_types"):
+            settings["layer_types"] = kinds[:depth]
+        before = inputs.query_instruction, inputs.passage_instruction
+        limits = inputs.query_limit, inputs.max_length
+        pieces = inputs.pieces(checkpoint.tokenizer())
+        card = exported(parts.base, settings["architectures"][0], depth, pieces, before, limits)
+        description = Description(kind=EXPORTED, layers=depth, prompt=inputs.prompt)
+        tokenizer = copy.deepcopy(checkpoint.tokenizer())
+        made = [ids.flat() for ids in MatroyshkaInputs(inputs.prompt)(tokenizer, PROBES)]
+        set_pair(tokenizer, special_ids(tokenizer), pieces, checkpoint.argument)
+        with all_or_nothing(folder):
+            write_merged(
+                checkpoint, build_decoder(checkpoint), {"score.weight": head[None]}, settings, weights.dtype,
+                folder, description, tokenizer, card,
+            )  # fmt: skip
+            texts = [(before[0] + query, before[1] + passage) for query, passage in PROBES]
+            check_pairs(folder, texts, made, checkpoint.argument)
 
     def _columns(self, scores: Scores) -> dict[str, np.ndarray]:
         layers = sorted({*(self.cutoff if isinstance(self.cutoff, tuple) else ()), *dict(self.prune)})

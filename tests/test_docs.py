@@ -230,11 +230,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("meta-llama/Llama-2-7b-hf", "HuggingFaceTB/SmolLM2-135M-Instruct"):
         shutil.copytree(base, home / name)
     shutil.copytree(base, home / "BASE")
-    small = [f"matroyshka-smollm2-135m/{name}" for name in ("distilled", "distilled-2", "layer", "token-2", "token-4")]
     compensation = "BAAI/Matroyshka-ReRanker-passage/compensate/layer/full"
     own = ["distilled", "layer", "token2", "token4"]
     own += ["result_self_distillation", "result_compensation_token_compress_ratio_2"]
-    for adapter in (*own, compensation, *small):
+    for adapter in (*own, compensation, "matroyshka-smollm2-135m"):
         write_adapter(home / adapter, base, config)
     for adapter in ("castorini/rankllama-v1-7b-lora-passage", "castorini/rankllama-v1-7b-lora-doc"):
         write_adapter(home / adapter, Path("meta-llama/Llama-2-7b-hf"), config, score=True)

@@ -27,13 +27,17 @@ FORMAT_VERSION = 1
 #: The kinds of rerankers, and the classes that open them.
 KINDS = {"rankllama": "RankLLaMAReranker", "matroyshka": "MatroyshkaReranker"}
 
+#: The kind of one depth of a Matroyshka that is exported as a plain classifier. No class here opens it: RankLLaMA would
+#: read another input than it was trained with, and Matroyshka needs heads.
+EXPORTED = "exported-matroyshka"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
     """The parts of a reranker and the settings that it was trained with.
 
     Args:
-        kind: ``rankllama`` or ``matroyshka``.
+        kind: ``rankllama`` or ``matroyshka``; :data:`EXPORTED` is written, and refused when it is read.
         base: the model below the adapters: a hub id, an absolute path or the bundled model's name; None where the
             folder itself holds the model.
         layers: decoder layers of the base; None if unknown.
@@ -68,8 +72,8 @@ class Description:
             The description; None if the folder has none.
 
         Raises:
-            ValueError: the file is of another kind or a newer version, has an unknown or missing field, a value that
-                is not allowed, or names a path outside its folder.
+            ValueError: the file is of another kind, of an exported model or of a newer version, has an unknown or
+                missing field, a value that is not allowed, or names a path outside its folder.
             FileNotFoundError: the folder of an adapter is missing.
         """
         path = folder / FILE
@@ -86,6 +90,12 @@ class Description:
         if unknown := sorted(content.keys() - _FIELDS):
             raise ValueError(f"{argument}: {path} has an unknown field {short(unknown[0])}.")
         found = reader.get("kind", str)
+        if found == EXPORTED:
+            raise ValueError(
+                f"{argument}: {path} describes one depth of a Matroyshka, exported as a plain classifier for other "
+                "programs; its README.md says how they make its input. Allowed here: the model that it was exported "
+                "from, with MatroyshkaReranker(model, cutoff=...)."
+            )
         if found not in KINDS:
             raise ValueError(f"{argument}: kind in {path} is {short(found)}; allowed: {', '.join(KINDS)}.")
         if found != kind:

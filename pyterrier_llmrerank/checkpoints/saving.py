@@ -224,8 +224,9 @@ def write_merged(
     settings: Mapping[str, Any],
     dtype: torch.dtype,
     folder: Path,
-    description: Description | None,
-    layers: int | None = None,
+    description: Description,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    card: str | None = None,
 ) -> None:
     """Write one model with all adapters merged in, one file at a time, so that only one has to fit in memory.
 
@@ -236,13 +237,15 @@ def write_merged(
         settings: the settings in config.json beside the checkpoint's own.
         dtype: the dtype of all other weights.
         folder: the folder to write into.
-        description: the description to write beside the model; None for none.
-        layers: the number of layers to write, from the first; None for all.
+        description: the description to write beside the model; it names the number of layers to write, from the first.
+        tokenizer: the tokenizer to write, which may be changed; None for a copy of the checkpoint's.
+        card: the model card; None for none.
     """
-    tokenizer = copy.deepcopy(checkpoint.tokenizer())
+    tokenizer = copy.deepcopy(checkpoint.tokenizer()) if tokenizer is None else tokenizer
     if "pad_token_id" in settings:
         tokenizer.pad_token_id = settings["pad_token_id"]
-    beyond = [f"layers.{layer}." for layer in range(layers or checkpoint.layers, checkpoint.layers)]
+        tokenizer.padding_side = "right"
+    beyond = [f"layers.{layer}." for layer in range(description.layers or checkpoint.layers, checkpoint.layers)]
     shapes = {
         f"model.{name}": torch.empty(parameter.shape, dtype=dtype, device="meta")
         for name, parameter in decoder.named_parameters()
@@ -264,6 +267,7 @@ def write_merged(
     kept = {key: value for key, value in checkpoint.settings.items() if key not in dropped}
     config = kept | {"dtype": str(dtype).removeprefix("torch.")} | dict(settings)
     save_tokenizer(tokenizer, folder)
-    if description is not None:
-        description.write(folder)
+    if card is not None:
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    description.write(folder)
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")  # makes the folder a model

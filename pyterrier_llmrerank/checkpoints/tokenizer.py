@@ -6,11 +6,13 @@ the other files. Here ``tokenizer.json`` is taken literally, and sentencepiece i
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenizers.processors import TemplateProcessing
 from transformers import (
+    AutoTokenizer,
     GPT2Tokenizer,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
@@ -160,6 +162,58 @@ def _sentencepiece(
         **{token: piece for token, piece in tokens.items() if token not in settings | special},
     )
     return opened
+
+
+def set_pair(
+    tokenizer: PreTrainedTokenizerBase,
+    alone: tuple[Sequence[int], Sequence[int]],
+    together: tuple[Sequence[int], Sequence[int], Sequence[int]],
+    argument: str,
+) -> None:
+    """Let a tokenizer put ids around the two texts of a pair, each of which it tokenises by itself.
+
+    Args:
+        tokenizer: the tokenizer, which is changed.
+        alone: the ids that it puts before and after a single text, which stay.
+        together: the ids before, between and after the two texts.
+        argument: the caller's argument and its value, for messages.
+
+    Raises:
+        ValueError: it is not run from a ``tokenizer.json``.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(
+            f"{argument}: in other programs, its tokenizer.model gives other ids; expected a model with tokenizer.json."
+        )
+    ids = dict(zip(("first", "last", "start", "between", "end"), (*alone, *together), strict=True))
+    pieces = {name: {"id": name, "ids": list(own), "tokens": tokenizer.convert_ids_to_tokens(list(own))}
+              for name, own in ids.items() if own}  # fmt: skip
+    single, pair = (
+        " ".join(name for name in names.split() if name in pieces or name[0] == "$")
+        for names in ("first $A last", "start $A between $B end")
+    )
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=single, pair=pair, special_tokens=list(pieces.values())
+    )
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+
+
+def check_pairs(folder: Path, pairs: Sequence[tuple[str, str]], ids: Sequence[list[int]], argument: str) -> None:
+    """Raise ValueError unless transformers opens a saved tokenizer that makes these ids of pairs of texts.
+
+    Args:
+        folder: where the tokenizer is saved.
+        pairs: pairs of texts.
+        ids: the ids of each pair.
+        argument: the caller's argument and its value, for messages.
+    """
+    opened = AutoTokenizer.from_pretrained(folder)
+    for pair, wanted in zip(pairs, ids, strict=True):
+        if (made := opened(*pair)["input_ids"]) != wanted:
+            raise ValueError(
+                f"{argument}: of {pair!r} its tokenizer makes the ids {wanted}, but in transformers {made}; expected a "
+                "tokenizer.json that names no class of its own."
+            )
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -227,15 +227,24 @@ class MatroyshkaInputs:
     passage_instruction: str = "B: "
     total: int | None = None
 
-    def __call__(self, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> list[Ids]:
-        """Encode ``(query, passage)`` pairs."""
+    def pieces(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], list[int]]:
+        """Return the ids before the query, between query and passage, and after the passage."""
         bos_id = tokenizer.bos_token_id
         bos = [] if bos_id is None or bos_id == tokenizer.pad_token_id else [bos_id]
         separator, prompt = token_ids(tokenizer, ["\n", self.prompt])
-        suffix = separator + prompt
+        return bos, separator, separator + prompt
+
+    @property
+    def query_limit(self) -> int:
+        """Most ids of ``A: {query}``."""
+        return self.max_length * 3 // 4 if self.query_max_length is None else self.query_max_length
+
+    def __call__(self, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> list[Ids]:
+        """Encode ``(query, passage)`` pairs."""
+        bos, separator, suffix = self.pieces(tokenizer)
         passage_limit = self.max_length if self.total is None else self.total
         cap = self.max_length + len(suffix) if self.total is None else self.total - len(suffix)
-        query_limit = self.max_length * 3 // 4 if self.query_max_length is None else self.query_max_length
+        query_limit = self.query_limit
         # One id more than is kept shows whether a text is truncated.
         queries = token_ids(tokenizer, [self.query_instruction + query for query, _ in pairs], query_limit + 1)
         bodies = token_ids(tokenizer, [self.passage_instruction + passage for _, passage in pairs], passage_limit + 1)

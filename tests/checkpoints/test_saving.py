@@ -1,5 +1,6 @@
 """What is written is written whole, or not at all."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,11 @@ import pytest
 import torch
 from conftest import MODELS, Cache, no_file_above, words
 from huggingface_hub import HfApi, ModelCard
+from test_tokenizer import NAMED, QWEN, byte_level, folder_of, sentencepiece
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
-from pyterrier_llmrerank.checkpoints import saving
+from pyterrier_llmrerank.checkpoints import saving, tokenizer
 from pyterrier_llmrerank.checkpoints.saving import all_or_nothing
 
 PAIR = ("a query", "a passage")
@@ -141,28 +143,74 @@ def test_an_adapter_of_a_local_base_is_not_pushed(hub: dict[str, Any]) -> None:
     assert hub == {}
 
 
+ODD = ["what?", "\n a ", "a \n", "  two", "", "x<|im_end|>y</s>", "大熊猫?", "naïve\n\n", words(4, 30)]
+
+
+def score_of(folder: Path) -> Any:
+    """Return the function in the card of an exported model."""
+    card = ModelCard.load(folder / "README.md", ignore_metadata_errors=False)
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    told: dict[str, Any] = {}
+    exec(code.replace("path/to/this/folder", str(folder)), told)  # ours
+    return told["score"]
+
+
 @pytest.mark.parametrize("heads", ["layer-wise", "yes"])
 def test_every_depth_is_a_plain_classifier(heads: str, tmp_path: Path) -> None:
-    """Transformers and sentence-transformers give our scores, in batches of two, too."""
+    """Transformers and sentence-transformers give our scores with the ids that the card makes, in batches too."""
+    pytest.importorskip("sentence_transformers", reason="needs sentence-transformers")
     reranker = MATROYSHKA if heads == "yes" else MatroyshkaReranker(MODELS / "costwise_full", dtype="float32")
     pairs = [("panda", words(3, 9)), ("tide", words(4, 30))]
     layers = reranker._weights().checkpoint.head_layers
     for layer in layers:
-        ours = reranker.at(cutoff=layer)
-        reranker.save(tmp_path / f"{layer}", merged=True, cutoff=layer, form="sequence-classification")
+        ours, folder = reranker.at(cutoff=layer), tmp_path / f"{layer}"
+        reranker.save(folder, merged=True, cutoff=layer, form="sequence-classification")
         opened, loading = AutoModelForSequenceClassification.from_pretrained(
-            tmp_path / f"{layer}", output_loading_info=True, dtype=torch.float32
+            folder, output_loading_info=True, dtype=torch.float32
         )
         assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         assert (opened.config.num_hidden_layers, opened.config.num_labels) == (layer, 1)
-        rows = [ids.flat() for ids in ours.scorer().ids(pairs)]
-        tokenizer = AutoTokenizer.from_pretrained(tmp_path / f"{layer}")
-        batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
+        made = AutoTokenizer.from_pretrained(folder)
+        texts = [("A: " + query, "B: " + passage) for query, passage in pairs]
+        batch = made(*zip(*texts, strict=True), padding=True, return_tensors="pt")
         with torch.inference_mode():
             together = opened(**batch).logits[:, 0]
-            alone = [opened(input_ids=torch.tensor([row])).logits.item() for row in rows]
-        np.testing.assert_allclose(together, ours.compute_score(pairs), atol=1e-5)
-        np.testing.assert_allclose(alone, ours.compute_score(pairs), atol=1e-5)
+        score = score_of(folder)
+        wanted = ours.compute_score(pairs)
+        for theirs in (together, score(pairs), [score([pair])[0] for pair in pairs]):
+            np.testing.assert_allclose(theirs, wanted, atol=1e-5)
+    odd = [(query, passage) for query in ODD for passage in ODD]
+    found = [made("A: " + query, "B: " + passage)["input_ids"] for query, passage in odd]
+    assert found == [ids.flat() for ids in ours.scorer().ids(odd)]
+    np.testing.assert_allclose(score(odd), ours.compute_score(odd), atol=1e-5)
+    assert made("what")["input_ids"] == ours.tokenizer("what")["input_ids"]
+
+
+def test_a_tokenizer_with_other_ids_elsewhere_is_not_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export = {"merged": True, "cutoff": 4, "form": "sequence-classification"}
+    folder = folder_of(tmp_path / "slow", MODELS / "costwise_full", NAMED, tokenizer__model=sentencepiece())
+    with pytest.raises(ValueError, match=r"slow': in other programs, its tokenizer.model gives other ids"):
+        MatroyshkaReranker(folder, dtype="float32").save(tmp_path / "new", **export)
+    monkeypatch.setattr(tokenizer, "set_pair", lambda *args: None)  # as if a class made its own template
+    with pytest.raises(ValueError, match=r"of \('A: what is tea.* makes the ids \[1, .*, but in transformers \[1, "):
+        MATROYSHKA.save(tmp_path / "new", **export)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("named", ["GPT2Tokenizer", "Qwen2Tokenizer", None])
+def test_byte_level_tokenizers_are_exported(named: str | None, tmp_path: Path) -> None:
+    made = byte_level(regex=QWEN)
+    settings = {"tokenizer_class": named, "bos_token": None, "eos_token": "<|endoftext|>"}
+    files = {"tokenizer__json": made.to_str().encode()}
+    if named is not None:
+        made.model.save(str(tmp_path))
+        files = {f"{name}__{end}": (tmp_path / f"{name}.{end}").read_bytes() for name, end in
+                 (("vocab", "json"), ("merges", "txt"))}  # fmt: skip
+    folder = folder_of(tmp_path / "m", MODELS / "costwise_full", settings, **files)
+    ours = MatroyshkaReranker(folder, dtype="float32", cutoff=4)
+    ours.save(tmp_path / "new", merged=True, form="sequence-classification")
+    odd = [(query, passage) for query in ODD for passage in ODD]
+    np.testing.assert_allclose(score_of(tmp_path / "new")(odd), ours.compute_score(odd), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -178,3 +226,16 @@ def test_exports_that_make_no_sense_are_refused(given: dict[str, Any], message: 
     with pytest.raises(ValueError, match=message):
         MATROYSHKA.save(tmp_path / "new", **given)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("kind", [RankLLaMAReranker, MatroyshkaReranker])
+def test_an_exported_depth_is_refused_here(kind: Any, tmp_path: Path) -> None:
+    """RankLLaMA would read another input than it was trained with, and Matroyshka has no heads."""
+    MATROYSHKA.save(tmp_path / "new", merged=True, cutoff=4, form="sequence-classification")
+    with pytest.raises(ValueError, match=r"reranker.json describes one depth of a Matroyshka, exported as a plain"):
+        kind(tmp_path / "new").compute_score(PAIR)
+    from pyterrier_llmrerank.training import DistillTraining, RankLLaMATraining
+
+    recipe = RankLLaMATraining() if kind is RankLLaMAReranker else DistillTraining()
+    with pytest.raises(ValueError, match=r"describes one depth of a Matroyshka"):
+        recipe.open(str(tmp_path / "new"), [])
