@@ -31,13 +31,13 @@ from ..engine.batching import Budget, run_in_batches
 from ..engine.kernels import without_cudnn
 from ..engine.packing import PackedPairs, on_device
 from ..engine.scoring import to_host
+from ..engine.threads import fastest_threads
 from .batches import Batch, Collator, Groups
 from .callbacks import LogLines, NewEpoch, ProgressBar
 from .examples import Group
 from .lora import with_lora
 from .output import SameSettings, find_resumed, is_in, refuse_own_inputs, remove_runs
 from .recipes import Recipe
-from .threads import fastest_threads
 from .validation import MEASURE, Validation
 
 
