@@ -463,8 +463,8 @@ class LLMReranker(ValueSemantics, pt.Estimator):
             repo_id: the repository, ``"owner/name"``; created if it does not exist.
             private: whether a new repository is private; None for the hub's default.
             merged: as for :meth:`save`.
-            datasets: hub ids of the training data, for the card.
-            license: licence of the model, as the hub abbreviates it, for the card.
+            datasets: hub ids or names of the training data, for the card; None for those that it has.
+            license: licence of the model, as the hub abbreviates it, for the card; None for the one that it has.
             token: token of the hub; None for the one that the hub's client is logged in with.
 
         Returns:
@@ -479,12 +479,13 @@ class LLMReranker(ValueSemantics, pt.Estimator):
 
         from huggingface_hub import HfApi
 
+        from .checkpoints.cards import Stated
         from .checkpoints.saving import complete_card
 
         with tempfile.TemporaryDirectory() as parent:
             folder = Path(parent) / "model"
             self.save(folder, merged=merged)
-            complete_card(folder, repo_id, type(self).__name__, datasets, license)
+            complete_card(folder, repo_id, type(self).__name__, Stated(datasets or (), license=license))
             api = HfApi(token=token)
             url = api.create_repo(repo_id, private=private, exist_ok=True)
             api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload a reranker")
