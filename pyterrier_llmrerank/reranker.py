@@ -213,9 +213,9 @@ class LLMReranker(ValueSemantics, pt.Estimator):
         """Return the text of each row as the model reads it."""
         return list(frame[self.text_field])
 
-    def _body(self, text: str) -> str:
-        """Format a bare text, without a frame, for the model."""
-        return text
+    def _bare(self, texts: list[str]) -> list[str]:
+        """Format bare texts, without a frame, for the model."""
+        return texts
 
     def _columns(self, scores: Scores) -> dict[str, np.ndarray]:
         """Return the columns to add to a frame, except the rank."""
@@ -289,7 +289,8 @@ class LLMReranker(ValueSemantics, pt.Estimator):
             KeyboardInterrupt: Ctrl-C, with ``scores`` as above.
         """
         texts, is_single = as_pairs(pairs)
-        read = [(query, self._body(passage)) for query, passage in texts]
+        bodies = self._bare([passage for _, passage in texts])
+        read = [(query, body) for (query, _), body in zip(texts, bodies, strict=True)]
         try:
             scores = self._at_cutoffs(self._score(read, [None] * len(read), "pairs[{}]".format))
         except (ScoringError, KeyboardInterrupt) as error:
