@@ -287,7 +287,7 @@ def plot(table: pd.DataFrame, file: Path) -> None:
     figure.tight_layout()
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=len(labels), fontsize="small")
-    figure.savefig(file, bbox_inches="tight", dpi=150)
+    figure.savefig(file, bbox_inches="tight", dpi=100)
     pyplot.close(figure)
 
 

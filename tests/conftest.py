@@ -25,6 +25,8 @@ torch.set_num_threads(1)  # more only wait for each other on tiny models
 
 FIXTURES = Path(__file__).parent / "fixtures"
 MODELS = FIXTURES / "models"
+#: The device that a reranker chooses here.
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 WORDS = "panda coffee volcano tide train glacier bread whale of the is a in how what 42 大熊猫 naïve".split()
 
 

@@ -43,7 +43,7 @@ def test_a_score_does_not_depend_on_its_batch_in_the_default_dtype(smollm2: str,
     pairs = [(query, passage * (1 + number % 5)) for number, (query, passage) in enumerate(PAIRS[:10])]
     alone = [reranker.compute_score(pair) for pair in pairs]
     on_cpu = reranker.scorer().device.type == "cpu"
-    np.testing.assert_allclose(reranker.compute_score(pairs), alone, atol=1e-4 if on_cpu else 2e-2)
+    np.testing.assert_allclose(reranker.compute_score(pairs), alone, atol=1e-4 if on_cpu else 5e-2)
 
 
 @pytest.mark.parametrize(

@@ -86,15 +86,17 @@ BACKENDS: dict[str, list[SDPBackend] | None] = {
 
 
 def configuration(name: str, tiny: bool) -> Any:
-    """The shape of a model by its name."""
-    common = {"num_labels": 1, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+    """The shape of a model by its name; if ``tiny``, a small one of the same family."""
+    common: dict[str, Any] = {"num_labels": 1, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+    family: Any = MistralConfig if name == "7B" else LlamaConfig
+    common |= {"sliding_window": None} if name == "7B" else {"tie_word_embeddings": True}
     if tiny:
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
-        return MistralConfig(vocab_size=256, num_hidden_layers=6, sliding_window=None, **sizes, **common)
+        return family(vocab_size=256, num_hidden_layers=6, **sizes, **common)
     if name == "7B":
-        return MistralConfig(vocab_size=32000, sliding_window=None, **common)  # its defaults are Mistral-7B's
+        return family(vocab_size=32000, **common)  # its defaults are Mistral-7B's
     sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
-    return LlamaConfig(vocab_size=49152, num_hidden_layers=30, tie_word_embeddings=True, **sizes, **common)
+    return family(vocab_size=49152, num_hidden_layers=30, **sizes, **common)
 
 
 def tokenizer_of(words: int) -> PreTrainedTokenizerFast:
@@ -437,7 +439,7 @@ class Model:
         from sentence_transformers import CrossEncoder
 
         with tempfile.TemporaryDirectory() as folder:
-            small = configuration("", True)
+            small = configuration(self.name, True)
             small.vocab_size = self.plain.config.vocab_size
             AutoModelForSequenceClassification.from_config(small).save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)

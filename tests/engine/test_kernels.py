@@ -40,7 +40,8 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
         assert (module.config._attn_implementation, module.is_causal, attention_mask) == (FLASH, True, None)
         assert (dropout, options) == (0, {})
         windows.append(sliding_window)
-        distance = torch.arange(query.shape[2])[:, None] - torch.arange(query.shape[2])
+        position = torch.arange(query.shape[2], device=query.device)
+        distance = position[:, None] - position
         seen = (distance >= 0) & (distance < (sliding_window or len(distance)))
         out = scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scaling, enable_gqa=True)
         return out.transpose(1, 2), None

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import MODELS, words
+from conftest import DEVICE, MODELS, words
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,6 +21,7 @@ from pyterrier_llmrerank.engine import batching, scoring
 from pyterrier_llmrerank.engine.inputs import Ids
 from pyterrier_llmrerank.engine.packing import Row
 
+aten = torch.ops.aten
 FULL = str(MODELS / "costwise_full")
 RERANKERS = {
     "rankllama": RankLLaMAReranker(MODELS / "rankllama_adapter", base_model=MODELS / "rankllama_base", dtype="float32"),
@@ -52,7 +53,7 @@ def test_a_score_depends_on_its_pair_alone(name: str, drawn: list, batch_size: i
 @pytest.mark.parametrize("shape", [{}, {"compress_layers": [2, 5], "compress_ratio": 2}])
 def test_in_bf16_too(shape: dict) -> None:
     """On a CPU, rounding must not depend on the batch's shape: the layers would amplify any difference."""
-    reranker = MatroyshkaReranker(FULL, dtype="bfloat16", **shape)
+    reranker = MatroyshkaReranker(FULL, dtype="bfloat16", device="cpu", **shape)
     pairs = [pair(i, 7 * i, i) for i in range(20)] + [(words(2, 30), words(i, 5 * i)) for i in range(20)]
     alone = [reranker.compute_score(p) for p in pairs]
     np.testing.assert_allclose(reranker.compute_score(pairs), alone, atol=1e-4)
@@ -85,7 +86,8 @@ def test_one_pair_that_does_not_fit_is_named_and_the_rest_is_kept(monkeypatch: p
         return real(model, row, *args, **options)
 
     monkeypatch.setattr(scoring, "run_layers", fails_on_the_short)
-    with pytest.raises(ScoringError, match=r"out of memory on cpu with one pair alone: pairs\[1\], \d+ tokens") as info:
+    said = rf"out of memory on {DEVICE} with one pair alone: pairs\[1\], \d+ tokens"
+    with pytest.raises(ScoringError, match=said) as info:
         reranker.compute_score([("a", words(1, 60)), ("b", "short")])
     assert np.isfinite(info.value.scores).tolist() == [[True, False]]
 
@@ -132,7 +134,8 @@ def test_default_batches_stay_within_the_devices_budget(monkeypatch: pytest.Monk
         return real(model, row, *args, **options)
 
     monkeypatch.setattr(scoring, "run_layers", watched)
-    monkeypatch.setitem(batching.TOKENS, "cpu", 300)
+    monkeypatch.setitem(batching.TOKENS, DEVICE.type, 300)
+    monkeypatch.setattr(batching, "MOST_TIMES", 1)  # on CUDA, a narrow model may get more
     RERANKERS["plain"].compute_score([pair(i, 20 + i, i) for i in range(20)])
     assert len(shapes) > 2
     assert max(shapes) <= 300
@@ -146,13 +149,16 @@ def test_many_queries_go_in_chunks_and_come_out_in_order(monkeypatch: pytest.Mon
 
 
 def test_a_prefix_is_computed_once_for_its_passages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hundred passages take fewer operations with one query than with a hundred."""
+    """A hundred passages take fewer linear products with one query than with a hundred.
+
+    Operations of attention are left out: they are counted differently for each device's kernels.
+    """
     reranker, passages = RERANKERS["plain"], [words(i, 20) for i in range(100)]
 
     def operations(queries: list[str]) -> int:
         with FlopCounterMode(display=False) as counter:
             reranker.compute_score(list(zip(queries, passages, strict=True)))
-        return counter.get_total_flops()
+        return sum(counter.get_flop_counts()["Global"].get(product, 0) for product in (aten.mm, aten.addmm))
 
     query = words(3, 40)
     one = operations([query] * 100)
@@ -174,9 +180,12 @@ def test_a_prefix_is_computed_once_for_its_passages(monkeypatch: pytest.MonkeyPa
 def test_a_prefix_is_computed_once_whatever_the_batches(
     monkeypatch: pytest.MonkeyPatch, shape: dict, dtype: str
 ) -> None:
-    """One query fills many batches, one shares a batch, and one has a single candidate."""
+    """One query fills many batches, one shares a batch, and one has a single candidate.
+
+    In bf16 this holds on a CPU: on CUDA, a score differs with its batch by up to 0.03 here.
+    """
     pairs = [(words(q, 30), words(q + i, 3 + i)) for q, count in ((1, 20), (2, 5), (3, 1)) for i in range(count)]
-    reranker = MatroyshkaReranker(FULL, dtype=dtype, **shape)
+    reranker = MatroyshkaReranker(FULL, dtype=dtype, device="cpu" if dtype == "bfloat16" else None, **shape)
     computed, real = [0], scoring.run_layers
 
     def watched(model: object, row: Row, *args: object, **options: object) -> tuple[torch.Tensor, Row]:
@@ -414,7 +423,7 @@ def test_a_device_that_fails_alone_loses_no_score_either(monkeypatch: pytest.Mon
         return real(*args, **options)
 
     monkeypatch.setattr(scoring, "run_layers", lost)
-    with pytest.raises(ScoringError, match=r"failed on cpu at pairs\[\d\]: RuntimeError: CUDA") as info:
+    with pytest.raises(ScoringError, match=rf"failed on {DEVICE} at pairs\[\d\]: RuntimeError: CUDA") as info:
         MatroyshkaReranker(FULL, dtype="float32", batch_size=1).compute_score([("a", words(i, 9)) for i in range(9)])
     assert np.isfinite(info.value.scores).sum() >= 1
 
@@ -444,7 +453,7 @@ def test_any_exception_names_its_pairs_and_keeps_the_scores(monkeypatch: pytest.
         return real(*args, **options)
 
     monkeypatch.setattr(scoring, "run_layers", fails_at_the_second)
-    said = rf"^scoring failed on cpu at pairs\[2\] or one of 1 more pairs in its batch: {type(error).__name__}: "
+    said = rf"^scoring failed on {DEVICE} at pairs\[2\] or one of 1 more pairs in its batch: {type(error).__name__}: "
     with pytest.raises(ScoringError, match=said) as info:
         MatroyshkaReranker(FULL, dtype="float32", batch_size=2).compute_score(pairs)
     assert info.value.__cause__ is error

@@ -21,7 +21,7 @@ from typing import Any
 import pandas as pd
 import pyterrier as pt
 import pytest
-from conftest import MODELS, words
+from conftest import DEVICE, MODELS, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -526,13 +526,13 @@ def test_batch_size_and_device_cannot_change_with_quantization(source: Path, tmp
     pytest.importorskip("torchao")
     target, arguments = tmp_path / "run.tsv", {**MATROYSHKA.arguments(), "quantization": "int8"}
     rerank_file(MatroyshkaReranker(**arguments), source, target)
-    rerank_file(MatroyshkaReranker(**{**arguments, "device": "cpu"}), source, target, resume=True)  # as None
+    rerank_file(MatroyshkaReranker(**{**arguments, "device": DEVICE.type}), source, target, resume=True)  # as None
     with pytest.raises(ValueError, match="was written with batch_size=None, not 2"):
         rerank_file(MatroyshkaReranker(**{**arguments, "batch_size": 2}), source, target, resume=True)
     settings, *lines = journal_path(target).read_text().splitlines()
-    assert json.loads(settings)["device"] == "cpu"
-    journal_path(target).write_text("\n".join([settings.replace('"cpu"', '"cuda"'), *lines, ""]))
-    with pytest.raises(ValueError, match="was written with device='cuda', not 'cpu'"):
+    assert json.loads(settings)["device"] == DEVICE.type
+    journal_path(target).write_text("\n".join([settings.replace(f'"{DEVICE.type}"', '"xpu"'), *lines, ""]))
+    with pytest.raises(ValueError, match=f"was written with device='xpu', not '{DEVICE.type}'"):
         rerank_file(MatroyshkaReranker(**arguments), source, target, resume=True)
 
 
