@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import pyterrier as pt
 
+from ..checkpoints.description import KINDS
 from ..checkpoints.input_format import NAMED, InputFormat, check_name
 from ..checkpoints.locate import fingerprint
 from ..engine.inputs import PROMPT, MatroyshkaInputs, inputs_of
@@ -208,12 +209,11 @@ class Recipe(Declared, ABC):
     def opening_call(self, checkpoint: Checkpoint, folder: str) -> str:
         """Write the Python call that opens the adapter in a folder, trained on this checkpoint."""
 
-    def card(self, checkpoint: Checkpoint, folder: str, steps: int) -> str:
+    def card(self, checkpoint: Checkpoint, steps: int) -> str:
         """Write the model card of an adapter, without access tokens of the hub."""
         settings = {name: value for name, value in self.arguments.items() if not name.endswith("_token")}
         recipe = replace(self, output_dir=None, text=None, arguments=settings)
-        name = self.opening_call(checkpoint, folder).partition("(")[0]
-        return CARD.format(base=checkpoint.base, steps=steps, recipe=recipe, name=name)
+        return CARD.format(base=checkpoint.base, steps=steps, recipe=recipe, name=KINDS[checkpoint.kind])
 
     @abstractmethod
     def body(self, text: str, title: str | None) -> str:

@@ -275,7 +275,7 @@ class GroupTrainer(Trainer):
             # After training, the best checkpoint is saved, which need not be the last.
             best = self.args.load_best_model_at_end and not self.is_in_train
             steps = (best and self.state.best_global_step) or self.state.global_step
-            card = self.recipe.card(self.checkpoint, folder.resolve().name, steps)
+            card = self.recipe.card(self.checkpoint, steps)
             (folder / "README.md").write_text(card, encoding="utf-8")
             describe_trained(
                 self.checkpoint,
