@@ -244,7 +244,8 @@ def _runs_and_measures(words: Sequence[str]) -> tuple[list[str], list[Any]]:
             if not Path(word).exists():
                 raise ValueError(f"{error} There is no run {word!r} either.") from error
             runs.append(word)
-    if repeated := [name for number, name in enumerate(runs) if name in runs[:number]]:
+    files = [Path(name).resolve() for name in runs]
+    if repeated := [name for number, name in enumerate(runs) if files[number] in files[:number]]:
         raise ValueError(f"the run {repeated[0]!r} is named twice; expected it once.")
     return runs, measures
 
@@ -276,7 +277,7 @@ def _rerank_command(name: str, kind: type[LLMReranker], *examples: str) -> None:
             typer.Option(
                 metavar="I/N",
                 help="Rerank part I of N, for a job array. Parts have whole queries; their outputs, joined in order, "
-                "equal the output for the whole file.",
+                "equal the output for the whole file. Needs --dtype, other than auto.",
             ),
         ] = None,
         workers: Annotated[

@@ -259,6 +259,7 @@ def test_measures_and_the_first_stage(measure: object) -> None:
         ({"measure": "nDCG@0"}, "measure='nDCG@0'; allowed: a measure of ir_measures"),
         ({"measure": "nDCG("}, "measure='nDCG.'; allowed"),
         ({"measure": 3}, "measure=3; allowed"),
+        ({"measure": "Accuracy", "qrels": RES.assign(label=1)}, "measure=Accuracy: not defined for .*'q0'"),
         ({"budget": 0}, "budget=0; allowed: a share .* '150ms'; None"),
         ({"budget": 1.5}, "budget=1.5; allowed"),
         ({"budget": True}, "budget=True; allowed"),

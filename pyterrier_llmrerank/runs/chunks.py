@@ -111,7 +111,7 @@ def open_shard(shard: str, source: Path) -> Shard:
     Traceback (most recent call last):
     ValueError: shard='5/4'; allowed: i/n with i from 1 to n, such as 2/4.
     """
-    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", shard)
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", shard) if isinstance(shard, str) else None
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         refuse("shard", shard, "i/n with i from 1 to n, such as 2/4")
     if source.exists() and not source.is_file():

@@ -31,6 +31,7 @@ def ray_cluster(workers: int, address: str | None = None) -> Iterator[Any]:
 
     Raises:
         ImportError: Ray is not installed.
+        ValueError: there is an address, and this process is connected to Ray already.
         ConnectionError: there is no cluster at the address.
     """
     try:
@@ -38,6 +39,11 @@ def ray_cluster(workers: int, address: str | None = None) -> Iterator[Any]:
     except ImportError as error:
         raise ImportError(f"workers={workers} needs Ray: pip install 'pyterrier-llmrerank[ray]'") from error
     if ray.is_initialized():
+        if address is not None:
+            raise ValueError(
+                f"address={address!r}: this process is connected to Ray already; allowed: None, to use that cluster, "
+                "or ray.shutdown() first."
+            )
         yield ray
         return
     address = address or os.environ.get("RAY_ADDRESS", "local")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import ir_measures
@@ -30,7 +31,7 @@ class Evaluation:
         qrels: judgements: ``qid``, ``docno`` and ``label``. Only queries with candidates count.
 
     Raises:
-        ValueError: the measure is unknown, or no installed package computes it.
+        ValueError: the measure is unknown, no installed package computes it, or it is not defined for a query.
     """
 
     def __init__(self, measure: str | ir_measures.Measure, rows: pd.DataFrame, qrels: pd.DataFrame) -> None:
@@ -46,14 +47,32 @@ class Evaluation:
             raise ValueError(
                 f"measure={measure!r}; allowed: a measure of ir_measures, such as 'nDCG@10'. ({error})"
             ) from error
+        self(-np.arange(len(rows), dtype=float))  # raises now rather than after a ranking has been computed
 
     def __call__(self, scores: Floats) -> Floats:
         """Return the measure of each query, ``[queries]``, if the candidates are ranked by ``scores``, ``[rows]``."""
         run: dict[str, dict[str, float]] = {query: {} for query in self.queries}
         for query, docno, score in zip(self._qids, self._docnos, scores.tolist(), strict=True):
             run[query][docno] = score
-        values = {metric.query_id: metric.value for metric in self._evaluator.iter_calc(run)}
+        try:
+            values = self._values(run)
+        except subprocess.CalledProcessError as error:  # from gdeval, which needs numeric qids
+            raise _external_failure([self.measure], error) from error
+        except ZeroDivisionError:
+            values = {}
+            for query, own in run.items():
+                with suppress(ZeroDivisionError):
+                    values |= self._values({query: own})
+        if undefined := [query for query in self.queries if query not in values]:
+            raise ValueError(
+                f"measure={self.measure}: not defined for {len(undefined)} of {len(self.queries)} queries, such as "
+                f"{undefined[0]!r}; leave them out, or choose another measure."
+            )
         return np.array([values[query] for query in self.queries], dtype=float)
+
+    def _values(self, run: dict[str, dict[str, float]]) -> dict[str, float]:
+        """Return the measure of the queries that have one."""
+        return {metric.query_id: metric.value for metric in self._evaluator.iter_calc(run)}
 
     def input_mean(self, rows: pd.DataFrame) -> float | None:
         """Return the mean measure of the candidates' own ``score`` or, without one, ``rank``; None without both."""
@@ -126,9 +145,11 @@ def compare(
         ``p_holm`` or ``p_bonferroni``.
 
     Raises:
-        ValueError: a run is empty or has none of the queries with judgements, a measure cannot be computed, or there is
-            a correction without a baseline.
+        ValueError: a measure is named twice or cannot be computed, a run is empty or has none of the queries with
+            judgements, or there is a correction without a baseline.
     """
+    if repeated := [measure for number, measure in enumerate(measures) if measure in measures[:number]]:
+        raise ValueError(f"measure={repeated[0]} is named twice, perhaps by two of its names; expected it once.")
     if correction is not None and baseline is None:
         raise ValueError(f"correction={correction!r} needs a baseline; allowed without one: None.")
     judged = pd.DataFrame([(row.qid, row.docno, row.label) for row in qrels], columns=["qid", "docno", "label"])
@@ -183,10 +204,7 @@ def _measure(
     try:
         found: Any = ir_measures.calc(measures, pt.model.to_ir_measures(judged), pt.model.to_ir_measures(ranked))
     except subprocess.CalledProcessError as error:  # from gdeval, which needs numeric qids
-        names = ", ".join(map(str, measures))
-        raise ValueError(
-            f"measure={names}: an external program failed ({error}); measures such as ERR need numeric qids."
-        ) from error
+        raise _external_failure(measures, error) from error
     except ZeroDivisionError as error:  # Accuracy of a query all of whose results are relevant
         names = ", ".join(map(str, measures))
         raise ValueError(f"measure={names}: not defined for a query of the {name} ({error}).") from error
@@ -195,6 +213,12 @@ def _measure(
     queries = [(qid, key, values[key, qid]) for key, qid in keys if (key, qid) in values]  # not all have an Accuracy
     total = [(str(measure), found.aggregated[measure]) for measure in measures]
     return pd.DataFrame(queries, columns=["qid", "measure", "value"]), pd.DataFrame(total, columns=["measure", "value"])
+
+
+def _external_failure(measures: Sequence[ir_measures.Measure], error: subprocess.CalledProcessError) -> ValueError:
+    """Return the error for measures that another program failed to compute."""
+    names = ", ".join(map(str, measures))
+    return ValueError(f"measure={names}: an external program failed ({error}); measures such as ERR need numeric qids.")
 
 
 def _tests(

@@ -75,7 +75,7 @@ def queries(name: str, qids: Collection[str] | None = None) -> dict[str, str]:
         return {topic.qid: topic.query for topic in read_topics(path) if qids is None or topic.qid in qids}
     dataset = _dataset("topics", name)
     if isinstance(dataset, pt.datasets.Dataset):
-        frame = _part(name, "topics", dataset.get_topics)
+        frame = _part("topics", name, "topics", dataset.get_topics)
         if "query" not in frame:
             raise ValueError(f"topics={name!r}: the topics have no column 'query', but {', '.join(map(repr, frame))}.")
         found = dict(zip(frame["qid"].astype(str), frame["query"], strict=True))
@@ -106,7 +106,7 @@ def documents(name: str, docnos: Collection[str]) -> dict[str, Text]:
         return found
     dataset = _dataset("texts", name)
     if isinstance(dataset, pt.datasets.Dataset):
-        corpus = _part(name, "corpus", lambda: dataset.get_corpus_iter(verbose=False))
+        corpus = _part("texts", name, "corpus", lambda: dataset.get_corpus_iter(verbose=False))
         wanted = {document["docno"]: document for document in corpus if document["docno"] in docnos}
         for docno, document in wanted.items():
             if "text" not in document:
@@ -191,7 +191,7 @@ def _judgements(name: str) -> list[Judgement]:
         return list(read_qrels(path))
     dataset = _dataset("qrels", name)
     if isinstance(dataset, pt.datasets.Dataset):
-        frame = _part(name, "qrels", dataset.get_qrels).astype({"qid": str, "docno": str, "label": int})
+        frame = _part("qrels", name, "qrels", dataset.get_qrels).astype({"qid": str, "docno": str, "label": int})
         return list(map(Judgement, frame["qid"], frame["docno"], frame["label"]))
     if not dataset.has_qrels():
         raise ValueError(f"qrels={name!r}: the dataset has no qrels.")
@@ -220,12 +220,12 @@ def _dataset(argument: str, name: str) -> Any:
         ) from None
 
 
-def _part(name: str, part: str, read: Callable[[], Any]) -> Any:
+def _part(argument: str, name: str, part: str, read: Callable[[], Any]) -> Any:
     """Read a part of a PyTerrier dataset, which says only on reading whether it has the part."""
     try:
         return read()
     except NotImplementedError as error:
-        raise ValueError(f"{name!r}: the dataset has no {part}.") from error
+        raise ValueError(f"{argument}={name!r}: the dataset has no {part}.") from error
 
 
 @contextmanager

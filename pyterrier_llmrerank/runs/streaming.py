@@ -113,11 +113,12 @@ def rerank_file(
         resume: continue an existing target.
         shard: rerank one part of the file, such as ``"2/4"`` for the second of four. Parts have whole chunks. Their
             runs, joined in order, have the bytes of the run over the whole file, which must not grow meanwhile. None
-            reranks the whole file.
+            reranks the whole file. The reranker's ``dtype`` must not be ``"auto"``, which machines resolve differently.
         workers: number of scoring processes. More than 1 run on Ray (``pip install 'pyterrier-llmrerank[ray]'``), as
             described for :func:`~pyterrier_llmrerank.runs.workers.score_on_workers`; 1 scores in this process, unless
             ``address`` is given. ``usage`` does not count calls that failed on a worker.
-        address: address of a Ray cluster. None starts Ray on this machine if needed.
+        address: address of a Ray cluster. None takes the cluster that this process is connected to, or starts Ray on
+            this machine if needed.
 
     Returns:
         Counts and times. They are also logged (INFO), and the usage is added to ``reranker.usage``.
@@ -135,45 +136,34 @@ def rerank_file(
     """
     source, target = Path(source), Path(target)
     _check_arguments(source, target, form, tag, resume, workers)
-    from ..engine.scoring import CHUNK  # imports torch, which takes seconds
-
     started = time.perf_counter()
     quiet = reranker.quiet()
-    part = None if shard is None else open_shard(shard, source)
+    part = None if shard is None else _open_shard(reranker, shard, source)
     counted = reranker.verbose and part is None and source.is_file()  # a pipe can be read only once
     total = count_lines(source) if counted else None
     with ExitStack() as stack:
         score_chunks, device_type = stack.enter_context(_scoring(quiet, workers, address))
         settings = _settings(quiet, device_type, form, tag, part)
         file = stack.enter_context(JournaledFile(target, settings, resume=resume))
-        if part is None:
-            chunks = read_chunks(source, chain((block.rows for block in file.blocks), repeat(_block(reranker))))
-        else:  # by sizes that are the same on every machine, so that the shards leave no gap
-            chunks = part.select(read_chunks(source, repeat(CHUNK)))
+        chunks = _read(source, part, file.blocks, _block(reranker))
         resumed_from = _skip_written(chunks, file.blocks, source, target)
         name, hidden = reranker.label(), not reranker.verbose
         bar = stack.enter_context(pt.tqdm(total=total, initial=resumed_from, desc=name, unit="pair", disable=hidden))
         run = _RunWriter(file, form, tag)
-        usage = Usage()
         try:
             with closing(score_chunks(chunks)) as results:
                 for chunk, scored in results:
-                    usage += scored.usage
-                    run.write(chunk, scored.frame)
+                    run.write(chunk, scored)
                     bar.update(len(chunk.frame))
         except BaseException as error:
-            usage += quiet.usage  # of the call that raised the error
+            run.usage += quiet.usage  # of the call that raised the error
             _add_note(error, target, resumed_from + run.pairs, _block(reranker))
             raise
         finally:
-            usage += Usage(writing_seconds=run.stopwatch.seconds)
-            reranker.add_usage(usage)
-    report = Report(target, run.pairs, run.queries, time.perf_counter() - started, resumed_from, usage)
-    if resumed_from and not run.pairs:
-        logger.warning("%s is already finished; nothing was scored.", target)
-    if part is not None and not resumed_from + run.pairs:
-        logger.warning("%s is empty: %s has fewer blocks of %d pairs than shards.", target, source, CHUNK)
-    logger.info("%s", report)
+            run.usage += Usage(writing_seconds=run.stopwatch.seconds)
+            reranker.add_usage(run.usage)
+    report = Report(target, run.pairs, run.queries, time.perf_counter() - started, resumed_from, run.usage)
+    _log(report, source, part)
     return report
 
 
@@ -191,11 +181,33 @@ def _check_arguments(source: Path, target: Path, form: str, tag: str, resume: bo
         refuse_existing(target)
 
 
+def _open_shard(reranker: LLMReranker, shard: str, source: Path) -> Shard:
+    """Return a shard; ValueError if there is no such shard, or machines could score their shards in several dtypes."""
+    part = open_shard(shard, source)
+    if reranker.dtype == "auto":
+        raise ValueError(
+            f"dtype='auto' with shard={shard!r}: each machine would choose its own, and the scores of one run would "
+            "differ in precision; allowed: float32, bfloat16, float16."
+        )
+    return part
+
+
 def _block(reranker: LLMReranker) -> int:
     """Return the fewest pairs in a block: several devices share one, and wait for the last of them at its end."""
     from ..engine.scoring import CHUNK
 
     return CHUNK * (len(reranker.device) if isinstance(reranker.device, tuple) else 1)
+
+
+def _log(report: Report, source: Path, part: Shard | None) -> None:
+    """Log the report, with a warning if nothing was scored."""
+    from ..engine.scoring import CHUNK
+
+    if report.resumed_from and not report.pairs:
+        logger.warning("%s is already finished; nothing was scored.", report.target)
+    if part is not None and not report.resumed_from + report.pairs:
+        logger.warning("%s is empty: %s has fewer blocks of %d pairs than shards.", report.target, source, CHUNK)
+    logger.info("%s", report)
 
 
 def _add_note(error: BaseException, target: Path, pairs: int, block: int) -> None:
@@ -207,6 +219,23 @@ def _add_note(error: BaseException, target: Path, pairs: int, block: int) -> Non
 
 
 # -- reading
+
+
+def _read(source: Path, part: Shard | None, blocks: Sequence[Block], block: int) -> Iterator[Chunk]:
+    """Read the chunks of a file, or of one part of it.
+
+    Args:
+        source: the rerank file.
+        part: the part; None for the whole file.
+        blocks: the blocks of an earlier call, whose sizes come first.
+        block: the fewest pairs in each further block.
+    """
+    if part is None:
+        return read_chunks(source, chain((written.rows for written in blocks), repeat(block)))
+    from ..engine.scoring import CHUNK
+
+    # By sizes that are the same on every machine, so that the shards leave no gap.
+    return part.select(read_chunks(source, repeat(CHUNK)))
 
 
 def _skip_written(chunks: Iterator[Chunk], blocks: Sequence[Block], source: Path, target: Path) -> int:
@@ -263,7 +292,7 @@ def _score_here(reranker: LLMReranker, chunks: Iterator[Chunk]) -> Generator[tup
 
 
 class _RunWriter:
-    """Write scored chunks to a run, one block each, and count them.
+    """Write scored chunks to a run, one block each, and count them and their usage.
 
     Args:
         file: the run.
@@ -275,12 +304,14 @@ class _RunWriter:
         self._file, self._form, self._tag = file, form, tag
         self._compress = partial(gzip.compress, mtime=0) if file.path.suffix == ".gz" else bytes
         self.pairs = self.queries = 0
+        self.usage = Usage()
         self.stopwatch = Stopwatch()
 
-    def write(self, chunk: Chunk, scores: pd.DataFrame) -> None:
+    def write(self, chunk: Chunk, scored: ScoredChunk) -> None:
         """Write the scores of a chunk. Queries keep their order; the documents of each are sorted by rank."""
+        self.usage += scored.usage
         with self.stopwatch:
-            self._file.append(self._compress(self._lines(scores)), len(chunk.frame), chunk.checksum)
+            self._file.append(self._compress(self._lines(scored.frame)), len(chunk.frame), chunk.checksum)
         self.pairs += len(chunk.frame)
         self.queries += chunk.queries
 

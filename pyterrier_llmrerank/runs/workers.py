@@ -80,7 +80,7 @@ def score_on_workers(
 class Worker:
     """A process that opens the model once, and scores chunks."""
 
-    def __init__(self, reranker: LLMReranker, is_replacement: bool | None = None) -> None:
+    def __init__(self, reranker: LLMReranker) -> None:
         import ray
 
         self._reranker = reranker

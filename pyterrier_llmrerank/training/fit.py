@@ -76,7 +76,7 @@ def fit(
         FileExistsError: the recipe's ``output_dir`` is not empty, and no run in it is resumed.
         FloatingPointError: as :class:`~pyterrier_llmrerank.training.trainer.GroupTrainer`.
     """
-    _one_device(device)  # fails before the slow steps
+    place = _one_device(device)  # fails before the slow steps
     records = records_of(
         training.results,
         check_qrels(training.qrels, "qrels_tr"),
@@ -92,7 +92,6 @@ def fit(
         measured = validation_of(validation.results, check_qrels(validation.qrels, "qrels_va"), validation.bodies)
     elif recipe.patience is not None:
         raise ValueError(f"patience={recipe.patience} needs validation results to measure nDCG@10 on.")
-    place = _one_device(device)
     arguments = _arguments(recipe, place, resolve_dtype(dtype, place), measured is not None, verbose)
     checkpoint = recipe.open(model, adapters, **opening)
     if not arguments.resume_from_checkpoint:
@@ -128,7 +127,7 @@ def _without_teacher(recipe: Recipe) -> Recipe:
 
 
 def as_is(text: str, title: str | None) -> str:
-    """Return a passage that is as_is already."""
+    """Return a text that is formatted already."""
     return text
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import pyterrier as pt
 
+from ..checkpoints.description import KINDS
 from ..checkpoints.input_format import NAMED, InputFormat, check_name
 from ..checkpoints.locate import fingerprint
 from ..engine.inputs import PROMPT, MatroyshkaInputs, inputs_of
@@ -209,7 +210,7 @@ class Recipe(Declared, ABC):
 
         settings = {name: value for name, value in self.arguments.items() if not name.endswith("_token")}
         recipe = replace(self, output_dir=None, text=None, arguments=settings)
-        name = self.opening_call(checkpoint, "").partition("(")[0]
+        name = KINDS[checkpoint.kind]
         return trained(checkpoint.kind, name, checkpoint.base, steps, repr(recipe), stated, measured, repo_id)
 
     @abstractmethod

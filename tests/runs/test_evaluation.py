@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from pyterrier_llmrerank.runs.collection import Judgement
-from pyterrier_llmrerank.runs.evaluation import compare, parse_measure
+from pyterrier_llmrerank.runs.evaluation import Evaluation, compare, parse_measure
 from pyterrier_llmrerank.runs.formats import RunRow
 
 QRELS = [Judgement(f"q{q}", f"d{q}", 2) for q in range(4)]
@@ -131,6 +131,28 @@ def test_a_measure_that_a_query_does_not_define_is_an_error() -> None:
     relevant = [RunRow("q0", "d0", None, 1.0, 1)]  # no other document
     with pytest.raises(ValueError, match="measure=Accuracy: not defined for a query of the run"):
         compare([parse_measure("Accuracy")], QRELS, {"mine": relevant})
+
+
+def test_measures_that_rankings_of_the_candidates_lack() -> None:
+    """Found before any ranking is computed."""
+    rows = pd.DataFrame({"qid": ["q0", "q1", "q1"], "docno": ["a", "a", "b"]})
+    relevant = pd.DataFrame({"qid": ["q0", "q1"], "docno": ["a", "b"], "label": 1})
+    for own, measure, problem in (
+        (relevant, "Accuracy", "measure=Accuracy: not defined for 1 of 2 queries, such as 'q0'"),
+        (relevant.assign(label=[0, 1]), "Accuracy", "such as 'q0'"),
+        (relevant, "ERR@10", "measure=ERR@10: .* need numeric qids"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            Evaluation(measure, rows, own)
+    evaluation = Evaluation("Accuracy@2", rows[1:], relevant)
+    assert evaluation(np.array([1.0, 2.0])).tolist() == [1]
+    assert evaluation(np.array([2.0, 1.0])).tolist() == [0]
+
+
+def test_a_measure_is_named_once() -> None:
+    names = ["RR", "nDCG@10", "ndcg_cut_10"]
+    with pytest.raises(ValueError, match="measure=nDCG@10 is named twice"):
+        compare(list(map(parse_measure, names)), QRELS, {"mine": run(0, 1, 1, 0)}, run(1, 1, 1, 1))
 
 
 def test_a_measure_that_needs_numeric_qids() -> None:

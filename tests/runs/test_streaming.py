@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -234,6 +235,14 @@ def test_each_chunk_is_in_one_shard(sizes: list[int], blank: int, count: int, en
         assert sum(chunk.last_line - chunk.first_line + 1 for chunk in shard[:-1]) <= lines / count + 1
 
 
+def test_shards_need_a_dtype_by_name(source: Path, tmp_path: Path) -> None:
+    """With auto, machines of two kinds would write parts of a run in two dtypes."""
+    reranker = MatroyshkaReranker(MODELS / "costwise_full", cutoff=2)
+    with pytest.raises(ValueError, match="dtype='auto' with shard='1/2': .*; allowed: float32, bfloat16, float16"):
+        rerank_file(reranker, source, tmp_path / "run.tsv", shard="1/2")
+    assert list(tmp_path.glob("run.tsv*")) == []
+
+
 def test_an_interrupted_shard_resumes_to_the_same_bytes(source: Path, whole: bytes, tmp_path: Path) -> None:
     rest = tmp_path / "2.tsv"
     interrupted(source, rest, KeyboardInterrupt(), 1, shard="2/2")
@@ -251,9 +260,9 @@ def test_an_interrupted_shard_resumes_to_the_same_bytes(source: Path, whole: byt
         rerank_file(MATROYSHKA, grown, rest, shard="2/2", resume=True)
 
 
-@pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "1/0", "-1/2", "1/2/3", "a/b", ""])
-def test_shards_that_do_not_exist(shard: str, source: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"shard='{shard}'; allowed: i/n with i from 1 to n"):
+@pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "1/0", "-1/2", "1/2/3", "a/b", "", 2, (1, 4)])
+def test_shards_that_do_not_exist(shard: Any, source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"shard={shard!r}; allowed: i/n with i from 1 to n")):
         rerank_file(MATROYSHKA, source, tmp_path / "run.tsv", shard=shard)
     assert list(tmp_path.iterdir()) == []
 

@@ -438,3 +438,13 @@ def test_the_address_of_the_cluster(
     with clusters.ray_cluster(2, address):
         assert calls == [wanted]
     assert calls == [wanted, "shutdown"]
+
+
+def test_an_address_is_refused_where_ray_is_connected(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = SimpleNamespace(is_initialized=lambda: True)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with clusters.ray_cluster(2) as used:
+        assert used is ray
+    wanted = "address='head:6379': this process is connected to Ray already"
+    with pytest.raises(ValueError, match=wanted), clusters.ray_cluster(2, "head:6379"):
+        pass
