@@ -268,6 +268,9 @@ class RankLLaMAReranker(LLMReranker):
 
     def __setattr__(self, name: str, value: Any) -> None:
         before = vars(self).get("model")
+        made = "named_format" in vars(self)
+        if made and name in FORMAT and not is_hub_id(self._source()):  # raise before the value is set
+            InputFormat.chosen({**self._given_format(), name: value}, self.named_format)
         super().__setattr__(name, value)
         if self.model != before and "named_base" in vars(self):  # another adapter may name another base
             self._look_up_model()
@@ -278,8 +281,8 @@ class RankLLaMAReranker(LLMReranker):
         return {**self.arguments(), **named, **self._shown_format()}
 
     def _shown_format(self) -> Mapping[str, Any]:
-        """Return the arguments for the input format in use, as far as it is known without a download."""
-        return self._chosen(self.named_format)[1]
+        """Return the arguments for the input format in use; for a hub model, which may name one, those given."""
+        return self._given_format() if is_hub_id(self._source()) else self._chosen(self.named_format)[1]
 
     def _repr_value(self, name: str) -> Any:
         if name == "base_model" and self.base_model is not None:
@@ -318,7 +321,7 @@ class RankLLaMAReranker(LLMReranker):
             if merged:
                 head = {"score.weight": heads}
                 decoder, description = build_decoder(checkpoint), replace(checkpoint.description(), input_format=form)
-                settings = classifier_settings(checkpoint)
+                settings = classifier_settings(checkpoint, form.append_eos)
                 write_merged(checkpoint, decoder, head, settings, weights.dtype, target, description)
             else:
                 copy_adapter(folder_of(self._source(), "model"), target, checkpoint.base, checkpoint.tokenizer())
@@ -328,10 +331,16 @@ class RankLLaMAReranker(LLMReranker):
 
 @lru_cache(maxsize=128)
 def _chosen(given: tuple[tuple[str, Any], ...], own: InputFormat | None) -> tuple[InputFormat, Mapping[str, Any]]:
-    """Return the format that these arguments make of a model's own, and the arguments that differ from its defaults."""
+    """Return the format that these arguments make of a model's own, and the arguments that show it.
+
+    A default is not shown, unless the model would have another value without the argument.
+    """
     form = InputFormat.chosen(dict(given), own)
     usual = InputFormat(form.name).settings() | {"input_format": TEVATRON_2023}
-    return form, {name: None if value == usual[name] else value for name, value in form.settings().items()}
+    named = InputFormat() if own is None else own
+    omitted = (named if form.name == named.name else InputFormat(form.name)).settings() | {"input_format": named.name}
+    hidden = {name for name, value in form.settings().items() if value == usual[name] == omitted[name]}
+    return form, {name: None if name in hidden else value for name, value in form.settings().items()}
 
 
 def _optional_texts(frame: pd.DataFrame, field: str | None) -> list[str | None]:

@@ -489,7 +489,9 @@ class LLMReranker(ValueSemantics, pt.Estimator):
             complete_card(folder, repo_id, type(self).__name__, Stated(datasets or (), license=license))
             api = HfApi(token=token)
             url = api.create_repo(repo_id, private=private, exist_ok=True)
-            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload a reranker")
+            api.upload_folder(  # in place of an earlier model, of which no file may stay
+                repo_id=repo_id, folder_path=folder, commit_message="Upload a reranker", delete_patterns="*"
+            )
         return str(url)
 
     # -- weights: one copy for all rerankers, or one per device

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import MODELS, agree, frame, golden, words
+from conftest import MODELS, Cache, agree, frame, golden, words
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
@@ -282,6 +282,51 @@ def test_a_saved_reranker_keeps_its_input_format(tmp_path: Path, given: dict[str
     other = RankLLaMAReranker(tmp_path / "saved", dtype="float32", input_format="tevatron-2023", query_prefix="other ")
     assert other != opened
     assert other.compute_score(PAIRS)[0] != opened.compute_score(PAIRS)[0]
+
+
+def test_a_hub_models_own_format_is_not_taken_for_another(tmp_path: Path, cached: Cache) -> None:
+    """What the repository says is not known without a download, so that it equals no format named by the user."""
+    reranker(input_format="tevatron-2024").save(tmp_path / "saved", merged=True)
+    cached.add("owner/model", tmp_path / "saved", "a" * 40, "main")
+    own = RankLLaMAReranker("owner/model", dtype="float32")
+    older = RankLLaMAReranker("owner/model", dtype="float32", input_format="tevatron-2023")
+    assert own != older
+    assert repr(own) != repr(older)
+    assert own.compute_score(PAIRS)[0] != older.compute_score(PAIRS)[0]
+    assert eval(repr(older)) == older
+    ended = RankLLaMAReranker("owner/model", dtype="float32", append_eos=True)  # allowed in the model's own format
+    assert eval(repr(ended)) == ended != own
+    assert ended.compute_score(PAIRS)[0] != own.compute_score(PAIRS)[0]
+
+
+def test_a_format_that_is_not_allowed_is_refused_before_it_is_set() -> None:
+    changed = reranker()
+    with pytest.raises(ValueError, match="append_eos=True: input_format 'tevatron-2023' has no end token"):
+        changed.append_eos = True
+    assert changed == reranker()
+
+
+def test_an_explicit_format_is_shown(tmp_path: Path) -> None:
+    reranker(input_format="tevatron-2024").save(tmp_path / "saved")
+    other = RankLLaMAReranker(tmp_path / "saved", input_format="tevatron-2023")
+    assert eval(repr(other)) == other != RankLLaMAReranker(tmp_path / "saved")
+
+
+def test_the_end_token_does_not_pad_where_it_ends_every_input(tmp_path: Path) -> None:
+    base, adapter = (shutil.copytree(source, tmp_path / source.name) for source in (BASE, ADAPTER))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token = tokenizer.eos_token
+    for folder in (base, adapter):
+        tokenizer.save_pretrained(folder)
+    padded = RankLLaMAReranker(adapter, base_model=base, dtype="float32", input_format="tevatron-2024", append_eos=True)
+    padded.save(tmp_path / "merged", merged=True)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    query, text = PAIRS[0]
+    (ids,) = padded.scorer().ids([(query, InputFormat("tevatron-2024").body(text))])
+    assert ids.flat()[-1] == tokenizer.eos_token_id
+    with torch.inference_mode():
+        logit = model(input_ids=torch.tensor([ids.flat()])).logits.item()
+    assert logit == pytest.approx(padded.compute_score(PAIRS[:1])[0], abs=1e-4)
 
 
 def test_a_format_of_ones_own_starts_from_its_own_defaults(tmp_path: Path) -> None:

@@ -200,7 +200,8 @@ def attention(
         if tap is not None:
             last, keys = layout.gather_last(query, key)
             tap.log_weights = _summed(single_query_logits(last, keys, layout.tapped, layout.real_keys, scaling, window))
-        return layout.groups.attend(query, key, value, scaling, window), None
+        biased = any(getattr(getattr(module, name, None), "bias", None) is not None for name in ("q_proj", "k_proj"))
+        return layout.groups.attend(query, key, value, scaling, window, large_logits=biased), None
     query = layout.gather_queries(query)
     key, value = layout.gather_keys_values(layer, key, value)
     if layout.kernel is not None:

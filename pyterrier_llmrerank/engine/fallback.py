@@ -8,6 +8,7 @@ compressed between layers.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -101,9 +102,11 @@ class FallbackDecoder(nn.Module):
         """Return the output of the layers at the cutoffs, and the last hidden state; no other state is kept."""
         found: dict[int, Tensor] = {}
         wanted = set(cutoffs) - {self.layers}
+        own = threading.get_ident()
 
         def keep(cutoff: int, output: Tensor | tuple[Tensor, ...]) -> None:
-            found[cutoff] = output if isinstance(output, Tensor) else output[0]
+            if threading.get_ident() == own:  # rerankers in other threads may run the same model
+                found[cutoff] = output if isinstance(output, Tensor) else output[0]
 
         hooks = [
             layer.register_forward_hook(lambda _, __, output, cutoff=cutoff: keep(cutoff, output))

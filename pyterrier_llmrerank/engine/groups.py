@@ -7,8 +7,8 @@ out at its own length, rounded up to 16. Pairs of one rounded length form a grou
     groups    A A b b b b b S        A A c c S . . .        one group of two pairs: the lengths 8 and 5 round up to 8
               A A c c S . . .        B d d S . . . .        (a picture with 8 in place of 16)
 
-So the shape of each computation depends on a pair's own length, never on its batch. That matters in bf16, where layers
-amplify a different rounding until it reorders candidates.
+So the shape of each pair's computation depends on its own length, never on its batch. That matters in bf16, where
+layers amplify a different rounding until it reorders candidates.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BLOCK = 32
 #: The same for products in bf16.
 PRODUCT_BLOCK = 64
 
-#: Narrowest heads for products in bf16: torch computes smaller matrices by another kernel, if they are few.
+#: Narrowest heads for products in bf16. For few narrow heads, torch uses another kernel, which rounds differently.
 NARROWEST = 32
 
 
@@ -85,7 +85,15 @@ class Groups:
         )
         self._sources: Tensor | None = None
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        window: int | None,
+        large_logits: bool = False,
+    ) -> Tensor:
         """Compute causal attention within each pair.
 
         Args:
@@ -94,12 +102,15 @@ class Groups:
             value: of the shape of ``key``.
             scaling: factor of the logits.
             window: most keys that a query sees; None for all before it.
+            large_logits: logits may be large, as with biases of queries and keys. Products would round them to bf16
+                before the softmax, so they are not used.
 
         Returns:
             The output, ``[1, tokens, heads, width]``.
         """
         query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
-        by_products = query.dtype == torch.bfloat16 and query.shape[2] >= NARROWEST and _has_products()
+        wide = query.shape[2] >= NARROWEST
+        by_products = query.dtype == torch.bfloat16 and wide and not large_logits and _has_products()
         kernel = _products if by_products else _sdpa
         outputs = [
             kernel(group, query, key, value, scaling, window if window is None or window < group.length else None)
@@ -139,7 +150,7 @@ def _products(group: Group, query: Tensor, key: Tensor, value: Tensor, scaling: 
         asked = queries[:, :, start:end].flatten(1, 2)
         bias = _bias(group, start, end, window, query.shape[1] // heads, heads)
         logits = torch.baddbmm(bias, asked, keys[:, :end].mT, alpha=scaling)
-        mixed = torch.bmm(logits.softmax(-1), values[:, :end])  # the softmax is computed in fp32
+        mixed = torch.bmm(logits.softmax(-1), values[:, :end])  # in fp32 inside, of logits rounded to bf16
         output[:, :, start:end] = mixed.view(len(keys), -1, end - start, width)
     return output.view(-1, width)
 

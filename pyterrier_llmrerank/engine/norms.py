@@ -36,21 +36,23 @@ class _Normalise(Function):
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(states, weight)
-        ctx.eps = eps
+        ctx.eps, scale = eps, None
         if states.device.type == "cpu" and states.dtype != torch.float32:  # the mean of squares takes two passes
             wide = states.float()
             mean = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(wide.shape[-1])
-            normed = wide.mul_(mean.add_(eps).rsqrt_()).to(states.dtype)
+            scale = mean.add_(eps).rsqrt_()
+            normed = wide.mul_(scale).to(states.dtype)
         else:
             normed = rms_norm(states, states.shape[-1:], None, eps).to(states.dtype)  # autocast widens it
+        ctx.save_for_backward(states, weight, scale)
         return normed.mul_(weight) if weight.dtype == normed.dtype else weight * normed
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        states, weight = ctx.saved_tensors
+        states, weight, scale = ctx.saved_tensors
         wide = states.float()
-        scale = wide.square().mean(-1, keepdim=True).add_(ctx.eps).rsqrt_()
+        if scale is None:
+            scale = wide.square().mean(-1, keepdim=True).add_(ctx.eps).rsqrt_()
         normed = wide * scale
         through = (gradients[0] * weight).float()
         through = through.sub_(normed * (normed * through).mean(-1, keepdim=True)).mul_(scale)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,10 @@ logger = logging.getLogger(__name__)
 
 #: Measurements of each number of threads; they take turns, so that other load affects all alike.
 TURNS = 5
+
+#: torch's own number of threads, once for each block that runs now.
+_blocks: list[int] = []
+_lock = threading.Lock()
 
 #: Tokens, and the widths of the states before and after the product, in a measurement.
 SIZES = 512, 576, 1536
@@ -34,15 +39,20 @@ def fastest_threads(device: torch.device, seconds: Callable[[int], float] | None
         device: where the block computes; other devices than the CPU are left alone.
         seconds: measures some work on a number of threads; None for a piece of a decoder layer.
     """
-    most = torch.get_num_threads()
-    if device.type != "cpu" or most == 1 or os.environ.get("OMP_NUM_THREADS"):
+    if device.type != "cpu" or os.environ.get("OMP_NUM_THREADS"):
         yield
         return
+    with _lock:
+        before = _blocks[0] if _blocks else torch.get_num_threads()  # not the number that another block has set
+        _blocks.append(before)
+        if before > 1:
+            torch.set_num_threads(_fastest(before, seconds or seconds_of_layer))
     try:
-        torch.set_num_threads(_fastest(most, seconds or seconds_of_layer))
         yield
     finally:
-        torch.set_num_threads(most)
+        with _lock:
+            _blocks.pop()
+            torch.set_num_threads(before)
 
 
 @cache

@@ -104,7 +104,8 @@ def hub(cached: Cache, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     def upload_folder(api: HfApi, *, repo_id: str, folder_path: Path, **options: Any) -> None:
         files = {str(f.relative_to(folder_path)) for f in folder_path.rglob("*") if f.is_file()}
-        kept["files"] = files
+        stay = kept.get("files", set()) if options.get("delete_patterns") != "*" else set()
+        kept["files"] = stay | files
         kept["card"] = ModelCard.load(folder_path / "README.md", ignore_metadata_errors=False)
         cached.add(repo_id, folder_path, "c" * 40, "main")
 
@@ -124,6 +125,7 @@ def test_what_is_pushed_opens_by_its_id(kind: Any, merged: bool, hub: dict[str, 
     else:
         base = "someone/mistral_base"
         reranker = kind(base, adapters=[str(MODELS / "adapter_sd")], start_layer=2, prompt="Is it?", dtype="float32")
+    reranker.push_to_hub("owner/earlier", merged=not merged)  # to the same stand-in: no file of it stays
     pushed = {"private": True, "merged": merged, "datasets": ["owner/data"], "license": "apache-2.0"}
     assert reranker.push_to_hub("owner/model", **pushed) == "https://huggingface.co/owner/model"
     assert (hub["repo_id"], hub["private"], hub["exist_ok"]) == ("owner/model", True, True)

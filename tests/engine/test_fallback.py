@@ -1,6 +1,7 @@
 """Decoders of other families run by their own forward, which gives supported families the same scores."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -339,3 +340,15 @@ def test_only_the_states_that_are_read_are_kept(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(decoder, "_states", states)
     monkeypatch.setattr(decoder, "_modules_of_layers", ())
     np.testing.assert_array_equal(reranker.compute_score(PAIRS), kept)
+
+
+def test_threads_read_their_own_states(tmp_path: Path) -> None:
+    """Rerankers of several cutoffs share one model, and each call runs in a thread of its own."""
+    saved(tmp_path, CONFIGS["gpt2"], AutoModelForCausalLM)
+    reranker = MatroyshkaReranker(tmp_path, start_layer=1, cutoff=[1, 2], dtype="float32")
+    pairs = [[("panda", words(number, 5 + 3 * number))] for number in range(6)]
+    wanted = [np.asarray(reranker.compute_score(pair)) for pair in pairs]
+    with ThreadPoolExecutor(4) as threads:
+        got = list(threads.map(lambda number: np.asarray(reranker.compute_score(pairs[number % 6])), range(90)))
+    for number, scores in enumerate(got):
+        np.testing.assert_allclose(scores, wanted[number % 6], atol=1e-5)

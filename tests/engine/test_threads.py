@@ -71,3 +71,13 @@ def test_the_number_is_restored_after_an_error(threads: pytest.MonkeyPatch) -> N
 def test_a_layer_is_measured_on_the_threads_asked_for(threads: pytest.MonkeyPatch) -> None:
     assert seconds_of_layer(2) > 0
     assert torch.get_num_threads() == 2
+
+
+def test_overlapping_blocks_restore_the_number(threads: pytest.MonkeyPatch) -> None:
+    """The second block begins before the first ends, and ends after it."""
+    first, second = (fastest_threads(CPU, float) for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert torch.get_num_threads() == 6
