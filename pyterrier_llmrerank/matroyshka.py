@@ -90,7 +90,7 @@ class MatroyshkaReranker(LLMReranker):
         help="a layer-wise checkpoint (``cost_wise_*``), a causal language model with ``adapters`` and "
         "``start_layer``, or ``smollm2-135m``, the small model that comes with this package. It is a folder, "
         '``.gguf`` file or hub id, which may include a revision (``"owner/name@v1"``); paths are kept absolute. '
-        "``smollm2-135m`` is SmolLM2-135M-Instruct with the package's adapters.",
+        "``smollm2-135m`` is SmolLM2-135M-Instruct with the package's adapter.",
     )
     _: KW_ONLY
     adapters: Converted[str | Sequence[str], tuple[str, ...]] = Converted(
@@ -219,7 +219,7 @@ class MatroyshkaReranker(LLMReranker):
         Until then, its score is the logit of the token ``Yes``.
 
         Args:
-            base: a folder, ``.gguf`` file or hub id; ``"smollm2-135m"`` is the small model without its adapters.
+            base: a folder, ``.gguf`` file or hub id; ``"smollm2-135m"`` is the small model without its adapter.
             start_layer: the shallowest layer to have a head; None for the one in ``training``, or 4.
             options: any other arguments of the constructor; ``training`` holds the training settings.
 
