@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import pyterrier as pt
 
-from ..checkpoints.description import KINDS
+from ..checkpoints.description import KINDS, Description
 from ..checkpoints.input_format import NAMED, InputFormat, check_name
 from ..checkpoints.locate import fingerprint
 from ..engine.inputs import PROMPT, MatroyshkaInputs, inputs_of
@@ -381,24 +381,39 @@ class MatroyshkaTraining(Recipe):
             model: a folder, ``.gguf`` file or hub id; an adapter is trained further.
             adapters: adapters to merge into the base first.
 
+        Returns:
+            The checkpoint. Its heads and prompt are those that the description of the model, or else of the last
+            adapter, names; where it names none, the recipe's.
+
         Raises:
-            ValueError: the model has too few layers for ``start_layer`` or ``compress_layers``.
+            ValueError: the model has too few layers for ``start_layer`` or ``compress_layers``, or it was trained with
+                another ``start_layer``, ``layer_sep`` or ``prompt`` than the recipe has. A default of the recipe
+                contradicts nothing.
         """
         from ..checkpoints.adapters import Adapter
         from ..checkpoints.checkpoint import MatroyshkaCheckpoint, is_layer_wise
         from ..checkpoints.description import read_description
-        from ..checkpoints.locate import folder_of
+        from ..checkpoints.locate import adapter_folder, folder_of
 
-        continued, folder = None, folder_of(model, "model")
+        continued, folder, argument = None, folder_of(model, "model"), f"model={model!r}"
+        own = read_description(model, folder, "matroyshka", argument)
         if (folder / "adapter_config.json").is_file():
-            continued = Adapter(folder, f"model={model!r}")
+            continued = Adapter(folder, argument)
             continued.base_folder()  # if it is missing, the error names the adapter
-            description = read_description(model, folder, "matroyshka", f"model={model!r}")
-            earlier = [name for name in description.adapters if name != model] if description is not None else []
+            earlier = [name for name in own.adapters if name != model] if own is not None else []
             model, adapters = continued.base, [*(adapters or earlier), str(folder)]
-        # A layer-wise checkpoint has its own head layers.
-        head_layers = (None, None) if is_layer_wise(model) else (self.start_layer, self.layer_sep)
-        checkpoint = MatroyshkaCheckpoint(model, adapters, *head_layers)
+        for name in reversed(adapters):
+            if own is None:
+                argument = f"raw_peft={name!r}"
+                own = Description.read(adapter_folder(name, model), "matroyshka", argument)
+        start_layer, layer_sep, prompt = self._agreed(own, argument)
+        if is_layer_wise(model):  # it has its own head layers, which a default contradicts no more than a description
+            start_layer, layer_sep = (
+                None if value == default_of(type(self).__dataclass_fields__[name]) else value
+                for name, value in (("start_layer", start_layer), ("layer_sep", layer_sep))
+            )
+        checkpoint = MatroyshkaCheckpoint(model, adapters, start_layer, layer_sep)
+        checkpoint.prompt = prompt
         if continued is not None:  # checked with the others, but trained rather than merged
             checkpoint.adapters, checkpoint.adapter = checkpoint.adapters[:-1], checkpoint.adapters[-1]
         if max(self.compress_ratios) > 1 and not any(0 < layer < checkpoint.layers for layer in self.compress_layers):
@@ -407,6 +422,26 @@ class MatroyshkaTraining(Recipe):
                 f"from 1 to {checkpoint.layers - 1}, or compress_ratios=[1]."
             )
         return checkpoint
+
+    def _agreed(self, own: Description | None, argument: str) -> tuple[int, int, str]:
+        """Return ``start_layer``, ``layer_sep`` and ``prompt`` of a description, or where it has none, the recipe's.
+
+        Raises:
+            ValueError: the recipe has another value, which is not its default.
+        """
+        usual = {"prompt": PROMPT} if own is not None else {}
+        values: list[Any] = []
+        for name in ("start_layer", "layer_sep", "prompt"):
+            given, trained = getattr(self, name), getattr(own, name, None) or usual.get(name)
+            if trained not in (None, given) and given != default_of(type(self).__dataclass_fields__[name]):
+                raise ValueError(f"{name}={given!r}, but {argument} was trained with {trained!r}; the two must agree.")
+            values.append(given if trained is None else trained)
+        return cast(tuple[int, int, str], tuple(values))
+
+    def following(self, checkpoint: Checkpoint) -> MatroyshkaTraining:
+        """Return the recipe with the heads and the prompt of the checkpoint."""
+        own = cast("MatroyshkaCheckpoint", checkpoint)
+        return replace(self, start_layer=own.start_layer, layer_sep=own.layer_sep, prompt=own.prompt or self.prompt)
 
     def heads(self, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, seed: int) -> Tensor:
         """Return the checkpoint's heads."""
