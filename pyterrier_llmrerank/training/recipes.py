@@ -340,7 +340,7 @@ class MatroyshkaTraining(Recipe):
     task_type: ClassVar[str] = "CAUSAL_LM"
 
     target_modules: tuple[str, ...] = (*PROJECTIONS, "linear_head")
-    start_layer: int = option(4, "shallowest layer with a head", least=1)
+    start_layer: int = option(4, "shallowest layer with a head; a described model keeps its own heads", least=1)
     layer_sep: int = option(1, "distance between layers with a head", least=1)
     compress_layers: tuple[int, ...] = option(
         (4, 8, 12, 16, 20, 24, 28), "layers before which passages are pooled; each batch draws half of them on average"
@@ -353,7 +353,7 @@ class MatroyshkaTraining(Recipe):
         f"loss, one of {', '.join(METHODS)}; normal and distill are the cross-entropy alone, the others distil "
         "deeper layers into shallower ones, and those with _teacher learn from a teacher's scores too",
     )
-    prompt: str = option(PROMPT, "question at the end of every input; a prompt in the data replaces it")
+    prompt: str = option(PROMPT, "question at the end of every input; a prompt in the data replaces it. A described model keeps its own")
 
     def __post_init__(self) -> None:
         super().__post_init__()
