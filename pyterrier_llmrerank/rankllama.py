@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import KW_ONLY, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import pandas as pd
 
 from .checkpoints import bundled
-from .checkpoints.description import read_description
+from .checkpoints.description import FILE, read_description
 from .checkpoints.input_format import TEVATRON_2023, InputFormat, check_name
-from .checkpoints.locate import absolute, folder_of, is_hub_id, named_base, portable, require, shortest
+from .checkpoints.locate import absolute, folder_of, identity, is_hub_id, named_base, portable, require, shortest
 from .engine.inputs import Ids, inputs_of
 from .frames import row_name
 from .options import Option, with_options
@@ -35,6 +35,10 @@ def _training(name: str, value: object) -> RankLLaMATraining | None:
     if not isinstance(value, RankLLaMATraining):
         raise ValueError(f"{name}={value!r}; allowed: RankLLaMATraining(...) or None.")
     return value
+
+
+#: The names of the arguments for the input format.
+FORMAT = tuple(InputFormat().settings())
 
 
 @with_options
@@ -125,34 +129,50 @@ class RankLLaMAReranker(LLMReranker):
         help="the recipe that :meth:`fit` trains by; None for the original settings.",
     )
 
+    # Without an annotation, which would make it an option.
+    _known_format = cast("tuple[Hashable, InputFormat | None] | None", None)
+
     def __post_init__(self) -> None:
         require(self.model, "model")
         if self.base_model is not None:
             require(self.base_model, "base_model")
         self._look_up_model()
         if self.input_format is not None or not is_hub_id(self._source()):  # fail now, not after a first stage has run
-            self._checked(InputFormat.chosen(self._given_format(), self.named_format))
+            self._checked(self._chosen(self.named_format)[0])
 
     def _look_up_model(self) -> None:
         """Keep what a local model says of itself."""
         #: The base that the adapter names. If that is a relative path, it is resolved now, not when it is opened.
         self.named_base = named_base(self._source())
+        #: The same as it is stored and compared.
+        self.portable_base = None if self.named_base is None else portable(self.named_base)
         #: The input format that a local model names; None if it names none.
         self.named_format = None if is_hub_id(self._source()) else self._described_format()
 
     def _described_format(self) -> InputFormat | None:
-        """Return the input format that the model names; a hub model is downloaded."""
+        """Return the input format that the model names; a hub model is downloaded.
+
+        It is read again only where the file has changed. A hub model is looked up once, as its weights are.
+        """
         source = self._source()
-        folder = folder_of(source, "model") if is_hub_id(source) else Path(source).expanduser()
-        own = read_description(self.model, folder, "rankllama", f"model={self.model!r}") if folder.is_dir() else None
-        return None if own is None else own.input_format
+        state = None if is_hub_id(source) else identity(str(Path(source).expanduser() / FILE), source)
+        if self._known_format is None or self._known_format[0] != (source, state):
+            folder = folder_of(source, "model") if is_hub_id(source) else Path(source).expanduser()
+            argument = f"model={self.model!r}"
+            own = read_description(self.model, folder, "rankllama", argument) if folder.is_dir() else None
+            self._known_format = (source, state), None if own is None else own.input_format
+        return self._known_format[1]
 
     def _given_format(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in InputFormat().settings()}
+        return {name: getattr(self, name) for name in FORMAT}
 
     def _form(self) -> InputFormat:
         """Return the input format in use; a hub model is downloaded to learn it."""
-        return self._checked(InputFormat.chosen(self._given_format(), self._described_format()))
+        return self._checked(self._chosen(self._described_format())[0])
+
+    def _chosen(self, own: InputFormat | None) -> tuple[InputFormat, Mapping[str, Any]]:
+        """Return the format that the arguments make of the model's own, and the arguments that show it."""
+        return _chosen(tuple(self._given_format().items()), own)
 
     def _checked(self, form: InputFormat) -> InputFormat:
         if self.url_field is not None and form.name != TEVATRON_2023:
@@ -178,7 +198,7 @@ class RankLLaMAReranker(LLMReranker):
         if (Path(base).expanduser() / "adapter_config.json").is_file():
             raise ValueError(f"base={str(base)!r} is an adapter, which is trained already; give it to the constructor.")
         training = options.get("training")
-        given = {name: getattr(training, name, None) for name in InputFormat().settings()}
+        given = {name: getattr(training, name, None) for name in FORMAT}
         return cls(bundled.base(str(base)), **{**given, **options})
 
     def _checkpoint(self) -> partial[Any]:
@@ -212,8 +232,9 @@ class RankLLaMAReranker(LLMReranker):
         titles, urls = (_optional_texts(frame, field) for field in (self.title_field, self.url_field))
         return [form.body(*parts) for parts in zip(frame[self.text_field], titles, urls, strict=True)]
 
-    def _body(self, text: str) -> str:
-        return self._form().body(text)
+    def _bare(self, texts: list[str]) -> list[str]:
+        form = self._form()
+        return [form.body(text) for text in texts]
 
     def _recipe(self) -> RankLLaMATraining:
         """Return the recipe in ``training``, with this reranker's input format.
@@ -253,14 +274,12 @@ class RankLLaMAReranker(LLMReranker):
 
     def equality_key(self) -> dict[str, Any]:
         """Return the arguments, with the values that a local model names: its base, if it is used, and its format."""
-        named = {} if self.base_model or self.named_base is None else {"named_base": portable(self.named_base)}
-        return self.arguments() | named | self._shown_format()
+        named = {} if self.base_model or self.portable_base is None else {"named_base": self.portable_base}
+        return {**self.arguments(), **named, **self._shown_format()}
 
-    def _shown_format(self) -> dict[str, Any]:
+    def _shown_format(self) -> Mapping[str, Any]:
         """Return the arguments for the input format in use, as far as it is known without a download."""
-        form = InputFormat.chosen(self._given_format(), self.named_format)
-        usual = InputFormat(form.name).settings() | {"input_format": TEVATRON_2023}
-        return {name: None if value == usual[name] else value for name, value in form.settings().items()}
+        return self._chosen(self.named_format)[1]
 
     def _repr_value(self, name: str) -> Any:
         if name == "base_model" and self.base_model is not None:
@@ -305,6 +324,14 @@ class RankLLaMAReranker(LLMReranker):
                 copy_adapter(folder_of(self._source(), "model"), target, checkpoint.base, checkpoint.tokenizer())
                 parts = replace(checkpoint.description(), base=checkpoint.base, adapters=(".",), input_format=form)
                 parts.write(target)
+
+
+@lru_cache(maxsize=128)
+def _chosen(given: tuple[tuple[str, Any], ...], own: InputFormat | None) -> tuple[InputFormat, Mapping[str, Any]]:
+    """Return the format that these arguments make of a model's own, and the arguments that differ from its defaults."""
+    form = InputFormat.chosen(dict(given), own)
+    usual = InputFormat(form.name).settings() | {"input_format": TEVATRON_2023}
+    return form, {name: None if value == usual[name] else value for name, value in form.settings().items()}
 
 
 def _optional_texts(frame: pd.DataFrame, field: str | None) -> list[str | None]:

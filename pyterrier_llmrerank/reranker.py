@@ -213,9 +213,9 @@ class LLMReranker(ValueSemantics, pt.Estimator):
         """Return the text of each row as the model reads it."""
         return list(frame[self.text_field])
 
-    def _body(self, text: str) -> str:
-        """Format a bare text, without a frame, for the model."""
-        return text
+    def _bare(self, texts: list[str]) -> list[str]:
+        """Format bare texts, without a frame, for the model."""
+        return texts
 
     def _columns(self, scores: Scores) -> dict[str, np.ndarray]:
         """Return the columns to add to a frame, except the rank."""
@@ -289,7 +289,8 @@ class LLMReranker(ValueSemantics, pt.Estimator):
             KeyboardInterrupt: Ctrl-C, with ``scores`` as above.
         """
         texts, is_single = as_pairs(pairs)
-        read = [(query, self._body(passage)) for query, passage in texts]
+        bodies = self._bare([passage for _, passage in texts])
+        read = [(query, body) for (query, _), body in zip(texts, bodies, strict=True)]
         try:
             scores = self._at_cutoffs(self._score(read, [None] * len(read), "pairs[{}]".format))
         except (ScoringError, KeyboardInterrupt) as error:
@@ -463,8 +464,8 @@ class LLMReranker(ValueSemantics, pt.Estimator):
             repo_id: the repository, ``"owner/name"``; created if it does not exist.
             private: whether a new repository is private; None for the hub's default.
             merged: as for :meth:`save`.
-            datasets: hub ids of the training data, for the card.
-            license: licence of the model, as the hub abbreviates it, for the card.
+            datasets: hub ids or names of the training data, for the card; None for those that it has.
+            license: licence of the model, as the hub abbreviates it, for the card; None for the one that it has.
             token: token of the hub; None for the one that the hub's client is logged in with.
 
         Returns:
@@ -479,12 +480,13 @@ class LLMReranker(ValueSemantics, pt.Estimator):
 
         from huggingface_hub import HfApi
 
+        from .checkpoints.cards import Stated
         from .checkpoints.saving import complete_card
 
         with tempfile.TemporaryDirectory() as parent:
             folder = Path(parent) / "model"
             self.save(folder, merged=merged)
-            complete_card(folder, repo_id, type(self).__name__, datasets, license)
+            complete_card(folder, repo_id, type(self).__name__, Stated(datasets or (), license=license))
             api = HfApi(token=token)
             url = api.create_repo(repo_id, private=private, exist_ok=True)
             api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload a reranker")

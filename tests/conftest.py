@@ -90,10 +90,12 @@ RECORDS = [
 def ids_of(reranker: Any, pairs: list[tuple[str, str]]) -> list[Any]:
     """Return the token ids that a reranker's model reads for bare pairs of query and passage."""
     from pyterrier_llmrerank import RankLLaMAReranker
-    from pyterrier_llmrerank.engine.inputs import document
+    from pyterrier_llmrerank.checkpoints.input_format import InputFormat
 
     reads_documents = isinstance(reranker, RankLLaMAReranker)
-    return reranker.scorer().ids([(query, document(text) if reads_documents else text) for query, text in pairs])
+    return reranker.scorer().ids(
+        [(query, InputFormat().body(text) if reads_documents else text) for query, text in pairs]
+    )
 
 
 def frame(queries: int = 2, documents: int = 3) -> pd.DataFrame:

@@ -7,6 +7,7 @@ import contextlib
 import doctest
 import html
 import importlib
+import inspect
 import io
 import json
 import logging
@@ -35,7 +36,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from typer.main import get_command
 
 import pyterrier_llmrerank
-from pyterrier_llmrerank import MatroyshkaReranker
+from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker
 from pyterrier_llmrerank.checkpoints import bundled
 from pyterrier_llmrerank.cli import app, main
 from pyterrier_llmrerank.training.commands import parse
@@ -258,6 +259,8 @@ def in_world(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     )
     monkeypatch.setattr(bundled, "MODELS", world)
     monkeypatch.setattr(pt, "get_dataset", dataset)
+    push = inspect.signature(LLMReranker.push_to_hub)
+    monkeypatch.setattr(LLMReranker, "push_to_hub", lambda *args, **options: push.bind(*args, **options))
     monkeypatch.setattr(
         pt.Artifact, "from_hf", lambda name: SimpleNamespace(bm25=lambda *, num_results: Everything() % num_results)
     )

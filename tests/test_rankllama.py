@@ -1,5 +1,6 @@
 """RankLLaMA gives the original scores, from every checkpoint layout and with any optional columns."""
 
+import json
 import re
 import shutil
 import warnings
@@ -22,7 +23,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from pyterrier_llmrerank import RankLLaMAReranker
+from pyterrier_llmrerank import RankLLaMAReranker, rankllama
 from pyterrier_llmrerank.checkpoints.input_format import NAMED, InputFormat
 
 GOLDEN = golden("rankllama.json")
@@ -367,3 +368,28 @@ def test_qwen3s_classifiers_score_as_in_sentence_transformers(tmp_path: Path) ->
         wanted,
         atol=1e-4,
     )
+
+
+def test_the_format_is_read_once_and_again_where_its_file_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Comparing and scoring build no format anew, and read no description that is known."""
+    folder = tmp_path / "saved"
+    RankLLaMAReranker(MODELS / "rankllama_adapter", base_model=MODELS / "rankllama_base", dtype="float32").save(folder)
+    ours = RankLLaMAReranker(folder, dtype="float32")
+    pair = ("panda", "a panda")
+    first = ours.compute_score(pair)
+    read, made = [], []
+    read_description, chosen = rankllama.read_description, InputFormat.chosen
+    monkeypatch.setattr(rankllama, "read_description", lambda *args: [read.append(args), read_description(*args)][1])
+    monkeypatch.setattr(InputFormat, "chosen", lambda *args: [made.append(args), chosen(*args)][1])
+    for _ in range(3):
+        assert ours == RankLLaMAReranker(folder, dtype="float32")
+        assert ours.compute_score([pair]) == first
+    assert (len(read), made) == (3, [])  # the three new rerankers read it
+    description = json.loads((folder / "reranker.json").read_text())
+    description |= {"input_format": "tevatron-2024", "query_prefix": "ask: "}
+    (folder / "reranker.json").write_text(json.dumps(description))
+    wanted = RankLLaMAReranker(folder, dtype="float32")
+    assert wanted != ours
+    assert ours.compute_score(pair) == wanted.compute_score(pair) != first

@@ -62,16 +62,13 @@ def test_the_shipped_models_rank(smollm2: str, reranker: LLMReranker) -> None:
     assert (scores.argmax(axis=1) == np.arange(len(PASSAGES))).all()
 
 
-def test_a_shipped_model_is_its_adapters_over_the_base(smollm2: str) -> None:
-    """The dtype is fp32, because in bf16 a merged update is rounded once more than a token adapter."""
-    folders = [
-        str(MODELS / "matroyshka-smollm2-135m" / role) for role in ("distilled", "distilled-2", "layer", "token-2")
-    ]
-    shape = {"cutoff": 16, "compress_layers": [8], "compress_ratio": 2}
+def test_a_shipped_model_is_its_adapter_over_the_base(smollm2: str) -> None:
+    adapter = str(MODELS / "matroyshka-smollm2-135m")
+    shape = {"cutoff": 16, "compress_layers": [8], "compress_ratio": 2, "dtype": "float32"}
     np.testing.assert_allclose(
-        MatroyshkaReranker("smollm2-135m", dtype="float32", **shape).compute_score(PAIRS),
-        MatroyshkaReranker(smollm2, adapters=folders, start_layer=4, dtype="float32", **shape).compute_score(PAIRS),
-        atol=1e-3,
+        MatroyshkaReranker("smollm2-135m", **shape).compute_score(PAIRS),
+        MatroyshkaReranker(smollm2, adapters=adapter, start_layer=4, **shape).compute_score(PAIRS),
+        atol=1e-4,
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -72,6 +74,126 @@ def metadata(base: str | None, library: str, **more: Any) -> ModelCardData:
     """Return the metadata of a reranker on a base, which may be a folder: that is left out."""
     tags = ["reranker", "pyterrier"]
     return ModelCardData(base_model=on_hub(base), library_name=library, pipeline_tag="text-ranking", tags=tags, **more)
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What only the user knows about a model, for its card.
+
+    Args:
+        data: names of the training data: hub ids, and files, of which the last part of the path is kept.
+        validation: names of the validation data, likewise.
+        license: the licence, as the hub abbreviates it.
+    """
+
+    data: Sequence[str] = ()
+    validation: Sequence[str] = ()
+    license: str | None = None
+
+    @property
+    def datasets(self) -> list[str] | None:
+        """The hub ids among the training data; None if there are none."""
+        return [name for name in self.data if is_dataset(name)] or None
+
+
+def is_dataset(name: str) -> bool:
+    """Tell whether data are named by a hub id, ``owner/name``."""
+    return is_hub_id(name) and "/" in name
+
+
+def _named(names: Sequence[str]) -> str:
+    """Write names of data, without paths of this machine."""
+    links = [
+        f"[{name}](https://huggingface.co/datasets/{name})" if is_dataset(name) else f"`{PurePath(name).name}`"
+        for name in names
+    ]
+    return ", ".join(links)
+
+
+def facts(stated: Stated) -> dict[str, str]:
+    """Return the sections on data and licence."""
+    return {
+        "Data": f"Trained on {_named(stated.data)}." if stated.data else "Not named.",
+        "Licence": stated.license or "Not stated. That of the base, and the terms of the data, may limit use.",
+    }
+
+
+def opening(name: str, folder: str) -> str:
+    """Return the section that says how to open a model.
+
+    Args:
+        name: the class that opens it.
+        folder: its folder or hub id.
+    """
+    return (
+        "This folder, and a hub repository with its files, opens by its name alone:\n\n"
+        f'```python\nfrom pyterrier_llmrerank import {name}\n\n{name}("{folder}")\n```\n\n'
+        "`reranker.json` holds its base, adapters and input format."
+    )
+
+
+def trained(
+    kind: str, name: str, base: str, steps: int, recipe: str, stated: Stated, measured: str | None, folder: str | None
+) -> str:
+    """Return the card of a newly trained adapter.
+
+    Args:
+        kind: ``rankllama`` or ``matroyshka``.
+        name: the class that opens it.
+        base: its base: a hub id, the bundled model's name, or a path.
+        steps: the steps that it was trained for.
+        recipe: the call that makes its recipe.
+        stated: what the user says of it.
+        measured: the measure and its value on the validation data; None if there are none.
+        folder: the repository that it is for; None if that is not known.
+    """
+    sections = {
+        "": f"Trained by pyterrier_llmrerank for {steps} steps with\n\n```python\n{recipe}\n```",
+        "Use": opening(name, folder or FOLDER),
+    }
+    if measured is not None:
+        where = f"on {_named(stated.validation)}" if stated.validation else "on the validation data"
+        sections["Validation"] = f"{measured} {where}, after {steps} steps."
+    sections |= {**facts(stated), "Citation": citation(kind)}
+    data = metadata(base, "peft", datasets=stated.datasets, license=stated.license)
+    if measured is not None:
+        data.metrics = [measured.partition(" ")[0]]
+    shown = on_hub(base) or PurePath(base).name
+    return compose(data, f"An adapter of {shown}", sections)
+
+
+def complete(card: str | None, kind: str, name: str, base: str | None, repo_id: str, stated: Stated) -> str:
+    """Return the card of a model for the hub, with all that is known now.
+
+    Args:
+        card: the card that its training wrote; None to write one.
+        kind: ``rankllama`` or ``matroyshka``.
+        name: the class that opens it.
+        base: the base of its adapters; None for a merged model.
+        repo_id: the repository.
+        stated: what the user says of it; what is left out stays as the card has it.
+    """
+    data = metadata(base, "transformers" if base is None else "peft", datasets=stated.datasets, license=stated.license)
+    if card is None:
+        what = "A merged model" if base is None else f"Adapters of {on_hub(base)}"
+        sections = {
+            "": f"{what}, a reranker of pyterrier_llmrerank.",
+            "Use": opening(name, repo_id),
+            **facts(stated),
+            "Citation": citation(kind),
+        }
+        return compose(data, repo_id.partition("/")[2], sections)
+    written: Any = ModelCard(card.replace(FOLDER, repo_id), ignore_metadata_errors=False)
+    tags = sorted({*(written.data.tags or ()), *(data.tags or ())})
+    for key, value in {**vars(data), "tags": tags}.items():
+        if value is not None:
+            setattr(written.data, key, value)
+    for title, given_now in {"Data": stated.data, "Licence": stated.license}.items():
+        if given_now:
+            written.text = with_section(written.text, title, facts(stated)[title])
+    if CITATIONS[kind] not in written.text:
+        written.text = with_section(written.text, "Citation", citation(kind))
+    return str(written)
 
 
 def compose(data: ModelCardData, title: str, sections: Mapping[str, str]) -> str:

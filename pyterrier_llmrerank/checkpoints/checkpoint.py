@@ -21,7 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..errors import reason, short
-from .adapters import Adapter, canonical
+from .adapters import Adapter, canonical, merged
 from .config import check_sizes, model_settings, read_json, refuse_pointer
 from .description import FILE, Description, assemble, read_description, token_adapter_for
 from .families import FAMILIES
@@ -334,24 +334,35 @@ class Checkpoint(ABC):
         Raises:
             ValueError: the checkpoint has no such tensor, or its dtype is not allowed for weights.
         """
+        return self.merge_updates(name.removesuffix(".weight"), self._stored(name))
+
+    def place(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Read a weight as :meth:`tensor` does, and return a copy on a device, with no larger one on the way."""
+        module, stored = name.removesuffix(".weight"), self._stored(name)
+        if updates := self._updates(module):
+            return merged(stored, updates, dtype, device)
+        return stored.to(device=device, dtype=dtype, copy=True)
+
+    def _stored(self, name: str) -> Tensor:
+        """Read a weight without updates, perhaps from the adapter that replaces it as a whole."""
         if (adapter := self._replacing_adapter(name)) is not None:
             return adapter.read_whole(name)
         if name not in self:
             raise ValueError(f"{self.argument}: the checkpoint has no tensor {name!r}.")
-        return self.merge_updates(name.removesuffix(".weight"), self.files.read(self._names[name]))
+        return self.files.read(self._names[name])
 
     def _replacing_adapter(self, name: str) -> Adapter | None:
         """Return the adapter that replaces a weight as a whole, None if there is none."""
         return next((adapter for adapter in self.adapters if name in adapter.whole), None)
 
+    def _updates(self, module: str) -> list[tuple[Tensor, Tensor]]:
+        """Return the factors of a module's updates by all adapters, in order."""
+        return [adapter.factors(module) for adapter in self.adapters if module in adapter.modules]
+
     def merge_updates(self, module: str, weight: Tensor) -> Tensor:
-        """Return a weight of a module with the updates of all adapters added, in order."""
-        adapters = [adapter for adapter in self.adapters if module in adapter.modules]
-        if adapters:
-            weight = weight.to(torch.float32, copy=True)
-        for adapter in adapters:
-            adapter.add_to(weight, module)
-        return weight
+        """Return a weight of a module with the updates of all adapters added; the weight itself without any."""
+        updates = self._updates(module)
+        return merged(weight, updates, torch.float32) if updates else weight
 
     def _head(self, weight: Tensor, name: str, argument: str | None = None) -> Tensor:
         width = int(self.config.hidden_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, split_torch_state_dict_into_shards
+from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .cards import Stated, complete
 from .checkpoint import Checkpoint
 from .config import read_json
 from .description import FILE, Description
@@ -145,54 +146,39 @@ def describe_trained(
     parts.write(folder)
 
 
-#: The card of a model that has none.
-CARD = """---
----
-# {name}
-
-A reranker of pyterrier_llmrerank.
-
-```python
-from pyterrier_llmrerank import {kind}
-
-{kind}("{repo_id}")
-```
-
-`reranker.json` holds its base, adapters and input format.
-"""
-
-
-def complete_card(folder: Path, repo_id: str, kind: str, datasets: Sequence[str] | None, license: str | None) -> None:
+def complete_card(folder: Path, repo_id: str, name: str, stated: Stated) -> None:
     """Write the model card of a saved reranker, or complete the one that its training wrote.
 
     Args:
         folder: of the saved reranker.
         repo_id: the repository that it is for.
-        kind: the class that opens it.
-        datasets: hub ids of the training data.
-        license: its licence, as the hub abbreviates it.
+        name: the class that opens it.
+        stated: what the user says of it.
 
     Raises:
         ValueError: its base is a folder of this machine.
     """
-    base = read_json(folder / FILE)["base"]
+    described, path = read_json(folder / FILE), folder / "README.md"
+    base = described["base"]
     if base is not None and not is_hub_id(base):
         raise ValueError(
             f"repo_id={repo_id!r}: the base {base!r} is on this machine alone; allowed: a base on the hub, or "
             "merged=True."
         )
-    card, path = CARD.format(name=repo_id.partition("/")[2], kind=kind, repo_id=repo_id), folder / "README.md"
-    if path.is_file():
-        card = path.read_text(encoding="utf-8").replace("path/to/this/folder", repo_id)
-    written: Any = ModelCard(card, ignore_metadata_errors=False)
-    named = {"base_model": base and without_revision(base)[0], "datasets": datasets and list(datasets)}
-    for name, value in {**named, "license": license}.items():
-        if value is not None:
-            setattr(written.data, name, value)
-    written.data.library_name = "transformers" if base is None else "peft"
-    written.data.pipeline_tag = "text-ranking"
-    written.data.tags = sorted({*(written.data.tags or ()), "reranker", "pyterrier"})
-    written.save(path)
+    card = path.read_text(encoding="utf-8") if path.is_file() else None
+    path.write_text(complete(card, described["kind"], name, base, repo_id, stated), encoding="utf-8")
+
+
+def saved_files(folder: Path) -> list[str]:
+    """List the files of a trained adapter, as they are saved, without those of its training run and of others."""
+    names = {"README.md", FILE, "adapter_config.json", "chat_template.jinja", *TOKENIZER_FILES}
+    folders = [folder, *sorted(folder.glob("adapter-[0-9]*"))]
+    return [
+        str(file.relative_to(folder))
+        for place in folders
+        for file in sorted(place.iterdir())
+        if file.is_file() and (file.name in names or file.name.startswith("adapter_model."))
+    ]
 
 
 def classifier_settings(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -93,10 +93,16 @@ class TensorFiles:
         #: Whether the files are safetensors, rather than torch's own format.
         self.safetensors = form == "safetensors"
         self._where: dict[str, Path | dict[str, Tensor]] = {}
+        self._mapped: dict[Path, dict[str, Tensor]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         for path in paths:
-            source = path if path.suffix == ".safetensors" else _load_bin(path)
-            for name, shape in _shapes(source if isinstance(source, dict) else self._open(path)).items():
+            source: Path | dict[str, Tensor] = path
+            if path.suffix == ".safetensors":
+                content = self._open(path)
+            else:
+                content, mapped = _load_bin(path)
+                source = path if mapped else content  # reading it again would take long
+            for name, shape in _shapes(content).items():
                 if name in self._where:
                     raise ValueError(f"{argument}: tensor {short(name)} is in {path} and in another file too.")
                 self._where[name], self._shapes[name] = source, shape
@@ -118,12 +124,23 @@ class TensorFiles:
             ValueError: its dtype is none of :data:`STORED_DTYPES`.
         """
         source = self._where[name]
-        tensor: Tensor = source[name] if isinstance(source, dict) else self._open(source).get_tensor(name)
+        if not isinstance(source, Path):
+            tensor = source[name]
+        elif self.safetensors:
+            tensor = self._open(source).get_tensor(name)
+        else:
+            if (content := self._mapped.get(source)) is None:
+                content = self._mapped[source] = _load_bin(source)[0]
+            tensor = content[name]
         if str(tensor.dtype) not in STORED_DTYPES:
             raise ValueError(
                 f"{self.argument}: tensor {short(name)} is {tensor.dtype}; allowed: {', '.join(STORED_DTYPES)}."
             )
         return tensor
+
+    def release(self) -> None:
+        """Let go of ``.bin`` files, which count as memory in use while they are mapped; the next read maps them."""
+        self._mapped.clear()
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -150,7 +167,8 @@ def _open_safetensors(path: Path) -> Any:
         raise ValueError(f"{path}: not a readable safetensors file: {reason(error)}") from error
 
 
-def _load_bin(path: Path) -> dict[str, Tensor]:
+def _load_bin(path: Path) -> tuple[dict[str, Tensor], bool]:
+    """Return a file's tensors, and whether they are mapped rather than read."""
     import torch
 
     refuse_pointer(path)
@@ -168,7 +186,7 @@ def _load_bin(path: Path) -> dict[str, Tensor]:
     storages = {s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in content.values())}
     if records is not None and sum(storages.values()) > records:  # else a tensor would extend into the next record
         raise ValueError(f"{path}: refused, its records are shorter than the tensors that it describes.")
-    return content
+    return content, records is not None
 
 
 def _unpicklers_reason(error: Exception) -> str:

@@ -28,6 +28,7 @@ from .inputs import Ids
 from .kernels import kernel_of, without_cudnn
 from .packing import PackedPairs, Packing, Row, regrouped
 from .prefetch import prefetch
+from .threads import fastest_threads
 from .usage import Observer, Stopwatch, Usage
 from .weights import Weights
 
@@ -36,6 +37,9 @@ CHUNK = 1024
 
 #: The same for cascades, which keep the hidden states of a whole chunk until its survivors are known.
 CASCADE_CHUNK = 256
+
+#: Pairs from which a call on a CPU is worth a measurement of the fastest number of threads.
+LARGE = 256
 
 #: Chunks for each of several devices, if there are enough queries, so that no device waits long for the last one.
 SHARES = 4
@@ -165,6 +169,7 @@ class Scorer:
             on_cuda = any(weights.device.type == "cuda" for weights in self.weights)
             with (
                 without_cudnn() if on_cuda else nullcontext(),
+                fastest_threads(self.device) if len(pairs) >= LARGE and len(devices) == 1 else nullcontext(),
                 ThreadPoolExecutor(len(devices)) as threads,  # starts a thread for each submitted task only
             ):
                 try:

@@ -16,6 +16,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from .attention import ATTENTION
 from .decoder import Decoder
 from .fallback import FallbackDecoder
+from .norms import replace_norms
 from .quantization import quantization_of
 
 
@@ -165,6 +166,7 @@ def build_decoder(checkpoint: Checkpoint) -> PreTrainedModel:
     checkpoint.check_unused(set(checkpoint) - set(weights))
     with checkpoint.described():
         decoder.rotary_emb = type(decoder.rotary_emb)(checkpoint.config)  # computed, not stored
+    replace_norms(decoder)
     checkpoint.check_adapters(
         {name: tuple(m.weight.shape) for name, m in decoder.named_modules() if isinstance(m, nn.Linear)}, weights
     )
@@ -186,10 +188,10 @@ def fill(module: nn.Module, checkpoint: Checkpoint, prefix: str, device: torch.d
         ValueError: a tensor is missing or of an unsupported dtype.
     """
     for name, _ in list(module.named_parameters()):
-        tensor = checkpoint.tensor(prefix + name)
+        placed = checkpoint.place(prefix + name, device, dtype)
         owner = module.get_submodule(name.rpartition(".")[0])
-        placed = tensor.to(device=device, dtype=dtype, copy=True)
         owner.register_parameter(name.rpartition(".")[2], nn.Parameter(placed, requires_grad=False))
+    checkpoint.files.release()
 
 
 def unload(module: nn.Module) -> None:

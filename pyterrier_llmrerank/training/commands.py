@@ -19,6 +19,7 @@ from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments
 
+from ..checkpoints.cards import Stated
 from .batches import Groups
 from .data import open_data
 from .output import find_resumed
@@ -101,6 +102,7 @@ class Sources:
     raw_peft: list[str] = _argument(None, "adapters to merge into the base first, in this order")
     use_lora: bool = _argument(True, "only true is allowed")
     warmup_ratio: float | None = _argument(None, "share of the steps in which the learning rate rises")
+    license: str | None = _argument(None, "licence of the result, as the hub abbreviates it, for its model card")
     token: str | None = _argument(None, "token of the Hugging Face hub, like HF_TOKEN")
     overwrite_output_dir: bool = _argument(
         False, "remove an earlier run from output_dir first; a run that is resumed is kept"
@@ -226,7 +228,8 @@ def main(command: str, argv: Sequence[str]) -> Path:
         )
     seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     groups = Groups(records, recipe.group_size, seed, recipe.body)
-    folder = train(recipe, checkpoint, groups, arguments, validation, sources.overwrite_output_dir)
+    stated = Stated(sources.train_data, sources.eval_data or (), sources.license)
+    folder = train(recipe, checkpoint, groups, arguments, validation, sources.overwrite_output_dir, stated)
     if arguments.should_save:  # one process of several
         call = recipe.opening_call(checkpoint, str(folder))
         print(f"\nThe adapter is in {folder}; open it in Python with\n\n    {call}")

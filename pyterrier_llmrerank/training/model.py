@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.families import FAMILIES
@@ -15,46 +14,6 @@ from ..checkpoints.locate import without_revision
 from ..engine.decoder import Decoder, decode
 from ..engine.packing import PackedPairs
 from ..engine.weights import build_decoder, fill
-
-
-class _Normalise(Function):
-    """Scale states to a root mean square of 1, then by a frozen weight, with a gradient in fewer passes."""
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = states.float()
-        scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-        ctx.save_for_backward(states, weight, scale)
-        return weight * (wide * scale).to(states.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        states, weight, scale = ctx.saved_tensors
-        normed = states.float() * scale
-        through = (gradients[0] * weight).float()
-        through = through.sub_(normed * (normed * through).mean(-1, keepdim=True)).mul_(scale)
-        return through.to(states.dtype), None, None
-
-
-class RMSNorm(nn.Module):
-    """Compute the same as a decoder's norm, with less work for the gradient while its weight is frozen.
-
-    Args:
-        norm: the norm; its weight is shared.
-    """
-
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        self.weight = cast(nn.Parameter, norm.weight)
-        self.eps = cast(float, norm.variance_epsilon)
-
-    def forward(self, states: Tensor) -> Tensor:
-        """Normalise states over their last dimension."""
-        if self.weight.requires_grad or hasattr(self.weight, "ds_id"):  # which DeepSpeed's stage 3 gathers for autograd
-            wide = states.float()
-            scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-            return self.weight * scaled.to(states.dtype)
-        return cast(Tensor, _Normalise.apply(states, self.weight, self.eps))  # type: ignore[no-untyped-call]
 
 
 class Head(nn.Module):
@@ -96,9 +55,6 @@ class RankingModel(nn.Module):
         self.__dict__["name_or_path"], _ = without_revision(checkpoint.base)
         decoder = build_decoder(checkpoint)
         fill(decoder, checkpoint, "", torch.device("cpu"), dtype)
-        for name, module in list(decoder.named_modules()):
-            if hasattr(module, "variance_epsilon"):
-                decoder.set_submodule(name, RMSNorm(module))
         self.config = checkpoint.config
         self.model = decoder
         self.head_layers = list(checkpoint.head_layers)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+    from ..checkpoints.cards import Stated
     from ..checkpoints.checkpoint import Checkpoint, MatroyshkaCheckpoint, RankLLaMACheckpoint
     from .batches import Inputs
 
@@ -32,27 +33,6 @@ FINGERPRINTS = "fingerprints of what is trained on"
 
 #: The projections of a decoder layer.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-#: The model card that is saved with an adapter.
-CARD = """---
-library_name: peft
----
-# An adapter of {base}
-
-Trained by pyterrier_llmrerank for {steps} steps with
-
-```python
-{recipe}
-```
-
-This folder, and a hub repository with its files, opens by its name alone:
-
-```python
-from pyterrier_llmrerank import {name}
-
-{name}("path/to/this/folder")
-```
-"""
 
 
 @document_options
@@ -209,11 +189,29 @@ class Recipe(Declared, ABC):
     def opening_call(self, checkpoint: Checkpoint, folder: str) -> str:
         """Write the Python call that opens the adapter in a folder, trained on this checkpoint."""
 
-    def card(self, checkpoint: Checkpoint, steps: int) -> str:
-        """Write the model card of an adapter, without access tokens of the hub."""
+    def card(
+        self,
+        checkpoint: Checkpoint,
+        steps: int,
+        stated: Stated,
+        measured: str | None = None,
+        repo_id: str | None = None,
+    ) -> str:
+        """Write the model card of an adapter, without access tokens of the hub and paths of this machine.
+
+        Args:
+            checkpoint: the start of the training.
+            steps: the steps of the adapter.
+            stated: what the user says of it.
+            measured: the measure and its value on the validation data; None if there are none.
+            repo_id: the repository that it is for; None if that is not known.
+        """
+        from ..checkpoints.cards import trained
+
         settings = {name: value for name, value in self.arguments.items() if not name.endswith("_token")}
         recipe = replace(self, output_dir=None, text=None, arguments=settings)
-        return CARD.format(base=checkpoint.base, steps=steps, recipe=recipe, name=KINDS[checkpoint.kind])
+        name = KINDS[checkpoint.kind]
+        return trained(checkpoint.kind, name, checkpoint.base, steps, repr(recipe), stated, measured, repo_id)
 
     @abstractmethod
     def body(self, text: str, title: str | None) -> str:
@@ -353,7 +351,9 @@ class MatroyshkaTraining(Recipe):
         f"loss, one of {', '.join(METHODS)}; normal and distill are the cross-entropy alone, the others distil "
         "deeper layers into shallower ones, and those with _teacher learn from a teacher's scores too",
     )
-    prompt: str = option(PROMPT, "question at the end of every input; a prompt in the data replaces it. A described model keeps its own")
+    prompt: str = option(
+        PROMPT, "question at the end of every input; a described model keeps its own, and a prompt in the data wins"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

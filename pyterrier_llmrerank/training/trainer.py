@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from huggingface_hub import HfApi
 from peft import PeftModel
 from torch import nn
 from transformers import (
@@ -24,20 +25,23 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.trainer_utils import HubStrategy
 
+from ..checkpoints.cards import Stated
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.saving import describe_trained
+from ..checkpoints.locate import is_hub_id
+from ..checkpoints.saving import describe_trained, saved_files
 from ..engine.batching import Budget, run_in_batches
 from ..engine.kernels import without_cudnn
 from ..engine.packing import PackedPairs, on_device
 from ..engine.scoring import to_host
+from ..engine.threads import fastest_threads
 from .batches import Batch, Collator, Groups
 from .callbacks import LogLines, NewEpoch, ProgressBar
 from .examples import Group
 from .lora import with_lora
 from .output import SameSettings, find_resumed, is_in, refuse_own_inputs, remove_runs
 from .recipes import Recipe
-from .threads import fastest_threads
 from .validation import MEASURE, Validation
 
 
@@ -48,6 +52,7 @@ def train(
     arguments: TrainingArguments,
     validation: Validation | None = None,
     overwrite: bool = False,
+    stated: Stated | None = None,
 ) -> Path:
     """Train by a recipe, and write the adapter with its tokenizer into the output folder.
 
@@ -58,17 +63,21 @@ def train(
         arguments: the Trainer's; ``resume_from_checkpoint`` resumes from a folder, or from the last checkpoint.
         validation: measured for nDCG@10; with ``load_best_model_at_end`` the best adapter is kept.
         overwrite: remove an earlier run from the output folder first, unless it is the one to resume.
+        stated: what the user says of the model, for its card.
 
     Returns:
         The output folder.
 
     Raises:
-        ValueError: the checkpoint to resume from does not exist, has other settings or is beyond the last step.
+        ValueError: the checkpoint to resume from does not exist, has other settings or is beyond the last step; or the
+            result cannot be uploaded as ``arguments`` ask.
         FileExistsError: as :func:`~pyterrier_llmrerank.training.output.find_resumed`; or the run would remove the
             model or adapter that it starts from.
         FloatingPointError: as :class:`GroupTrainer`.
     """
     folder, resumed = Path(cast(str, arguments.output_dir)), find_resumed(arguments, overwrite)
+    if arguments.push_to_hub:
+        _check_upload(checkpoint, arguments)
     same_settings = SameSettings(recipe.fixed_settings(checkpoint), resumed)
     if overwrite:
         adapters = [*checkpoint.adapters, *([checkpoint.adapter] if checkpoint.adapter else [])]
@@ -80,7 +89,7 @@ def train(
     heads = recipe.heads(checkpoint, checkpoint.tokenizer(), arguments.seed)
     with _without_sharding(arguments):
         model = with_lora(checkpoint, heads, recipe, dtype)
-    trainer = GroupTrainer(model, arguments, recipe, checkpoint, groups, validation)
+    trainer = GroupTrainer(model, arguments, recipe, checkpoint, groups, validation, stated)
     if recipe.patience is not None:
         trainer.add_callback(EarlyStoppingCallback(recipe.patience))
     trainer.add_callback(same_settings)
@@ -91,6 +100,19 @@ def train(
     trainer.save_state()
     trainer.save_model()  # pushes to the hub too, if asked to
     return folder
+
+
+def _check_upload(checkpoint: Checkpoint, arguments: TrainingArguments) -> None:
+    """Raise ValueError if the result would open nowhere else, or if more is to be uploaded than the result."""
+    if not is_hub_id(checkpoint.base):
+        raise ValueError(
+            f"push_to_hub: the base {checkpoint.base!r} is on this machine alone; allowed: a base on the hub."
+        )
+    if arguments.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
+        raise ValueError(
+            f"hub_strategy={HubStrategy(arguments.hub_strategy).value!r}: checkpoints are not uploaded, the result "
+            "alone; allowed: 'end'."
+        )
 
 
 @contextmanager
@@ -129,6 +151,7 @@ class GroupTrainer(Trainer):
         checkpoint: the start of the model; its tokenizer is saved with adapters, and their card names it.
         groups: the training data.
         validation: measured with the scores of the deepest head whenever the Trainer evaluates.
+        stated: what the user says of the model, for its card.
 
     Raises:
         FloatingPointError: in training, if the loss is not finite; in saving, if a weight is not finite. Earlier
@@ -143,8 +166,10 @@ class GroupTrainer(Trainer):
         checkpoint: Checkpoint,
         groups: Groups,
         validation: Validation | None = None,
+        stated: Stated | None = None,
     ) -> None:
         self.recipe = recipe
+        self.stated = stated or Stated()
         self.checkpoint = checkpoint
         self.collate = Collator(checkpoint.tokenizer(), recipe.inputs)
         self.widths = recipe.widths(args.seed)
@@ -239,8 +264,28 @@ class GroupTrainer(Trainer):
             raise MemoryError(f"validation: no memory for the pair with query {asked[failed][0]!r} alone.")
         return scores
 
-    def create_model_card(self, *args: Any, **options: Any) -> None:
-        """Keep the card that is saved with the adapter; the Trainer's would replace it before an upload."""
+    def push_to_hub(self, commit_message: str | None = "End of training", *args: Any, **options: Any) -> Any:
+        """Upload the adapter with its tokenizer, card and description, and no file of the run; called at its end."""
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        folder = Path(cast(str, self.args.output_dir))
+        return HfApi(token=self.args.hub_token).upload_folder(
+            repo_id=cast(str, self.hub_model_id),
+            folder_path=folder,
+            allow_patterns=saved_files(folder),
+            commit_message=commit_message,
+            revision=self.args.hub_revision,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Upload nothing before the end: a checkpoint may lack the adapters below it."""
+
+    def _measured(self, steps: int) -> str | None:
+        """Return the measure and its value after some steps; None if they were not measured."""
+        name = f"eval_{MEASURE}"
+        values = [entry[name] for entry in self.state.log_history if name in entry and entry["step"] == steps]
+        return f"{MEASURE} {values[-1]:.4f}" if values else None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log like the Trainer, and add the peak memory of the device or, on a CPU, of the process."""
@@ -275,7 +320,7 @@ class GroupTrainer(Trainer):
             # After training, the best checkpoint is saved, which need not be the last.
             best = self.args.load_best_model_at_end and not self.is_in_train
             steps = (best and self.state.best_global_step) or self.state.global_step
-            card = self.recipe.card(self.checkpoint, steps)
+            card = self.recipe.card(self.checkpoint, steps, self.stated, self._measured(steps), self.hub_model_id)
             (folder / "README.md").write_text(card, encoding="utf-8")
             describe_trained(
                 self.checkpoint,

@@ -15,7 +15,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pyterrier_llmrerank.checkpoints.adapters import FIELDS_READ, INITIALISATIONS, VARIANTS, WITHOUT_EFFECT, Adapter
+from pyterrier_llmrerank.checkpoints.adapters import (
+    FIELDS_READ,
+    INITIALISATIONS,
+    ROWS,
+    VARIANTS,
+    WITHOUT_EFFECT,
+    Adapter,
+    merged,
+)
 
 
 @pytest.mark.parametrize(
@@ -44,13 +52,28 @@ def test_deltas_are_pefts_own(tmp_path: Path, options: dict[str, Any]) -> None:
         tuned.save_pretrained(tmp_path)
         base = llama()
         before = {name: p.clone() for name, p in base.named_parameters()}
-        merged = dict(PeftModel.from_pretrained(base, tmp_path).merge_and_unload().named_parameters())
+        peft = dict(PeftModel.from_pretrained(base, tmp_path).merge_and_unload().named_parameters())
     adapter = Adapter(tmp_path, "adapters")
     assert len(adapter.modules) == 4
     for module in adapter.modules:
         name = f"model.{module}.weight"
-        adapter.add_to(before[name], module)
-        torch.testing.assert_close(before[name], merged[name])
+        got = merged(before[name], [adapter.factors(module)], torch.float32)
+        torch.testing.assert_close(got, peft[name])
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("outputs", [1, 160, 192, 576, 1536, 2 * ROWS + 8])
+def test_merging_in_blocks_gives_the_bits_of_merging_at_once(outputs: int, stored: torch.dtype) -> None:
+    weight = torch.randn(outputs, 96).to(stored)
+    updates = [(torch.randn(rank, 96), torch.randn(outputs, rank)) for rank in (16, 3)]
+    whole, before = weight.float(), weight.clone()
+    for down, up in updates:
+        whole = torch.addmm(whole, up, down)
+    for dtype in (torch.float32, torch.bfloat16):
+        got = merged(weight, updates, dtype)
+        assert got.dtype == dtype
+        assert torch.equal(got, whole.to(dtype))
+    assert torch.equal(weight, before)
 
 
 def llama() -> LlamaForCausalLM:
@@ -123,9 +146,9 @@ def test_without_lora_alpha_it_is_pefts(tmp_path: Path) -> None:
     path.write_text(json.dumps(config))
     base = llama()
     weight = base.model.layers[0].self_attn.q_proj.weight.detach().clone()
-    merged = PeftModel.from_pretrained(base, tmp_path).merge_and_unload()
-    Adapter(tmp_path, "adapters").add_to(weight, "layers.0.self_attn.q_proj")
-    torch.testing.assert_close(weight, merged.model.layers[0].self_attn.q_proj.weight)
+    peft = PeftModel.from_pretrained(base, tmp_path).merge_and_unload()
+    factors = Adapter(tmp_path, "adapters").factors("layers.0.self_attn.q_proj")
+    torch.testing.assert_close(merged(weight, [factors], torch.float32), peft.model.layers[0].self_attn.q_proj.weight)
 
 
 @pytest.fixture

@@ -78,13 +78,16 @@ def test_adapters_are_merged_in_fp32_in_order() -> None:
     module = "layers.3.mlp.down_proj"
     wanted = plain.tensor(f"{module}.weight").clone()
     for adapter in both.adapters:
-        adapter.add_to(wanted, module)
+        down, up = adapter.factors(module)
+        wanted.addmm_(up, down)
     assert torch.equal(both.tensor(f"{module}.weight"), wanted)
+    assert torch.equal(both.place(f"{module}.weight", torch.device("cpu"), torch.bfloat16), wanted.bfloat16())
     assert both.tensor(f"{module}.weight").dtype == torch.float32
     head = "lm_head.6.linear_head"
     row = heads(plain)[6:7].clone()
     for adapter in both.adapters:
-        adapter.add_to(row, head)
+        down, up = adapter.factors(head)
+        row.addmm_(up, down)
     torch.testing.assert_close(heads(both)[6:7], row)
 
 

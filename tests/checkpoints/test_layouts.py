@@ -26,7 +26,8 @@ from transformers import (
 )
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
-from pyterrier_llmrerank.engine.inputs import MatroyshkaInputs, RankLLaMAInputs, document
+from pyterrier_llmrerank.checkpoints.input_format import InputFormat
+from pyterrier_llmrerank.engine.inputs import MatroyshkaInputs, RankLLaMAInputs
 
 TOKENIZER = AutoTokenizer.from_pretrained(MODELS / "rankllama_base")
 PAIRS = [("panda", words(3, 9)), ("what is bread", words(4, 30)), ("coffee", "tide")]
@@ -114,7 +115,7 @@ class Trained:
         self.peft.save_pretrained(folder)
         self.adapter = load_file(folder / "adapter_model.safetensors")
         self.config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
-        self.pairs = RankLLaMAInputs()(TOKENIZER, [(query, document(passage)) for query, passage in PAIRS])
+        self.pairs = RankLLaMAInputs()(TOKENIZER, [(query, InputFormat().body(passage)) for query, passage in PAIRS])
         self.scores = self.reranker(self.peft)
 
     def reranker(self, model: torch.nn.Module) -> list[float]:

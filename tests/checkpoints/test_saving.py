@@ -132,7 +132,10 @@ def test_what_is_pushed_opens_by_its_id(kind: Any, merged: bool, hub: dict[str, 
     assert hub["files"] == saved | {"README.md"}
     data = hub["card"].data
     assert (data.base_model, data.datasets, data.license) == (None if merged else base, ["owner/data"], "apache-2.0")
-    assert f'{kind.__name__}("owner/model")' in hub["card"].text
+    paper = "article{rankllama" if kind is RankLLaMAReranker else "inproceedings{matroyshka"
+    data_page = "https://huggingface.co/datasets/owner/data"
+    for said in (f'{kind.__name__}("owner/model")', data_page, "## Licence\n\napache-2.0", paper):
+        assert said in hub["card"].text
     opened = kind("owner/model", dtype="float32")
     np.testing.assert_allclose(opened.compute_score([PAIR]), reranker.compute_score([PAIR]), atol=1e-5)
 

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import shutil
 import struct
 import zipfile
 from collections.abc import Callable
@@ -10,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import lfs_pointer
-from safetensors.torch import save_file
+from conftest import MODELS, lfs_pointer
+from safetensors.torch import load_file, save_file
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
 from pyterrier_llmrerank.checkpoints import tensors
@@ -59,6 +60,38 @@ def test_tensors_of_every_layout(tmp_path: Path, layout: str) -> None:
     for name, tensor in TENSORS.items():
         assert opened.shape(name) == tuple(tensor.shape)
         assert torch.equal(opened.read(name), tensor)
+        opened.release()
+        assert torch.equal(opened.read(name), tensor)
+
+
+def is_mapped(folder: Path) -> bool:
+    return str(folder) in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mapped files")
+def test_a_bin_is_mapped_until_it_is_released(tmp_path: Path) -> None:
+    sharded(tmp_path, ".bin")
+    files = TensorFiles(tmp_path, "model", "model='m'")
+    assert not is_mapped(tmp_path)
+    kept = files.read("a.weight")
+    assert is_mapped(tmp_path)
+    files.release()
+    assert torch.equal(kept, TENSORS["a.weight"])
+    del kept
+    assert not is_mapped(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mapped files")
+def test_an_open_model_maps_no_bin(tmp_path: Path) -> None:
+    shutil.copytree(MODELS / "mistral_base", tmp_path / "model")
+    stored = tmp_path / "model" / "model.safetensors"
+    torch.save(load_file(stored), tmp_path / "model" / "pytorch_model.bin")
+    stored.unlink()
+    reranker = MatroyshkaReranker(tmp_path / "model", dtype="float32")
+    wanted = MatroyshkaReranker(MODELS / "mistral_base", dtype="float32")
+    pair = ("what is panda", "a bear")
+    assert reranker.compute_score(pair) == wanted.compute_score(pair)
+    assert not is_mapped(tmp_path)
 
 
 def test_no_weights(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker, ScoringError
-from pyterrier_llmrerank.engine import batching, scoring
+from pyterrier_llmrerank.engine import batching, scoring, threads
 from pyterrier_llmrerank.engine.inputs import Ids
 from pyterrier_llmrerank.engine.packing import Row
 
@@ -57,6 +57,26 @@ def test_in_bf16_too(shape: dict) -> None:
     pairs = [pair(i, 7 * i, i) for i in range(20)] + [(words(2, 30), words(i, 5 * i)) for i in range(20)]
     alone = [reranker.compute_score(p) for p in pairs]
     np.testing.assert_allclose(reranker.compute_score(pairs), alone, atol=1e-4)
+
+
+def test_a_large_call_runs_on_the_fastest_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(threads, "seconds_of_layer", lambda number: float(number != 2))
+    monkeypatch.setattr(scoring, "LARGE", 4)
+    real, ran = scoring.run_layers, []
+    monkeypatch.setattr(
+        scoring, "run_layers", lambda *args, **options: ran.append(torch.get_num_threads()) or real(*args, **options)
+    )
+    reranker, pairs = RERANKERS["plain"], [pair(i, 10, i) for i in range(4)]
+    torch.set_num_threads(3)
+    try:
+        small, large = reranker.compute_score(pairs[:3]), reranker.compute_score(pairs)
+        assert ran == [3, 2]
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_allclose(large[:3], small, atol=1e-4)
 
 
 def test_memory_running_out_halves_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:

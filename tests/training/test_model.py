@@ -8,14 +8,13 @@ import torch
 from conftest import MODELS, golden
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from pyterrier_llmrerank.checkpoints.checkpoint import MatroyshkaCheckpoint, RankLLaMACheckpoint
 from pyterrier_llmrerank.checkpoints.input_format import InputFormat
 from pyterrier_llmrerank.engine.inputs import Ids, RankLLaMAInputs
 from pyterrier_llmrerank.engine.packing import PackedPairs
 from pyterrier_llmrerank.training.lora import LowRankLinear
-from pyterrier_llmrerank.training.model import RankingModel, RMSNorm
+from pyterrier_llmrerank.training.model import RankingModel
 from pyterrier_llmrerank.training.objectives import CascadeLoss, cross_entropy
 
 FILES = [golden(f"matroyshka_train_{name}.json") for name in ("self_distillation", "compensation")]
@@ -130,24 +129,6 @@ def test_rankllamas_loss_and_gradients_are_the_original_ones() -> None:
         assert named[name].grad.norm().item() == pytest.approx(wanted, rel=1e-3), name
     total = torch.stack([p.grad.square().sum() for p in peft.parameters() if p.grad is not None]).sum().sqrt()
     assert total.item() == pytest.approx(train["total_grad_norm"], rel=1e-3)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_frozen_norm_has_the_gradient_of_the_decoders(dtype: torch.dtype) -> None:
-    norm = LlamaRMSNorm(48, eps=1e-5).to(dtype).requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
-    states, gradient = (3 * torch.randn(1, 7, 48, generator=generator).to(dtype) for _ in range(2))
-    norm.weight.copy_(torch.randn(48, generator=generator))
-    (wanted, of_input), (got, of_ours) = (
-        (out := module(leaf := states.clone().requires_grad_()), torch.autograd.grad(out, leaf, gradient)[0])
-        for module in (norm, RMSNorm(norm))
-    )
-    assert torch.equal(got, wanted)
-    torch.testing.assert_close(of_ours, of_input, atol=1e-6 if dtype == torch.float32 else 0.05, rtol=1e-2)
-    norm.requires_grad_(True)
-    torch.testing.assert_close(RMSNorm(norm)(states), norm(states))
-    RMSNorm(norm)(states).sum().backward()
-    assert norm.weight.grad is not None
 
 
 @pytest.mark.parametrize("shape", [(), ((2, 4), 2)], ids=["full", "pooled"])

@@ -1,4 +1,4 @@
-"""The number of threads that training on a CPU runs on."""
+"""The number of threads that training and large calls run on, on a CPU."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch.nn.functional import silu
@@ -23,10 +24,11 @@ SIZES = 512, 576, 1536
 
 @contextmanager
 def fastest_threads(device: torch.device, seconds: Callable[[int], float] | None = None) -> Iterator[None]:
-    """Run a block on the number of threads that is fastest now; threads that share a core wait for each other.
+    """Run a block on the number of threads that is fastest; threads that share a core wait for each other.
 
-    Numbers from one to torch's own are tried, in powers of two. ``OMP_NUM_THREADS`` in the environment, or
-    ``torch.set_num_threads(1)``, settle the number without a measurement.
+    Numbers from one to torch's own are tried, in powers of two, once in a process. ``OMP_NUM_THREADS`` in the
+    environment, or ``torch.set_num_threads(1)``, settle the number without a measurement. torch's number is restored
+    after the block.
 
     Args:
         device: where the block computes; other devices than the CPU are left alone.
@@ -37,15 +39,21 @@ def fastest_threads(device: torch.device, seconds: Callable[[int], float] | None
         yield
         return
     try:
-        tried = sorted({*(2**power for power in range(most.bit_length())), most})
-        medians = median_seconds(tried, seconds or seconds_of_layer)
-        chosen = min(medians, key=lambda threads: medians[threads])
-        shown = ", ".join(f"{threads}: {1000 * median:.1f} ms" for threads, median in medians.items())
-        logger.info("training on %d of %d threads (%s); OMP_NUM_THREADS sets another number", chosen, most, shown)
-        torch.set_num_threads(chosen)
+        torch.set_num_threads(_fastest(most, seconds or seconds_of_layer))
         yield
     finally:
         torch.set_num_threads(most)
+
+
+@cache
+def _fastest(most: int, seconds: Callable[[int], float]) -> int:
+    """Measure numbers of threads up to the most, and return the fastest."""
+    tried = sorted({*(2**power for power in range(most.bit_length())), most})
+    medians = median_seconds(tried, seconds)
+    chosen = min(medians, key=lambda threads: medians[threads])
+    shown = ", ".join(f"{threads}: {1000 * median:.1f} ms" for threads, median in medians.items())
+    logger.info("running on %d of %d threads (%s); OMP_NUM_THREADS sets another number", chosen, most, shown)
+    return chosen
 
 
 def median_seconds(tried: list[int], seconds: Callable[[int], float]) -> dict[int, float]:

@@ -1,4 +1,4 @@
-"""Training on a CPU runs on the number of threads that is fastest, and leaves torch's own number as it was."""
+"""Training and large calls on a CPU run on the fastest number of threads, and leave torch's number as it was."""
 
 import logging
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from pyterrier_llmrerank.training.threads import TURNS, fastest_threads, seconds_of_layer
+from pyterrier_llmrerank.engine.threads import TURNS, fastest_threads, seconds_of_layer
 
 CPU = torch.device("cpu")
 
@@ -36,8 +36,10 @@ def test_the_fastest_number_of_threads_is_used(
     with fastest_threads(CPU, seconds):
         assert torch.get_num_threads() == best
     assert torch.get_num_threads() == 6
-    assert asked == [1, 2, 4, 6] * (TURNS + 1)
-    assert f"training on {best} of 6 threads (1: " in caplog.text
+    with fastest_threads(CPU, seconds):
+        assert torch.get_num_threads() == best
+    assert asked == [1, 2, 4, 6] * (TURNS + 1)  # measured once
+    assert f"running on {best} of 6 threads (1: " in caplog.text
 
 
 def test_a_given_number_is_kept(threads: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,64 @@
+"""Normalise states in few passes over memory, for scoring and training."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.nn.functional import rms_norm
+
+
+class RMSNorm(nn.Module):
+    """Compute the same as a decoder's norm, with less work, also for the gradient while its weight is frozen.
+
+    Args:
+        norm: the norm; its weight is shared.
+    """
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.weight = cast(nn.Parameter, norm.weight)
+        self.eps = cast(float, norm.variance_epsilon)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Scale states to a root mean square of 1 over their last dimension, then by the weight."""
+        if self.weight.requires_grad or hasattr(self.weight, "ds_id"):  # which DeepSpeed's stage 3 gathers for autograd
+            wide = states.float()
+            scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+            return self.weight * scaled.to(states.dtype)
+        return cast(Tensor, _Normalise.apply(states, self.weight, self.eps))  # type: ignore[no-untyped-call]
+
+
+class _Normalise(Function):
+    """Normalise with a frozen weight."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(states, weight)
+        ctx.eps = eps
+        if states.device.type == "cpu" and states.dtype != torch.float32:  # the mean of squares takes two passes
+            wide = states.float()
+            mean = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(wide.shape[-1])
+            normed = wide.mul_(mean.add_(eps).rsqrt_()).to(states.dtype)
+        else:
+            normed = rms_norm(states, states.shape[-1:], None, eps).to(states.dtype)  # autocast widens it
+        return normed.mul_(weight) if weight.dtype == normed.dtype else weight * normed
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        states, weight = ctx.saved_tensors
+        wide = states.float()
+        scale = wide.square().mean(-1, keepdim=True).add_(ctx.eps).rsqrt_()
+        normed = wide * scale
+        through = (gradients[0] * weight).float()
+        through = through.sub_(normed * (normed * through).mean(-1, keepdim=True)).mul_(scale)
+        return through.to(states.dtype), None, None
+
+
+def replace_norms(decoder: nn.Module) -> None:
+    """Replace all norms of a decoder of :data:`~pyterrier_llmrerank.checkpoints.families.FAMILIES`, in place."""
+    for name, module in list(decoder.named_modules()):
+        if hasattr(module, "variance_epsilon"):
+            decoder.set_submodule(name, RMSNorm(module))

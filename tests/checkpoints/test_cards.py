@@ -1,0 +1,66 @@
+"""Cards are complete, valid, and say nothing about the machine that wrote them."""
+
+import pytest
+from huggingface_hub import ModelCard
+
+from pyterrier_llmrerank.checkpoints.cards import FOLDER, Stated, complete, trained, with_section
+
+STATED = Stated(["owner/data", "/home/someone/train.jsonl"], ["/home/someone/dev.jsonl"])
+
+
+def a_card(base: str = "owner/base", stated: Stated = STATED) -> str:
+    recipe = "RankLLaMATraining(seed=1)"
+    return trained("rankllama", "RankLLaMAReranker", base, 7, recipe, stated, "nDCG@10 0.5000", None)
+
+
+def test_a_trained_card_is_complete() -> None:
+    card = ModelCard(a_card(), ignore_metadata_errors=False)
+    data = card.data
+    assert (data.base_model, data.datasets, data.license) == ("owner/base", ["owner/data"], None)
+    assert (data.library_name, data.pipeline_tag, data.metrics) == ("peft", "text-ranking", ["nDCG@10"])
+    for said in (
+        "# An adapter of owner/base", "for 7 steps", "RankLLaMATraining(seed=1)", f'RankLLaMAReranker("{FOLDER}")',
+        "[owner/data](https://huggingface.co/datasets/owner/data), `train.jsonl`.",
+        "nDCG@10 0.5000 on `dev.jsonl`, after 7 steps", "## Licence\n\nNot stated", "Xueguang Ma",
+    ):  # fmt: skip
+        assert said in card.text
+    assert "/home" not in card.text
+
+
+@pytest.mark.parametrize(
+    ("base", "named"),
+    [
+        ("owner/base@v1", "owner/base"),
+        ("smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("/home/someone/base", None),
+    ],
+)
+def test_a_base_is_named_by_its_hub_id(base: str, named: str | None) -> None:
+    card = ModelCard(a_card(base), ignore_metadata_errors=False)
+    assert card.data.base_model == named
+    assert f"# An adapter of {named or 'base'}\n" in card.text
+    assert "/home" not in card.content
+
+
+def test_a_push_completes_the_card_of_the_training() -> None:
+    def completed(stated: Stated) -> ModelCard:
+        card = complete(a_card(), "rankllama", "RankLLaMAReranker", "owner/base", "owner/model", stated)
+        return ModelCard(card, ignore_metadata_errors=False)
+
+    card = completed(Stated(["owner/other"], license="mit"))
+    assert (card.data.datasets, card.data.license, card.data.metrics) == (["owner/other"], "mit", ["nDCG@10"])
+    assert "datasets/owner/other" in card.text
+    assert "train.jsonl" not in card.text
+    assert "## Licence\n\nmit\n\n## Citation" in card.text
+    assert 'RankLLaMAReranker("owner/model")' in card.text
+    assert card.text.count("@article") == 1
+    kept = completed(Stated())  # what is left out stays as the training said
+    assert kept.data.datasets == ["owner/data"]
+    assert "`train.jsonl`" in kept.text
+
+
+def test_a_section_is_replaced_or_added() -> None:
+    card = "# A\n\n## Data\n\nold\n\n## Licence\n\nx\n"
+    assert with_section(card, "Data", "new") == "# A\n\n## Data\n\nnew\n\n## Licence\n\nx\n"
+    assert with_section(card, "Licence", "y") == "# A\n\n## Data\n\nold\n\n## Licence\n\ny\n"
+    assert with_section(card, "Citation", "z") == card + "\n## Citation\n\nz\n"
