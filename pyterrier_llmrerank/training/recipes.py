@@ -406,14 +406,11 @@ class MatroyshkaTraining(Recipe):
             if own is None:
                 argument = f"raw_peft={name!r}"
                 own = Description.read(adapter_folder(name, model), "matroyshka", argument)
-        start_layer, layer_sep, prompt = self._agreed(own, argument)
-        if is_layer_wise(model):  # it has its own head layers, which a default contradicts no more than a description
-            start_layer, layer_sep = (
-                None if value == default_of(type(self).__dataclass_fields__[name]) else value
-                for name, value in (("start_layer", start_layer), ("layer_sep", layer_sep))
-            )
-        checkpoint = MatroyshkaCheckpoint(model, adapters, start_layer, layer_sep)
-        checkpoint.prompt = prompt
+        agreed = self._agreed(own, argument)
+        if is_layer_wise(model):  # it has its own heads, which a default does not contradict
+            agreed |= {name: None for name in ("start_layer", "layer_sep") if agreed[name] == self._default(name)}
+        checkpoint = MatroyshkaCheckpoint(model, adapters, agreed["start_layer"], agreed["layer_sep"])
+        checkpoint.prompt = agreed["prompt"]
         if continued is not None:  # checked with the others, but trained rather than merged
             checkpoint.adapters, checkpoint.adapter = checkpoint.adapters[:-1], checkpoint.adapters[-1]
         if max(self.compress_ratios) > 1 and not any(0 < layer < checkpoint.layers for layer in self.compress_layers):
@@ -423,20 +420,23 @@ class MatroyshkaTraining(Recipe):
             )
         return checkpoint
 
-    def _agreed(self, own: Description | None, argument: str) -> tuple[int, int, str]:
+    def _agreed(self, own: Description | None, argument: str) -> dict[str, Any]:
         """Return ``start_layer``, ``layer_sep`` and ``prompt`` of a description, or where it has none, the recipe's.
 
         Raises:
             ValueError: the recipe has another value, which is not its default.
         """
-        usual = {"prompt": PROMPT} if own is not None else {}
-        values: list[Any] = []
-        for name in ("start_layer", "layer_sep", "prompt"):
-            given, trained = getattr(self, name), getattr(own, name, None) or usual.get(name)
-            if trained not in (None, given) and given != default_of(type(self).__dataclass_fields__[name]):
+        agreed = {}
+        for name, usual in (("start_layer", None), ("layer_sep", None), ("prompt", PROMPT)):
+            given = getattr(self, name)
+            trained = given if own is None else getattr(own, name) or usual or given
+            if given not in (trained, self._default(name)):
                 raise ValueError(f"{name}={given!r}, but {argument} was trained with {trained!r}; the two must agree.")
-            values.append(given if trained is None else trained)
-        return cast(tuple[int, int, str], tuple(values))
+            agreed[name] = trained
+        return agreed
+
+    def _default(self, name: str) -> Any:
+        return default_of(type(self).__dataclass_fields__[name])
 
     def following(self, checkpoint: Checkpoint) -> MatroyshkaTraining:
         """Return the recipe with the heads and the prompt of the checkpoint."""
