@@ -336,7 +336,8 @@ def test_interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     ],
 )
 def test_errors_name_options(command: str, hint: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("begun.txt").touch()
+    for name in ("begun.txt", "in.jsonl"):
+        Path(name).touch()
     Path("train.jsonl").write_text('{"query": "q", "pos": ["a"], "neg": ["b"], "neg_scores": [1]}')
     assert run(command) == 1
     assert capsys.readouterr().err.endswith(f"{hint}\n")

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..errors import reason
 from . import bundled
 from .config import read_json
 from .gguf import dequantise
+from .tensors import weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +26,10 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*(@[A-Za-z0-9][\w-]
 HUB_FILES = ("*.json", "*.model", "*.txt", "*.safetensors")
 
 
-#: Files beside the weights that a fingerprint covers.
-FINGERPRINTED = ("config.json", "adapter_config.json")
+#: Files beside the weights and the vocabulary that a fingerprint covers.
+FINGERPRINTED = (
+    "config.json", "adapter_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
 
 #: Bytes of a sample, and about how many samples a fingerprint takes of a file.
 SAMPLE, SAMPLES = 1 << 20, 64
@@ -116,12 +120,16 @@ def identity(reference: Any, model: str) -> Any:
     return str(path.resolve()), tuple((name, state.st_size, state.st_mtime_ns) for name, state in states)
 
 
-def fingerprint(path: Path) -> str:
-    """Return a digest of a model's or an adapter's files, wherever they are; of long files, of samples from them."""
+def fingerprint(folder: Path) -> str:
+    """Return a digest of the files in a folder that a model or an adapter is read from; of long files, of samples."""
+    from .tokenizer import vocabulary_of  # imports transformers, which takes seconds
+
+    files = {folder / name for name in (*FINGERPRINTED, *(vocabulary_of(folder) or ()))}
+    for stem in ("model", "adapter_model"):
+        with suppress(FileNotFoundError):  # it is a model, or an adapter
+            files.update(weight_files(folder, stem, str(folder))[1])
     digest = hashlib.sha256()
-    for file in _files_in(path):
-        if file.suffix not in (".safetensors", ".bin", ".gguf") and file.name not in FINGERPRINTED:
-            continue
+    for file in sorted(file for file in files if file.is_file()):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
         with file.open("rb") as opened:

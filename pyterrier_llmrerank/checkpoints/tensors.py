@@ -37,6 +37,40 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
         raise OSError(f"{path} cannot be written: {error}") from error
 
 
+def weight_files(folder: Path, stem: str, argument: str) -> tuple[str, list[Path]]:
+    """Find the weight files of a folder that are read: a complete set of one format, safetensors first.
+
+    Args:
+        folder: the folder.
+        stem: ``model`` or ``adapter_model``, the start of their names.
+        argument: the caller's argument and value, for messages.
+
+    Returns:
+        The format, ``safetensors`` or ``bin``, and the paths.
+
+    Raises:
+        FileNotFoundError: the folder has no weights, or an index names a missing file.
+        ValueError: an index is broken.
+    """
+    bin_stem = "pytorch_model" if stem == "model" else stem
+    incomplete: FileNotFoundError | None = None
+    for form, name in (("safetensors", f"{stem}.safetensors"), ("bin", f"{bin_stem}.bin")):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return form, [folder / name]
+        if not index.is_file():
+            continue
+        paths = [folder / file for file in sorted(set(_weight_map(index).values()))]
+        if not (missing := [path for path in paths if not path.is_file()]):
+            return form, paths
+        # The other format may be complete.
+        incomplete = incomplete or FileNotFoundError(f"{argument}: {index} names {missing[0].name}, which is missing.")
+    raise incomplete or FileNotFoundError(
+        f"{argument}: no weights in {folder}; expected {stem}.safetensors, {bin_stem}.bin or their index. "
+        "(The copy of a hub model may be incomplete if it was made offline.)"
+    )
+
+
 class TensorFiles:
     """Read the tensors of a checkpoint by name, each on demand, from one file or several.
 
@@ -55,43 +89,23 @@ class TensorFiles:
         # An adapter has many small tensors, and opening its file takes longer than reading one: it stays open.
         # A model's file would stay mapped, and count as memory in use.
         self._open = cache(_open_safetensors) if stem == "adapter_model" else _open_safetensors
-        bin_stem = "pytorch_model" if stem == "model" else stem
-        incomplete: FileNotFoundError | None = None
-        for name in (f"{stem}.safetensors", f"{bin_stem}.bin"):
-            index = folder / f"{name}.index.json"
-            if (folder / name).is_file():
-                files = [name]
-            elif index.is_file():
-                files = sorted(set(_weight_map(index).values()))
+        form, paths = weight_files(folder, stem, argument)
+        #: Whether the files are safetensors, rather than torch's own format.
+        self.safetensors = form == "safetensors"
+        self._where: dict[str, Path | dict[str, Tensor]] = {}
+        self._mapped: dict[Path, dict[str, Tensor]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for path in paths:
+            source: Path | dict[str, Tensor] = path
+            if path.suffix == ".safetensors":
+                content = self._open(path)
             else:
-                continue
-            if missing := [file for file in files if not (folder / file).is_file()]:  # the other format may be complete
-                incomplete = incomplete or FileNotFoundError(
-                    f"{argument}: {index} names {missing[0]}, which is missing."
-                )
-                continue
-            #: Whether the files are safetensors, rather than torch's own format.
-            self.safetensors = name.endswith(".safetensors")
-            self._where: dict[str, Path | dict[str, Tensor]] = {}
-            self._mapped: dict[Path, dict[str, Tensor]] = {}
-            self._shapes: dict[str, tuple[int, ...]] = {}
-            for file in files:
-                path = folder / file
-                source: Path | dict[str, Tensor] = path
-                if path.suffix == ".safetensors":
-                    content = self._open(path)
-                else:
-                    content, mapped = _load_bin(path)
-                    source = path if mapped else content  # reading it again would take long
-                for name, shape in _shapes(content).items():
-                    if name in self._where:
-                        raise ValueError(f"{argument}: tensor {short(name)} is in {path} and in another file too.")
-                    self._where[name], self._shapes[name] = source, shape
-            return
-        raise incomplete or FileNotFoundError(
-            f"{argument}: no weights in {folder}; expected {stem}.safetensors, {bin_stem}.bin or their index. "
-            "(The copy of a hub model may be incomplete if it was made offline.)"
-        )
+                content, mapped = _load_bin(path)
+                source = path if mapped else content  # reading it again would take long
+            for name, shape in _shapes(content).items():
+                if name in self._where:
+                    raise ValueError(f"{argument}: tensor {short(name)} is in {path} and in another file too.")
+                self._where[name], self._shapes[name] = source, shape
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import pyterrier as pt
 
-from ..checkpoints.description import KINDS
+from ..checkpoints.description import KINDS, Description
 from ..checkpoints.input_format import NAMED, InputFormat, check_name
 from ..checkpoints.locate import fingerprint
 from ..engine.inputs import PROMPT, MatroyshkaInputs, inputs_of
@@ -338,7 +338,7 @@ class MatroyshkaTraining(Recipe):
     task_type: ClassVar[str] = "CAUSAL_LM"
 
     target_modules: tuple[str, ...] = (*PROJECTIONS, "linear_head")
-    start_layer: int = option(4, "shallowest layer with a head", least=1)
+    start_layer: int = option(4, "shallowest layer with a head; a described model keeps its own heads", least=1)
     layer_sep: int = option(1, "distance between layers with a head", least=1)
     compress_layers: tuple[int, ...] = option(
         (4, 8, 12, 16, 20, 24, 28), "layers before which passages are pooled; each batch draws half of them on average"
@@ -351,7 +351,9 @@ class MatroyshkaTraining(Recipe):
         f"loss, one of {', '.join(METHODS)}; normal and distill are the cross-entropy alone, the others distil "
         "deeper layers into shallower ones, and those with _teacher learn from a teacher's scores too",
     )
-    prompt: str = option(PROMPT, "question at the end of every input; a prompt in the data replaces it")
+    prompt: str = option(
+        PROMPT, "question at the end of every input; a described model keeps its own, and a prompt in the data wins"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -379,24 +381,36 @@ class MatroyshkaTraining(Recipe):
             model: a folder, ``.gguf`` file or hub id; an adapter is trained further.
             adapters: adapters to merge into the base first.
 
+        Returns:
+            The checkpoint. Its heads and prompt are those that the description of the model, or else of the last
+            adapter, names; where it names none, the recipe's.
+
         Raises:
-            ValueError: the model has too few layers for ``start_layer`` or ``compress_layers``.
+            ValueError: the model has too few layers for ``start_layer`` or ``compress_layers``, or it was trained with
+                another ``start_layer``, ``layer_sep`` or ``prompt`` than the recipe has. A default of the recipe
+                contradicts nothing.
         """
         from ..checkpoints.adapters import Adapter
         from ..checkpoints.checkpoint import MatroyshkaCheckpoint, is_layer_wise
         from ..checkpoints.description import read_description
-        from ..checkpoints.locate import folder_of
+        from ..checkpoints.locate import adapter_folder, folder_of
 
-        continued, folder = None, folder_of(model, "model")
+        continued, folder, argument = None, folder_of(model, "model"), f"model={model!r}"
+        own = read_description(model, folder, "matroyshka", argument)
         if (folder / "adapter_config.json").is_file():
-            continued = Adapter(folder, f"model={model!r}")
+            continued = Adapter(folder, argument)
             continued.base_folder()  # if it is missing, the error names the adapter
-            description = read_description(model, folder, "matroyshka", f"model={model!r}")
-            earlier = [name for name in description.adapters if name != model] if description is not None else []
+            earlier = [name for name in own.adapters if name != model] if own is not None else []
             model, adapters = continued.base, [*(adapters or earlier), str(folder)]
-        # A layer-wise checkpoint has its own head layers.
-        head_layers = (None, None) if is_layer_wise(model) else (self.start_layer, self.layer_sep)
-        checkpoint = MatroyshkaCheckpoint(model, adapters, *head_layers)
+        for name in reversed(adapters):
+            if own is None:
+                argument = f"raw_peft={name!r}"
+                own = Description.read(adapter_folder(name, model), "matroyshka", argument)
+        agreed = self._agreed(own, argument)
+        if is_layer_wise(model):  # it has its own heads, which a default does not contradict
+            agreed |= {name: None for name in ("start_layer", "layer_sep") if agreed[name] == self._default(name)}
+        checkpoint = MatroyshkaCheckpoint(model, adapters, agreed["start_layer"], agreed["layer_sep"])
+        checkpoint.prompt = agreed["prompt"]
         if continued is not None:  # checked with the others, but trained rather than merged
             checkpoint.adapters, checkpoint.adapter = checkpoint.adapters[:-1], checkpoint.adapters[-1]
         if max(self.compress_ratios) > 1 and not any(0 < layer < checkpoint.layers for layer in self.compress_layers):
@@ -405,6 +419,29 @@ class MatroyshkaTraining(Recipe):
                 f"from 1 to {checkpoint.layers - 1}, or compress_ratios=[1]."
             )
         return checkpoint
+
+    def _agreed(self, own: Description | None, argument: str) -> dict[str, Any]:
+        """Return ``start_layer``, ``layer_sep`` and ``prompt`` of a description, or where it has none, the recipe's.
+
+        Raises:
+            ValueError: the recipe has another value, which is not its default.
+        """
+        agreed = {}
+        for name, usual in (("start_layer", None), ("layer_sep", None), ("prompt", PROMPT)):
+            given = getattr(self, name)
+            trained = given if own is None else getattr(own, name) or usual or given
+            if given not in (trained, self._default(name)):
+                raise ValueError(f"{name}={given!r}, but {argument} was trained with {trained!r}; the two must agree.")
+            agreed[name] = trained
+        return agreed
+
+    def _default(self, name: str) -> Any:
+        return default_of(type(self).__dataclass_fields__[name])
+
+    def following(self, checkpoint: Checkpoint) -> MatroyshkaTraining:
+        """Return the recipe with the heads and the prompt of the checkpoint."""
+        own = cast("MatroyshkaCheckpoint", checkpoint)
+        return replace(self, start_layer=own.start_layer, layer_sep=own.layer_sep, prompt=own.prompt or self.prompt)
 
     def heads(self, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, seed: int) -> Tensor:
         """Return the checkpoint's heads."""

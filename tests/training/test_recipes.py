@@ -1,12 +1,16 @@
 """Recipes hold the original programs' values, and refuse what makes no sense."""
 
+import json
 import pickle
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import MODELS
 
+from pyterrier_llmrerank.checkpoints.description import Description
 from pyterrier_llmrerank.training import CompensateTraining, DistillTraining, RankLLaMATraining
 from pyterrier_llmrerank.training.batches import Collator
 from pyterrier_llmrerank.training.recipes import Recipe
@@ -79,9 +83,33 @@ def test_a_score_head_starts_random_or_as_it_is() -> None:
 def test_heads_stand_where_the_recipe_or_the_checkpoint_says() -> None:
     recipe = DistillTraining(start_layer=2, layer_sep=3)
     assert list(recipe.open(str(MODELS / "mistral_base")).head_layers) == [2, 5, 8]
-    own = recipe.open(str(MODELS / "costwise_full"))  # it brings its own
+    own = DistillTraining().open(str(MODELS / "costwise_full"))  # it brings its own
     assert list(own.head_layers) == list(range(own.start_layer, 9, own.layer_sep))
     assert own.layer_wise
+    with pytest.raises(ValueError, match="layer_sep=3: model=.* was trained with layer_sep 1"):
+        recipe.open(str(MODELS / "costwise_full"))
+
+
+def test_training_goes_on_as_a_description_says(tmp_path: Path) -> None:
+    """Of the model, or else of the last adapter below it. A default of the recipe contradicts nothing."""
+    base, adapter, plain = str(MODELS / "mistral_base"), tmp_path / "adapter", tmp_path / "plain"
+    for folder in (adapter, plain):
+        shutil.copytree(MODELS / "adapter_sd", folder)
+    said = Description(kind="matroyshka", base=base, start_layer=2, layer_sep=1, prompt="Is it?", adapters=(".",))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}))
+    said.write(adapter)
+    for model, adapters in ((str(adapter), []), (base, [str(adapter)]), (base, [str(adapter), str(plain)])):
+        checkpoint = DistillTraining().open(model, adapters)
+        followed = DistillTraining(group_size=8).following(checkpoint)
+        assert list(checkpoint.head_layers) == [2, 3, 4, 5, 6, 7, 8]
+        assert followed == DistillTraining(group_size=8, start_layer=2, prompt="Is it?")
+        assert followed.described_inputs() == {"prompt": "Is it?"}
+        for given in ({"start_layer": 5}, {"layer_sep": 2}, {"prompt": "Relevant?"}):
+            with pytest.raises(ValueError, match=f"{next(iter(given))}=.*, but .*adapter.*; the two must agree"):
+                DistillTraining(**given).open(model, adapters)
+    undescribed = DistillTraining(start_layer=2)
+    assert undescribed.following(undescribed.open(base, [str(plain)])) == undescribed
 
 
 def test_what_would_compress_nothing_is_refused() -> None:
