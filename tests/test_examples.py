@@ -249,9 +249,13 @@ def test_benchmark_training(monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
     size = ["--group_size", "4", "--passage_max_length", "40", "--steps", "3", "--rounds", "1"]
     figures = tmp_path / "figures.json"
-    run(monkeypatch, "benchmarks/training.py", str(tmp_path / "data.jsonl"), *size, "--json", str(figures))
+    before = torch.get_num_threads()
+    size += ["--threads", "1", "2", "--json", str(figures)]
+    run(monkeypatch, "benchmarks/training.py", str(tmp_path / "data.jsonl"), *size)
+    torch.set_num_threads(before)
     assert "tokens/s" in capfd.readouterr().out
-    assert figures.is_file()
+    systems = [(row["threads"], row["program"]) for row in json.loads(figures.read_text())]
+    assert systems == [(1, "plain"), (1, "ours"), (2, "plain"), (2, "ours")]
 
 
 def test_training_mixture(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:

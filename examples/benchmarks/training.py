@@ -1,11 +1,13 @@
 """Measure tokens trained per second, beside a plain Trainer loop over transformers and PEFT.
 
     python examples/benchmarks/training.py DATA.jsonl --model FOLDER_OR_HUB_ID
+    python examples/benchmarks/training.py DATA.jsonl --threads 1 2  # on a CPU
 
 Both use RankLLaMA's recipe and train the same LoRA modules and score head on the same groups in the same order,
 with transformers' Trainer, in the same precision. The plain loop uses AutoModelForSequenceClassification, padded
 batches with attention masks, and cross-entropy over each group. The two take turns, so that other load on the
-machine affects both. Medians over the rounds are printed. Padding does not count as tokens.
+machine affects both. Medians over the rounds are printed, for each number of threads; with several, training itself
+chooses how many of them it uses. Padding does not count as tokens.
 """
 
 from __future__ import annotations
@@ -78,6 +80,7 @@ def main() -> None:
     parser.add_argument("--passage_max_length", type=int, default=196)
     parser.add_argument("--steps", type=int, default=6, help="a round")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()], help="of a CPU")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     chosen = parser.parse_args()
 
@@ -126,21 +129,32 @@ def main() -> None:
     order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(0))  # any sample tells the mean
     sample = [collate([groups[int(index)]]) for index in order[:50]]
     tokens = sum(int(batch.packed.lengths.sum()) for batch in sample) / len(sample) * chosen.queries
-    rates: dict[str, list[float]] = {"plain": [], "ours": []}
-    losses: dict[str, list[float]] = {"plain": [], "ours": []}
+    systems = [(threads, kind) for threads in chosen.threads for kind in ("plain", "ours")]
+    rates: dict[tuple[int, str], list[float]] = {system: [] for system in systems}
+    losses: dict[tuple[int, str], list[float]] = {system: [] for system in systems}
     for _ in range(chosen.rounds):
-        for kind in rates:
+        for threads, kind in systems:
+            torch.set_num_threads(threads)
             clock = turn(kind)
-            rates[kind].append(tokens * (chosen.steps - 1) / clock.seconds)
-            losses[kind] += clock.losses
-    medians = {kind: statistics.median(values) for kind, values in rates.items()}
-    print(f"\n{'':8}{'tokens/s':>10}{'pairs/s':>10}{'ratio':>8}{'first loss':>12}{'last loss':>11}")
-    for kind, rate in medians.items():
+            rates[threads, kind].append(tokens * (chosen.steps - 1) / clock.seconds)
+            losses[threads, kind] += clock.losses
+    medians = {system: statistics.median(values) for system, values in rates.items()}
+    print(f"\n{'threads':8}{'':8}{'tokens/s':>10}{'pairs/s':>10}{'ratio':>8}{'first loss':>12}{'last loss':>11}")
+    for (threads, kind), rate in medians.items():
         pairs = rate / tokens * recipe.group_size * chosen.queries
-        first, last = losses[kind][0], losses[kind][-1]
-        print(f"{kind:8}{rate:10.0f}{pairs:10.2f}{rate / medians['plain']:8.2f}{first:12.4f}{last:11.4f}")
+        ratio, of_system = rate / medians[threads, "plain"], losses[threads, kind]
+        print(f"{threads:<8}{kind:8}{rate:10.0f}{pairs:10.2f}{ratio:8.2f}{of_system[0]:12.4f}{of_system[-1]:11.4f}")
     if chosen.json:
-        chosen.json.write_text(json.dumps({"tokens_per_second": rates, "losses": losses}, indent=2), encoding="utf-8")
+        figures = [
+            {
+                "threads": threads,
+                "program": kind,
+                "tokens_per_second": rates[threads, kind],
+                "losses": losses[threads, kind],
+            }
+            for threads, kind in systems
+        ]
+        chosen.json.write_text(json.dumps(figures, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":
