@@ -145,7 +145,7 @@ def test_benchmark_of_random_weights(
     benchmark = importlib.import_module("scoring")
     size = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
     monkeypatch.setattr(benchmark, "MistralConfig", partial(MistralConfig, **size))
-    monkeypatch.setattr(bundled, "_base", lambda: str(MODELS / "mistral_base"))
+    monkeypatch.setattr(bundled, "base_file", lambda: str(MODELS / "mistral_base"))
     choice = ["--run", "first", "--candidates", "3", "--rounds", "1", "--matroyshka", "", "--peers", "b"]
     choice += ["--random_layers", "2", "--attn_implementation", "eager", "--json", str(tmp_path / "figures.json")]
     monkeypatch.setattr(sys, "argv", ["scoring.py", str(tmp_path), *choice])

@@ -135,6 +135,7 @@ class RandomCheckpoint:
     """
 
     argument, base, adapter, adapters, overlay, layer_wise = "random weights", "random/weights", None, (), (), False
+    files = types.SimpleNamespace(release=lambda: None)
     supports_layerwise = True
 
     def __init__(self, model: Any, tokenizer: Any, heads: int | None = None) -> None:
@@ -150,6 +151,9 @@ class RandomCheckpoint:
 
     def tensor(self, name: str) -> torch.Tensor:
         return self._tensors[name]
+
+    def place(self, name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        return self._tensors[name].to(device=device, dtype=dtype, copy=True)
 
     def heads(self, tokenizer: Any = None) -> torch.Tensor:
         return self._head.repeat(len(self.head_layers), 1)

@@ -31,7 +31,7 @@ def ray_cluster(workers: int, address: str | None = None) -> Iterator[Any]:
 
     Raises:
         ImportError: Ray is not installed.
-        ValueError: there is an address, and this process is connected to Ray already.
+        ValueError: there is an address other than ``auto``, and this process is connected to Ray already.
         ConnectionError: there is no cluster at the address.
     """
     try:
@@ -39,7 +39,7 @@ def ray_cluster(workers: int, address: str | None = None) -> Iterator[Any]:
     except ImportError as error:
         raise ImportError(f"workers={workers} needs Ray: pip install 'pyterrier-llmrerank[ray]'") from error
     if ray.is_initialized():
-        if address is not None:
+        if address not in (None, "auto"):
             raise ValueError(
                 f"address={address!r}: this process is connected to Ray already; allowed: None, to use that cluster, "
                 "or ray.shutdown() first."

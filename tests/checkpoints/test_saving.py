@@ -188,7 +188,6 @@ def test_every_depth_is_a_plain_classifier(heads: str, tmp_path: Path) -> None:
     found = [made("A: " + query, "B: " + passage)["input_ids"] for query, passage in odd]
     assert found == [ids.flat() for ids in ours.scorer().ids(odd)]
     np.testing.assert_allclose(score(odd), ours.compute_score(odd), atol=1e-5)
-    assert made("what")["input_ids"] == ours.tokenizer("what")["input_ids"]
 
 
 def test_a_tokenizer_with_other_ids_elsewhere_is_not_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

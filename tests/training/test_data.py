@@ -45,11 +45,11 @@ def test_both_forms() -> None:
 
 
 def test_passages_are_read_as_each_model_reads_them() -> None:
-    read = read_example(TEVATRON, RankLLaMATraining.body)
+    read = read_example(TEVATRON, RankLLaMATraining().body)
     assert read == Example("q", ["document: T p"], ["document: n", "document:  m"])
-    assert read_example(TEVATRON, DistillTraining.body) == Example("q", ["T p"], ["n", "m"])
-    assert read_example(MATROYSHKA, RankLLaMATraining.body).positives == ["document: p0", "document: p1"]
-    assert read_example(MATROYSHKA, DistillTraining.body).positives == ["p0", "p1"]
+    assert read_example(TEVATRON, DistillTraining().body) == Example("q", ["T p"], ["n", "m"])
+    assert read_example(MATROYSHKA, RankLLaMATraining().body).positives == ["document: p0", "document: p1"]
+    assert read_example(MATROYSHKA, DistillTraining().body).positives == ["p0", "p1"]
 
 
 def test_a_missing_teacher_is_named_where_it_is_needed(tmp_path: Path) -> None:
@@ -125,9 +125,9 @@ def test_what_differs_from_line_to_line_and_file_to_file(tmp_path: Path) -> None
         lines.write(json.dumps(SCORED | {"pos_scores": [0.5, 2]}) + "\n" + json.dumps(TEVATRON | {"extra": 1}) + "\n")
     data = open_data("train_data", [str(tmp_path)])
     assert set(data.column_names) == {*COLUMNS, "prompt"}
-    read = [read_example(row, DistillTraining.body) for row in data]
+    read = [read_example(row, DistillTraining().body) for row in data]
     wanted = [MATROYSHKA, SCORED | {"pos_scores": [1, 2]}, TEVATRON, SCORED | {"pos_scores": [0.5, 2]}, TEVATRON]
-    assert read == [read_example(record, DistillTraining.body) for record in wanted]
+    assert read == [read_example(record, DistillTraining().body) for record in wanted]
     assert data[2]["query_id"] == "7"
     (tmp_path / "b.jsonl.gz").write_bytes((tmp_path / "b.jsonl.gz").read_bytes()[:-12])
     with pytest.raises(ValueError, match=r"b\.jsonl\.gz, line \d"):

@@ -11,7 +11,7 @@ from pyterrier_llmrerank.training.validation import Validation
 
 
 def test_positives_of_a_record_compete_with_its_negatives() -> None:
-    measure = Validation.of_records(RECORDS[:2], DistillTraining.body)
+    measure = Validation.of_records(RECORDS[:2], DistillTraining().body)
     assert len(measure.pairs) == 10
     assert measure(lambda pairs: [float(query in body) + len(body) / 1e6 for query, body, _ in pairs]) == 1.0
     positives = {record["pos"][0] for record in RECORDS}
@@ -33,7 +33,7 @@ def test_queries_without_candidates_do_not_count() -> None:
 
 
 def test_a_prompt_of_the_data_goes_with_its_pairs() -> None:
-    measure = Validation.of_records([RECORDS[0] | {"prompt": "Relevant?"}, RECORDS[1]], DistillTraining.body)
+    measure = Validation.of_records([RECORDS[0] | {"prompt": "Relevant?"}, RECORDS[1]], DistillTraining().body)
     seen: set[str | None] = set()
     measure(lambda asked: [float(len(body)) for _, body, prompt in asked if seen.add(prompt) is None])  # type: ignore[func-returns-value]
     assert seen == {"Relevant?", None}
