@@ -240,6 +240,7 @@ def write_merged(
     if "pad_token_id" in settings:
         tokenizer.pad_token_id = settings["pad_token_id"]
         tokenizer.padding_side = "right"
+        tokenizer.chat_template = None  # by which sentence-transformers would read a pair as messages
     beyond = [f"layers.{layer}." for layer in range(description.layers or checkpoint.layers, checkpoint.layers)]
     shapes = {
         f"model.{name}": torch.empty(parameter.shape, dtype=dtype, device="meta")

@@ -243,3 +243,13 @@ def test_an_exported_depth_is_refused_here(kind: Any, tmp_path: Path) -> None:
     recipe = RankLLaMATraining() if kind is RankLLaMAReranker else DistillTraining()
     with pytest.raises(ValueError, match=r"describes one depth of a Matroyshka"):
         recipe.open(str(tmp_path / "new"), [])
+
+
+def test_an_export_has_no_chat_template(tmp_path: Path) -> None:
+    """With one, sentence-transformers would read a pair as messages of a chat."""
+    base = shutil.copytree(MODELS / "costwise_full", tmp_path / "base")
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    reranker = MatroyshkaReranker(base, dtype="float32")
+    assert reranker.tokenizer.chat_template == "{{ messages }}"
+    reranker.save(tmp_path / "export", merged=True, form="sequence-classification")
+    assert AutoTokenizer.from_pretrained(tmp_path / "export").chat_template is None
