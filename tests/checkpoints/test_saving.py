@@ -1,6 +1,7 @@
 """What is written is written whole, or not at all."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
