@@ -44,6 +44,7 @@ PYTHON
     halve "$output/rankllama"
 ) >"$output/rankllama.log" 2>&1 &
 rankllama=$!
+trap 'kill "$rankllama" 2>/dev/null || true' EXIT
 
 train distill --model_name_or_path smollm2-135m --output_dir "$output/distilled" --passage_max_len 160 \
     --per_device_train_batch_size 32 --max_steps 500 --save_steps 250 \

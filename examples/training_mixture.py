@@ -100,7 +100,8 @@ def main() -> None:
     for path, part in ((arguments.output, drawn), (arguments.output.with_suffix(".held_out.jsonl"), kept_out)):
         if not part:
             continue
-        with path.open("w", encoding="utf-8") as output:
+        unfinished = path.with_name(f"partial.{path.name}")  # a file of its name is whole
+        with unfinished.open("w", encoding="utf-8") as output:
             for record in part:
                 negatives, scores = hardest(record)
                 line = {
@@ -111,6 +112,7 @@ def main() -> None:
                     **scores,
                 }
                 output.write(json.dumps(line, ensure_ascii=False) + "\n")
+        unfinished.replace(path)
         print(f"{path}: {len(part)} queries")
 
 
