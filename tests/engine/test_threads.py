@@ -25,7 +25,7 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 def test_the_fastest_number_of_threads_is_used(
     best: int, threads: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="pyterrier_llmrerank.engine.threads")
     asked: list[int] = []
 
     def seconds(number: int) -> float:
