@@ -121,15 +121,12 @@ class Layout:
         key, value = self.with_prefix(layer, key, value)
         return self._gather(key, self._places), self._gather(value, self._places)
 
-    def attend_packed(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
-    ) -> tuple[Tensor, Tensor]:
-        """Compute attention by :func:`packed_flash`; return ``[1, tokens, heads, width]`` and all keys."""
+    def attend_packed(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
+        """Compute attention by :func:`packed_flash`, ``[1, tokens, heads, width]``; a prefix's keys are appended."""
         assert self.starts is not None
-        key, value = self.with_prefix(layer, key, value)
         keys, values = (states[0].transpose(0, 1).index_select(0, self._key_places) for states in (key, value))
         query = query[0].transpose(0, 1)
-        return packed_flash(query, keys, values, self.starts, self.longest, scaling, window)[None], key
+        return packed_flash(query, keys, values, self.starts, self.longest, scaling, window)[None]
 
     def with_prefix(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Append a reused prefix to a layer's keys and values; fill ``save_prefix``."""
@@ -189,17 +186,13 @@ def attention(
     """
     layer = cast(int, module.layer_idx)
     window = sliding_window if sliding_window is not None and sliding_window < layout.shape[1] else None
-    if layout.starts is not None:
-        output, key = layout.attend_packed(layer, query, key, value, scaling, window)
-        if tap is not None:
-            last, key = layout.gather_last(query, key)
-            tap.log_weights = _summed(single_query_logits(last, key, layout.tapped, None, scaling, window))
-        return output, None
-    if layout.groups is not None:
+    if layout.starts is not None or layout.groups is not None:  # kernels that take the row as it is
         key, value = layout.with_prefix(layer, key, value)
         if tap is not None:
             last, keys = layout.gather_last(query, key)
             tap.log_weights = _summed(single_query_logits(last, keys, layout.tapped, layout.real_keys, scaling, window))
+        if layout.groups is None:
+            return layout.attend_packed(query, key, value, scaling, window), None
         biased = any(getattr(getattr(module, name, None), "bias", None) is not None for name in ("q_proj", "k_proj"))
         return layout.groups.attend(query, key, value, scaling, window, large_logits=biased), None
     query = layout.gather_queries(query)

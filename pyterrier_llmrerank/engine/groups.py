@@ -84,6 +84,7 @@ class Groups:
             torch.from_numpy(of) for of in (first[pair], rounded[pair], packing.positions)
         )
         self._sources: Tensor | None = None
+        self._rows: list[tuple[Tensor, Tensor]] = []
 
     def attend(
         self,
@@ -112,12 +113,18 @@ class Groups:
         wide = query.shape[2] >= NARROWEST
         by_products = query.dtype == torch.bfloat16 and wide and not large_logits and _has_products()
         kernel = _products if by_products else _sdpa
-        outputs = [
-            kernel(group, query, key, value, scaling, window if window is None or window < group.length else None)
-            for group in self._groups
-        ]
-        if self._sources is None:
+        if self._sources is None:  # the same in all layers
             self._sources = self._find_sources(query.shape[1])
+            heads = query.shape[1], key.shape[1]
+            self._rows = [
+                (rows_by_head(group.queries, heads[0]), rows_by_head(group.places, heads[1])) for group in self._groups
+            ]
+        outputs = []
+        for group, (asked, kept) in zip(self._groups, self._rows, strict=True):
+            queries = gather(query, asked, group.length)
+            keys, values = (gather(states, kept, group.length) for states in (key, value))
+            seen = window if window is None or window < group.length else None
+            outputs.append(kernel(group, queries, keys, values, scaling, seen))
         flat = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return flat.index_select(0, self._sources).view(1, *query.shape)
 
@@ -127,28 +134,41 @@ class Groups:
         return (first + torch.arange(heads) * length + self._position[:, None]).flatten()
 
 
-def by_heads(states: Tensor, places: Tensor) -> Tensor:
+def rows_by_head(places: Tensor, heads: int) -> Tensor:
+    """Return the index of each head of each token, ``[pairs * heads * length]``, for places ``[pairs, length]``."""
+    return (places[:, None] * heads + torch.arange(heads)[None, :, None]).flatten()
+
+
+def gather(states: Tensor, rows: Tensor, length: int) -> Tensor:
     """Gather ``[tokens, heads, width]`` to ``[pairs * heads, length, width]`` in one pass."""
-    _, heads, width = states.shape
-    rows = places[:, None] * heads + torch.arange(heads)[None, :, None]
-    flat = states.reshape(-1, width).index_select(0, rows.flatten())
-    return flat.view(-1, places.shape[1], width)
+    width = states.shape[-1]
+    return states.reshape(-1, width).index_select(0, rows).view(-1, length, width)
 
 
-def _products(group: Group, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
+def _products(
+    group: Group, queries: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int | None
+) -> Tensor:
     """Compute a group by two products for each block, with all query heads of a key head in one matrix.
+
+    Args:
+        group: the pairs.
+        queries: ``[pairs * heads, length, width]``.
+        keys: ``[pairs * key heads, length, width]``.
+        values: of the shape of ``keys``.
+        scaling: factor of the logits.
+        window: most keys that a query sees; None for all before it.
 
     Returns:
         The output by pairs, heads and positions, ``[pairs * heads * length, width]``.
     """
-    heads, width = key.shape[1:]
-    queries = by_heads(query, group.queries).view(len(group.places) * heads, -1, group.length, width)
-    keys, values = (by_heads(states, group.places) for states in (key, value))
+    heads, width = len(keys) // len(group.places), keys.shape[-1]
+    repeats = len(queries) // len(keys)
+    queries = queries.view(len(keys), -1, group.length, width)
     output = torch.empty_like(queries)
     for start in range(0, group.length, PRODUCT_BLOCK):
         end = min(start + PRODUCT_BLOCK, group.length)
         asked = queries[:, :, start:end].flatten(1, 2)
-        bias = _bias(group, start, end, window, query.shape[1] // heads, heads)
+        bias = _bias(group, start, end, window, repeats, heads)
         logits = torch.baddbmm(bias, asked, keys[:, :end].mT, alpha=scaling)
         mixed = torch.bmm(logits.softmax(-1), values[:, :end])  # in fp32 inside, of logits rounded to bf16
         output[:, :, start:end] = mixed.view(len(keys), -1, end - start, width)
@@ -174,13 +194,10 @@ def _causal_bias(start: int, end: int, window: int | None, repeats: int) -> Tens
 _HIDDEN = torch.finfo(torch.bfloat16).min / 2
 
 
-def _sdpa(group: Group, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
-    """Compute a group by torch's attention, block by block; the output is that of :func:`_products`."""
-    shape = len(group.places), -1, group.length, query.shape[2]
-    queries, keys, values = (
-        by_heads(states, places).view(shape)
-        for states, places in ((query, group.queries), (key, group.places), (value, group.places))
-    )
+def _sdpa(group: Group, queries: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int | None) -> Tensor:
+    """Compute a group by torch's attention, block by block; arguments and output are those of :func:`_products`."""
+    shape = len(group.places), -1, group.length, queries.shape[-1]
+    queries, keys, values = (states.view(shape) for states in (queries, keys, values))
     output = torch.empty_like(queries)
     for start in range(0, group.length, BLOCK):
         end = min(start + BLOCK, group.length)
@@ -193,7 +210,7 @@ def _sdpa(group: Group, query: Tensor, key: Tensor, value: Tensor, scaling: floa
             scale=scaling,
             enable_gqa=queries.shape[1] != keys.shape[1],
         )
-    return output.view(-1, query.shape[2])
+    return output.view(-1, queries.shape[-1])
 
 
 @cache
