@@ -29,7 +29,8 @@ from .values import RATIOS, flag, integer, items, layers, one_of, optional, path
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .checkpoints.checkpoint import Checkpoint, MatroyshkaCheckpoint
+    from .checkpoints.checkpoint import Checkpoint
+    from .checkpoints.matroyshka_checkpoint import MatroyshkaCheckpoint
     from .engine.scoring import Shape
     from .training.fit import Frames
     from .training.recipes import MatroyshkaTraining
@@ -348,12 +349,12 @@ class MatroyshkaReranker(LLMReranker):
         return self.shape.deepest
 
     def _checkpoint(self) -> partial[Any]:
-        from .checkpoints.checkpoint import MatroyshkaCheckpoint
+        from .checkpoints.matroyshka_checkpoint import MatroyshkaCheckpoint
 
         return partial(MatroyshkaCheckpoint, *self._checkpoint_arguments())
 
     def _overlay_checkpoint(self) -> partial[Any] | None:
-        from .checkpoints.checkpoint import MatroyshkaCheckpoint
+        from .checkpoints.matroyshka_checkpoint import MatroyshkaCheckpoint
 
         parts = self._parts()
         if overlay := self._token_adapter(parts):
@@ -476,7 +477,7 @@ class MatroyshkaReranker(LLMReranker):
         )  # fmt: skip
 
     def _switch_to(self, adapter: str) -> None:
-        from .checkpoints.checkpoint import is_layer_wise
+        from .checkpoints.matroyshka_checkpoint import is_layer_wise
 
         recipe, parts = self._recipe(), self._parts(fetch=True)
         self.model, self.prompt = cast(str, parts.base), parts.prompt

@@ -21,7 +21,8 @@ from .reranker import LLMReranker, model_path, require_layerwise
 from .values import column, flag, optional, positive, problem_of, string
 
 if TYPE_CHECKING:
-    from .checkpoints.checkpoint import Checkpoint, RankLLaMACheckpoint
+    from .checkpoints.checkpoint import Checkpoint
+    from .checkpoints.rankllama_checkpoint import RankLLaMACheckpoint
     from .engine.scoring import Shape
     from .training.fit import Frames
     from .training.recipes import RankLLaMATraining
@@ -202,7 +203,7 @@ class RankLLaMAReranker(LLMReranker):
         return cls(bundled.base(str(base)), **{**given, **options})
 
     def _checkpoint(self) -> partial[Any]:
-        from .checkpoints.checkpoint import RankLLaMACheckpoint
+        from .checkpoints.rankllama_checkpoint import RankLLaMACheckpoint
 
         return partial(RankLLaMACheckpoint, *self._checkpoint_arguments())
 

@@ -14,8 +14,8 @@ from typing import Any, cast
 
 from ..errors import short
 from ..values import RATIOS
-from .config import read_json
 from .input_format import InputFormat, check_name
+from .json_files import read_json
 from .locate import HUB_ID, adapter_folder, below, is_hub_id
 
 #: The name of the file.

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .cards import Stated, complete
 from .checkpoint import Checkpoint
-from .config import read_json
 from .description import FILE, Description
+from .json_files import read_json
 from .locate import adapter_folder, is_hub_id, portable, without_revision
 from .tensors import save_tensors
 from .tokenizer import VOCABULARIES, save_tokenizer

@@ -18,12 +18,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pyterrier_llmrerank.checkpoints.adapters import (
     FIELDS_READ,
     INITIALISATIONS,
-    ROWS,
     VARIANTS,
     WITHOUT_EFFECT,
     Adapter,
-    merged,
 )
+from pyterrier_llmrerank.checkpoints.merging import merged
 
 
 @pytest.mark.parametrize(
@@ -59,21 +58,6 @@ def test_deltas_are_pefts_own(tmp_path: Path, options: dict[str, Any]) -> None:
         name = f"model.{module}.weight"
         got = merged(before[name], [adapter.factors(module)], torch.float32)
         torch.testing.assert_close(got, peft[name])
-
-
-@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("outputs", [1, 160, 192, 576, 1536, 2 * ROWS + 8])
-def test_merging_in_blocks_gives_the_bits_of_merging_at_once(outputs: int, stored: torch.dtype) -> None:
-    weight = torch.randn(outputs, 96).to(stored)
-    updates = [(torch.randn(rank, 96), torch.randn(outputs, rank)) for rank in (16, 3)]
-    whole, before = weight.float(), weight.clone()
-    for down, up in updates:
-        whole = torch.addmm(whole, up, down)
-    for dtype in (torch.float32, torch.bfloat16):
-        got = merged(weight, updates, dtype)
-        assert got.dtype == dtype
-        assert torch.equal(got, whole.to(dtype))
-    assert torch.equal(weight, before)
 
 
 def llama() -> LlamaForCausalLM:

@@ -10,8 +10,8 @@ from conftest import MODELS, frame
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
 from pyterrier_llmrerank.checkpoints import bundled
-from pyterrier_llmrerank.checkpoints.config import read_json
 from pyterrier_llmrerank.checkpoints.gguf import dequantise
+from pyterrier_llmrerank.checkpoints.json_files import read_json
 from pyterrier_llmrerank.checkpoints.locate import adapter_folder, folder_of, portable, require
 from pyterrier_llmrerank.training import DistillTraining, RankLLaMATraining
 

@@ -11,7 +11,7 @@ from conftest import MODELS, Cache, frame
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
 from pyterrier_llmrerank.checkpoints import description
-from pyterrier_llmrerank.checkpoints.config import read_json
+from pyterrier_llmrerank.checkpoints.json_files import read_json
 from pyterrier_llmrerank.training import CompensateTraining, DistillTraining, RankLLaMATraining
 
 BASE = str(MODELS / "mistral_base")

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from pyterrier_llmrerank import MatroyshkaReranker
 from pyterrier_llmrerank.checkpoints import gguf
-from pyterrier_llmrerank.checkpoints.config import read_json
 from pyterrier_llmrerank.checkpoints.gguf import dequantise
+from pyterrier_llmrerank.checkpoints.json_files import read_json
 from pyterrier_llmrerank.checkpoints.locate import folder_of
 
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import MODELS, Cache, frame
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
-from pyterrier_llmrerank.checkpoints.config import read_json
+from pyterrier_llmrerank.checkpoints.json_files import read_json
 from pyterrier_llmrerank.checkpoints.locate import adapter_folder, fingerprint, folder_of, without_revision
 from pyterrier_llmrerank.training import DistillTraining, RankLLaMATraining
 

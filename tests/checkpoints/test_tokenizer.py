@@ -26,7 +26,8 @@ from transformers import (
 )
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
-from pyterrier_llmrerank.checkpoints.checkpoint import MatroyshkaCheckpoint, RankLLaMACheckpoint
+from pyterrier_llmrerank.checkpoints.matroyshka_checkpoint import MatroyshkaCheckpoint
+from pyterrier_llmrerank.checkpoints.rankllama_checkpoint import RankLLaMACheckpoint
 from pyterrier_llmrerank.checkpoints.tokenizer import open_tokenizer, save_tokenizer
 
 FULL, RAW = MODELS / "costwise_full", MODELS / "mistral_base"
