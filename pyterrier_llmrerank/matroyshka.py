@@ -16,7 +16,7 @@ import pyterrier as pt
 
 from . import shapes
 from .checkpoints import bundled
-from .checkpoints.description import EXPORTED, FILE, Description, assemble, token_adapter_for
+from .checkpoints.description import EXPORTED, FILE, Description, amend, assemble, token_adapter_for
 from .checkpoints.locate import absolute, folder_of, identity, is_hub_id, require, shortest
 from .engine.inputs import PROMPT, Ids, MatroyshkaInputs
 from .features import PAPER, AtDepth, MatroyshkaFeatures
@@ -147,13 +147,14 @@ class MatroyshkaReranker(LLMReranker):
     query_max_length: Option[int | None] = Option(
         default=None,
         check=optional(positive),
-        help="tokens kept of ``A: {query}``; None for three quarters of ``max_length``.",
+        help="tokens kept of ``A: {query}``; None for the value in ``reranker.json``, or three quarters of "
+        "``max_length``.",
     )
-    max_length: Option[int] = Option(
-        default=512,
-        check=positive,
-        help="tokens kept of ``B: {passage}``. Prefix and passage together have at most this length plus the prompt's "
-        "tokens.",
+    max_length: Option[int | None] = Option(
+        default=None,
+        check=optional(positive),
+        help="tokens kept of ``B: {passage}``; None for the value in ``reranker.json``, or 512. Prefix and passage "
+        "together have at most this length plus the prompt's tokens.",
     )
     normalize: Option[bool] = Option(
         default=False,
@@ -406,6 +407,7 @@ class MatroyshkaReranker(LLMReranker):
         given = Description(
             kind="matroyshka", base=source, start_layer=self.start_layer, layer_sep=self.layer_sep, prompt=self.prompt,
             adapters=self.adapters, token_adapters=self.token_adapters,
+            query_max_length=self.query_max_length, max_length=self.max_length,
         )  # fmt: skip
         key = given, folder, None if folder is None else identity(str(folder / FILE), source)
         if self._known_parts is None or self._known_parts[0] != key:  # read again only where something has changed
@@ -447,14 +449,18 @@ class MatroyshkaReranker(LLMReranker):
         return self._inputs()(tokenizer, pairs)
 
     def _inputs(self) -> MatroyshkaInputs:
-        return MatroyshkaInputs(self._question(), self.query_max_length, self.max_length)
+        """Return the encoding: its settings are the arguments, the model's own or the original ones."""
+        parts, own = self._parts(), None
+        if is_hub_id(self._source()):  # opening it has read its description
+            own = cast("MatroyshkaCheckpoint", self._weights().checkpoint)
 
-    def _question(self) -> str:
-        """Return the question that ends every input: the argument, the model's own, or the original one."""
-        prompt = self._parts().prompt
-        if prompt is None and is_hub_id(self._source()):
-            prompt = cast("MatroyshkaCheckpoint", self._weights().checkpoint).prompt
-        return PROMPT if prompt is None else prompt
+        def value(name: str, usual: Any) -> Any:
+            given = getattr(parts, name)
+            found = getattr(own, name, None) if given is None else given
+            return usual if found is None else found
+
+        longest = value("max_length", MatroyshkaInputs.max_length)
+        return MatroyshkaInputs(value("prompt", PROMPT), value("query_max_length", None), longest)
 
     def _recipe(self) -> MatroyshkaTraining:
         """Return the recipe in ``training``, with this reranker's heads and prompt."""
@@ -471,16 +477,19 @@ class MatroyshkaReranker(LLMReranker):
         from .training.fit import fit
 
         parts = self._parts(fetch=True)
-        return fit(
+        folder = fit(
             self._recipe(), cast(str, parts.base), (*parts.adapters, *self._token_adapter(parts)), training, validation,
             device=self.device, dtype=self.dtype, verbose=self.verbose,
         )  # fmt: skip
+        amend(folder, "matroyshka", query_max_length=parts.query_max_length, max_length=parts.max_length)
+        return folder
 
     def _switch_to(self, adapter: str) -> None:
         from .checkpoints.matroyshka_checkpoint import is_layer_wise
 
         recipe, parts = self._recipe(), self._parts(fetch=True)
         self.model, self.prompt = cast(str, parts.base), parts.prompt
+        self.query_max_length, self.max_length = parts.query_max_length, parts.max_length
         if not is_layer_wise(self.model):
             self.start_layer, self.layer_sep = recipe.start_layer, recipe.layer_sep
         self.adapters, self.token_adapters = (*parts.adapters, *self._token_adapter(parts), adapter), ()
@@ -548,7 +557,10 @@ class MatroyshkaReranker(LLMReranker):
         }  # fmt: skip
         named = {f"{checkpoint.head_module(k)}.weight": head[None] for k, head in enumerate(heads)}
         with all_or_nothing(target):
-            description = replace(checkpoint.description(), prompt=parts.prompt)
+            description = replace(
+                checkpoint.description(), prompt=parts.prompt,
+                query_max_length=parts.query_max_length, max_length=parts.max_length,
+            )  # fmt: skip
             write_merged(checkpoint, build_decoder(checkpoint), named, settings, weights.dtype, target, description)
         return []
 

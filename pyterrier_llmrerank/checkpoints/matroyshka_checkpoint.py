@@ -74,6 +74,8 @@ class MatroyshkaCheckpoint(Checkpoint):
         self.base = portable(base)
         #: The question that the model's description names; None if it names none.
         self.prompt = parts.prompt
+        #: The tokens that it keeps of a query, and of a pair; None for the usual numbers.
+        self.query_max_length, self.max_length = parts.query_max_length, parts.max_length
         adapters, start_layer = parts.adapters, parts.start_layer
         overlay = (*overlay, *(token_adapter_for(parts.token_adapters, ratio) if ratio else ()))
         self.start_layer, self.layer_sep = self._heads_at(start_layer, parts.layer_sep)

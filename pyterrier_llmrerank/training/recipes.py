@@ -277,8 +277,9 @@ class RankLLaMATraining(Recipe):
         return self if own is None else replace(self, **InputFormat.chosen(self._given(), own).settings())
 
     def described_inputs(self) -> dict[str, Any]:
-        """Return the input format."""
-        return {"input_format": self.form}
+        """Return the input format and the lengths."""
+        lengths = {name: getattr(self, name) for name in ("query_max_length", "passage_max_length")}
+        return {"input_format": self.form, **lengths}
 
     @property
     def loss(self) -> DistilledLoss:
