@@ -27,6 +27,8 @@ def merged(
         dtype: of the result.
         device: of the result; None for the weight's own.
     """
+    if weight.dtype == torch.float64:  # rounded here, because some devices have no fp64
+        weight = weight.float()
     weight = weight.to(device=device)
     updates = [(down.to(weight.device), up.to(weight.device)) for down, up in updates]
     result = torch.empty_like(weight, dtype=dtype)

@@ -1,8 +1,11 @@
 """Weights have the updates of adapters merged in as one addition in fp32 would merge them."""
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import MODELS, heads
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyterrier_llmrerank.checkpoints.matroyshka_checkpoint import MatroyshkaCheckpoint
 from pyterrier_llmrerank.checkpoints.merging import ROWS, merged
@@ -42,3 +45,22 @@ def test_adapters_are_merged_in_fp32_in_order() -> None:
         down, up = adapter.factors(head)
         row.addmm_(up, down)
     torch.testing.assert_close(heads(both)[6:7], row)
+
+
+class NoDoubles(TorchDispatchMode):
+    """Raise TypeError where a tensor is to be fp64 on the device ``meta``, as Apple's devices do."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.device.type == "meta" and result.dtype == torch.float64:
+            raise TypeError("no fp64 on this device")
+        return result
+
+
+def test_a_weight_in_fp64_is_rounded_before_it_reaches_a_device() -> None:
+    weight, updates = torch.randn(6, 4, dtype=torch.float64), [(torch.randn(2, 4), torch.randn(6, 2))]
+    assert torch.equal(merged(weight, updates, torch.float32), merged(weight.float(), updates, torch.float32))
+    with NoDoubles():
+        with pytest.raises(TypeError, match="no fp64"):
+            weight.to("meta")
+        assert merged(weight, updates, torch.bfloat16, torch.device("meta")).dtype == torch.bfloat16
