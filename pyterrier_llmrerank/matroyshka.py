@@ -506,7 +506,7 @@ class MatroyshkaReranker(LLMReranker):
             folder: a new or an empty folder.
             merged: write one layer-wise model (``cost_wise_*``) with all adapters merged in, rather than the
                 PEFT adapters. Weights are in ``dtype``, not quantised, heads are fp32.
-            cutoff: the depth of a sequence classifier; None for the reranker's own.
+            cutoff: the depth of a sequence classifier; None for the reranker's own, if it has one.
             form: ``"sequence-classification"`` writes one depth as a plain ``*ForSequenceClassification`` with one
                 label, which other programs open and serve; it needs ``merged=True``. Its tokenizer makes the ids of a
                 pair, and its card says how. Widths and cascades stay here.
@@ -530,6 +530,8 @@ class MatroyshkaReranker(LLMReranker):
             raise ValueError(f"form={form!r}: it is one model; allowed: merged=True too.")
         if cutoff is not None and form is None:
             raise ValueError(f"cutoff={cutoff!r}: adapters and layer-wise models keep all depths; allowed: None.")
+        if form is not None and cutoff is None and isinstance(self.cutoff, tuple) and len(self.cutoff) > 1:
+            raise ValueError(f"form={form!r}: it is one depth, and the cutoffs are {self.cutoff}; give one as cutoff.")
         target, parts = Path(folder).expanduser(), self._parts(fetch=True)
         parts = replace(parts, prompt=PROMPT if parts.prompt is None else parts.prompt)
         if not merged:

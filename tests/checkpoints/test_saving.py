@@ -233,6 +233,16 @@ def test_exports_that_make_no_sense_are_refused(given: dict[str, Any], message: 
     assert not (tmp_path / "new").exists()
 
 
+def test_an_export_of_several_depths_needs_one_cutoff(tmp_path: Path) -> None:
+    several, form = MATROYSHKA.at(cutoff=[3, 5]), "sequence-classification"
+    with pytest.raises(ValueError, match=r"it is one depth, and the cutoffs are \(3, 5\); give one as cutoff"):
+        several.save(tmp_path / "new", merged=True, form=form)
+    assert not (tmp_path / "new").exists()
+    several.save(tmp_path / "new", merged=True, form=form, cutoff=3)
+    np.testing.assert_allclose(score_of(tmp_path / "new")([PAIR])[0], MATROYSHKA.at(cutoff=3).compute_score(PAIR), 1e-4)
+    MATROYSHKA.at(cutoff=[4]).save(tmp_path / "one", merged=True, form=form)
+
+
 @pytest.mark.parametrize("kind", [RankLLaMAReranker, MatroyshkaReranker])
 def test_an_exported_depth_is_refused_here(kind: Any, tmp_path: Path) -> None:
     """RankLLaMA would read another input than it was trained with, and Matroyshka has no heads."""
