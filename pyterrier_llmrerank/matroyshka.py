@@ -576,12 +576,12 @@ class MatroyshkaReranker(LLMReranker):
 
         weights, parts, inputs, (depth,) = self._weights(), self._parts(fetch=True), self._inputs(), self.cutoffs()
         checkpoint = weights.checkpoint
-        settings = classifier_settings(checkpoint) | {"num_hidden_layers": depth}
+        pieces = inputs.pieces(checkpoint.tokenizer())
+        settings = classifier_settings(checkpoint, pieces[-1]) | {"num_hidden_layers": depth}
         if kinds := checkpoint.settings.get("layer_types"):
             settings["layer_types"] = kinds[:depth]
         before = inputs.query_instruction, inputs.passage_instruction
         limits = inputs.query_limit, inputs.max_length
-        pieces = inputs.pieces(checkpoint.tokenizer())
         card = exported(parts.base, settings["architectures"][0], depth, pieces, before, limits)
         description = Description(kind=EXPORTED, layers=depth, prompt=inputs.prompt)
         tokenizer = copy.deepcopy(checkpoint.tokenizer())

@@ -345,7 +345,7 @@ class RankLLaMAReranker(LLMReranker):
                 head = {"score.weight": heads}
                 decoder = build_decoder(checkpoint)
                 description = replace(checkpoint.description(), input_format=form, **self._cut())
-                settings = classifier_settings(checkpoint, form.append_eos)
+                settings = classifier_settings(checkpoint, self._encode(checkpoint.tokenizer(), [("", "")])[0].suffix)
                 write_merged(checkpoint, decoder, head, settings, weights.dtype, target, description)
             else:
                 copy_adapter(folder_of(self._source(), "model"), target, checkpoint.base, checkpoint.tokenizer())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
@@ -181,26 +181,26 @@ def saved_files(folder: Path) -> list[str]:
     ]
 
 
-def classifier_settings(checkpoint: Checkpoint, append_eos: bool = False) -> dict[str, Any]:
+def classifier_settings(checkpoint: Checkpoint, end: Sequence[int]) -> dict[str, Any]:
     """Return the settings of a ``*ForSequenceClassification`` model with one label and a pad token.
 
     Args:
         checkpoint: the model.
-        append_eos: whether every input ends in the end token, which then cannot pad: transformers reads the last
-            token that is not the pad token.
+        end: the ids in which every input ends. Their last cannot pad: transformers reads the last token that is not
+            the pad token.
 
     Raises:
         ValueError: the tokenizer has no token that could pad.
     """
     tokenizer = checkpoint.tokenizer()
-    known = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)
-    pads = [token for token in known if token is not None and not (append_eos and token == tokenizer.eos_token_id)]
-    if not pads and append_eos:
-        raise ValueError(
-            f"append_eos=True: the tokenizer of {checkpoint.argument} has no token but the end token to pad with."
-        )
+    ids = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)
+    known = [token for token in ids if token is not None]
+    pads = [token for token in known if token not in end[-1:]]
     if not pads:
-        raise ValueError(f"{checkpoint.argument}: its tokenizer has no pad, unknown or end token to pad batches with.")
+        other = f" but {tokenizer.convert_ids_to_tokens(end[-1])!r}, in which every input ends" if known else ""
+        raise ValueError(
+            f"{checkpoint.argument}: its tokenizer has no pad, unknown, end or first token{other}, to pad batches with."
+        )
     family = type(checkpoint.config).__name__.removesuffix("Config")
     return {
         "model_type": checkpoint.config.model_type,

@@ -256,6 +256,52 @@ def test_an_exported_depth_is_refused_here(kind: Any, tmp_path: Path) -> None:
         recipe.open(str(tmp_path / "new"), [])
 
 
+@pytest.mark.parametrize("end", ["</s>", "<s>", "<unk>"])
+def test_the_token_in_which_every_input_ends_does_not_pad(end: str, tmp_path: Path) -> None:
+    """Transformers reads the last token that does not pad, in batches too."""
+    base, adapter = (
+        shutil.copytree(MODELS / name, tmp_path / name) for name in ("rankllama_base", "rankllama_adapter")
+    )
+    made = AutoTokenizer.from_pretrained(base)
+    made.pad_token = end
+    for folder in (base, adapter):
+        made.save_pretrained(folder)
+    form = f"Q: {{query}} D: {{text}}{end}"
+    ours = RankLLaMAReranker(adapter, base_model=base, dtype="float32", input_format=form)
+    ours.save(tmp_path / "merged", merged=True)
+    pairs = [("panda", words(3, 9)), ("tide", words(4, 30))]
+    np.testing.assert_allclose(scores_of(tmp_path / "merged", ours, pairs), ours.compute_score(pairs), atol=1e-5)
+    layered = shutil.copytree(MODELS / "costwise_full", tmp_path / "layered")
+    made.save_pretrained(layered)
+    deep = MatroyshkaReranker(layered, dtype="float32", cutoff=4, prompt=f"Is it?{end}")
+    deep.save(tmp_path / "export", merged=True, form="sequence-classification")
+    np.testing.assert_allclose(score_of(tmp_path / "export")(pairs), deep.compute_score(pairs), atol=1e-5)
+
+
+def scores_of(folder: Path, ours: Any, pairs: list[tuple[str, str]]) -> Any:
+    """Return the scores of transformers for our ids of pairs, in one batch padded by the saved tokenizer."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    bodies = [ours._form().body(passage) for _, passage in pairs]
+    ids = ours.scorer().ids([(query, body) for (query, _), body in zip(pairs, bodies, strict=True)])
+    batch = AutoTokenizer.from_pretrained(folder).pad({"input_ids": [pair.flat() for pair in ids]}, return_tensors="pt")
+    with torch.inference_mode():
+        return model(**batch).logits[:, 0]
+
+
+@pytest.mark.parametrize("eos", ["</s>", None])
+def test_a_tokenizer_without_another_token_to_pad_with_is_refused(eos: str | None, tmp_path: Path) -> None:
+    made = byte_level(regex=QWEN)
+    made.add_special_tokens(["</s>"])
+    settings = {"bos_token": None, "eos_token": eos, "pad_token": eos, "unk_token": None}
+    folder = folder_of(tmp_path / "m", MODELS / "costwise_full", settings, tokenizer__json=made.to_str().encode())
+    ours = MatroyshkaReranker(folder, dtype="float32", cutoff=4, prompt="Is it?</s>")
+    why = r" but '</s>', in which every input ends" if eos else ""
+    with pytest.raises(
+        ValueError, match=f"model='.*m': its tokenizer has no pad, unknown, end or first token{why}, to"
+    ):
+        ours.save(tmp_path / "new", merged=True, form="sequence-classification")
+
+
 def test_an_export_has_no_chat_template(tmp_path: Path) -> None:
     """With one, sentence-transformers would read a pair as messages of a chat."""
     base = shutil.copytree(MODELS / "costwise_full", tmp_path / "base")
