@@ -146,27 +146,28 @@ def describe_trained(
     parts.write(folder)
 
 
-def complete_card(folder: Path, repo_id: str, name: str, stated: Stated) -> None:
-    """Write the model card of a saved reranker, or complete the one that its training wrote.
-
-    Args:
-        folder: of the saved reranker.
-        repo_id: the repository that it is for.
-        name: the class that opens it.
-        stated: what the user says of it.
-
-    Raises:
-        ValueError: its base is a folder of this machine.
-    """
-    described, path = read_json(folder / FILE), folder / "README.md"
-    base = described["base"]
+def check_base(folder: Path, repo_id: str) -> None:
+    """Raise ValueError if the base of a saved reranker is a folder of this machine, so that it opens nowhere else."""
+    base = read_json(folder / FILE)["base"]
     if base is not None and not is_hub_id(base):
         raise ValueError(
             f"repo_id={repo_id!r}: the base {base!r} is on this machine alone; allowed: a base on the hub, or "
             "merged=True."
         )
+
+
+def complete_card(folder: Path, repo_id: str, name: str, stated: Stated) -> None:
+    """Write the model card of a saved reranker, or complete the one that is there.
+
+    Args:
+        folder: of the saved reranker.
+        repo_id: the repository that it is for, ``"owner/name"``.
+        name: the class that opens it.
+        stated: what the user says of it.
+    """
+    described, path = read_json(folder / FILE), folder / "README.md"
     card = path.read_text(encoding="utf-8") if path.is_file() else None
-    path.write_text(complete(card, described["kind"], name, base, repo_id, stated), encoding="utf-8")
+    path.write_text(complete(card, described["kind"], name, described["base"], repo_id, stated), encoding="utf-8")
 
 
 def saved_files(folder: Path) -> list[str]:

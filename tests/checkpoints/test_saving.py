@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MODELS, Cache, no_file_above, words
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, RepoUrl
 from test_tokenizer import NAMED, QWEN, byte_level, folder_of, sentencepiece
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -99,9 +99,9 @@ def hub(cached: Cache, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A hub that keeps what is uploaded, and has two bases."""
     kept: dict[str, Any] = {}
 
-    def create_repo(api: HfApi, repo_id: str, **options: Any) -> str:
+    def create_repo(api: HfApi, repo_id: str, **options: Any) -> RepoUrl:
         kept.update(repo_id=repo_id, **options)
-        return f"https://huggingface.co/{repo_id}"
+        return RepoUrl(f"https://huggingface.co/{repo_id if '/' in repo_id else f'me/{repo_id}'}")
 
     def upload_folder(api: HfApi, *, repo_id: str, folder_path: Path, **options: Any) -> None:
         files = {str(f.relative_to(folder_path)) for f in folder_path.rglob("*") if f.is_file()}
@@ -141,6 +141,13 @@ def test_what_is_pushed_opens_by_its_id(kind: Any, merged: bool, hub: dict[str, 
         assert said in hub["card"].text
     opened = kind("owner/model", dtype="float32")
     np.testing.assert_allclose(opened.compute_score([PAIR]), reranker.compute_score([PAIR]), atol=1e-5)
+
+
+def test_a_repository_of_ones_own_is_named_with_its_owner(hub: dict[str, Any]) -> None:
+    assert RANKLLAMA.push_to_hub("model", merged=True) == "https://huggingface.co/me/model"
+    assert 'RankLLaMAReranker("me/model")' in hub["card"].text
+    opened = RankLLaMAReranker("me/model", dtype="float32")
+    np.testing.assert_allclose(opened.compute_score(PAIR), RANKLLAMA.compute_score(PAIR), atol=1e-5)
 
 
 def test_an_adapter_of_a_local_base_is_not_pushed(hub: dict[str, Any]) -> None:
