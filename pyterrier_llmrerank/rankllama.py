@@ -14,7 +14,7 @@ from .checkpoints import bundled
 from .checkpoints.description import FILE, Description, amend, read_description
 from .checkpoints.input_format import TEVATRON_2023, InputFormat, check_name
 from .checkpoints.locate import absolute, folder_of, identity, is_hub_id, named_base, portable, require, shortest
-from .engine.inputs import Ids, RankLLaMAInputs, inputs_of
+from .engine.inputs import Encoding, Ids, RankLLaMAInputs, inputs_of
 from .frames import row_name
 from .options import Option, with_options
 from .reranker import LLMReranker, model_path, require_layerwise
@@ -244,8 +244,11 @@ class RankLLaMAReranker(LLMReranker):
         return None
 
     def _encode(self, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Ids]:
+        return self._inputs()(tokenizer, pairs)
+
+    def _inputs(self) -> Encoding:
         cut = self._cut()
-        return inputs_of(self._form(), *(cut[name] or usual for name, usual in LENGTHS.items()))(tokenizer, pairs)
+        return inputs_of(self._form(), *(cut[name] or usual for name, usual in LENGTHS.items()))
 
     def _bodies(self, frame: pd.DataFrame) -> list[str]:
         form, cut = self._form(), self._cut()
@@ -323,13 +326,15 @@ class RankLLaMAReranker(LLMReranker):
         Args:
             folder: a new or an empty folder.
             merged: write one ``*ForSequenceClassification`` model, rather than the PEFT ``SEQ_CLS`` adapter
-                with its score head. Weights are in ``dtype``, not quantised, the head is fp32.
+                with its score head. Weights are in ``dtype``, not quantised, the head is fp32. Its model card says
+                how its input is made.
 
         Raises:
             FileExistsError: the folder is not empty.
             ValueError: there is no adapter, the model is untrained or, for ``merged``, it does not support layer-wise
                 execution.
         """
+        from .checkpoints.cards import merged_classifier
         from .checkpoints.saving import all_or_nothing, classifier_settings, copy_adapter, write_merged
         from .engine.weights import build_decoder
 
@@ -342,11 +347,16 @@ class RankLLaMAReranker(LLMReranker):
             raise ValueError(f"model={self.model!r} is no adapter; allowed: merged=True.")
         with all_or_nothing(Path(folder).expanduser()) as target:
             if merged:
-                head = {"score.weight": heads}
-                decoder = build_decoder(checkpoint)
-                description = replace(checkpoint.description(), input_format=form, **self._cut())
-                settings = classifier_settings(checkpoint, self._encode(checkpoint.tokenizer(), [("", "")])[0].suffix)
-                write_merged(checkpoint, decoder, head, settings, weights.dtype, target, description)
+                inputs, cut = self._inputs(), self._cut()
+                description = replace(checkpoint.description(), input_format=form, **cut)
+                settings = classifier_settings(checkpoint, inputs(checkpoint.tokenizer(), [("", "")])[0].suffix)
+                columns = cut["title_field"] is not None, cut["url_field"] is not None
+                limits = inputs.query_max_length, inputs.passage_max_length
+                card = merged_classifier(checkpoint.base, settings["architectures"][0], form, columns, limits)
+                write_merged(
+                    checkpoint, build_decoder(checkpoint), {"score.weight": heads}, settings, weights.dtype,
+                    target, description, card=card,
+                )  # fmt: skip
             else:
                 copy_adapter(folder_of(self._source(), "model"), target, checkpoint.base, checkpoint.tokenizer())
                 parts = replace(checkpoint.description(), base=checkpoint.base, adapters=(".",), input_format=form)

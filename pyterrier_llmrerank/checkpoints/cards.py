@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from . import bundled
+from .input_format import TEVATRON_2023, InputFormat
 from .locate import is_hub_id, without_revision
 
 #: The papers of the two rerankers.
@@ -200,6 +201,42 @@ def compose(data: ModelCardData, title: str, sections: Mapping[str, str]) -> str
     """Return a card with metadata, a title and sections; the first, under ``""``, has no heading."""
     parts = [f"## {name}\n\n{text.strip()}" if name else text.strip() for name, text in sections.items()]
     return str(ModelCard("\n".join(["---", data.to_yaml(), "---", f"# {title}\n\n" + "\n\n".join(parts), ""])))
+
+
+def merged_classifier(
+    base: str, architecture: str, form: InputFormat, columns: tuple[bool, bool], limits: tuple[int, int]
+) -> str:
+    """Return the card of a RankLLaMA with its adapter merged in.
+
+    Args:
+        base: the model below the adapter: a hub id, the bundled model's name, or a path.
+        architecture: the class of transformers that opens it.
+        form: the format of its input.
+        columns: whether it reads titles, and URLs.
+        limits: most tokens of query and of passage.
+    """
+    title, url = ("{title}" if columns[0] else None), ("{url}" if columns[1] else None)
+    query, passage = form.head("{query}"), form.body("{text}", title, url) + form.tail
+    if form.name == TEVATRON_2023:
+        reads = "It reads two strings, one after the other, each after a first token of its own"
+        kept = f"{limits[0]} tokens of the first and {limits[1]} of the second are kept"
+        strings = f"{query}\n{passage}"
+    else:
+        reads = "It reads one string, with the special tokens of its tokenizer"
+        reads += ", and the end token" if form.append_eos else ""
+        kept = f"query and passage share {sum(limits)} tokens"
+        strings = query + passage
+    sections = {
+        "": f"A RankLLaMA with its adapter merged into a plain `{architecture}` with one label. Written by "
+        "pyterrier_llmrerank. Scores are logits.",
+        "Use": opening("RankLLaMAReranker", FOLDER),
+        "Input": f"{reads}:\n\n````text\n{strings}\n````\n\nIn pyterrier_llmrerank, {kept}. Other programs that open a "
+        f"`{architecture}` give the same scores for the same ids.",
+        **facts(Stated()),
+        "Citation": citation("rankllama"),
+    }
+    shown = on_hub(base) or PurePath(base).name
+    return compose(metadata(base, "transformers"), f"A RankLLaMA on {shown}", sections)
 
 
 def exported(
