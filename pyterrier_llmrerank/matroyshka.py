@@ -409,7 +409,10 @@ class MatroyshkaReranker(LLMReranker):
             adapters=self.adapters, token_adapters=self.token_adapters,
             query_max_length=self.query_max_length, max_length=self.max_length,
         )  # fmt: skip
-        key = given, folder, None if folder is None else identity(str(folder / FILE), source)
+        files = [
+            path / FILE for path in (folder, *(Path(source).expanduser() / name for name in given.folders)) if path
+        ]
+        key = given, folder, tuple(identity(str(file), source) for file in files)
         if self._known_parts is None or self._known_parts[0] != key:  # read again only where something has changed
             self._known_parts = key, assemble(given, folder, f"model={self.model!r}")
         return self._known_parts[1]
@@ -451,7 +454,7 @@ class MatroyshkaReranker(LLMReranker):
     def _inputs(self) -> MatroyshkaInputs:
         """Return the encoding: its settings are the arguments, the model's own or the original ones."""
         parts, own = self._parts(), None
-        if is_hub_id(self._source()):  # opening it has read its description
+        if is_hub_id(self._source()) or any(map(is_hub_id, parts.folders)):  # opening them has read their descriptions
             own = cast("MatroyshkaCheckpoint", self._weights().checkpoint)
 
         def value(name: str, usual: Any) -> Any:

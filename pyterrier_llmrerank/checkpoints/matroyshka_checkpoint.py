@@ -64,9 +64,10 @@ class MatroyshkaCheckpoint(Checkpoint):
     ) -> None:
         folder, argument = folder_of(model, "model"), f"model={model!r}"
         given = Description(
-            kind=self.kind, base=model, adapters=tuple(adapters), start_layer=start_layer, layer_sep=layer_sep
-        )
-        parts = assemble(given, folder, argument)
+            kind=self.kind, base=model, adapters=tuple(adapters), start_layer=start_layer, layer_sep=layer_sep,
+            token_adapters=tuple(enumerate(overlay)),
+        )  # fmt: skip
+        parts = assemble(given, folder, argument, fetch=True)
         if (base := cast(str, parts.base)) != model:
             folder, argument = folder_of(base, f"base of {argument}"), f"base={base!r}"
         super().__init__(folder, argument)
