@@ -16,7 +16,8 @@ import pyterrier as pt
 
 from . import shapes
 from .checkpoints import bundled
-from .checkpoints.description import EXPORTED, FILE, Description, amend, assemble, token_adapter_for
+from .checkpoints.assembly import assemble, token_adapter_for
+from .checkpoints.description import EXPORTED, FILE, Description, amend
 from .checkpoints.locate import absolute, folder_of, identity, is_hub_id, require, shortest
 from .engine.inputs import PROMPT, Ids, MatroyshkaInputs
 from .features import PAPER, AtDepth, MatroyshkaFeatures

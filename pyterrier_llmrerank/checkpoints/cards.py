@@ -1,4 +1,4 @@
-"""Model cards: what a saved model is, how to open it, and whom to cite."""
+"""Model cards: they name a saved model's base, data and licence, the way to open it, and the paper to cite."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def metadata(base: str | None, library: str, **more: Any) -> ModelCardData:
 
 @dataclass(frozen=True)
 class Stated:
-    """What only the user knows about a model, for its card.
+    """Hold the facts about a model that only the user knows, for its card.
 
     Args:
         data: names of the training data: hub ids, and files, of which the last part of the path is kept.
@@ -144,7 +144,7 @@ def trained(
         base: its base: a hub id, the bundled model's name, or a path.
         steps: the steps that it was trained for.
         recipe: the call that makes its recipe.
-        stated: what the user says of it.
+        stated: the user's facts about it.
         measured: the measure and its value on the validation data; None if there are none.
         folder: the repository that it is for; None if that is not known.
     """
@@ -172,13 +172,13 @@ def complete(card: str | None, kind: str, name: str, base: str | None, repo_id: 
         name: the class that opens it.
         base: the base of its adapters; None for a merged model.
         repo_id: the repository.
-        stated: what the user says of it; what is left out stays as the card has it.
+        stated: the user's facts about it; a fact that is left out stays as the card has it.
     """
     data = metadata(base, "transformers" if base is None else "peft", datasets=stated.datasets, license=stated.license)
     if card is None:
-        what = "A merged model" if base is None else f"Adapters of {on_hub(base)}"
+        kinds = "A merged model" if base is None else f"Adapters of {on_hub(base)}"
         sections = {
-            "": f"{what}, a reranker of pyterrier_llmrerank.",
+            "": f"{kinds}, a reranker of pyterrier_llmrerank.",
             "Use": opening(name, repo_id),
             **facts(stated),
             "Citation": citation(kind),

@@ -36,7 +36,7 @@ IGNORED_SETTINGS = {
 
 
 def model_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Remove the :data:`IGNORED_SETTINGS` settings and those private to transformers, at any depth."""
+    """Remove the :data:`IGNORED_SETTINGS` and the private settings of transformers, at any depth."""
     return {
         key: model_settings(value) if isinstance(value, dict) else value
         for key, value in settings.items()

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from ..errors import short
 from .adapters import Adapter
+from .assembly import assemble, token_adapter_for
 from .checkpoint import EMBEDDINGS, Checkpoint, silence_warnings
 from .config import LAYER_WISE
-from .description import Description, assemble, token_adapter_for
+from .description import Description
 from .json_files import read_json
 from .locate import adapter_folder, folder_of, portable
 

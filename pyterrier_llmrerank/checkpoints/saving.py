@@ -163,7 +163,7 @@ def complete_card(folder: Path, repo_id: str, name: str, stated: Stated) -> None
         folder: of the saved reranker.
         repo_id: the repository that it is for, ``"owner/name"``.
         name: the class that opens it.
-        stated: what the user says of it.
+        stated: the user's facts about it.
     """
     described, path = read_json(folder / FILE), folder / "README.md"
     card = path.read_text(encoding="utf-8") if path.is_file() else None
@@ -171,7 +171,7 @@ def complete_card(folder: Path, repo_id: str, name: str, stated: Stated) -> None
 
 
 def saved_files(folder: Path) -> list[str]:
-    """List the files of a trained adapter, as they are saved, without those of its training run and of others."""
+    """List the files of a trained adapter, as they are saved, without the files of its training run and others."""
     names = {"README.md", FILE, "adapter_config.json", "chat_template.jinja", *TOKENIZER_FILES}
     folders = [folder, *sorted(folder.glob("adapter-[0-9]*"))]
     return [

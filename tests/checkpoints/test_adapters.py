@@ -77,7 +77,7 @@ def test_every_field_of_lora_is_known() -> None:
     assert not (FIELDS_READ | WITHOUT_EFFECT) & VARIANTS
 
 
-def test_what_peft_saves_of_plain_lora_is_plain_here(tmp_path: Path) -> None:
+def test_an_adapter_with_pefts_defaults_is_plain_lora(tmp_path: Path) -> None:
     """The defaults of the fields do not matter."""
     get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     assert Adapter(tmp_path, "adapters").modules
@@ -166,7 +166,7 @@ def test_other_kinds_are_refused(change: Callable[..., Path]) -> None:
         Adapter(change({"peft_type": "IA3"}), "adapters")
 
 
-def test_what_was_there_before_training_is_passed_over_beside_what_was_trained(change: Callable[..., Path]) -> None:
+def test_the_original_weight_beside_a_trained_one_is_passed_over(change: Callable[..., Path]) -> None:
     original, trained = (f"base_model.model.score.{part}weight" for part in ("original_module.", ""))
     folder = change(**{original: torch.zeros(1, 64), trained: torch.ones(1, 64)})
     assert set(Adapter(folder, "adapters").whole) == {"score.weight"}

@@ -28,7 +28,7 @@ def test_training_continues_from_a_bundled_adapters_folder(smollm2: str) -> None
         assert checkpoint.adapter is not None
 
 
-def test_what_is_trained_on_the_small_model_opens_wherever_its_file_lies(
+def test_an_adapter_of_the_small_model_opens_wherever_its_file_lies(
     tiny_gguf: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTERRIER_HOME", str(tmp_path / "home"))

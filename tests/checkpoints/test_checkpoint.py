@@ -52,7 +52,9 @@ UNUSED = [
 
 
 @pytest.mark.parametrize(("model", "name"), UNUSED)
-def test_a_tensor_that_scores_would_ignore_is_named(changed: Callable[..., str], model: str, name: str) -> None:
+def test_a_tensor_that_scores_would_ignore_is_refused_by_name(
+    changed: Callable[..., str], model: str, name: str
+) -> None:
     folder = changed(model, **{name: torch.ones(1, 64)})
     reranker = RankLLaMAReranker(ADAPTER, base_model=folder) if model == BASE else MatroyshkaReranker(folder)
     with pytest.raises(

@@ -71,7 +71,9 @@ def test_positions_that_depend_on_the_batch_are_refused(changed: Callable[..., s
         ({"model_type": "x" * 10**6}, r"model_type 'x{50,60}\.\.\. is not supported"),
     ],
 )
-def test_a_configuration_that_does_not_do(changed: Callable[..., str], config: dict, message: str) -> None:
+def test_a_configuration_of_no_causal_decoder_is_refused(
+    changed: Callable[..., str], config: dict, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         MatroyshkaCheckpoint(changed(RAW, config), (), None)
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
 from pyterrier_llmrerank.checkpoints import saving, tokenizer
+from pyterrier_llmrerank.checkpoints.input_format import InputFormat
 from pyterrier_llmrerank.checkpoints.saving import all_or_nothing
 
 PAIR = ("a query", "a passage")
@@ -46,7 +47,9 @@ def test_a_full_disk_leaves_nothing_that_opens(reranker: Any, merged: bool, tmp_
 
 
 @pytest.mark.parametrize("reranker", [RANKLLAMA, MATROYSHKA], ids=["rankllama", "matroyshka"])
-def test_what_makes_it_a_model_is_written_last(reranker: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_that_makes_it_a_model_is_written_last(
+    reranker: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A killed process cannot tidy up, but must leave no folder that opens."""
     order: list[str] = []
     write_text = Path.write_text
@@ -119,7 +122,7 @@ def hub(cached: Cache, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("kind", [RankLLaMAReranker, MatroyshkaReranker])
-def test_what_is_pushed_opens_by_its_id(kind: Any, merged: bool, hub: dict[str, Any], tmp_path: Path) -> None:
+def test_a_pushed_model_opens_by_its_id(kind: Any, merged: bool, hub: dict[str, Any], tmp_path: Path) -> None:
     if kind is RankLLaMAReranker:
         base = "someone/rankllama_base"
         reranker = kind(MODELS / "rankllama_adapter", base_model=base, dtype="float32", input_format="tevatron-2024")
@@ -213,7 +216,7 @@ def test_every_depth_is_a_plain_classifier(heads: str, tmp_path: Path) -> None:
     pytest.importorskip("sentence_transformers", reason="needs sentence-transformers")
     reranker = MATROYSHKA if heads == "yes" else MatroyshkaReranker(MODELS / "costwise_full", dtype="float32")
     pairs = [("panda", words(3, 9)), ("tide", words(4, 30))]
-    layers = reranker._weights().checkpoint.head_layers
+    layers = reranker.scorer().checkpoint.head_layers
     for layer in layers:
         ours, folder = reranker.at(cutoff=layer), tmp_path / f"{layer}"
         reranker.save(folder, merged=True, cutoff=layer, form="sequence-classification")
@@ -316,22 +319,17 @@ def test_the_token_in_which_every_input_ends_does_not_pad(end: str, tmp_path: Pa
     ours = RankLLaMAReranker(adapter, base_model=base, dtype="float32", input_format=form)
     ours.save(tmp_path / "merged", merged=True)
     pairs = [("panda", words(3, 9)), ("tide", words(4, 30))]
-    np.testing.assert_allclose(scores_of(tmp_path / "merged", ours, pairs), ours.compute_score(pairs), atol=1e-5)
+    ids = ours.scorer().ids([(query, InputFormat(form).body(passage)) for query, passage in pairs])
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    pad = AutoTokenizer.from_pretrained(tmp_path / "merged").pad
+    with torch.inference_mode():
+        together = model(**pad({"input_ids": [pair.flat() for pair in ids]}, return_tensors="pt")).logits[:, 0]
+    np.testing.assert_allclose(together, ours.compute_score(pairs), atol=1e-5)
     layered = shutil.copytree(MODELS / "costwise_full", tmp_path / "layered")
     made.save_pretrained(layered)
     deep = MatroyshkaReranker(layered, dtype="float32", cutoff=4, prompt=f"Is it?{end}")
     deep.save(tmp_path / "export", merged=True, form="sequence-classification")
     np.testing.assert_allclose(score_of(tmp_path / "export")(pairs), deep.compute_score(pairs), atol=1e-5)
-
-
-def scores_of(folder: Path, ours: Any, pairs: list[tuple[str, str]]) -> Any:
-    """Return the scores of transformers for our ids of pairs, in one batch padded by the saved tokenizer."""
-    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
-    bodies = [ours._form().body(passage) for _, passage in pairs]
-    ids = ours.scorer().ids([(query, body) for (query, _), body in zip(pairs, bodies, strict=True)])
-    batch = AutoTokenizer.from_pretrained(folder).pad({"input_ids": [pair.flat() for pair in ids]}, return_tensors="pt")
-    with torch.inference_mode():
-        return model(**batch).logits[:, 0]
 
 
 @pytest.mark.parametrize("eos", ["</s>", None])
