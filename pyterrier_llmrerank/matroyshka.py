@@ -16,7 +16,8 @@ import pyterrier as pt
 
 from . import shapes
 from .checkpoints import bundled
-from .checkpoints.description import EXPORTED, FILE, Description, assemble, token_adapter_for
+from .checkpoints.assembly import assemble, token_adapter_for
+from .checkpoints.description import EXPORTED, FILE, Description, amend
 from .checkpoints.locate import absolute, folder_of, identity, is_hub_id, require, shortest
 from .engine.inputs import PROMPT, Ids, MatroyshkaInputs
 from .features import PAPER, AtDepth, MatroyshkaFeatures
@@ -29,7 +30,8 @@ from .values import RATIOS, flag, integer, items, layers, one_of, optional, path
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .checkpoints.checkpoint import Checkpoint, MatroyshkaCheckpoint
+    from .checkpoints.checkpoint import Checkpoint
+    from .checkpoints.matroyshka_checkpoint import MatroyshkaCheckpoint
     from .engine.scoring import Shape
     from .training.fit import Frames
     from .training.recipes import MatroyshkaTraining
@@ -146,13 +148,14 @@ class MatroyshkaReranker(LLMReranker):
     query_max_length: Option[int | None] = Option(
         default=None,
         check=optional(positive),
-        help="tokens kept of ``A: {query}``; None for three quarters of ``max_length``.",
+        help="tokens kept of ``A: {query}``; None for the value in ``reranker.json``, or three quarters of "
+        "``max_length``.",
     )
-    max_length: Option[int] = Option(
-        default=512,
-        check=positive,
-        help="tokens kept of ``B: {passage}``. Prefix and passage together have at most this length plus the prompt's "
-        "tokens.",
+    max_length: Option[int | None] = Option(
+        default=None,
+        check=optional(positive),
+        help="tokens kept of ``B: {passage}``; None for the value in ``reranker.json``, or 512. Prefix and passage "
+        "together have at most this length plus the prompt's tokens.",
     )
     normalize: Option[bool] = Option(
         default=False,
@@ -348,12 +351,12 @@ class MatroyshkaReranker(LLMReranker):
         return self.shape.deepest
 
     def _checkpoint(self) -> partial[Any]:
-        from .checkpoints.checkpoint import MatroyshkaCheckpoint
+        from .checkpoints.matroyshka_checkpoint import MatroyshkaCheckpoint
 
         return partial(MatroyshkaCheckpoint, *self._checkpoint_arguments())
 
     def _overlay_checkpoint(self) -> partial[Any] | None:
-        from .checkpoints.checkpoint import MatroyshkaCheckpoint
+        from .checkpoints.matroyshka_checkpoint import MatroyshkaCheckpoint
 
         parts = self._parts()
         if overlay := self._token_adapter(parts):
@@ -405,8 +408,12 @@ class MatroyshkaReranker(LLMReranker):
         given = Description(
             kind="matroyshka", base=source, start_layer=self.start_layer, layer_sep=self.layer_sep, prompt=self.prompt,
             adapters=self.adapters, token_adapters=self.token_adapters,
+            query_max_length=self.query_max_length, max_length=self.max_length,
         )  # fmt: skip
-        key = given, folder, None if folder is None else identity(str(folder / FILE), source)
+        files = [
+            path / FILE for path in (folder, *(Path(source).expanduser() / name for name in given.folders)) if path
+        ]
+        key = given, folder, tuple(identity(str(file), source) for file in files)
         if self._known_parts is None or self._known_parts[0] != key:  # read again only where something has changed
             self._known_parts = key, assemble(given, folder, f"model={self.model!r}")
         return self._known_parts[1]
@@ -446,14 +453,18 @@ class MatroyshkaReranker(LLMReranker):
         return self._inputs()(tokenizer, pairs)
 
     def _inputs(self) -> MatroyshkaInputs:
-        return MatroyshkaInputs(self._question(), self.query_max_length, self.max_length)
+        """Return the encoding: its settings are the arguments, the model's own or the original ones."""
+        parts, own = self._parts(), None
+        if is_hub_id(self._source()) or any(map(is_hub_id, parts.folders)):  # opening them has read their descriptions
+            own = cast("MatroyshkaCheckpoint", self._weights().checkpoint)
 
-    def _question(self) -> str:
-        """Return the question that ends every input: the argument, the model's own, or the original one."""
-        prompt = self._parts().prompt
-        if prompt is None and is_hub_id(self._source()):
-            prompt = cast("MatroyshkaCheckpoint", self._weights().checkpoint).prompt
-        return PROMPT if prompt is None else prompt
+        def value(name: str, usual: Any) -> Any:
+            given = getattr(parts, name)
+            found = getattr(own, name, None) if given is None else given
+            return usual if found is None else found
+
+        longest = value("max_length", MatroyshkaInputs.max_length)
+        return MatroyshkaInputs(value("prompt", PROMPT), value("query_max_length", None), longest)
 
     def _recipe(self) -> MatroyshkaTraining:
         """Return the recipe in ``training``, with this reranker's heads and prompt."""
@@ -470,16 +481,19 @@ class MatroyshkaReranker(LLMReranker):
         from .training.fit import fit
 
         parts = self._parts(fetch=True)
-        return fit(
+        folder = fit(
             self._recipe(), cast(str, parts.base), (*parts.adapters, *self._token_adapter(parts)), training, validation,
             device=self.device, dtype=self.dtype, verbose=self.verbose,
         )  # fmt: skip
+        amend(folder, "matroyshka", query_max_length=parts.query_max_length, max_length=parts.max_length)
+        return folder
 
     def _switch_to(self, adapter: str) -> None:
-        from .checkpoints.checkpoint import is_layer_wise
+        from .checkpoints.matroyshka_checkpoint import is_layer_wise
 
         recipe, parts = self._recipe(), self._parts(fetch=True)
         self.model, self.prompt = cast(str, parts.base), parts.prompt
+        self.query_max_length, self.max_length = parts.query_max_length, parts.max_length
         if not is_layer_wise(self.model):
             self.start_layer, self.layer_sep = recipe.start_layer, recipe.layer_sep
         self.adapters, self.token_adapters = (*parts.adapters, *self._token_adapter(parts), adapter), ()
@@ -496,7 +510,7 @@ class MatroyshkaReranker(LLMReranker):
             folder: a new or an empty folder.
             merged: write one layer-wise model (``cost_wise_*``) with all adapters merged in, rather than the
                 PEFT adapters. Weights are in ``dtype``, not quantised, heads are fp32.
-            cutoff: the depth of a sequence classifier; None for the reranker's own.
+            cutoff: the depth of a sequence classifier; None for the reranker's own, if it has one.
             form: ``"sequence-classification"`` writes one depth as a plain ``*ForSequenceClassification`` with one
                 label, which other programs open and serve; it needs ``merged=True``. Its tokenizer makes the ids of a
                 pair, and its card says how. Widths and cascades stay here.
@@ -520,6 +534,8 @@ class MatroyshkaReranker(LLMReranker):
             raise ValueError(f"form={form!r}: it is one model; allowed: merged=True too.")
         if cutoff is not None and form is None:
             raise ValueError(f"cutoff={cutoff!r}: adapters and layer-wise models keep all depths; allowed: None.")
+        if form is not None and cutoff is None and isinstance(self.cutoff, tuple) and len(self.cutoff) > 1:
+            raise ValueError(f"form={form!r}: it is one depth, and the cutoffs are {self.cutoff}; give one as cutoff.")
         target, parts = Path(folder).expanduser(), self._parts(fetch=True)
         parts = replace(parts, prompt=PROMPT if parts.prompt is None else parts.prompt)
         if not merged:
@@ -547,7 +563,10 @@ class MatroyshkaReranker(LLMReranker):
         }  # fmt: skip
         named = {f"{checkpoint.head_module(k)}.weight": head[None] for k, head in enumerate(heads)}
         with all_or_nothing(target):
-            description = replace(checkpoint.description(), prompt=parts.prompt)
+            description = replace(
+                checkpoint.description(), prompt=parts.prompt,
+                query_max_length=parts.query_max_length, max_length=parts.max_length,
+            )  # fmt: skip
             write_merged(checkpoint, build_decoder(checkpoint), named, settings, weights.dtype, target, description)
         return []
 
@@ -561,12 +580,12 @@ class MatroyshkaReranker(LLMReranker):
 
         weights, parts, inputs, (depth,) = self._weights(), self._parts(fetch=True), self._inputs(), self.cutoffs()
         checkpoint = weights.checkpoint
-        settings = classifier_settings(checkpoint) | {"num_hidden_layers": depth}
+        pieces = inputs.pieces(checkpoint.tokenizer())
+        settings = classifier_settings(checkpoint, pieces[-1]) | {"num_hidden_layers": depth}
         if kinds := checkpoint.settings.get("layer_types"):
             settings["layer_types"] = kinds[:depth]
         before = inputs.query_instruction, inputs.passage_instruction
         limits = inputs.query_limit, inputs.max_length
-        pieces = inputs.pieces(checkpoint.tokenizer())
         card = exported(parts.base, settings["architectures"][0], depth, pieces, before, limits)
         description = Description(kind=EXPORTED, layers=depth, prompt=inputs.prompt)
         tokenizer = copy.deepcopy(checkpoint.tokenizer())

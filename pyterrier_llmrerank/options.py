@@ -103,9 +103,9 @@ def options_of(reranker: type) -> list[Converted[Any, Any]]:
     """Return the options of a reranker class in the order of its signature.
 
     >>> from pyterrier_llmrerank import RankLLaMAReranker
-    >>> option = options_of(RankLLaMAReranker)[6]
+    >>> option = options_of(RankLLaMAReranker)[8]
     >>> option.name, option.accepts, option.default, option.summary
-    ('query_max_length', 'int', 32, 'Tokens kept of query: {query}, not counting <s>.')
+    ('title_field', 'str | None', 'title', 'A column with titles; None to read no titles.')
     """
     return [_option(reranker, name) for name in constructor_signature(reranker).parameters]
 

@@ -461,7 +461,7 @@ class LLMReranker(ValueSemantics, pt.Estimator):
         The repository then opens by its id alone.
 
         Args:
-            repo_id: the repository, ``"owner/name"``; created if it does not exist.
+            repo_id: the repository, ``"owner/name"``, or ``"name"`` for one of your own; created if it does not exist.
             private: whether a new repository is private; None for the hub's default.
             merged: as for :meth:`save`.
             datasets: hub ids or names of the training data, for the card; None for those that it has.
@@ -481,16 +481,17 @@ class LLMReranker(ValueSemantics, pt.Estimator):
         from huggingface_hub import HfApi
 
         from .checkpoints.cards import Stated
-        from .checkpoints.saving import complete_card
+        from .checkpoints.saving import check_base, complete_card
 
         with tempfile.TemporaryDirectory() as parent:
             folder = Path(parent) / "model"
             self.save(folder, merged=merged)
-            complete_card(folder, repo_id, type(self).__name__, Stated(datasets or (), license=license))
+            check_base(folder, repo_id)
             api = HfApi(token=token)
-            url = api.create_repo(repo_id, private=private, exist_ok=True)
+            url = api.create_repo(repo_id, private=private, exist_ok=True)  # which completes the id
+            complete_card(folder, url.repo_id, type(self).__name__, Stated(datasets or (), license=license))
             api.upload_folder(  # in place of an earlier model, of which no file may stay
-                repo_id=repo_id, folder_path=folder, commit_message="Upload a reranker", delete_patterns="*"
+                repo_id=url.repo_id, folder_path=folder, commit_message="Upload a reranker", delete_patterns="*"
             )
         return str(url)
 

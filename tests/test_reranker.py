@@ -671,7 +671,7 @@ def test_an_attribute_is_checked_and_kept_in_one_form() -> None:
     assert reranker.cutoff == (2, 4)
     with pytest.raises(ValueError, match="max_length=0; allowed: an integer of at least 1"):
         reranker.max_length = 0
-    assert reranker.max_length == 512
+    assert reranker.max_length is None
 
 
 def test_a_subclass_has_the_signature_of_its_own_constructor() -> None:

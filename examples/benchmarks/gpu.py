@@ -60,7 +60,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForSequenceClassification, LlamaConfig, MistralConfig, PreTrainedTokenizerFast
 
-from pyterrier_llmrerank.checkpoints.checkpoint import RankLLaMACheckpoint
+from pyterrier_llmrerank.checkpoints.rankllama_checkpoint import RankLLaMACheckpoint
 from pyterrier_llmrerank.engine import attention, kernels, scoring
 from pyterrier_llmrerank.engine.cascade import Cascade
 from pyterrier_llmrerank.engine.inputs import Ids, token_ids

@@ -11,8 +11,8 @@ from typing import Any, cast
 
 from transformers import TrainerCallback, TrainingArguments
 
-from ..checkpoints.config import read_json
 from ..checkpoints.description import FILE
+from ..checkpoints.json_files import read_json
 from .recipes import FINGERPRINTS
 
 logger = logging.getLogger(__name__)

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ..checkpoints.cards import Stated
-    from ..checkpoints.checkpoint import Checkpoint, MatroyshkaCheckpoint, RankLLaMACheckpoint
+    from ..checkpoints.checkpoint import Checkpoint
+    from ..checkpoints.matroyshka_checkpoint import MatroyshkaCheckpoint
+    from ..checkpoints.rankllama_checkpoint import RankLLaMACheckpoint
     from .batches import Inputs
 
 #: The setting with a digest of each model and adapter that is trained on.
@@ -275,8 +277,9 @@ class RankLLaMATraining(Recipe):
         return self if own is None else replace(self, **InputFormat.chosen(self._given(), own).settings())
 
     def described_inputs(self) -> dict[str, Any]:
-        """Return the input format."""
-        return {"input_format": self.form}
+        """Return the input format and the lengths."""
+        lengths = {name: getattr(self, name) for name in ("query_max_length", "passage_max_length")}
+        return {"input_format": self.form, **lengths}
 
     @property
     def loss(self) -> DistilledLoss:
@@ -294,7 +297,7 @@ class RankLLaMATraining(Recipe):
         Raises:
             ValueError: there are adapters.
         """
-        from ..checkpoints.checkpoint import RankLLaMACheckpoint
+        from ..checkpoints.rankllama_checkpoint import RankLLaMACheckpoint
 
         if adapters:
             raise ValueError(f"raw_peft={list(adapters)}: RankLLaMA merges no adapters; give one model or adapter.")
@@ -391,9 +394,9 @@ class MatroyshkaTraining(Recipe):
                 contradicts nothing.
         """
         from ..checkpoints.adapters import Adapter
-        from ..checkpoints.checkpoint import MatroyshkaCheckpoint, is_layer_wise
         from ..checkpoints.description import read_description
         from ..checkpoints.locate import adapter_folder, folder_of
+        from ..checkpoints.matroyshka_checkpoint import MatroyshkaCheckpoint, is_layer_wise
 
         continued, folder, argument = None, folder_of(model, "model"), f"model={model!r}"
         own = read_description(model, folder, "matroyshka", argument)

@@ -10,8 +10,8 @@ from conftest import MODELS, frame
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
 from pyterrier_llmrerank.checkpoints import bundled
-from pyterrier_llmrerank.checkpoints.config import read_json
 from pyterrier_llmrerank.checkpoints.gguf import dequantise
+from pyterrier_llmrerank.checkpoints.json_files import read_json
 from pyterrier_llmrerank.checkpoints.locate import adapter_folder, folder_of, portable, require
 from pyterrier_llmrerank.training import DistillTraining, RankLLaMATraining
 
@@ -28,7 +28,7 @@ def test_training_continues_from_a_bundled_adapters_folder(smollm2: str) -> None
         assert checkpoint.adapter is not None
 
 
-def test_what_is_trained_on_the_small_model_opens_wherever_its_file_lies(
+def test_an_adapter_of_the_small_model_opens_wherever_its_file_lies(
     tiny_gguf: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTERRIER_HOME", str(tmp_path / "home"))

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import MistralConfig, MistralForCausalLM
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
-from pyterrier_llmrerank.checkpoints import checkpoint as checkpoints
+from pyterrier_llmrerank.checkpoints.matroyshka_checkpoint import MatroyshkaCheckpoint
 from pyterrier_llmrerank.engine import devices
 from pyterrier_llmrerank.engine import weights as module
 
@@ -74,10 +74,8 @@ def test_shapes_of_a_hub_model_open_it_once(monkeypatch: pytest.MonkeyPatch) -> 
     """A hub model is opened on first use, so only the template keeps the weights that its shapes share."""
     monkeypatch.setattr(MatroyshkaReranker, "_is_local", lambda self, parts: False)
     opened = []
-    real = checkpoints.MatroyshkaCheckpoint.__init__
-    monkeypatch.setattr(
-        checkpoints.MatroyshkaCheckpoint, "__init__", lambda self, *args: opened.append(1) or real(self, *args)
-    )
+    real = MatroyshkaCheckpoint.__init__
+    monkeypatch.setattr(MatroyshkaCheckpoint, "__init__", lambda self, *args: opened.append(1) or real(self, *args))
     rows = frame(1, 2)
     template = MatroyshkaReranker(str(MODELS / "mistral_base"), start_layer=3, dtype="float16")
     for cutoff in (3, 8, 5):
