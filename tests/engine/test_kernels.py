@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
-from pyterrier_llmrerank.engine import kernels, scoring
+from pyterrier_llmrerank.engine import device_scorer, kernels
 from pyterrier_llmrerank.engine.decoder import decode, embedded, run_layers
 from pyterrier_llmrerank.engine.packing import PackedPairs
 
@@ -110,7 +110,7 @@ def test_scores_over_the_packed_row_with_known_prefixes_and_cascades(
     wanted = MatroyshkaReranker(FULL, **shape)(frame(2, 5))["score"]
     released = MatroyshkaReranker(FULL, released=True, cutoff=4, compress_layers=2, compress_ratio=2, dtype="float32")
     padded = released(frame(2, 5))["score"]
-    monkeypatch.setattr(scoring, "kernel_of", lambda *_: kernels.packed_flash)
+    monkeypatch.setattr(device_scorer, "kernel_of", lambda *_: kernels.packed_flash)
     got = MatroyshkaReranker(FULL, batch_size=2, **shape)(frame(2, 5))["score"]
     np.testing.assert_allclose(got, wanted, atol=1e-4)
     assert packed

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker, ScoringError
-from pyterrier_llmrerank.engine import scoring
+from pyterrier_llmrerank.engine import device_scorer
 from pyterrier_llmrerank.engine.batching import packed_size
 from pyterrier_llmrerank.engine.packing import Row
 from pyterrier_llmrerank.engine.usage import Stopwatch, Usage
@@ -62,13 +62,13 @@ def test_tokens_and_padding_follow_from_the_batches(
 ) -> None:
     """A prefix counts once among the tokens, and in each of its pairs among the positions."""
     reranker, rows, batches = make(batch_size=batch_size), frame(3, 4), []
-    real = scoring.PackedPairs
+    real = device_scorer.PackedPairs
 
     def packed(pairs: list, *options: object) -> object:
         batches.append(pairs)
         return real(pairs, *options)
 
-    monkeypatch.setattr(scoring, "PackedPairs", packed)
+    monkeypatch.setattr(device_scorer, "PackedPairs", packed)
     reranker.transform(rows)
     used = reranker.usage
     assert used.pairs == sum(map(len, batches)) == len(rows)
@@ -204,14 +204,14 @@ def test_it_is_no_part_of_the_value() -> None:
 
 
 def test_usage_before_an_error_counts(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    reranker, real, calls = matroyshka(batch_size=1), scoring.run_layers, []
+    reranker, real, calls = matroyshka(batch_size=1), device_scorer.run_layers, []
 
     def overflows(*args: object, **options: object) -> tuple[torch.Tensor, Row]:
         calls.append(1)
         states, row = real(*args, **options)
         return states * (np.inf if len(calls) == 3 else 1), row
 
-    monkeypatch.setattr(scoring, "run_layers", overflows)
+    monkeypatch.setattr(device_scorer, "run_layers", overflows)
     with caplog.at_level(logging.INFO, "pyterrier_llmrerank"), pytest.raises(ScoringError) as info:
         reranker.transform(frame(2, 4))
     assert reranker.usage.pairs == len(info.value.scores) > 0
