@@ -20,8 +20,9 @@ from .call import Call, Stopped
 from .cascade import Cascade
 from .decoder import Decoder, embedded, run_layers
 from .fallback import FallbackDecoder
+from .groups import STEP
 from .inputs import Ids
-from .kernels import kernel_of
+from .kernels import Kernel, kernel_of, packed_flash
 from .limits import Limits
 from .packing import PackedPairs, Packing, Row, regrouped
 from .prefetch import prefetch
@@ -169,7 +170,7 @@ class DeviceScorer:
         """Run a model by its own forward."""
         packed = PackedPairs(ids)
         states: Tensor = model(packed, stage.cutoffs)
-        self._count(packed, int(packed.real.sum()))
+        self._count(packed, int(packed.real.sum()), len(packed) * packed.longest)
         return states
 
     def _decoder_states(self, model: Decoder, members: list[int], ids: list[Ids], stage: Stage) -> Tensor:
@@ -179,7 +180,8 @@ class DeviceScorer:
             row = regrouped([stage.states_before[member] for member in members], ids, known)
         else:
             row = embedded(model, PackedPairs(ids, self._shape.pad_id, known))
-            self._count(row.packing, len(row.states))
+            positions = attended_positions(row.packing, self._weights.device, self._kernel)
+            self._count(row.packing, len(row.states), positions)
         last_prefix = stage.prefix if row.packing.owner[-1] < 0 else PrefixCache(ids[-1].prefix)
         states, row = run_layers(
             model, row, stage.cutoffs,
@@ -191,9 +193,8 @@ class DeviceScorer:
             stage.states_after |= {member: (row, place) for place, member in enumerate(members)}
         return states
 
-    def _count(self, packing: Packing, tokens: int) -> None:
+    def _count(self, packing: Packing, tokens: int, positions: int) -> None:
         """Report the tokens and positions of a batch that enters the first layer."""
-        positions = len(packing) * packing.longest
         self.call.observer.used(Usage(tokens=tokens, positions=positions, filled=int(packing.real.sum())))
 
     def _survivors(self, chunk: TokenizedPairs, stage: Stage, cascade: Cascade) -> list[int]:
@@ -204,3 +205,20 @@ class DeviceScorer:
         survivors = cascade.survivors(layer, list(members), self.call.scores[self._shape.cutoffs.index(layer)])
         self.call.progress(len(members) - len(survivors))
         return [members[pair] for pair in survivors]
+
+
+def attended_positions(packing: Packing, device: torch.device, kernel: Kernel | None) -> int:
+    """Count the positions over which attention runs, as :class:`~pyterrier_llmrerank.engine.attention.Layout` has them.
+
+    Args:
+        packing: the pairs.
+        device: the device of the hidden states.
+        kernel: the kernel for pairs without padding; None for SDPA.
+    """
+    if packing.padding.any():
+        kernel = None  # SDPA takes masks
+    if kernel is packed_flash:
+        return int(packing.lengths.sum())
+    if kernel is None and device.type == "cpu":  # in groups
+        return int((-(-packing.lengths // STEP) * STEP).sum())
+    return len(packing) * packing.longest

@@ -111,9 +111,10 @@ def test_scores_over_the_packed_row_with_known_prefixes_and_cascades(
     released = MatroyshkaReranker(FULL, released=True, cutoff=4, compress_layers=2, compress_ratio=2, dtype="float32")
     padded = released(frame(2, 5))["score"]
     monkeypatch.setattr(device_scorer, "kernel_of", lambda *_: kernels.packed_flash)
-    got = MatroyshkaReranker(FULL, batch_size=2, **shape)(frame(2, 5))["score"]
-    np.testing.assert_allclose(got, wanted, atol=1e-4)
+    cascade = MatroyshkaReranker(FULL, batch_size=2, **shape)
+    np.testing.assert_allclose(cascade(frame(2, 5))["score"], wanted, atol=1e-4)
     assert packed
+    assert cascade.usage.padding == 0
     packed.clear()
     np.testing.assert_allclose(released(frame(2, 5))["score"], padded, atol=1e-4)
     assert len(packed) == 1  # the layer after the pooling; masked keys are left to SDPA

@@ -13,14 +13,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import MODELS, frame, words
+from conftest import DEVICE, MODELS, frame, words
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker, ScoringError
-from pyterrier_llmrerank.engine import device_scorer
+from pyterrier_llmrerank.engine import device_scorer, groups, kernels
 from pyterrier_llmrerank.engine.batching import packed_size
-from pyterrier_llmrerank.engine.packing import Row
+from pyterrier_llmrerank.engine.device_scorer import attended_positions
+from pyterrier_llmrerank.engine.inputs import Ids
+from pyterrier_llmrerank.engine.kernels import eager, packed_flash
+from pyterrier_llmrerank.engine.packing import PackedPairs, Row
 from pyterrier_llmrerank.engine.usage import Stopwatch, Usage
 
 FULL = str(MODELS / "costwise_full")
@@ -74,7 +77,12 @@ def test_tokens_and_padding_follow_from_the_batches(
     assert used.pairs == sum(map(len, batches)) == len(rows)
     assert used.tokens == packed_size([pair for batch in batches for pair in batch])
     assert used.filled == sum(pair.length for batch in batches for pair in batch)
-    assert used.positions == sum(len(batch) * max(pair.length for pair in batch) for batch in batches)
+    lengths = [pair.length for batch in batches for pair in batch]
+    rounded, longest = (
+        sum(-(-length // 16) * 16 for length in lengths),
+        sum(len(batch) * max(pair.length for pair in batch) for batch in batches),
+    )
+    assert used.positions == (rounded if DEVICE.type == "cpu" else longest)
     assert 0 < used.padding == 1 - used.filled / used.positions < 1
     assert used.tokens < used.filled  # passages share queries
     assert used.tokenising_seconds > 0
@@ -104,15 +112,51 @@ def test_truncated_texts_are_counted(make: Callable[[], LLMReranker], queries: i
     assert (reranker.usage.truncated_queries, reranker.usage.truncated_passages) == (queries, passages)
 
 
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_positions_are_counted_where_attention_computes_them(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed = []
+
+    def watched(real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def call(query: torch.Tensor, *rest: object, **options: object) -> torch.Tensor:
+            computed.append(query.shape[0] * query.shape[2])
+            return real(query, *rest, **options)
+
+        return call
+
+    monkeypatch.setattr(groups, "scaled_dot_product_attention", watched(groups.scaled_dot_product_attention))
+    monkeypatch.setattr(kernels, "eager", watched(kernels.eager))
+    # Two layers: the second asks for the last tokens alone.
+    reranker = matroyshka(device="cpu", attn_implementation=kernel, cutoff=2, batch_size=5)
+    reranker.transform(frame(3, 4))
+    assert reranker.usage.positions == sum(computed) > 0
+
+
+def test_positions_follow_from_device_and_kernel() -> None:
+    """FlashAttention over the packed row pads nothing; SDPA takes masks, on CUDA at the length of the longest pair."""
+    plain, padded = (PackedPairs([Ids([1], [2] * n, []) for n in (3, 20)], pad_id) for pad_id in (None, 0))
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    counts = {
+        (device.type, kernel and kernel.__name__): [attended_positions(p, device, kernel) for p in (plain, padded)]
+        for device, kernel in ((cpu, None), (cpu, eager), (cuda, None), (cuda, eager), (cuda, packed_flash))
+    }
+    assert counts == {
+        ("cpu", None): [16 + 32, 16 + 32], ("cpu", "eager"): [2 * 21, 16 + 32], ("cuda", None): [2 * 21, 2 * 24],
+        ("cuda", "eager"): [2 * 21, 2 * 24], ("cuda", "packed_flash"): [4 + 21, 2 * 24],
+    }  # fmt: skip
+
+
 def test_the_released_codes_padding_is_padding() -> None:
+    """It fills a pair to a multiple of 8 tokens; attention on a CPU takes a multiple of 16 positions."""
     shape = {"compress_layers": [2], "compress_ratio": 2}
     plain, padded = matroyshka(**shape), matroyshka(**shape, released=True)
     pair = ("panda", words(1, 9))
     for reranker in (plain, padded):
         reranker.compute_score(pair)
-    assert plain.usage.padding == 0
     assert padded.usage.filled == plain.usage.tokens == plain.usage.filled
-    assert padded.usage.tokens == padded.usage.positions == -(-plain.usage.tokens // 8) * 8
+    assert padded.usage.tokens == -(-plain.usage.tokens // 8) * 8
+    assert padded.usage.positions == (
+        -(-padded.usage.tokens // 16) * 16 if DEVICE.type == "cpu" else padded.usage.tokens
+    )
 
 
 def test_a_cascade_counts_each_pair_once() -> None:
@@ -142,7 +186,6 @@ def test_several_devices_add_up() -> None:
     several.transform(rows)
     assert (several.usage.pairs, several.usage.tokens) == (24, one.usage.tokens)
     assert several.usage.filled == one.usage.filled
-    assert several.usage.padding < one.usage.padding  # batches mix fewer queries
 
 
 def test_a_union_in_one_pass_counts_with_its_first() -> None:
