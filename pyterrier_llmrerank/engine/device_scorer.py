@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -217,7 +217,7 @@ def attended_positions(packing: Packing, device: torch.device, kernel: Kernel | 
     """
     if packing.padding.any():
         kernel = None  # SDPA takes masks
-    if kernel is packed_flash:
+    if kernel is cast(Kernel, packed_flash):
         return int(packing.lengths.sum())
     if kernel is None and device.type == "cpu":  # in groups
         return int((-(-packing.lengths // STEP) * STEP).sum())
