@@ -68,7 +68,7 @@ class DeviceScorer:
         call: the call.
 
     Raises:
-        ValueError, ImportError: the attention kernel or a cutoff cannot be used with this model.
+        ValueError, ImportError: the attention kernel, a cutoff or the padding cannot be used with this model.
     """
 
     def __init__(
@@ -88,7 +88,13 @@ class DeviceScorer:
         self._heads = torch.stack([heads[index] for index in shape.heads])  # a list of indices would be copied
         width = int(weights.checkpoint.config.hidden_size)
         self._budget = Budget(pairs=batch_size) if batch_size else Budget.of_device(weights.device, width)
-        self._tokenize = ChunkTokenizer(partial(encode, tokenizer), Limits.of(self._model), call)
+        limits = Limits.of(self._model)
+        if shape.pad_id is not None and shape.pad_id >= limits.vocabulary:
+            raise ValueError(
+                f"released=True: the tokenizer pads with token {shape.pad_id}, but the model knows {limits.vocabulary} "
+                "tokens; allowed: False."
+            )
+        self._tokenize = ChunkTokenizer(partial(encode, tokenizer), limits, call)
         self._results = PendingResults(call, weights.dtype)
         self._latest: list[int] = []  # pairs of the latest batch
 

@@ -114,7 +114,7 @@ class Scorer:
             fp32 logits as float64, ``[cutoffs, pairs]``; NaN where a cascade dropped the pair before the cutoff.
 
         Raises:
-            ValueError, ImportError: the attention kernel or a cutoff cannot be used with this model.
+            ValueError, ImportError: the attention kernel, a cutoff or the padding cannot be used with this model.
             ScoringError: a pair has no tokens, unknown tokens or more tokens than its table of positions, if it has
                 one (checked before its chunk is scored); a score is not finite; memory runs out; or anything else
                 fails. The other devices finish their batch. ``scores`` holds all logits computed so far.

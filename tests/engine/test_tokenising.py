@@ -9,12 +9,15 @@ from conftest import MODELS, words
 from pyterrier_llmrerank import MatroyshkaReranker, ScoringError
 from pyterrier_llmrerank.engine import scoring
 from pyterrier_llmrerank.engine.call import Call
+from pyterrier_llmrerank.engine.decoder import decode
 from pyterrier_llmrerank.engine.inputs import Ids
 from pyterrier_llmrerank.engine.limits import Limits
+from pyterrier_llmrerank.engine.packing import PackedPairs
 from pyterrier_llmrerank.engine.tokenising import ChunkTokenizer
 from pyterrier_llmrerank.engine.usage import Observer
 
-RERANKER = MatroyshkaReranker(MODELS / "costwise_full", dtype="float32")
+FULL = MODELS / "costwise_full"
+RERANKER = MatroyshkaReranker(FULL, dtype="float32")
 #: Three queries of two passages. With chunks of two pairs, the second pair of the second chunk is at fault.
 PAIRS = [(f"{number // 2} panda", words(number, 9)) for number in range(6)]
 
@@ -82,3 +85,18 @@ def test_ids_are_checked_before_their_chunk_is_scored(monkeypatch: pytest.Monkey
     with pytest.raises(ScoringError, match=rf"^pairs\[3\] {said}\.$") as info:
         replace(scorer, encode=encode).score(PAIRS)
     assert the_first_chunk_has_its_scores(info.value)
+
+
+def test_padding_that_the_model_does_not_know_is_refused() -> None:
+    reranker = MatroyshkaReranker(FULL, dtype="float32", released=True, compress_layers=2, compress_ratio=2)
+    scorer = reranker.scorer()
+    padded = replace(scorer, shape_of=lambda checkpoint: replace(scorer.shape, pad_id=700))
+    with pytest.raises(ValueError, match="released=True: the tokenizer pads with token 700, but the model knows 700 t"):
+        padded.score(PAIRS)
+
+
+def test_unchecked_ids_are_refused_by_the_decoder() -> None:
+    """Training runs it without a scorer, which checks ids before."""
+    packed = PackedPairs([Ids([1], [700], [2])])
+    with pytest.raises(ValueError, match="a pair has token 700, but the model knows 700 tokens"):
+        decode(RERANKER.scorer().open(), packed, [1])
