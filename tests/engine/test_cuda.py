@@ -391,13 +391,13 @@ def _of_kernel(change: Callable[[torch.Tensor], Any]) -> Fault:
     """Let something be done with the queries in attention."""
 
     def plant(patch: pytest.MonkeyPatch) -> None:
-        sound = attention._sdpa
+        sound = attention.scaled_dot_product_attention
 
-        def faulty(query: torch.Tensor, *rest: Any) -> torch.Tensor:
+        def faulty(query: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
             change(query)
-            return sound(query, *rest)
+            return sound(query, *rest, **options)
 
-        patch.setattr(attention, "_sdpa", faulty)
+        patch.setattr(attention, "scaled_dot_product_attention", faulty)
 
     return plant
 
