@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from .checkpoints.checkpoint import Checkpoint
     from .checkpoints.matroyshka_checkpoint import MatroyshkaCheckpoint
-    from .engine.scoring import Shape
+    from .engine.shape import Shape
     from .training.fit import Frames
     from .training.recipes import MatroyshkaTraining
 
@@ -429,7 +429,7 @@ class MatroyshkaReranker(LLMReranker):
         return model.is_dir() and all(not is_hub_id(name) or (model / name).is_dir() for name in parts.folders)
 
     def _shape(self, checkpoint: Checkpoint) -> Shape:
-        from .engine.scoring import Shape
+        from .engine.shape import Shape
 
         self._parts().check_layers(checkpoint.layers, f"model={self.model!r}")
         self._check_layerwise(checkpoint)

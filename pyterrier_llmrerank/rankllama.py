@@ -23,7 +23,7 @@ from .values import column, flag, optional, positive, problem_of, string
 if TYPE_CHECKING:
     from .checkpoints.checkpoint import Checkpoint
     from .checkpoints.rankllama_checkpoint import RankLLaMACheckpoint
-    from .engine.scoring import Shape
+    from .engine.shape import Shape
     from .training.fit import Frames
     from .training.recipes import RankLLaMATraining
 
@@ -234,7 +234,7 @@ class RankLLaMAReranker(LLMReranker):
         return self._source(), self.base_model or self.named_base
 
     def _shape(self, checkpoint: Checkpoint) -> Shape:
-        from .engine.scoring import Shape
+        from .engine.shape import Shape
 
         self._check_layerwise(checkpoint)
         return Shape(cutoffs=(checkpoint.layers,), heads=(0,), attn_implementation=self.attn_implementation)

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
     from .checkpoints.checkpoint import Checkpoint
     from .engine.inputs import Ids
-    from .engine.scoring import Scorer, Shape
+    from .engine.scoring import Scorer
+    from .engine.shape import Shape
     from .engine.weights import Weights
     from .training.fit import Frames
     from .training.recipes import Recipe

@@ -27,7 +27,7 @@ from pyterrier.measures import nDCG
 from safetensors.torch import load_file, save_file
 
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker, ScoringError
-from pyterrier_llmrerank.engine import scoring
+from pyterrier_llmrerank.engine import device_scorer, results, scoring
 from pyterrier_llmrerank.engine.packing import Row
 from pyterrier_llmrerank.options import options_of
 
@@ -103,13 +103,13 @@ def test_an_empty_frame_costs_nothing(name: str) -> None:
 def test_duplicate_rows_are_each_scored_and_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = pd.concat([frame(1, 2)] * 3)
     seen = []
-    real = scoring.run_layers
+    real = device_scorer.run_layers
 
     def counting(model: object, row: Row, *args: object, **options: object) -> object:
         seen.append(len(row.packing))
         return real(model, row, *args, **options)
 
-    monkeypatch.setattr(scoring, "run_layers", counting)
+    monkeypatch.setattr(device_scorer, "run_layers", counting)
     got = MATROYSHKA.transform(rows)
     assert sum(seen) == 2
     assert got["score"].nunique() == 2
@@ -198,7 +198,7 @@ def test_an_invalid_qid_or_docno_is_named(column: str, value: object, problem: s
 def test_scores_from_before_a_failure_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     reranker = MatroyshkaReranker(FULL, dtype="float32", batch_size=1)
     rows = frame()
-    real = scoring.run_layers
+    real = device_scorer.run_layers
     calls = []
 
     def fails_at_the_third(*args: object, **options: object) -> object:
@@ -206,7 +206,7 @@ def test_scores_from_before_a_failure_are_kept(monkeypatch: pytest.MonkeyPatch) 
         states, row = real(*args, **options)
         return states * (np.inf if len(calls) == 3 else 1), row
 
-    monkeypatch.setattr(scoring, "run_layers", fails_at_the_third)
+    monkeypatch.setattr(device_scorer, "run_layers", fails_at_the_third)
     with pytest.raises(ScoringError, match=r"score of qid 'q\d', docno 'd\d' is not finite") as info:
         reranker.transform(rows)
     kept = info.value.scores
@@ -227,7 +227,7 @@ def test_ctrl_c_leaves_the_ranked_rows_on_the_exception(monkeypatch: pytest.Monk
     reranker = type(reranker)(**{**reranker.arguments(), "batch_size": 1})
     monkeypatch.setattr(scoring, "CHUNK", 3)
     monkeypatch.setattr(scoring, "CASCADE_CHUNK", 3)
-    rows, calls, real = frame(2, 3).assign(extra=range(6)), [], scoring.to_host
+    rows, calls, real = frame(2, 3).assign(extra=range(6)), [], results.to_host
 
     def interrupted_in_the_second_query(computed: torch.Tensor) -> object:
         calls.append(1)
@@ -235,7 +235,7 @@ def test_ctrl_c_leaves_the_ranked_rows_on_the_exception(monkeypatch: pytest.Monk
             signal.default_int_handler(signal.SIGINT, None)
         return real(computed)
 
-    monkeypatch.setattr(scoring, "to_host", interrupted_in_the_second_query)
+    monkeypatch.setattr(results, "to_host", interrupted_in_the_second_query)
     with pytest.raises(KeyboardInterrupt) as info:
         reranker.transform(rows)
     monkeypatch.undo()
@@ -536,8 +536,10 @@ def test_equal_rerankers_share_their_work_in_an_experiment(monkeypatch: pytest.M
     qrels = rows.assign(label=lambda r: (r["rank"] == 3).astype(int))[["qid", "docno", "label"]]
     one, two, changed = (MatroyshkaReranker(FULL, dtype="float32", cutoff=8) for _ in range(3))
     changed.set_parameter("cutoff", 4)
-    passes, real = [], scoring.run_layers
-    monkeypatch.setattr(scoring, "run_layers", lambda *args, **options: passes.append(1) or real(*args, **options))
+    passes, real = [], device_scorer.run_layers
+    monkeypatch.setattr(
+        device_scorer, "run_layers", lambda *args, **options: passes.append(1) or real(*args, **options)
+    )
     systems = [first >> one % 2, first >> two % 4, first >> changed]
     got = pt.Experiment(systems, TOPICS, qrels, ["ndcg_cut_10"], plan="tree")["ndcg_cut_10"]
     assert len(passes) == 2

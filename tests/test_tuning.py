@@ -17,7 +17,7 @@ from ir_measures import RR
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from pyterrier_llmrerank import MatroyshkaReranker, Tuning, sweep, tune
-from pyterrier_llmrerank.engine import scoring
+from pyterrier_llmrerank.engine import device_scorer
 from pyterrier_llmrerank.engine.operations import Operations
 from pyterrier_llmrerank.sweep import cascades, interval, pareto
 
@@ -59,8 +59,8 @@ def test_rows_with_equal_texts_are_dropped_one_by_one(found: Tuning) -> None:
 
 
 def test_each_width_takes_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    embedded, real = [], scoring.embedded
-    monkeypatch.setattr(scoring, "embedded", lambda *args: embedded.append(len(args[1])) or real(*args))
+    embedded, real = [], device_scorer.embedded
+    monkeypatch.setattr(device_scorer, "embedded", lambda *args: embedded.append(len(args[1])) or real(*args))
     shapes = tune(FULL, RES, QRELS, **GRID).shapes
     assert sum(embedded) == 3 * (4 + 1) * 9  # ratios, judged queries and one to warm up, candidates
     counts = shapes.groupby("compress_ratio").size()
