@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import KW_ONLY, replace
@@ -16,28 +15,24 @@ import pyterrier as pt
 
 from . import shapes
 from .checkpoints import bundled
-from .checkpoints.description import EXPORTED, FILE, Description, assemble, token_adapter_for
+from .checkpoints.description import FILE, Description, assemble, token_adapter_for
 from .checkpoints.locate import absolute, folder_of, identity, is_hub_id, require, shortest
 from .engine.inputs import PROMPT, Ids, MatroyshkaInputs
 from .features import PAPER, AtDepth, MatroyshkaFeatures
 from .frames import sigmoid
 from .options import Converted, Option, with_options
-from .reranker import LLMReranker, Scores, model_path, require_layerwise
+from .reranker import LLMReranker, model_path, require_layerwise
+from .scores import Scores
 from .shapes import MatroyshkaShape
 from .values import RATIOS, flag, integer, items, layers, one_of, optional, path_like, positive, refuse, string
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from .checkpoints.checkpoint import Checkpoint, MatroyshkaCheckpoint
     from .engine.scoring import Shape
     from .training.fit import Frames
     from .training.recipes import MatroyshkaTraining
 
 logger = logging.getLogger(__name__)
-
-#: Pairs whose ids show whether another program reads an exported tokenizer as it is meant.
-PROBES = [("what is tea?", "Leaves, 42 of them."), (" two  spaces\n", "naïve 大熊猫</s> don't"), ("", "")]
 
 
 def _adapters(name: str, value: object) -> tuple[str, ...]:
@@ -512,73 +507,35 @@ class MatroyshkaReranker(LLMReranker):
                 ``merged``, the model does not support layer-wise execution; or, for ``form``, transformers makes other
                 ids with the model's tokenizer.
         """
-        from .checkpoints.saving import all_or_nothing, write_adapters, write_merged
-        from .engine.weights import build_decoder
-
         one_of("sequence-classification")("form", form)
         if form is not None and not merged:
             raise ValueError(f"form={form!r}: it is one model; allowed: merged=True too.")
         if cutoff is not None and form is None:
             raise ValueError(f"cutoff={cutoff!r}: adapters and layer-wise models keep all depths; allowed: None.")
         target, parts = Path(folder).expanduser(), self._parts(fetch=True)
-        parts = replace(parts, prompt=PROMPT if parts.prompt is None else parts.prompt)
+        prompt = PROMPT if parts.prompt is None else parts.prompt
         if not merged:
-            if not parts.folders:
-                raise ValueError("adapters=(): there is no adapter to write; allowed: merged=True.")
-            with all_or_nothing(target):
-                saved = write_adapters(parts, target)
-            return [target / name for name in (*saved.adapters, *self._token_adapter(saved))]
-        shape = self
-        if form is not None:  # one depth at full width, which has no token compensation
-            depth = self.deepest() if cutoff is None else cutoff
-            shape = self.at(cutoff=depth, compress_layers=(), compress_ratio=1, prune=())
-            shape._shape(shape._weights().checkpoint)  # raises where the depth has no head
-        weights = shape._weights()
-        checkpoint = cast("MatroyshkaCheckpoint", weights.checkpoint)
-        require_layerwise(checkpoint, "merged", merged, "False")
-        heads = checkpoint.heads(checkpoint.tokenizer())
-        if form is not None:
-            shape._export(target, heads[checkpoint.head_layers.index(shape.cutoffs()[-1])])
-            return []
-        settings = {
-            "model_type": f"cost_wise_{checkpoint.config.model_type}",
-            "architectures": [f"CostWise{type(checkpoint.config).__name__.removesuffix('Config')}ForCausalLM"],
-            "start_layer": checkpoint.start_layer, "layer_sep": checkpoint.layer_sep, "layer_wise": True,
-        }  # fmt: skip
-        named = {f"{checkpoint.head_module(k)}.weight": head[None] for k, head in enumerate(heads)}
-        with all_or_nothing(target):
-            description = replace(checkpoint.description(), prompt=parts.prompt)
-            write_merged(checkpoint, build_decoder(checkpoint), named, settings, weights.dtype, target, description)
+            return self._save_adapters(target, replace(parts, prompt=prompt))
+        from .exports import write_depth, write_layer_wise
+
+        if form is None:
+            write_layer_wise(self._weights(), prompt, target)
+        else:  # at full width, which has no token adapter
+            layer = self.deepest() if cutoff is None else cutoff
+            depth = self.at(cutoff=layer, compress_layers=(), compress_ratio=1, prune=())
+            _ = depth.scorer().shape  # raises where the depth has no head
+            write_depth(depth._weights(), depth.cutoffs()[0], depth._inputs(), parts.base, target)
         return []
 
-    def _export(self, folder: Path, head: Tensor) -> None:
-        """Write the model down to the cutoff as a plain classifier, with a tokenizer that makes the ids of pairs."""
-        from .checkpoints.cards import exported
-        from .checkpoints.saving import all_or_nothing, classifier_settings, write_merged
-        from .checkpoints.tokenizer import check_pairs, set_pair
-        from .engine.inputs import special_ids
-        from .engine.weights import build_decoder
+    def _save_adapters(self, folder: Path, parts: Description) -> list[Path]:
+        """Write the adapters in ``parts``, and return the folders of the adapters that this shape uses."""
+        from .checkpoints.saving import all_or_nothing, write_adapters
 
-        weights, parts, inputs, (depth,) = self._weights(), self._parts(fetch=True), self._inputs(), self.cutoffs()
-        checkpoint = weights.checkpoint
-        settings = classifier_settings(checkpoint) | {"num_hidden_layers": depth}
-        if kinds := checkpoint.settings.get("layer_types"):
-            settings["layer_types"] = kinds[:depth]
-        before = inputs.query_instruction, inputs.passage_instruction
-        limits = inputs.query_limit, inputs.max_length
-        pieces = inputs.pieces(checkpoint.tokenizer())
-        card = exported(parts.base, settings["architectures"][0], depth, pieces, before, limits)
-        description = Description(kind=EXPORTED, layers=depth, prompt=inputs.prompt)
-        tokenizer = copy.deepcopy(checkpoint.tokenizer())
-        made = [ids.flat() for ids in MatroyshkaInputs(inputs.prompt)(tokenizer, PROBES)]
-        set_pair(tokenizer, special_ids(tokenizer), pieces, checkpoint.argument)
+        if not parts.folders:
+            raise ValueError("adapters=(): there is no adapter to write; allowed: merged=True.")
         with all_or_nothing(folder):
-            write_merged(
-                checkpoint, build_decoder(checkpoint), {"score.weight": head[None]}, settings, weights.dtype,
-                folder, description, tokenizer, card,
-            )  # fmt: skip
-            texts = [(before[0] + query, before[1] + passage) for query, passage in PROBES]
-            check_pairs(folder, texts, made, checkpoint.argument)
+            saved = write_adapters(parts, folder)
+        return [folder / name for name in (*saved.adapters, *self._token_adapter(saved))]
 
     def _columns(self, scores: Scores) -> dict[str, np.ndarray]:
         layers = sorted({*(self.cutoff if isinstance(self.cutoff, tuple) else ()), *dict(self.prune)})

@@ -17,7 +17,7 @@ from .checkpoints.locate import absolute, folder_of, identity, is_hub_id, named_
 from .engine.inputs import Ids, inputs_of
 from .frames import row_name
 from .options import Option, with_options
-from .reranker import LLMReranker, model_path, require_layerwise
+from .reranker import LLMReranker, model_path
 from .values import column, flag, optional, positive, problem_of, string
 
 if TYPE_CHECKING:
@@ -307,26 +307,21 @@ class RankLLaMAReranker(LLMReranker):
             ValueError: there is no adapter, the model is untrained or, for ``merged``, it does not support layer-wise
                 execution.
         """
-        from .checkpoints.saving import all_or_nothing, classifier_settings, copy_adapter, write_merged
-        from .engine.weights import build_decoder
+        from .checkpoints.saving import all_or_nothing, copy_adapter
+        from .exports import write_rankllama
 
-        weights, form = self._weights(), self._form()
-        checkpoint = weights.checkpoint
-        heads = checkpoint.heads(checkpoint.tokenizer())  # raises where it is untrained
+        weights, form, target = self._weights(), self._form(), Path(folder).expanduser()
         if merged:
-            require_layerwise(checkpoint, "merged", merged, "False")
-        if not merged and not self._is_adapter():
+            write_rankllama(weights, form, target)
+            return
+        checkpoint = weights.checkpoint
+        checkpoint.heads(checkpoint.tokenizer())  # raises where it is untrained
+        if not self._is_adapter():
             raise ValueError(f"model={self.model!r} is no adapter; allowed: merged=True.")
-        with all_or_nothing(Path(folder).expanduser()) as target:
-            if merged:
-                head = {"score.weight": heads}
-                decoder, description = build_decoder(checkpoint), replace(checkpoint.description(), input_format=form)
-                settings = classifier_settings(checkpoint, form.append_eos)
-                write_merged(checkpoint, decoder, head, settings, weights.dtype, target, description)
-            else:
-                copy_adapter(folder_of(self._source(), "model"), target, checkpoint.base, checkpoint.tokenizer())
-                parts = replace(checkpoint.description(), base=checkpoint.base, adapters=(".",), input_format=form)
-                parts.write(target)
+        with all_or_nothing(target):
+            copy_adapter(folder_of(self._source(), "model"), target, checkpoint.base, checkpoint.tokenizer())
+            parts = replace(checkpoint.description(), base=checkpoint.base, adapters=(".",), input_format=form)
+            parts.write(target)
 
 
 @lru_cache(maxsize=128)

@@ -245,20 +245,11 @@ def tune(
     if not isinstance(reranker, MatroyshkaReranker) or reranker.released:
         refuse("reranker", reranker, "a MatroyshkaReranker, without released=True")
     limit_of(budget)
-    stages, timed = natural("stages", stages), natural("timed", timed)
-    numbers = sorted({positive("keep", number) for number in np.atleast_1d(keep).tolist()}, reverse=True)
+    timed = natural("timed", timed)
     rows = _judged_rows(reranker, res, qrels)
     evaluation = Evaluation(measure, rows, qrels)
-    checkpoint = reranker.scorer().checkpoint
-    if not checkpoint.supports_layerwise:
-        compress_ratios, stages = 1, 0
     widths = _widths(reranker, cutoffs, compress_ratios, compress_layers)
-    longest = rows["qid"].value_counts().max()
-    grid = [list(choices(width, [number for number in numbers if number < longest], stages)) for width in widths]
-    if not any(grid):
-        ratios = [width.compress_ratio for width in widths]
-        allowed = "ratio 1 too, or compress_layers before the deepest cutoff"
-        raise ValueError(f"compress_ratios={ratios}: no shape is left; allowed: {allowed}.")
+    grid = _grid(widths, rows, keep, stages)
     candidates = Candidates(rows, reranker.text_field)
     full = candidates.operations(reranker.at(compress_layers=(), compress_ratio=1, prune=()), depth=0)
     full_operations = full(widths[0].cutoffs()[-1:]).mean()
@@ -281,6 +272,8 @@ def _widths(
 ) -> list[MatroyshkaReranker]:
     """Return a reranker for each ratio that reads logits at all cutoffs; ValueError if the model does not allow it."""
     checkpoint = reranker.scorer().checkpoint
+    if not checkpoint.supports_layerwise:
+        compress_ratios = 1
     if cutoffs is None:
         cutoffs = evenly_spaced(checkpoint.head_layers, reranker.deepest() or checkpoint.layers)
     if compress_layers is None:
@@ -295,6 +288,24 @@ def _widths(
     for width in widths:
         _ = width.scorer().shape  # raises now rather than after other widths have been measured
     return widths
+
+
+def _grid(
+    widths: Sequence[MatroyshkaReranker], rows: pd.DataFrame, keep: int | Sequence[int], stages: int
+) -> list[list[Choice]]:
+    """Return the shapes to measure, for each width; ValueError if there are none."""
+    stages = natural("stages", stages)
+    if not widths or not widths[0].scorer().checkpoint.supports_layerwise:
+        stages = 0
+    longest = rows["qid"].value_counts().max()
+    numbers = {positive("keep", number) for number in np.atleast_1d(keep).tolist()}
+    survivors = sorted((number for number in numbers if number < longest), reverse=True)
+    grid = [list(choices(width, survivors, stages)) for width in widths]
+    if not any(grid):
+        ratios = [width.compress_ratio for width in widths]
+        allowed = "ratio 1 too, or compress_layers before the deepest cutoff"
+        raise ValueError(f"compress_ratios={ratios}: no shape is left; allowed: {allowed}.")
+    return grid
 
 
 def _table(measurements: Sequence[Measurement], measure: str, full_operations: float) -> pd.DataFrame:
