@@ -94,6 +94,7 @@ class MatroyshkaReranker(LLMReranker):
         help="LoRA folders, merged in the order given. Each is a path, a folder below the model's own "
         '(``"compensate/layer/full"``) or a hub id. The default is the adapters in the model\'s '
         "``reranker.json``, if it has one.",
+        shell="LoRA folders, merged in the order given: ``--adapters FIRST --adapters SECOND``.",
     )
     token_adapters: Converted[Mapping[int, str] | Sequence[tuple[int, str]], tuple[tuple[int, str], ...]] = Converted(
         default=(),
@@ -102,19 +103,27 @@ class MatroyshkaReranker(LLMReranker):
         "the adapter for its ratio, or else for the next lower ratio, is laid over the shared weights. The default is "
         "the adapters in the model's ``reranker.json``, if it has one. They are kept as a tuple of pairs, and the "
         "reranker's ``repr`` shows the one in use.",
+        shell="token adapters by ratio: ``--token-adapters 2:FOLDER --token-adapters 4:FOLDER``.",
     )
     cutoff: Converted[int | Sequence[int] | None, int | tuple[int, ...] | None] = Converted(
         default=None,
         check=shapes.cutoff,
-        help="the layer that scores, or several; None for the deepest layer with a head. With several, ``score`` is "
-        "the deepest's, and each has a column ``score_<layer>``; all are computed in one pass. Deeper layers are not "
-        "run, and not kept in memory unless another reranker needs them.",
+        help="the layer after which passages are scored, or several; None for the deepest layer with a head. Here and "
+        "in all other arguments, layer ``n`` is the n-th layer, counted from 1: ``cutoff=16`` runs 16 layers. Deeper "
+        "layers are not kept in memory unless another reranker needs them. With several, ``cutoff=[8, 16]``, ``score`` "
+        "is the deepest's, and each has a column, ``score_8`` and ``score_16``; all are computed in one pass.",
+        shell="the layer after which passages are scored, counted from 1: ``--cutoff 16`` runs 16 layers; by default, "
+        "the deepest layer with a head.",
     )
     compress_layers: Converted[int | Sequence[int], tuple[int, ...]] = Converted(
         default=(),
         check=lambda name, value: layers(name, value, 0),
-        help="layer indices, from 0, before which the passage's hidden states are pooled. Index 0 and indices from the "
-        "cutoff on have no effect.",
+        help="the layers after which the passage's hidden states are pooled, counted as in ``cutoff``: with "
+        "``compress_layers=[8]``, 8 layers run at full width, and the ninth is the first on pooled states. (The "
+        "original programs count layers from 0 and pool before a layer; their numbers are the same.) The score of the "
+        "same layer is read before the pooling. 0 and layers from the cutoff on have no effect.",
+        shell="the layers after which the passage's hidden states are pooled, counted from 1: ``--compress-layers 8 "
+        "--compress-layers 16``.",
     )
     compress_ratio: Option[int] = Option(
         default=1,
@@ -125,12 +134,17 @@ class MatroyshkaReranker(LLMReranker):
     prune: Converted[Mapping[int, int] | Sequence[tuple[int, int]], tuple[tuple[int, int], ...]] = Converted(
         default=(),
         check=shapes.prune,
-        help="a cascade: after a layer (the key), only this many candidates of each query (the value) survive, the "
-        "best by the layer's score, for example ``{8: 50, 16: 20}``. Survivors reuse their hidden states and get the "
-        "same score as without a cascade. Dropped passages rank below all survivors, in order of their last score; "
-        "``score`` is lowered for that. ``exit_layer`` is the layer after which a passage was dropped, and "
-        "``score_8`` and ``score_16`` are its scores there. Layers are shallower than the cutoff and have heads; the "
-        "numbers must not increase with depth. They are kept as a tuple of pairs.",
+        help="a cascade: after a layer (the key, counted as in ``cutoff``), only this many candidates of each query "
+        "(the value) survive, the best by the layer's score. With ``prune={8: 50, 16: 20}``, all candidates run "
+        "through 8 layers, 50 through 16, and 20 to the cutoff. Survivors reuse their hidden states and get the same "
+        "score as without a cascade. Dropped passages rank below all survivors, in order of their last score: it is "
+        "lowered, by the same amount for all that were dropped at the layer, so that the best is 1 below the lowest "
+        "passage that went deeper. The ``score`` of a cascade is for ranking only. Columns ``score_8`` and "
+        "``score_16`` have the scores as they were, NaN beyond ``exit_layer``, the last layer that a passage ran "
+        "through. Layers are shallower than the cutoff and have heads; the numbers must not increase with depth. They "
+        "are kept as a tuple of pairs.",
+        shell="a cascade: with ``--prune 8:50 --prune 16:20``, the best 50 candidates of each query survive layer 8, "
+        "and the best 20 survive layer 16.",
     )
     prompt: Option[str | None] = Option(
         default=None,
@@ -195,7 +209,8 @@ class MatroyshkaReranker(LLMReranker):
         self.shape.check_stages(self.deepest())
         if self.released and self.prune:
             raise ValueError(
-                f"prune={dict(self.prune)}: released=True reads heads of other layers than the cutoffs; allowed: ()."
+                f"prune={dict(self.prune)}: released=True reads heads of other layers than the cutoffs; allowed: no "
+                "cascade."
             )
         require(self.model, "model")
         for role, names in {"adapters": self.adapters, "token_adapters": dict(self.token_adapters).values()}.items():
@@ -317,7 +332,7 @@ class MatroyshkaReranker(LLMReranker):
         AtDepth(16, (8, 16))
         """
         if self.prune:
-            raise ValueError(f"prune={dict(self.prune)}: not every candidate reaches every depth; allowed: ().")
+            raise ValueError(f"prune={dict(self.prune)}: not every candidate reaches every depth; allowed: no cascade.")
         if not isinstance(self.cutoff, tuple):
             return {self.cutoffs()[0]: self}
         logits = self
@@ -427,7 +442,7 @@ class MatroyshkaReranker(LLMReranker):
         if pools:
             require_layerwise(checkpoint, "compress_ratio", self.compress_ratio, "1, no compression")
         if self.prune:
-            require_layerwise(checkpoint, "prune", dict(self.prune), "{}, no cascade")
+            require_layerwise(checkpoint, "prune", dict(self.prune), "no cascade")
         read, pad_id = tuple(sorted({*cutoffs, *dict(self.prune)})), None
         heads = tuple(with_head.index(layer) for layer in read)
         if self.released:

@@ -81,6 +81,9 @@ class RankLLaMAReranker(LLMReranker):
         '{passage_prefix} {title} {text}``. ``"qwen3-reranker"`` is the prompt of Qwen3-Reranker\'s sequence '
         "classifiers. A template with ``{query}``, perhaps ``{title}``, and ``{text}`` is any other prompt. None is "
         'the format in the model\'s ``reranker.json``, or else ``"tevatron-2023"``.',
+        shell="the form in which the model reads a pair: ``tevatron-2023``, ``tevatron-2024``, ``qwen3-reranker`` or a "
+        "template, such as ``'Query: {query} Document: {text}'``; by default, the model's own, or else "
+        "``tevatron-2023``.",
     )
     query_prefix: Option[str | None] = Option(
         default=None,
@@ -97,7 +100,7 @@ class RankLLaMAReranker(LLMReranker):
         default=None,
         check=optional(flag),
         help="append the tokenizer's end token to the input, in all formats but ``tevatron-2023``; None for the value "
-        "in ``reranker.json``, or False.",
+        "in ``reranker.json``, or else no end token.",
     )
     query_max_length: Option[int] = Option(
         default=32, check=positive, help="tokens kept of ``query: {query}``, not counting ``<s>``."
@@ -116,12 +119,14 @@ class RankLLaMAReranker(LLMReranker):
         check=optional(column),
         help="a column with titles; None to read no titles. Frames without the column, and rows in which it is None or "
         "NaN, have no title.",
+        shell="the field with titles.",
     )
     url_field: Option[str | None] = Option(
         default=None,
         check=optional(column),
         help="a column with URLs, which precede the title; None to read no URLs. The document checkpoint reads them. "
         "Missing values are treated as in ``title_field``.",
+        shell="a field with URLs, which precede the title; by default, none is read.",
     )
     training: Option[RankLLaMATraining | None] = Option(
         default=None,

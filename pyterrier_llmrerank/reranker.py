@@ -91,12 +91,14 @@ class LLMReranker(ValueSemantics, pt.Estimator):
         help='for example ``"cuda:1"``; None for CUDA or MPS if available, else the CPU. With several devices, '
         '``["cuda:0", "cuda:1"]``, each holds a copy of the weights and takes some queries at a time, with all their '
         "candidates. They are kept as a tuple. :meth:`fit` trains on the CPU or the first GPU.",
+        shell="the device, such as ``cuda:1``; by default, CUDA or MPS if available, else the CPU. With ``--device "
+        "cuda:0 --device cuda:1``, each takes some queries at a time.",
     )
     dtype: Option[str] = Option(
         default="auto",
         check=_dtype,
-        help='``"auto"`` for bfloat16 where the device computes in it natively, else float32; or ``"float32"``, '
-        '``"bfloat16"`` or ``"float16"``.',
+        help='the dtype of weights and computation: ``"auto"`` for bfloat16 where the device computes in it natively, '
+        'else float32; or ``"float32"``, ``"bfloat16"`` or ``"float16"``.',
     )
     quantization: Option[str | None] = Option(
         default=None,

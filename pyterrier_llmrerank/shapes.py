@@ -15,9 +15,12 @@ class MatroyshkaShape:
 
     Args:
         cutoff: one layer, several, or None for the deepest layer with a head.
-        compress_layers: layer indices, from 0, before which passages are pooled.
+        compress_layers: layers after which passages are pooled.
         compress_ratio: hidden states pooled into one; 1 is off.
         prune: a layer and the number of candidates that survive it, for each stage of a cascade.
+
+    Layers count from 1, so that a number is also the number of layers that have run. In ``compress_layers``, 0 is
+    allowed and has no effect.
     """
 
     cutoff: int | tuple[int, ...] | None
@@ -69,8 +72,8 @@ class MatroyshkaShape:
         for layer in self.compress_layers:
             if layer >= depth:
                 raise ValueError(
-                    f"compress_layers={list(self.compress_layers)}: layer index {layer} is beyond {model}; "
-                    f"allowed: 0 to {depth - 1}."
+                    f"compress_layers={list(self.compress_layers)}: {model} has {depth} layers, so none runs after "
+                    f"layer {layer}; allowed: 1 to {depth - 1}."
                 )
         return cutoffs
 

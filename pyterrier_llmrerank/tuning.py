@@ -214,8 +214,8 @@ def tune(
             without a cascade.
         cutoffs: layers for cutoffs and the stages of cascades; None for up to 8 evenly spaced layers with heads.
         compress_ratios: the widths. Only 1 is used for models whose layers cannot be run one by one.
-        compress_layers: layers before which widths above 1 pool passages; None for the reranker's own, or if it has
-            none, the layer after a quarter of the depth.
+        compress_layers: layers after which widths above 1 pool passages; None for the reranker's own, or if it has
+            none, the layer at a quarter of the depth.
         keep: numbers of candidates that survive a stage. Numbers below the longest candidate list are tried.
         stages: the most stages in a cascade, each of which keeps fewer candidates; 0 for no cascades. Models whose
             layers cannot be run one by one get none.
@@ -303,7 +303,7 @@ def _grid(
     grid = [list(choices(width, survivors, stages)) for width in widths]
     if not any(grid):
         ratios = [width.compress_ratio for width in widths]
-        allowed = "ratio 1 too, or compress_layers before the deepest cutoff"
+        allowed = "ratio 1 too, or compress_layers shallower than the deepest cutoff"
         raise ValueError(f"compress_ratios={ratios}: no shape is left; allowed: {allowed}.")
     return grid
 

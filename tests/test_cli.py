@@ -2,6 +2,7 @@
 
 import argparse
 import gzip
+import importlib.metadata
 import inspect
 import json
 import logging
@@ -259,13 +260,49 @@ def test_options_are_the_arguments_of_the_constructor(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("name", KINDS)
 def test_every_argument_is_an_option_with_help(name: str) -> None:
-    said = " ".join(CliRunner().invoke(app, ["rerank", name, "--help"], terminal_width=10_000).output.split())
+    said = shown("rerank", name)
     arguments = [one for one in inspect.signature(KINDS[name]).parameters if one not in cli_options.WITHOUT_OPTION]
     assert len(arguments) >= 12
     for argument in arguments:
         assert re.search(f' --{argument.replace("_", "-")} [^-]*[A-Z"]', said), argument
-    assert not re.search("As for", said)
-    assert "`" not in said
+    assert re.findall(r"`|\bNone\b|\bTrue\b|\bFalse\b|: \[|\{\d|list\[|\b[a-z]+_(?:layer|length|ratio)", said) == []
+
+
+def shown(*words: str) -> str:
+    """Return the help of a command in one line."""
+    return " ".join(CliRunner().invoke(app, [*words, "--help"], terminal_width=10_000).output.split())
+
+
+def test_help_shows_lists_and_pairs_as_a_shell_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = shown("rerank", "matroyshka")
+    for words in (
+        "--prune 8:50 --prune 16:20", "--compress-layers 8 --compress-layers 16", "--cutoff 16",
+        "--token-adapters 2:FOLDER --token-adapters 4:FOLDER", "--adapters FIRST --adapters SECOND",
+        "--device cuda:0 --device cuda:1",
+    ):  # fmt: skip
+        assert words in said
+    some = f"--model smollm2-135m {words} --cutoff 20 --prune 8:50 --prune 16:20 --compress-layers 8"
+    reranker, _ = reranked(monkeypatch, "matroyshka", "in", "--output", "out", *some.split())
+    assert (reranker.device, reranker.prune) == (("cuda:0", "cuda:1"), ((8, 50), (16, 20)))
+
+
+def test_help_lists_each_command_in_a_line() -> None:
+    names = {(): list(cli.COMMANDS), ("rerank",): ["rankllama", "matroyshka"],
+             ("train",): ["rankllama", "distill", "compensate"]}  # fmt: skip
+    for words, wanted in names.items():
+        output = CliRunner().invoke(app, [*words, "--help"], terminal_width=80).output
+        lines = [
+            line.split(maxsplit=1) for line in output.partition("Commands:\n")[2].partition("\n\n")[0].splitlines()
+        ]
+        assert [name for name, _ in lines] == wanted
+        assert all(text.endswith(".") and not text.endswith("...") for _, text in lines)
+    root = get_command(app)
+    assert sorted(root.commands) == sorted(cli.COMMANDS)
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"llmrerank {importlib.metadata.version('pyterrier-llmrerank')}\n"
 
 
 def commands(group: Any, context: Any) -> Iterator[tuple[Any, Any]]:
@@ -333,8 +370,25 @@ def test_interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
         ("rerank rankllama in.jsonl --output begun.txt --model smollm2-135m", "to continue it, set --resume."),
         ("teach train.jsonl begun.txt --model smollm2-135m", "to continue it, set --resume."),
         ("teach train.jsonl new.txt --model smollm2-135m", "neg_scores is there already; allowed with --overwrite."),
+        ("teach none new.txt", "TRAIN_FILE='none': no such file; expected JSON lines."),
+        ("rerank rankllama none --output o", "RERANK_FILE='none': no such file; allowed: a rerank file, as written by"
+         " prepare."),
+        ("rerank matroyshka in.jsonl --output o --prune 8:5 --released",
+         "--prune 8:5: --released reads heads of other layers than the cutoffs; allowed: no cascade."),
+        ("rerank matroyshka in.jsonl --output o --prune 8:5 --prune 9:7",
+         "--prune 8:5 --prune 9:7: 7 cannot survive layer 9: only 5 are left there."),
+        ("rerank matroyshka in.jsonl --output o --prune 0:5", "--prune 0:5; allowed: layers and the number of "
+         "candidates that survive each, 8:50 16:20, integers of at least 1."),
+        ("rerank matroyshka in.jsonl --output o --model smollm2-135m --compress-layers 2 --compress-layers 40",
+         "--compress-layers 2 --compress-layers 40: --model='smollm2-135m' has 30 layers, so none runs after layer 40;"
+         " allowed: 1 to 29."),
+        ("prepare run.gz --topics none --texts texts.jsonl --output o", "--topics='none': no such file or dataset; "
+         "allowed: a file, an ir_datasets id (https://ir-datasets.com) or a PyTerrier dataset."),
+        ("evaluate run.gz --qrels qrels.txt --baseline run.gz --baseline-columns qid,docno", "--baseline-columns="
+         "'qid,docno'; allowed: qid, docno, and rank, score or both, with _ for each column to ignore, such as "
+         "qid,docno,rank or qid,_,docno,_,score,_."),
     ],
-)
+)  # fmt: skip
 def test_errors_name_options(command: str, hint: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("begun.txt", "in.jsonl"):
         Path(name).touch()
@@ -357,7 +411,7 @@ def test_verbose_logs_each_step(folder: Path, caplog: pytest.LogCaptureFixture) 
     ("command", "problem"),
     [
         ("prepare none --topics topics.tsv --texts texts.jsonl --output o", "No such file or directory: 'none'"),
-        ("prepare run.gz --topics none --texts texts.jsonl --output o", "topics='none': no such file or dataset"),
+        ("prepare run.gz --topics none --texts texts.jsonl --output o", "--topics='none': no such file or dataset"),
         ("prepare run.gz --topics topics.tsv --texts topics.tsv --output o", "docno 'd0' .* not among the texts"),
         ("evaluate run.gz foo --qrels qrels.txt", "measure='foo'; allowed"),
         (
@@ -372,7 +426,7 @@ def test_verbose_logs_each_step(folder: Path, caplog: pytest.LogCaptureFixture) 
         ("convert run.gz --output none/o", "the folder .*none does not exist"),
         (
             "convert run.gz --output o --columns qid,docno",
-            "columns='qid,docno'; allowed: qid, docno, and rank, score or both",
+            "--columns='qid,docno'; allowed: qid, docno, and rank, score or both",
         ),
         ("convert run.gz --output ./run.gz", "--output='run.gz' is the run itself"),
         ("convert run.gz --output o --tag 'a b'", "tag is 'a b'; expected no whitespace"),
@@ -383,9 +437,9 @@ def test_verbose_logs_each_step(folder: Path, caplog: pytest.LogCaptureFixture) 
         ),
         (
             "rerank rankllama topics.tsv --output o --device gpu",
-            "--device=.*'gpu' is not a device; allowed: 'cpu', 'cuda'",
+            "--device gpu: 'gpu' is not a device; allowed: 'cpu', .*'xpu', a list of these.$",
         ),
-        ("rerank rankllama x/device=3/y --output o --model smollm2-135m", "source='x/device=3/y': no such file; "),
+        ("rerank rankllama x/device=3/y --output o --model smollm2-135m", "RERANK_FILE='x/device=3/y': no such file; "),
         ("rerank rankllama topics.tsv --output o --shard 5/4 --model smollm2-135m", "--shard='5/4'; allowed: i/n"),
         ("rerank rankllama topics.tsv --output /dev/null --model smollm2-135m", "--output='/dev/null' is not a file"),
         (
@@ -465,10 +519,10 @@ def test_help_and_errors_import_no_model_code(folder: Path) -> None:
     commands = {
         "rerank rankllama --help": "Usage: ",
         "rerank rankllama run.gz --output run.gz": "error: run.gz already exists and is not overwritten",
-        "rerank rankllama none.jsonl --output new.txt": "error: source='none.jsonl': no such file; allowed: a rerank",
+        "rerank rankllama none.jsonl --output new.txt": "error: RERANK_FILE='none.jsonl': no such file; allowed: a rer",
         "rerank rankllama run.gz --output none/new.txt": "error: --output='none/new.txt': no such folder; allowed",
         "rerank matroyshka run.gz --output new.txt --compress-ratio 3": "error: --compress-ratio=3; allowed: 1, 2",
-        "teach none.jsonl new.jsonl": "error: source='none.jsonl': no such file",
+        "teach none.jsonl new.jsonl": "error: TRAIN_FILE='none.jsonl': no such file",
         "teach texts.jsonl run.gz": "error: run.gz already exists",
     }
     code = f"""import sys
