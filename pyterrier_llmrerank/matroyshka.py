@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import KW_ONLY, replace
 from functools import partial
@@ -21,41 +20,16 @@ from .engine.inputs import PROMPT, Ids, MatroyshkaInputs
 from .features import PAPER, AtDepth, MatroyshkaFeatures
 from .frames import sigmoid
 from .options import Converted, Option, with_options
-from .reranker import LLMReranker, model_path, require_layerwise
+from .reranker import LLMReranker, model_path, recipe, require_layerwise
 from .scores import Scores
 from .shapes import MatroyshkaShape
-from .values import RATIOS, flag, integer, items, layers, one_of, optional, path_like, positive, refuse, string
+from .values import flag, folders, folders_by_ratio, layers, one_of, optional, positive, string
 
 if TYPE_CHECKING:
     from .checkpoints.checkpoint import Checkpoint, MatroyshkaCheckpoint
     from .engine.scoring import Shape
     from .training.fit import Frames
     from .training.recipes import MatroyshkaTraining
-
-logger = logging.getLogger(__name__)
-
-
-def _adapters(name: str, value: object) -> tuple[str, ...]:
-    return tuple(path_like(name, folder) for folder in (value if isinstance(value, list | tuple) else [value]))
-
-
-def _token_adapters(name: str, value: object) -> tuple[tuple[int, str], ...]:
-    """Return adapters by the ratio they compensate for, ascending."""
-    allowed = "a folder for each ratio, {2: folder, 4: folder}, powers of two from 2 to 64"
-    by_ratio = {integer(name, ratio, allowed): path_like(name, folder) for ratio, folder in items(name, value, allowed)}
-    if any(ratio == 1 or ratio not in RATIOS for ratio in by_ratio):
-        refuse(name, value, allowed)
-    return tuple(sorted(by_ratio.items()))
-
-
-def _training(name: str, value: object) -> MatroyshkaTraining | None:
-    if value is None:
-        return None
-    from .training.recipes import CompensateTraining, DistillTraining
-
-    if not isinstance(value, DistillTraining | CompensateTraining):
-        refuse(name, value, "DistillTraining(...), CompensateTraining(...) or None")
-    return value
 
 
 @with_options
@@ -90,7 +64,7 @@ class MatroyshkaReranker(LLMReranker):
     _: KW_ONLY
     adapters: Converted[str | Sequence[str], tuple[str, ...]] = Converted(
         default=(),
-        check=_adapters,
+        check=folders,
         help="LoRA folders, merged in the order given. Each is a path, a folder below the model's own "
         '(``"compensate/layer/full"``) or a hub id. The default is the adapters in the model\'s '
         "``reranker.json``, if it has one.",
@@ -98,7 +72,7 @@ class MatroyshkaReranker(LLMReranker):
     )
     token_adapters: Converted[Mapping[int, str] | Sequence[tuple[int, str]], tuple[tuple[int, str], ...]] = Converted(
         default=(),
-        check=_token_adapters,
+        check=folders_by_ratio,
         help="token adapters by ratio, ``{2: folder, 4: folder}``. In a shape with ``compress_layers``, "
         "the adapter for its ratio, or else for the next lower ratio, is laid over the shared weights. The default is "
         "the adapters in the model's ``reranker.json``, if it has one. They are kept as a tuple of pairs, and the "
@@ -192,7 +166,7 @@ class MatroyshkaReranker(LLMReranker):
     )
     training: Option[MatroyshkaTraining | None] = Option(
         default=None,
-        check=_training,
+        check=recipe("DistillTraining", "CompensateTraining"),
         help="the recipe that :meth:`fit` trains by: ``DistillTraining`` (the default, with the original settings) or "
         "``CompensateTraining``. The result is appended to ``adapters``.",
     )
@@ -219,7 +193,7 @@ class MatroyshkaReranker(LLMReranker):
                     require(name, role)
         parts = self._parts()
         self._check_training(parts)
-        self._warn_without_effect()
+        self.shape.warn_without_effect()
         self._check_early(parts)
 
     @classmethod
@@ -264,17 +238,6 @@ class MatroyshkaReranker(LLMReranker):
             self.shape.check_layers(f"model={self.model!r}", heads, parts.layers)
         if self._is_local(parts):
             self._shape(self._weights().checkpoint)
-
-    def _warn_without_effect(self) -> None:
-        """Warn of compression that does nothing. It is no error because grids set one argument at a time."""
-        deepest = self.deepest()
-        if self.compress_ratio > 1 and not self.shape.pools():
-            logger.warning("compress_ratio=%d has no effect without compress_layers from 1 on", self.compress_ratio)
-        elif self.compress_ratio > 1 and not self.shape.pools(deepest):
-            logger.warning(
-                "compress_layers=%s: no layer from 1 to below the cutoff, %d, so nothing is pooled; the token adapter "
-                "is still used", list(self.compress_layers), deepest,
-            )  # fmt: skip
 
     @property
     def shape(self) -> MatroyshkaShape:

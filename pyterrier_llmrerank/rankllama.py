@@ -17,7 +17,7 @@ from .checkpoints.locate import absolute, folder_of, identity, is_hub_id, named_
 from .engine.inputs import Ids, inputs_of
 from .frames import row_name
 from .options import Option, with_options
-from .reranker import LLMReranker, model_path
+from .reranker import LLMReranker, model_path, recipe
 from .values import column, flag, optional, positive, problem_of, string
 
 if TYPE_CHECKING:
@@ -25,16 +25,6 @@ if TYPE_CHECKING:
     from .engine.scoring import Shape
     from .training.fit import Frames
     from .training.recipes import RankLLaMATraining
-
-
-def _training(name: str, value: object) -> RankLLaMATraining | None:
-    if value is None:
-        return None
-    from .training.recipes import RankLLaMATraining
-
-    if not isinstance(value, RankLLaMATraining):
-        raise ValueError(f"{name}={value!r}; allowed: RankLLaMATraining(...) or None.")
-    return value
 
 
 #: The names of the arguments for the input format.
@@ -130,7 +120,7 @@ class RankLLaMAReranker(LLMReranker):
     )
     training: Option[RankLLaMATraining | None] = Option(
         default=None,
-        check=_training,
+        check=recipe("RankLLaMATraining"),
         help="the recipe that :meth:`fit` trains by; None for the original settings.",
     )
 

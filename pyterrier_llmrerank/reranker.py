@@ -53,6 +53,20 @@ def model_path(name: str, value: object) -> str:
     return absolute(path_like(name, value))
 
 
+def recipe(*kinds: str) -> Callable[[str, object], Any]:
+    """Return a check for a recipe of some classes of the training package, or None."""
+
+    def check(name: str, value: object) -> Any:
+        if value is not None:
+            from .training import recipes
+
+            if not isinstance(value, tuple(getattr(recipes, kind) for kind in kinds)):
+                refuse(name, value, f"{', '.join(f'{kind}(...)' for kind in kinds)} or None")
+        return value
+
+    return check
+
+
 def _dtype(name: str, value: object) -> str:
     dtype = str(value).removeprefix("torch.")
     return dtype if dtype in DTYPES else refuse(name, value, ", ".join(DTYPES))
