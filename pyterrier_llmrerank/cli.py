@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import logging
 import os
@@ -13,7 +14,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from .cli_options import ERRORS, OptionError, command_options, flag, in_shell, naming, one_line, set_options
+from .cli_options import ERRORS, OptionError, command_options, flag, flags, in_shell, naming, one_line, set_options
 from .matroyshka import MatroyshkaReranker
 from .options import options_of
 from .rankllama import RankLLaMAReranker
@@ -166,7 +167,7 @@ def prepare(
     Queries keep the order of the run; the documents of each are sorted by score. An existing output is replaced.
     """
     count = 0
-    with naming("topics", "texts", "columns"), writing(output) as lines:
+    with naming(flags("topics", "texts", "columns")), writing(output) as lines:
         for row in rerank_rows(run, topics, texts, depth, columns):
             lines.write(rerank_line(row))
             count += 1
@@ -190,7 +191,7 @@ def convert(
     """
     if output.exists() and output.samefile(run):
         raise ValueError(f"--output={str(output)!r} is the run itself; choose another file.")
-    with naming("columns"), writing(output) as lines:
+    with naming(flags("columns")), writing(output) as lines:
         for _, rows in by_query(read_run(run, columns)):
             for rank, row in enumerate(best_first(rows), 1):
                 lines.write(run_line(row.qid, row.docno, rank, row.score, form, tag))
@@ -239,7 +240,7 @@ def evaluate(
     Documents with equal scores keep their rank or, without ranks, their order. trec_eval sorts them by docno.
     """
     runs, measures = _runs_and_measures([str(run), *(more or [])])
-    with naming("qrels", "correction", "columns"):
+    with naming(flags("qrels", "correction", "columns")):
         queries, total = compare(
             measures or [parse_measure("nDCG@10")],
             judgements(qrels),
@@ -270,7 +271,7 @@ def _runs_and_measures(words: Sequence[str]) -> tuple[list[str], list[Any]]:
 
 
 def _baseline(run: Path, columns: str | None) -> Iterator[RunRow]:
-    with naming(columns="--baseline-columns"):
+    with naming({"columns": "--baseline-columns"}):
         yield from read_run(run, columns)
 
 
@@ -320,10 +321,10 @@ def _rerank_command(name: str, kind: type[LLMReranker], summary: str, *examples:
     ) -> None:
         from .runs.streaming import rerank_file
 
-        options = ("form", "resume", "shard", "workers", "address")
-        names = {"source": "RERANK_FILE", "target": "--output"} | {name: flag(name) for name in options}
+        names = flags(*arguments, "form", "resume", "shard", "workers", "address")
+        names |= {"source": "RERANK_FILE", "target": "--output"}
         try:
-            with naming(*arguments, **names):
+            with naming(names):
                 rerank_file(
                     kind(**_given(arguments), verbose=verbose), source, output,
                     form=form, tag=tag, resume=resume, shard=shard, workers=workers, address=address,
@@ -384,7 +385,7 @@ def _teach(
     given, kind = _given(arguments), TEACHERS[reranker]
     if others := given.keys() - {option.name for option in options_of(kind)}:
         raise ValueError(f"{flag(min(others))} is no option of --reranker={reranker}.")
-    with naming(*arguments, "overwrite", "resume", source="TRAIN_FILE", target="OUTPUT"):
+    with naming(flags(*arguments, "overwrite", "resume") | {"source": "TRAIN_FILE", "target": "OUTPUT"}):
         teacher = kind(**given)
         pipeline = teacher if isinstance(teacher, RankLLaMAReranker) else join_titles() >> teacher
         teach(source, target, pipeline, overwrite=overwrite, resume=resume, verbose=verbose)
@@ -417,7 +418,10 @@ def _train_command(recipe: str, help: str) -> None:
         except ImportError as error:
             message = f"training needs more packages (pip install 'pyterrier-llmrerank[train]'): {error}"
             raise ImportError(message) from error
-        commands.main(recipe, context.args)
+        options = (commands.RECIPES[recipe], commands.Sources, commands.TrainerOptions)
+        names = {field.name: f"--{field.name}" for each in options for field in dataclasses.fields(each)}
+        with naming(names, repeat=False):
+            commands.main(recipe, context.args)
 
     unparsed = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
     train.command(recipe, help=help, context_settings=unparsed)(command)

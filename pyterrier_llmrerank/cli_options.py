@@ -25,7 +25,7 @@ WITHOUT_OPTION = ("self", "text_field", "training", "verbose")
 
 
 def command_options(**kinds: type[LLMReranker]) -> list[inspect.Parameter]:
-    """Return the options of a command: the options of a reranker, or of several, then without defaults."""
+    """Return the options of a command for a kind of reranker; without defaults if there are several kinds."""
     found: dict[str, dict[str, Any]] = {}
     for kind, reranker in kinds.items():
         for option in options_of(reranker):
@@ -61,6 +61,11 @@ def help_of(option: Converted[Any, Any], names: Container[str]) -> str:
 def flag(name: str) -> str:
     """Return the option of an argument: ``--base-model`` of ``base_model``."""
     return f"--{name.replace('_', '-')}"
+
+
+def flags(*names: str) -> dict[str, str]:
+    """Return the options of several arguments."""
+    return {name: flag(name) for name in names}
 
 
 def _option(name: str, hint: Any, default: Any, help: str) -> inspect.Parameter:
@@ -110,12 +115,12 @@ class OptionError(Exception):
 
 
 @contextmanager
-def naming(*options: str, **others: str) -> Iterator[None]:
+def naming(names: Mapping[str, str], *, repeat: bool = True) -> Iterator[None]:
     """Let errors name options in place of arguments.
 
     Args:
-        options: arguments with an option of the same name.
-        others: any other arguments, with their names in the shell.
+        names: as for :func:`in_shell`.
+        repeat: as for :func:`in_shell`.
 
     Raises:
         OptionError: in place of an error that a command reports in one line.
@@ -123,15 +128,16 @@ def naming(*options: str, **others: str) -> Iterator[None]:
     try:
         yield
     except ERRORS as error:
-        raise OptionError(in_shell(one_line(error), {**{name: flag(name) for name in options}, **others})) from error
+        raise OptionError(in_shell(one_line(error), names, repeat=repeat)) from error
 
 
-def in_shell(message: str, names: Mapping[str, str]) -> str:
+def in_shell(message: str, names: Mapping[str, str], *, repeat: bool = True) -> str:
     """Spell the arguments in a message, and their values, as a shell does.
 
     Args:
         message: the message.
         names: the name of each argument in the shell.
+        repeat: name an option before each of several values, rather than once before all.
 
     >>> in_shell("prune={8: 50}: no layer 8; set resume=True", {"prune": "--prune", "resume": "--resume"})
     '--prune 8:50: no layer 8; set --resume'
@@ -149,7 +155,9 @@ def in_shell(message: str, names: Mapping[str, str]) -> str:
             return f"{name}={value}"
         each = several.items() if isinstance(several, dict) else several
         words = [":".join(map(str, one)) if isinstance(one, tuple) else str(one) for one in each]
-        return " ".join(f"{name} {word}" for word in words) or f"{name}={value}"
+        if not words:
+            return f"{name}={value}"
+        return f"{name} " + (f" {name} " if repeat else " ").join(words)
 
     values = r"True\b|\{[^{}]*\}|\[[^\[\]]*\]|\([^()]*\)"
     message = re.sub(rf"(?<![\w/'\"-])({'|'.join(names)})=({values})?", spelled, message)

@@ -111,12 +111,13 @@ class MatroyshkaReranker(LLMReranker):
         help="a cascade: after a layer (the key, counted as in ``cutoff``), only this many candidates of each query "
         "(the value) survive, the best by the layer's score. With ``prune={8: 50, 16: 20}``, all candidates run "
         "through 8 layers, 50 through 16, and 20 to the cutoff. Survivors reuse their hidden states and get the same "
-        "score as without a cascade. Dropped passages rank below all survivors, in order of their last score: it is "
-        "lowered, by the same amount for all that were dropped at the layer, so that the best is 1 below the lowest "
-        "passage that went deeper. The ``score`` of a cascade is for ranking only. Columns ``score_8`` and "
-        "``score_16`` have the scores as they were, NaN beyond ``exit_layer``, the last layer that a passage ran "
-        "through. Layers are shallower than the cutoff and have heads; the numbers must not increase with depth. They "
-        "are kept as a tuple of pairs.",
+        "score as without a cascade. Dropped passages rank below all survivors, in order of their last score. It is "
+        "lowered for that, before ``normalize``: by the same amount for all passages that a query loses at the layer, "
+        "so that the best of them is 1 below the lowest passage that went deeper. The ``score`` of a cascade is "
+        "therefore for ranking only. The columns ``score_8`` and ``score_16`` have the scores as they were; "
+        "``exit_layer`` is the last layer that a passage ran through, and its scores beyond are NaN. Layers are "
+        "shallower than the cutoff and have heads; the numbers must not increase with depth. They are kept as a tuple "
+        "of pairs.",
         shell="a cascade: with ``--prune 8:50 --prune 16:20``, the best 50 candidates of each query survive layer 8, "
         "and the best 20 survive layer 16.",
     )

@@ -136,10 +136,10 @@ class RankLLaMAReranker(LLMReranker):
             self._checked(self._chosen(self.named_format)[0])
 
     def _look_up_model(self) -> None:
-        """Keep what a local model says of itself."""
+        """Keep the base and the input format that a local model names."""
         #: The base that the adapter names. If that is a relative path, it is resolved now, not when it is opened.
         self.named_base = named_base(self._source())
-        #: The same as it is stored and compared.
+        #: The base in the form that is stored and compared.
         self.portable_base = None if self.named_base is None else portable(self.named_base)
         #: The input format that a local model names; None if it names none.
         self.named_format = None if is_hub_id(self._source()) else self._described_format()
@@ -166,7 +166,11 @@ class RankLLaMAReranker(LLMReranker):
         return self._checked(self._chosen(self._described_format())[0])
 
     def _chosen(self, own: InputFormat | None) -> tuple[InputFormat, Mapping[str, Any]]:
-        """Return the format that the arguments make of the model's own, and the arguments that show it."""
+        """Return the input format, and the arguments by which ``repr`` names it.
+
+        Args:
+            own: the model's own format, which the arguments change; None if it has none.
+        """
         return _chosen(tuple(self._given_format().items()), own)
 
     def _checked(self, form: InputFormat) -> InputFormat:
@@ -276,7 +280,7 @@ class RankLLaMAReranker(LLMReranker):
         return {**self.arguments(), **named, **self._shown_format()}
 
     def _shown_format(self) -> Mapping[str, Any]:
-        """Return the arguments for the input format in use; for a hub model, which may name one, those given."""
+        """Return the arguments that name the input format; as given for a hub model, whose own format is unknown."""
         return self._given_format() if is_hub_id(self._source()) else self._chosen(self.named_format)[1]
 
     def _repr_value(self, name: str) -> Any:
@@ -321,9 +325,9 @@ class RankLLaMAReranker(LLMReranker):
 
 @lru_cache(maxsize=128)
 def _chosen(given: tuple[tuple[str, Any], ...], own: InputFormat | None) -> tuple[InputFormat, Mapping[str, Any]]:
-    """Return the format that these arguments make of a model's own, and the arguments that show it.
+    """Return the input format, and the arguments by which ``repr`` names it.
 
-    A default is not shown, unless the model would have another value without the argument.
+    A default is left out, unless the model would have another value without the argument.
     """
     form = InputFormat.chosen(dict(given), own)
     usual = InputFormat(form.name).settings() | {"input_format": TEVATRON_2023}

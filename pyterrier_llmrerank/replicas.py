@@ -44,7 +44,7 @@ class Replicas:
         return weights
 
     def join(self, sharer: Sharer, earlier: Replicas | None) -> None:
-        """Keep the weights that a reranker needs in memory, in place of the ones that it needed earlier."""
+        """Keep the weights that a reranker needs in memory, and drop earlier ones."""
         kept = self._stacks()
         for weights in kept:  # before leaving, so that layers needed by both are not dropped
             weights.join(sharer)
@@ -58,5 +58,5 @@ class Replicas:
             weights.leave(sharer)
 
     def _stacks(self) -> list[Weights]:
-        """Return the weights on all devices: with a token adapter, and those below it that it shares."""
+        """Return the weights on all devices, each token adapter with the weights below it."""
         return [weights for replica in self.weights for weights in replica.stack]

@@ -418,8 +418,8 @@ class LLMReranker(ValueSemantics, pt.Estimator):
             repo_id: the repository, ``"owner/name"``; created if it does not exist.
             private: whether a new repository is private; None for the hub's default.
             merged: as for :meth:`save`.
-            datasets: hub ids or names of the training data, for the card; None for those that it has.
-            license: licence of the model, as the hub abbreviates it, for the card; None for the one that it has.
+            datasets: hub ids or names of the training data, for the card; None keeps the card's.
+            license: licence of the model, as the hub abbreviates it, for the card; None keeps the card's.
             token: token of the hub; None for the one that the hub's client is logged in with.
 
         Returns:

@@ -33,7 +33,7 @@ class HeldOut(NamedTuple):
         low, high: its 95 % interval.
         folds: a row for each fold: the shape, as in :attr:`Tuning.shapes` and with the same index; ``queries``, their
             number in the fold; ``chosen``, the measure on the other queries, which chose the shape; and ``held_out``,
-            the measure on the fold's own.
+            the measure on the queries of the fold.
     """
 
     mean: float
@@ -74,7 +74,7 @@ class Tuning:
 
     @property
     def best(self) -> MatroyshkaReranker:
-        """The most effective shape on the front within the budget; of equally effective ones, the cheapest.
+        """The most effective shape on the front within the budget; among equals, the cheapest.
 
         Raises:
             ValueError: no shape is within the budget.
@@ -85,8 +85,8 @@ class Tuning:
         """Estimate how effective :attr:`best` is on other queries, by cross-validation.
 
         The best of many shapes looks better than it is on the queries that chose it. Here the queries are dealt into
-        folds, at random but always alike. For each fold, the best shape within the budget is chosen on the queries of
-        all other folds, and measured on the fold's own.
+        folds at random, with a fixed seed. For each fold, the best shape within the budget is chosen on the queries of
+        all other folds, and measured on the queries of the fold.
 
         Args:
             folds: number of folds, at most the number of queries.

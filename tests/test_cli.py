@@ -70,7 +70,7 @@ def run(command: str) -> int:
 PREPARE = "prepare run.gz --topics topics.tsv --texts texts.jsonl --depth 4 --output rerank.jsonl.gz"
 
 
-def test_from_a_run_to_the_evaluation_of_a_reranked_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_prepared_reranked_converted_and_evaluated(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(PREPARE) == 0
     rows = list(read_rerank(Path("rerank.jsonl.gz")))
     assert [(row.qid, row.docno) for row in rows] == [(f"q{q}", f"d{d}") for q in range(3) for d in range(4)]
@@ -108,7 +108,7 @@ def test_from_a_run_to_the_evaluation_of_a_reranked_one(folder: Path, capsys: py
     assert said[6] == ["RR@10", f"{mean:.4f}", f"{other:.4f}", f"{mean - other:.4f}", p]
 
 
-def test_vaswani_by_name_and_from_files(collections: Path, tmp_path: Path) -> None:
+def test_a_collection_by_name_equals_its_files(collections: Path, tmp_path: Path) -> None:
     if not (collections / "irds_home" / "vaswani").is_dir():
         pytest.skip("needs irds_home/vaswani in LLMRERANK_DATA: a home of ir_datasets")
     shutil.copytree(collections / "irds_home" / "vaswani", tmp_path / "vaswani")
@@ -205,7 +205,7 @@ def test_several_runs_are_compared_with_a_baseline(folder: Path, capsys: pytest.
     assert alone[1:] == [lines[1][1:6], lines[3][1:6]]
 
 
-def test_the_default_measure(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_measures_ndcg_at_10_by_default(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("evaluate run.gz --qrels qrels.txt") == 0
     assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
         ["measure", "value"],
@@ -230,7 +230,7 @@ def reranked(monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[LLMReranker,
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_defaults_are_those_of_the_constructor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_defaults_are_the_constructors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     reranker, arguments = reranked(monkeypatch, name, "in.jsonl", "--output", "out.txt")
     assert reranker == KINDS[name]()
     assert arguments == {
@@ -300,7 +300,7 @@ def test_help_lists_each_command_in_a_line() -> None:
     assert sorted(root.commands) == sorted(cli.COMMANDS)
 
 
-def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_shows_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--version") == 0
     assert capsys.readouterr().out == f"llmrerank {importlib.metadata.version('pyterrier-llmrerank')}\n"
 
@@ -353,7 +353,9 @@ def test_every_option_of_training_may_be_spelled_with_dashes(recipe: str, monkey
         assert checkpointing in actions
 
 
-def test_interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_says_how_far_the_output_is(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def stopped(*_: object, **__: object) -> None:
         error = KeyboardInterrupt()
         error.add_note("out.txt holds 3 pairs.")
@@ -473,7 +475,7 @@ def test_errors_are_one_line(folder: Path, command: str, problem: str, capfd: py
         ("train dance", "No such command 'dance'"),
     ],
 )
-def test_malformed_commands(command: str, problem: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_malformed_commands_are_named(command: str, problem: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command) == 2
     assert re.match(f"error: .*{problem}", capsys.readouterr().err)
 
@@ -510,7 +512,7 @@ def test_examples_in_the_help_run(example: str, folder: Path, monkeypatch: pytes
     assert main(words[1:]) == 0
 
 
-def test_there_are_examples() -> None:
+def test_the_commands_have_examples() -> None:
     assert len(EXAMPLES) == 18
 
 

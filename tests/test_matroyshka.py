@@ -121,7 +121,7 @@ def test_several_cutoffs_become_columns() -> None:
     np.testing.assert_allclose(got["score_3"], full().at(cutoff=3).transform(rows)["score"], atol=1e-4)
 
 
-def test_forms_of_a_score() -> None:
+def test_one_pair_has_a_float_and_several_have_an_array() -> None:
     one, two = full(), full().at(cutoff=[3, 8])
     assert isinstance(one.compute_score(PAIRS[0]), float)
     assert isinstance(one.compute_score(list(PAIRS[0])), float)
@@ -173,7 +173,7 @@ def test_an_unordered_pair_is_named(pair: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [object, str])
-def test_arrays_of_pairs(dtype: type) -> None:
+def test_the_rows_of_an_array_are_pairs(dtype: type) -> None:
     array = np.array(PAIRS[:3], dtype=dtype)
     wanted = full().compute_score(PAIRS[:3])
     for pairs in (array, list(array), tuple(array.tolist()), pd.DataFrame(array).to_numpy(), iter(array)):
@@ -265,12 +265,12 @@ def test_a_cutoff_without_a_head_fails_before_any_work(cutoff: object) -> None:
         full().at(cutoff=cutoff)
 
 
-def test_a_cutoff_of_a_model_with_one_head() -> None:
+def test_another_cutoff_of_a_model_with_one_head_is_refused() -> None:
     with pytest.raises(ValueError, match=r"has heads at layers 8 only; start_layer gives"):
         MatroyshkaReranker(MODELS / "mistral_base", cutoff=6)
 
 
-def test_a_compress_layer_beyond_the_model() -> None:
+def test_a_compress_layer_beyond_the_model_is_refused() -> None:
     with pytest.raises(ValueError, match=r"compress_layers=\[2, 8\]: .* has 8 layers, so none runs after layer 8"):
         full().at(compress_layers=[8, 2], compress_ratio=2)
 
