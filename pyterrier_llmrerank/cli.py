@@ -105,11 +105,16 @@ def _root(
 # -- arguments shared by several commands
 
 
+#: Loggers of torchao, which transformers imports wherever it is installed. They log missing extras.
+IMPORTED = ("torchao", "torch.utils._pytree")
+
+
 def _set_verbosity(verbose: bool) -> bool:
     """Log this package's warnings or, if verbose, its progress and the warnings of other packages."""
     logging.getLogger(__package__).setLevel(logging.INFO if verbose else logging.WARNING)
-    for name in ("", "torchao", "torch.utils._pytree"):  # the last two log missing extras on import
-        logging.getLogger(name).setLevel(logging.WARNING if verbose else logging.ERROR)
+    logging.getLogger().setLevel(logging.WARNING if verbose else logging.ERROR)
+    for name in IMPORTED:
+        logging.getLogger(name).setLevel(logging.ERROR)
     return verbose
 
 
@@ -326,7 +331,7 @@ def _rerank_command(name: str, kind: type[LLMReranker], summary: str, *examples:
         try:
             with naming(names):
                 rerank_file(
-                    kind(**_given(arguments), verbose=verbose), source, output,
+                    _made(kind, _given(arguments), verbose), source, output,
                     form=form, tag=tag, resume=resume, shard=shard, workers=workers, address=address,
                 )  # fmt: skip
         except KeyboardInterrupt as error:
@@ -342,6 +347,14 @@ def _rerank_command(name: str, kind: type[LLMReranker], summary: str, *examples:
 def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments whose options are given."""
     return {name: value for name, value in arguments.items() if value not in (None, [], ())}
+
+
+def _made(kind: type[LLMReranker], given: Mapping[str, Any], verbose: bool = False) -> LLMReranker:
+    """Make a reranker of the given options."""
+    if "quantization" in given:  # now the warnings of torchao matter
+        for name in IMPORTED:
+            logging.getLogger(name).setLevel(logging.NOTSET)
+    return kind(**given, verbose=verbose)
 
 
 _rerank_command(
@@ -386,7 +399,7 @@ def _teach(
     if others := given.keys() - {option.name for option in options_of(kind)}:
         raise ValueError(f"{flag(min(others))} is no option of --reranker={reranker}.")
     with naming(flags(*arguments, "overwrite", "resume") | {"source": "TRAIN_FILE", "target": "OUTPUT"}):
-        teacher = kind(**given)
+        teacher = _made(kind, given)
         pipeline = teacher if isinstance(teacher, RankLLaMAReranker) else join_titles() >> teacher
         teach(source, target, pipeline, overwrite=overwrite, resume=resume, verbose=verbose)
 

@@ -162,6 +162,7 @@ def in_shell(message: str, names: Mapping[str, str], *, repeat: bool = True) -> 
     values = r"True\b|\{[^{}]*\}|\[[^\[\]]*\]|\([^()]*\)"
     message = re.sub(rf"(?<![\w/'\"-])({'|'.join(names)})=({values})?", spelled, message)
     message = re.sub(r",? or None( for [^.;]*)?(?=[.;])", "", message)  # an option is omitted instead
+    message = message.replace("allowed: False", "allowed: without it")
     return re.sub(r"\{(\d+: \w+(?:, \d+: \w+)*)\}", lambda pairs: pairs[1].replace(": ", ":").replace(",", ""), message)
 
 

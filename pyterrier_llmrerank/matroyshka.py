@@ -359,8 +359,8 @@ class MatroyshkaReranker(LLMReranker):
         if name == "adapters":
             return tuple(shortest(adapter, self.model) for adapter in self.adapters)
         if name == "token_adapters":
-            return tuple((ratio, shortest(adapter, self.model)) for ratio, adapter in self.token_adapters)
-        return super()._repr_value(name)
+            return {ratio: shortest(adapter, self.model) for ratio, adapter in self.token_adapters} or ()
+        return dict(self.prune) or () if name == "prune" else super()._repr_value(name)
 
     def _source(self) -> str:
         """Return the folder, ``.gguf`` file or hub id of the model."""

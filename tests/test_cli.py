@@ -38,7 +38,7 @@ KINDS = {"rankllama": RankLLaMAReranker, "matroyshka": MatroyshkaReranker}
 @pytest.fixture(autouse=True)
 def levels() -> Iterator[None]:
     """Restore the levels of the loggers."""
-    loggers = [logging.getLogger(name) for name in ("", "pyterrier_llmrerank")]
+    loggers = [logging.getLogger(name) for name in ("", "pyterrier_llmrerank", *cli.IMPORTED)]
     before = [logger.level for logger in loggers]
     yield
     for logger, level in zip(loggers, before, strict=True):
@@ -384,6 +384,8 @@ def test_ctrl_c_says_how_far_the_output_is(
         ("rerank matroyshka in.jsonl --output o --model smollm2-135m --compress-layers 2 --compress-layers 40",
          "--compress-layers 2 --compress-layers 40: --model='smollm2-135m' has 30 layers, so none runs after layer 40;"
          " allowed: 1 to 29."),
+        ("rerank rankllama in.jsonl --output o --model smollm2-135m --append-eos", "--append-eos: input_format "
+         "'tevatron-2023' has no end token; allowed: without it."),
         ("prepare run.gz --topics none --texts texts.jsonl --output o", "--topics='none': no such file or dataset; "
          "allowed: a file, an ir_datasets id (https://ir-datasets.com) or a PyTerrier dataset."),
         ("evaluate run.gz --qrels qrels.txt --baseline run.gz --baseline-columns qid,docno", "--baseline-columns="
@@ -404,6 +406,15 @@ def test_verbose_logs_each_step(folder: Path, caplog: pytest.LogCaptureFixture) 
     assert caplog.messages == []
     assert run(f"{PREPARE} --verbose") == 0
     assert caplog.messages == ["rerank.jsonl.gz: 12 pairs"]
+
+
+def test_torchao_is_heard_if_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers imports it wherever it is installed, and it warns of extras on import."""
+    torchao = logging.getLogger("torchao.kernel")
+    reranked(monkeypatch, "rankllama", "in", "--output", "out", "--verbose")
+    assert not torchao.isEnabledFor(logging.WARNING)
+    reranked(monkeypatch, "rankllama", "in", "--output", "out", "--verbose", "--quantization", "int8")
+    assert torchao.isEnabledFor(logging.WARNING)
 
 
 # -- errors

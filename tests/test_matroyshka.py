@@ -87,7 +87,7 @@ CUTOFFS = st.lists(st.integers(2, 8), min_size=2, max_size=5, unique=True)
 TEXTS = st.lists(st.integers(0, 50), min_size=1, max_size=4).map(lambda ns: [(words(n, 3), words(n, n)) for n in ns])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(CUTOFFS, TEXTS, st.sampled_from([1, 2, 4]), st.lists(st.integers(0, 7), max_size=3))
 def test_several_cutoffs_in_one_pass_equal_single_passes(
     cutoffs: list[int], pairs: list[tuple[str, str]], ratio: int, layers: list[int]

@@ -764,7 +764,7 @@ def test_progress_is_shown_when_asked_for(capfd: pytest.CaptureFixture[str]) -> 
     MatroyshkaReranker(FULL, dtype="float32", verbose=True).transform(frame())
     assert "MatroyshkaReranker: 100%" in capfd.readouterr().err
     MatroyshkaReranker(FULL, dtype="float32", verbose=True, cutoff=4, prune={2: 2}).transform(frame())
-    assert "MatroyshkaReranker(cutoff=4, prune=((2, 2),)): 100%" in capfd.readouterr().err
+    assert "MatroyshkaReranker(cutoff=4, prune={2: 2}): 100%" in capfd.readouterr().err
 
 
 # -- inspection
