@@ -267,6 +267,10 @@ class MatroyshkaReranker(LLMReranker):
 
         Raises:
             ValueError: a value is not allowed.
+
+        >>> from pyterrier_llmrerank import MatroyshkaReranker
+        >>> MatroyshkaReranker().at(prune={8: 50, 16: 20})
+        MatroyshkaReranker('BAAI/Matroyshka-ReRanker-passage', prune={8: 50, 16: 20})
         """
         shape = {
             "cutoff": cutoff,
@@ -473,7 +477,7 @@ class MatroyshkaReranker(LLMReranker):
             cutoff: the depth of a sequence classifier; None for the reranker's own.
             form: ``"sequence-classification"`` writes one depth as a plain ``*ForSequenceClassification`` with one
                 label, which other programs open and serve; it needs ``merged=True``. Its tokenizer makes the ids of a
-                pair, and its card says how. Widths and cascades stay here.
+                pair, and its card says how. It has full width and no cascade.
 
         Returns:
             The folders of the adapters that this shape uses, in order: they open as ``adapters`` too. A single adapter

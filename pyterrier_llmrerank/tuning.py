@@ -245,11 +245,12 @@ def tune(
     if not isinstance(reranker, MatroyshkaReranker) or reranker.released:
         refuse("reranker", reranker, "a MatroyshkaReranker, without released=True")
     limit_of(budget)
-    timed = natural("timed", timed)
+    timed, stages = natural("timed", timed), natural("stages", stages)
+    kept = sorted({positive("keep", number) for number in np.atleast_1d(keep).tolist()}, reverse=True)
     rows = _judged_rows(reranker, res, qrels)
     evaluation = Evaluation(measure, rows, qrels)
     widths = _widths(reranker, cutoffs, compress_ratios, compress_layers)
-    grid = _grid(widths, rows, keep, stages)
+    grid = _grid(widths, rows, kept, stages)
     candidates = Candidates(rows, reranker.text_field)
     full = candidates.operations(reranker.at(compress_layers=(), compress_ratio=1, prune=()), depth=0)
     full_operations = full(widths[0].cutoffs()[-1:]).mean()
@@ -291,15 +292,13 @@ def _widths(
 
 
 def _grid(
-    widths: Sequence[MatroyshkaReranker], rows: pd.DataFrame, keep: int | Sequence[int], stages: int
+    widths: Sequence[MatroyshkaReranker], rows: pd.DataFrame, kept: Sequence[int], stages: int
 ) -> list[list[Choice]]:
     """Return the shapes to measure, for each width; ValueError if there are none."""
-    stages = natural("stages", stages)
     if not widths or not widths[0].scorer().checkpoint.supports_layerwise:
         stages = 0
     longest = rows["qid"].value_counts().max()
-    numbers = {positive("keep", number) for number in np.atleast_1d(keep).tolist()}
-    survivors = sorted((number for number in numbers if number < longest), reverse=True)
+    survivors = [number for number in kept if number < longest]
     grid = [list(choices(width, survivors, stages)) for width in widths]
     if not any(grid):
         ratios = [width.compress_ratio for width in widths]

@@ -113,6 +113,22 @@ def test_ratio_one_and_layers_without_effect_are_no_compression(
         np.testing.assert_allclose(full().at(cutoff=cutoff, **shape).compute_score(pairs), plain, atol=1e-5)
 
 
+def test_layers_count_alike_in_all_arguments() -> None:
+    """Pooling and pruning after layer 4 leave its score as it is, and have an effect on the next layer."""
+    rows = frame(2, 4)
+    plain = {layer: full().at(cutoff=layer).transform(rows)["score"] for layer in (4, 5)}
+    pooled = full().at(cutoff=[4, 5], compress_layers=[4], compress_ratio=4).transform(rows)
+    np.testing.assert_allclose(pooled["score_4"], plain[4], atol=1e-4)
+    assert np.abs(pooled["score_5"] - plain[5]).max() > 0.01
+    pruned = full().at(cutoff=5, prune={4: 1}).transform(rows)
+    np.testing.assert_allclose(pruned["score_4"], plain[4], atol=1e-4)
+    for _, query in pruned.groupby("qid"):
+        survivors, dropped = (query[query["exit_layer"] == layer] for layer in (5, 4))
+        np.testing.assert_allclose(survivors["score"], plain[5][survivors.index], atol=1e-4)
+        lowered = dropped["score_4"] - dropped["score_4"].max() + survivors["score"].min() - 1
+        np.testing.assert_allclose(dropped["score"], lowered)
+
+
 def test_several_cutoffs_become_columns() -> None:
     rows = frame()
     got = full().at(cutoff=[8, 3, 8]).transform(rows)
