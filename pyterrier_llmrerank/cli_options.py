@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import shlex
 import sys
 import typing
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -154,7 +155,7 @@ def in_shell(message: str, names: Mapping[str, str], *, repeat: bool = True) -> 
         except (ValueError, SyntaxError):  # no literal, but a remark
             return f"{name}={value}"
         each = several.items() if isinstance(several, dict) else several
-        words = [":".join(map(str, one)) if isinstance(one, tuple) else str(one) for one in each]
+        words = [shlex.quote(":".join(map(str, one)) if isinstance(one, tuple) else str(one)) for one in each]
         if not words:
             return f"{name}={value}"
         return f"{name} " + (f" {name} " if repeat else " ").join(words)

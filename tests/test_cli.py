@@ -401,6 +401,25 @@ def test_errors_name_options(command: str, hint: str, folder: Path, capsys: pyte
     assert capsys.readouterr().err.endswith(f"{hint}\n")
 
 
+@pytest.mark.parametrize(
+    ("message", "wanted"),
+    [
+        ("adapters=(): no adapter", "--adapters=(): no adapter"),
+        ("adapters=(none)", "--adapters=(none)"),
+        ("x/adapters=3/y and 'adapters=3'", "x/adapters=3/y and 'adapters=3'"),
+        ("adapters=['a b', 'c']; allowed: one, or None.", "--adapters 'a b' --adapters c; allowed: one."),
+        ("adapters=[(8, 50)] is {2: folder, 4: folder}", "--adapters 8:50 is 2:folder 4:folder"),
+    ],
+)
+def test_arguments_and_values_are_spelled_as_in_a_shell(message: str, wanted: str) -> None:
+    assert cli_options.in_shell(message, cli_options.flags("adapters")) == wanted
+
+
+def test_lists_of_training_follow_one_option() -> None:
+    names = {"compress_ratios": "--compress_ratios"}
+    assert cli_options.in_shell("compress_ratios=[2, 3]", names, repeat=False) == "--compress_ratios 2 3"
+
+
 def test_verbose_logs_each_step(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert run(PREPARE) == 0
     assert caplog.messages == []

@@ -40,7 +40,7 @@ def test_measures_equal_an_experiments(found: Tuning) -> None:
     topics, candidates = judged[["qid", "query"]].drop_duplicates(), pt.Transformer.from_df(judged)
     some = found.shapes.index[::12]
     systems = [candidates >> found.reranker(index) for index in some]
-    wanted = pt.Experiment(systems, topics, QRELS, ["ndcg_cut_10"])
+    wanted = pt.Experiment(systems, topics, QRELS, ["ndcg_cut_10"], plan="tree")
     np.testing.assert_allclose(found.shapes.loc[some, "nDCG@10"], wanted["ndcg_cut_10"], atol=1e-9)
     evaluated = pt.Evaluate(found.reranker(9)(judged), QRELS, ["ndcg_cut_10"])["ndcg_cut_10"]
     assert found.shapes.loc[9, "nDCG@10"] == pytest.approx(evaluated)
