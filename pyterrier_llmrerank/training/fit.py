@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 
 from ..checkpoints.saving import empty_folder
 from ..engine.devices import resolve_device, resolve_dtype
-from .batches import Groups
+from .batches import Groups, draw_seed
 from .frames import check_qrels, records_of, validation_of
 from .recipes import MatroyshkaTraining, Recipe
 from .trainer import train
@@ -101,7 +101,7 @@ def fit(
             "Training on %d queries. For progress, set verbose=True or log at level INFO. Output folder: %s",
             len(records), arguments.output_dir,
         )  # fmt: skip
-    groups = Groups(records, recipe.group_size, recipe.seed, as_is)
+    groups = Groups(records, recipe.group_size, draw_seed(arguments), as_is)
     return train(recipe, checkpoint, groups, arguments, measured)
 
 

@@ -6,14 +6,12 @@ import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import pyterrier as pt
 
 from ..checkpoints.description import KINDS, Description
 from ..checkpoints.input_format import NAMED, InputFormat, check_name
-from ..checkpoints.locate import fingerprint
 from ..engine.inputs import PROMPT, MatroyshkaInputs, inputs_of
 from ..values import RATIOS
 from .objectives import METHODS, CascadeLoss, DistilledLoss, Loss
@@ -27,9 +25,6 @@ if TYPE_CHECKING:
     from ..checkpoints.cards import Stated
     from ..checkpoints.checkpoint import Checkpoint, MatroyshkaCheckpoint, RankLLaMACheckpoint
     from .batches import Inputs
-
-#: The setting with a digest of each model and adapter that is trained on.
-FINGERPRINTS = "fingerprints of what is trained on"
 
 #: The projections of a decoder layer.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -70,43 +65,33 @@ class Recipe(Declared, ABC):
         least=0.0,
     )
     learning_rate: float = option(2e-5, "peak learning rate", least=0.0)
-    num_train_epochs: float = option(1.0, "passes over the training queries", least=0.0, resumable=True)
-    max_steps: int = option(-1, "number of steps; overrides num_train_epochs if positive", least=-1, resumable=True)
-    per_device_train_batch_size: int = option(4, "queries in a batch, on each device", least=1, resumable=True)
-    gradient_accumulation_steps: int = option(4, "batches in a step", least=1, resumable=True)
+    num_train_epochs: float = option(1.0, "passes over the training queries", least=0.0)
+    max_steps: int = option(-1, "number of steps; overrides num_train_epochs if positive", least=-1)
+    per_device_train_batch_size: int = option(4, "queries in a batch, on each device", least=1)
+    gradient_accumulation_steps: int = option(4, "batches in a step", least=1)
     warmup_steps: float = option(
         0.1, "steps in which the learning rate rises to its peak; below 1, their share of all steps", least=0.0
     )
-    bf16: bool | None = option(None, "train in bfloat16; None lets fit follow the reranker's dtype", resumable=True)
-    gradient_checkpointing: bool = option(
-        True, "recompute activations in the backward pass, which saves memory", resumable=True
-    )
-    logging_steps: float = option(10, "steps between two log lines", resumable=True)
-    eval_steps: float | None = option(
-        None, "steps between two measurements of nDCG@10; None for save_steps", resumable=True
-    )
-    save_steps: float = option(200, "steps between two checkpoints", resumable=True)
+    bf16: bool | None = option(None, "train in bfloat16; None lets fit follow the reranker's dtype")
+    gradient_checkpointing: bool = option(True, "recompute activations in the backward pass, which saves memory")
+    logging_steps: float = option(10, "steps between two log lines")
+    eval_steps: float | None = option(None, "steps between two measurements of nDCG@10; None for save_steps")
+    save_steps: float = option(200, "steps between two checkpoints")
     seed: int = option(42, "seed of initialisation, order, groups and widths", least=0)
-    output_dir: str | None = option(
-        None, "folder of the run; None lets fit create one in PyTerrier's home folder", resumable=True
-    )
+    output_dir: str | None = option(None, "folder of the run; None lets fit create one in PyTerrier's home folder")
     patience: int | None = option(
         None,
         "stop after this number of measurements of nDCG@10 without an improvement; None trains to the end",
         least=1,
-        resumable=True,
     )
-    min_label: int = option(1, "lowest relevance label of a positive, for fit", shell=False, resumable=True)
+    min_label: int = option(1, "lowest relevance label of a positive, for fit", shell=False)
     text: pt.Transformer | None = option(
         None,
         "transformer that adds texts to a frame with docno, for fit; it supplies the positives of a query with no "
         "relevant result",
         shell=False,
-        resumable=True,
     )
-    arguments: Mapping[str, Any] = option(
-        {}, "further transformers.TrainingArguments by name, for fit", shell=False, resumable=True
-    )
+    arguments: Mapping[str, Any] = option({}, "further transformers.TrainingArguments by name, for fit", shell=False)
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -133,19 +118,6 @@ class Recipe(Declared, ABC):
     def __repr__(self) -> str:
         changed = [f for f in fields(self) if getattr(self, f.name) != default_of(f)]
         return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in changed)})"
-
-    def fixed_settings(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """Return the settings, in JSON types, that must not change when a run on this checkpoint is resumed."""
-        settings = {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata["resumable"]}
-        lists = {name: list(value) for name, value in settings.items() if isinstance(value, tuple)}
-        paths = [checkpoint.base, *(str(adapter.name) for adapter in checkpoint.adapters)]
-        adapters = [*checkpoint.adapters, *([checkpoint.adapter] if checkpoint.adapter else [])]
-        folders = dict.fromkeys([checkpoint.folder, *(adapter.folder for adapter in adapters)])
-        trained_on = {  # folders may have moved, so their contents count
-            "trained_on": [PurePath(path).name for path in paths],
-            FINGERPRINTS: [fingerprint(folder) for folder in folders],
-        }
-        return {"recipe": type(self).__name__, **trained_on, **settings, **lists}
 
     @property
     def token_ratio(self) -> int | None:
