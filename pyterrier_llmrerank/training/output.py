@@ -11,8 +11,10 @@ from transformers import TrainingArguments
 
 from ..checkpoints.description import FILE
 
+CHECKPOINTS = "checkpoint-[0-9]*"
+
 #: Files that show that a run wrote into a folder, and the files that it writes beside them.
-RUN_FILES = ("checkpoint-[0-9]*", "adapter_config.json", "adapter_model.*", "trainer_state.json", "training_args.bin")
+RUN_FILES = (CHECKPOINTS, "adapter_config.json", "adapter_model.*", "trainer_state.json", "training_args.bin")
 COMPANION_FILES = (
     "README.md", FILE, "adapter-[0-9]*",
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja",
@@ -79,6 +81,12 @@ def remove_runs(folder: Path) -> None:
     """Remove the files of earlier runs, and no others."""
     for path in files_of_runs(folder):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of the run in a folder, and keep its result."""
+    for path in folder.glob(CHECKPOINTS):
+        shutil.rmtree(path)
 
 
 def files_of_runs(folder: Path) -> list[Path]:

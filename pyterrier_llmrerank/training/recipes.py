@@ -78,7 +78,9 @@ class Recipe(Declared, ABC):
     eval_steps: float | None = option(None, "steps between two measurements of nDCG@10; None for save_steps")
     save_steps: float = option(200, "steps between two checkpoints")
     seed: int = option(42, "seed of initialisation, order, groups and widths", least=0)
-    output_dir: str | None = option(None, "folder of the run; None lets fit create one in PyTerrier's home folder")
+    output_dir: str | None = option(
+        None, "folder of the run; None lets fit keep the adapter alone, in a new folder of PyTerrier's home"
+    )
     patience: int | None = option(
         None,
         "stop after this number of measurements of nDCG@10 without an improvement; None trains to the end",
@@ -449,8 +451,7 @@ class MatroyshkaTraining(Recipe):
 class DistillTraining(MatroyshkaTraining):
     """Train every layer from ``start_layer`` to rank, by cascaded self-distillation.
 
-    Without teacher scores, :meth:`fit` warns and uses the method without ``_teacher``; training from files raises an
-    error.
+    Without teacher scores, :meth:`fit` uses the method without ``_teacher``; training from files raises an error.
 
     >>> from pyterrier_llmrerank.training import DistillTraining
     >>> DistillTraining().train_method
