@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .checkpoints.checkpoint import Checkpoint, MatroyshkaCheckpoint
     from .engine.scoring import Shape
     from .training.fit import Frames
-    from .training.recipes import MatroyshkaTraining
+    from .training.matroyshka import MatroyshkaTraining
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def _token_adapters(name: str, value: object) -> tuple[tuple[int, str], ...]:
 def _training(name: str, value: object) -> MatroyshkaTraining | None:
     if value is None:
         return None
-    from .training.recipes import CompensateTraining, DistillTraining
+    from .training.matroyshka import CompensateTraining, DistillTraining
 
     if not isinstance(value, DistillTraining | CompensateTraining):
         refuse(name, value, "DistillTraining(...), CompensateTraining(...) or None")
@@ -457,7 +457,7 @@ class MatroyshkaReranker(LLMReranker):
 
     def _recipe(self) -> MatroyshkaTraining:
         """Return the recipe in ``training``, with this reranker's heads and prompt."""
-        from .training.recipes import DistillTraining
+        from .training.matroyshka import DistillTraining
 
         recipe, parts = self.training or DistillTraining(), self._parts(fetch=True)
         start = recipe.start_layer if parts.start_layer is None else parts.start_layer

@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from .checkpoints.checkpoint import Checkpoint, RankLLaMACheckpoint
     from .engine.scoring import Shape
     from .training.fit import Frames
-    from .training.recipes import RankLLaMATraining
+    from .training.rankllama import RankLLaMATraining
 
 
 def _training(name: str, value: object) -> RankLLaMATraining | None:
     if value is None:
         return None
-    from .training.recipes import RankLLaMATraining
+    from .training.rankllama import RankLLaMATraining
 
     if not isinstance(value, RankLLaMATraining):
         raise ValueError(f"{name}={value!r}; allowed: RankLLaMATraining(...) or None.")
@@ -242,7 +242,7 @@ class RankLLaMAReranker(LLMReranker):
         Raises:
             ValueError: the recipe has another format.
         """
-        from .training.recipes import RankLLaMATraining
+        from .training.rankllama import RankLLaMATraining
 
         recipe, own = self.training or RankLLaMATraining(), self._form().settings()
         for name, value in own.items():

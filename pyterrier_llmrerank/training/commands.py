@@ -22,8 +22,10 @@ from transformers import HfArgumentParser, TrainingArguments
 from ..checkpoints.cards import Stated
 from .batches import Groups, draw_seed
 from .data import open_data
+from .matroyshka import CompensateTraining, DistillTraining
 from .output import find_resumed
-from .recipes import CompensateTraining, DistillTraining, RankLLaMATraining, Recipe
+from .rankllama import RankLLaMATraining
+from .recipes import Recipe
 from .trainer import train
 from .validation import MEASURE, Validation
 

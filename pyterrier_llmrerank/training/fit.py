@@ -19,8 +19,9 @@ from ..checkpoints.saving import empty_folder
 from ..engine.devices import resolve_device, resolve_dtype
 from .batches import Groups, draw_seed
 from .frames import check_qrels, records_of, validation_of
+from .matroyshka import MatroyshkaTraining
 from .output import remove_checkpoints
-from .recipes import MatroyshkaTraining, Recipe
+from .recipes import Recipe
 from .trainer import train
 from .validation import MEASURE
 
