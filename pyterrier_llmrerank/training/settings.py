@@ -38,7 +38,7 @@ MAY_CHANGE = frozenset({
     "save_strategy", "save_steps", "save_total_limit", "save_only_model", "save_on_each_node", "enable_jit_checkpoint",
     "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size", "patience",
     "restore_callback_states_from_checkpoint",
-    # The way in which the same numbers are computed, up to rounding.
+    # The way in which the same numbers are computed, up to rounding and, on another kind of device, dropout.
     "use_cpu", "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing",
     "gradient_checkpointing_kwargs", "torch_compile", "torch_compile_backend", "torch_compile_mode",
     "torch_empty_cache_steps", "local_rank", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
