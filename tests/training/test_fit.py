@@ -23,7 +23,7 @@ from pyterrier_llmrerank.training import CompensateTraining, DistillTraining, Ra
 RANKLLAMA_BASE, MISTRAL = str(MODELS / "rankllama_base"), str(MODELS / "mistral_base")
 SHORT: dict[str, Any] = {
     "group_size": 4, "query_max_length": 8, "passage_max_length": 40, "lora_rank": 4, "lora_alpha": 8,
-    "learning_rate": 1e-2, "max_steps": 20, "gradient_accumulation_steps": 1, "logging_steps": 5,
+    "learning_rate": 1e-2, "max_steps": 12, "gradient_accumulation_steps": 1, "logging_steps": 5,
     "gradient_checkpointing": False,
 }  # fmt: skip
 

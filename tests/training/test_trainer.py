@@ -39,7 +39,7 @@ def arguments(folder: Path, **options: Any) -> TrainingArguments:
     settings = {
         "output_dir": str(folder), "max_steps": 6, "per_device_train_batch_size": 2, "learning_rate": 5e-3,
         "logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True, "seed": 3,
-        "activation_checkpointing": True,
+        "activation_checkpointing": False,
     }  # fmt: skip
     return TrainingArguments(**(settings | options))
 
@@ -59,9 +59,10 @@ def losses(run: GroupTrainer) -> list[float]:
 
 @pytest.mark.parametrize("method", ["normal", "distill_fix_layer"])
 def test_it_learns_and_what_is_saved_scores_the_same(tmp_path: Path, method: str) -> None:
-    run = trainer(tmp_path, dataclasses.replace(DISTILL, train_method=method), max_steps=25)
+    recipe, checkpointing = dataclasses.replace(DISTILL, train_method=method), method == "normal"
+    run = trainer(tmp_path, recipe, max_steps=15, learning_rate=1e-2, activation_checkpointing=checkpointing)
     run.train()
-    assert np.mean(losses(run)[-5:]) < 0.7 * np.mean(losses(run)[:5])
+    assert np.mean(losses(run)[-3:]) < 0.7 * np.mean(losses(run)[:3])
     run.save_model(str(tmp_path / "adapter"))
     reranker = MatroyshkaReranker(BASE, adapters=[tmp_path / "adapter"], start_layer=4, cutoff=[4, 8], dtype="float32")
     pair = ("panda", words(5, 9))
@@ -104,7 +105,7 @@ def test_saving_asks_no_hub_about_the_base(tmp_path: Path) -> None:
     groups = Groups(RECORDS, 4, 0, RANKLLAMA.body)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        train(RANKLLAMA, checkpoint, groups, arguments(tmp_path, max_steps=1, activation_checkpointing=False))
+        train(RANKLLAMA, checkpoint, groups, arguments(tmp_path, max_steps=1))
 
 
 def test_a_rankllama_adapter_goes_on_learning(tmp_path: Path) -> None:
@@ -142,7 +143,7 @@ def test_a_layer_wise_adapter_goes_on_learning_above_others(tmp_path: Path) -> N
     for name, on in (("first", []), ("second", ["first"])):
         checkpoint = DISTILL.open(BASE, [str(tmp_path / folder) for folder in on])
         groups = Groups(RECORDS, 4, 0, DISTILL.body)
-        train(DISTILL, checkpoint, groups, arguments(tmp_path / name, max_steps=2, learning_rate=1e-2))
+        train(DISTILL, checkpoint, groups, arguments(tmp_path / name, max_steps=1, learning_rate=1e-2))
     first, second = str(tmp_path / "first"), str(tmp_path / "second")
     for name, rate in (("same", 0.0), ("third", 1e-2)):
         again = DISTILL.open(second, [first])
@@ -163,7 +164,7 @@ def test_modules_that_are_not_there_are_named(tmp_path: Path) -> None:
 
 
 def test_compensation_goes_on_top_of_what_was_distilled(tmp_path: Path) -> None:
-    run = trainer(tmp_path, max_steps=3)
+    run = trainer(tmp_path, max_steps=1)
     run.train()
     run.save_model(str(tmp_path / "distilled"))
     recipe = CompensateTraining(
@@ -172,26 +173,11 @@ def test_compensation_goes_on_top_of_what_was_distilled(tmp_path: Path) -> None:
     )  # fmt: skip
     checkpoint = recipe.open(BASE, [str(tmp_path / "distilled")])
     groups = Groups(RECORDS, 4, 0, recipe.body)
-    folder = train(recipe, checkpoint, groups, arguments(tmp_path / "compensation", max_steps=3))
+    folder = train(recipe, checkpoint, groups, arguments(tmp_path / "compensation", max_steps=2))
     both = MatroyshkaReranker(BASE, adapters=[tmp_path / "distilled", folder], start_layer=4, dtype="float32")
     one = MatroyshkaReranker(BASE, adapters=[tmp_path / "distilled"], start_layer=4, dtype="float32")
     pair = ("panda", words(5, 9))
     assert both.compute_score(pair) != pytest.approx(one.compute_score(pair), abs=1e-4)
-
-
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
-    whole = trainer(tmp_path / "whole", max_steps=4, gradient_accumulation_steps=2)
-    whole.train()
-    options: dict[str, Any] = {
-        "max_steps": 4, "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 2
-    }  # fmt: skip
-    trainer(tmp_path / "cut", **options).train()
-    again = trainer(tmp_path / "cut", **options)
-    again.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
-    np.testing.assert_allclose(losses(again)[-2:], losses(whole)[-2:], rtol=1e-5)
-    for name, parameter in whole.model.named_parameters():
-        if parameter.requires_grad:
-            torch.testing.assert_close(dict(again.model.named_parameters())[name], parameter, atol=1e-6, rtol=1e-5)
 
 
 def run(folder: Path, recipe: Recipe = DISTILL, overwrite: bool = False, base: str = BASE, **options: Any) -> Path:
@@ -244,11 +230,11 @@ def test_what_is_trained_on_is_not_removed(tmp_path: Path) -> None:
 
 
 def test_a_run_over_another_begins_clean(tmp_path: Path) -> None:
-    run(tmp_path / "again", max_steps=3)
+    run(tmp_path / "again")
     for name in ("tokenizer.model", "notes.txt"):
         (tmp_path / "again" / name).write_text("before")
-    run(tmp_path / "again", overwrite=True, seed=4)
-    run(tmp_path / "new", seed=4)
+    run(tmp_path / "again", overwrite=True, seed=4, max_steps=1)
+    run(tmp_path / "new", seed=4, max_steps=1)
     assert sorted(path.name for path in (tmp_path / "again").iterdir()) == sorted(
         ["notes.txt", *(path.name for path in (tmp_path / "new").iterdir())]
     )
