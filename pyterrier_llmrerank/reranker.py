@@ -59,9 +59,9 @@ def recipe(*kinds: str) -> Callable[[str, object], Any]:
 
     def check(name: str, value: object) -> Any:
         if value is not None:
-            from .training import recipes
+            from . import training
 
-            if not isinstance(value, tuple(getattr(recipes, kind) for kind in kinds)):
+            if not isinstance(value, tuple(getattr(training, kind) for kind in kinds)):
                 refuse(name, value, f"{', '.join(f'{kind}(...)' for kind in kinds)} or None")
         return value
 
@@ -357,12 +357,13 @@ class LLMReranker(ValueSemantics, pt.Estimator):
 
         For each query, the relevant results compete with its other results, judged or not. A query without relevant
         results takes the documents judged relevant from other queries' results or from the recipe's ``text``, or is
-        left out; a log line counts these queries. Losses are logged (INFO), or shown in a progress bar if ``verbose``.
+        left out; a warning counts these queries. Losses are logged (INFO), or shown in a progress bar if ``verbose``.
         With validation data, nDCG@10 is measured every ``eval_steps``, the best checkpoint is kept, and ``patience``
         stops training early.
 
-        Afterwards the reranker scores with the new adapter. The adapter and its checkpoints are in the recipe's
-        ``output_dir`` (by default a new folder in PyTerrier's home); :meth:`save` writes it elsewhere. Another fit
+        Afterwards the reranker scores with the new adapter. It is in the recipe's ``output_dir``, beside the run's
+        checkpoints; by default, alone in a new folder below ``~/.pyterrier/llmrerank/trained``, which stays until you
+        delete it. :meth:`save` writes a copy elsewhere. Another fit
         starts from it: RankLLaMA continues to train the adapter, Matroyshka adds another one. Texts are cut to the
         lengths in the recipe. A reranker that was fitted equals only itself.
 
