@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import pyterrier as pt
 import torch
-from dense import BiEncoder
+from bi_encoder import BiEncoder
 from pyterrier.measures import nDCG
 from rerank_run import load, with_title
 

