@@ -283,8 +283,13 @@ def _scoring(reranker: LLMReranker, workers: int, address: str | None) -> Iterat
 
 
 def _score_here(reranker: LLMReranker, chunks: Iterator[Chunk]) -> Generator[tuple[Chunk, ScoredChunk]]:
-    """Score chunks in this process, while a thread reads the next one."""
-    for chunk in prefetch(chunks):
+    """Score chunks in this process, while a thread reads and tokenises the next one."""
+
+    def tokenised(chunk: Chunk) -> Chunk:
+        reranker.tokenise(chunk.frame)
+        return chunk
+
+    for chunk in prefetch(map(tokenised, chunks)):
         yield chunk, score_chunk(reranker, chunk.frame)
 
 
