@@ -277,19 +277,19 @@ class LLMReranker(ValueSemantics, pt.Estimator):
     def tokenise(self, inp: pd.DataFrame) -> None:
         """Tokenise a frame before it is given to :meth:`transform`; a thread may do so while another frame is scored.
 
-        The token ids are kept until then. They are not used if an argument has changed. Errors are left to
-        :meth:`transform`, which names the row.
+        The token ids are kept until then, and are not used if an argument or the model has changed. Errors are left
+        to :meth:`transform`, which names the row.
 
         Args:
             inp: the frame.
         """
-        settings, stopwatch = self.equality_key(), Stopwatch()
-        if self._prepared is None or self._prepared.settings != settings:
-            self._prepared = PreparedIds(settings)
-        prepared = self._prepared
+        stopwatch = Stopwatch()
         try:
             texts, _ = distinct(list(zip(inp["query"], self._bodies(inp), strict=True)))
-            _, _, tokenizer = self._weights().at_depth(0)
+            settings = (self._replicas(), self.equality_key())
+            if self._prepared is None or self._prepared.settings != settings:
+                self._prepared = PreparedIds(settings)
+            prepared, (_, _, tokenizer) = self._prepared, self._weights().at_depth(0)
             with stopwatch:
                 prepared.add(texts, self._encode(tokenizer, texts))
         except BaseException as error:  # a panic of the tokenizer is no Exception
@@ -529,10 +529,10 @@ class LLMReranker(ValueSemantics, pt.Estimator):
         """
         from .engine.scoring import Scorer
 
-        encode: Encode = self._encode
-        if self._prepared is not None and self._prepared.settings == self.equality_key():
+        replicas, encode = self._replicas(), cast("Encode", self._encode)
+        if self._prepared is not None and self._prepared.settings == (replicas, self.equality_key()):
             encode = partial(self._prepared.take, encode)
-        return Scorer(self._replicas(), self._shape, encode, self.batch_size)
+        return Scorer(replicas, self._shape, encode, self.batch_size)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -12,6 +12,7 @@ import resource
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from hypothesis import strategies as st
 
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker, ScoringError
 from pyterrier_llmrerank.engine import scoring
+from pyterrier_llmrerank.engine.inputs import Ids, MatroyshkaInputs
 from pyterrier_llmrerank.engine.usage import Usage
 from pyterrier_llmrerank.runs import chunks
 from pyterrier_llmrerank.runs.formats import read_rerank, read_run
@@ -141,7 +143,26 @@ def test_ties_keep_the_order_of_the_source(tmp_path: Path) -> None:
     assert [row.docno for row in read_run(tmp_path / "run.tsv")] == ["d9", "d8", "d7", "d6"]
 
 
-def test_chunks_hold_whole_queries_and_one_is_read_ahead(source: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Return a list of the pairs that have been tokenised so far; the text ``bad`` fails."""
+    pairs: list[tuple[str, str]] = []
+    real = MatroyshkaInputs.__call__
+
+    def encode(self: MatroyshkaInputs, tokenizer: Any, given: list[tuple[str, str]]) -> list[Ids]:
+        if any(passage == "bad" for _, passage in given):
+            raise OverflowError("odd text")
+        ids = real(self, tokenizer, given)
+        pairs.extend(given)
+        return ids
+
+    monkeypatch.setattr(MatroyshkaInputs, "__call__", encode)
+    return pairs
+
+
+def test_chunks_hold_whole_queries_and_the_next_is_read_and_tokenised_while_one_is_scored(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoded: list[tuple[str, str]]
+) -> None:
     read = 0
 
     def counted(path: Path) -> Iterator[object]:
@@ -151,15 +172,31 @@ def test_chunks_hold_whole_queries_and_one_is_read_ahead(source: Path, tmp_path:
             yield row
 
     def check(reranker: LLMReranker, inp: pd.DataFrame, calls: int) -> None:
-        assert read <= sum(CHUNKS[: calls + 2]) + 1  # one chunk ahead, and the row after it
+        ahead = sum(CHUNKS[: calls + 2])
+        deadline = time.monotonic() + 10
+        while len(encoded) < ahead and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert len(encoded) == ahead
+        assert read <= ahead + 1  # and the row after it, of another query
         assert set(inp["qid"]) & written == set()
         written.update(inp["qid"])
 
     written: set[str] = set()
-    with pytest.MonkeyPatch.context() as patch, transforming(check) as calls:
-        patch.setattr(chunks, "read_rerank", counted)
+    monkeypatch.setattr(chunks, "read_rerank", counted)
+    with transforming(check) as calls:
         rerank_file(MATROYSHKA, source, tmp_path / "run.tsv")
     assert tuple(calls) == CHUNKS
+    assert sorted(encoded) == sorted((str(row["query"]), str(row["text"])) for row in rows())  # each once
+
+
+def test_a_row_that_cannot_be_tokenised_is_named_and_the_chunks_before_it_are_kept(
+    tmp_path: Path, encoded: list[tuple[str, str]]
+) -> None:
+    target, records = tmp_path / "run.tsv", rows()
+    records[15]["text"] = "bad"
+    with pytest.raises(ScoringError, match="cannot tokenise qid 'q5', docno 'd0': OverflowError: odd text"):
+        rerank_file(MATROYSHKA, write_rows(tmp_path / "rerank.jsonl", records), target)
+    assert len(list(read_run(target))) == sum(CHUNKS[:2])
 
 
 def test_an_empty_file_gives_an_empty_run(tmp_path: Path) -> None:
