@@ -110,7 +110,7 @@ def test_missing_queries_give_a_warning_or_an_error(caplog: pytest.LogCaptureFix
     assert caplog.messages == [
         "The baseline lacks 2 of the 4 queries with judgements; they count as queries without results."
     ]
-    others = [row._replace(qid=f"other-{row.qid}") for row in run(0)]
+    others = [RunRow(f"other-{qid}", *rest) for qid, *rest in run(0)]
     with pytest.raises(
         ValueError,
         match="the baseline has none of the queries .*: it has 'other-.*, and the qrels have 'q0'",
@@ -173,7 +173,7 @@ def test_ties_keep_their_rank_or_order() -> None:
     for order, value in ((rows, 1.0), (rows[::-1], 1 / 3)):
         _, total = compare([parse_measure("RR")], QRELS[:1], {"mine": order})
         assert total["value"].tolist() == [value]
-    ranked = [row._replace(rank=rank) for row, rank in zip(rows, (1, 0, 2), strict=True)]
+    ranked = [RunRow("q0", name, rank, 0.5, 1) for name, rank in (("d0", 1), ("z", 0), ("a", 2))]
     _, total = compare([parse_measure("RR")], QRELS[:1], {"mine": ranked})
     assert total["value"].tolist() == [0.5]
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partialmethod
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMARerank
 from pyterrier_llmrerank.engine import scoring
 from pyterrier_llmrerank.engine.inputs import Ids, MatroyshkaInputs
 from pyterrier_llmrerank.engine.usage import Usage
-from pyterrier_llmrerank.runs import chunks
+from pyterrier_llmrerank.runs import chunks, journal
 from pyterrier_llmrerank.runs.formats import read_rerank, read_run
 from pyterrier_llmrerank.runs.journal import JournaledFile, journal_path
 from pyterrier_llmrerank.runs.streaming import Report, rerank_file
@@ -329,7 +329,7 @@ def stopped(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(name=st.sampled_from(["run.tsv", "run.tsv.gz"]), data=st.data())
 def test_a_run_truncated_anywhere_resumes_to_the_same_bytes(
     name: str, source: Path, whole: bytes, stopped: Path, data: st.DataObject
@@ -341,7 +341,7 @@ def test_a_run_truncated_anywhere_resumes_to_the_same_bytes(
         wanted = gzip.decompress(stood) if name.endswith(".gz") else stood
         assert whole.startswith(wanted)
         ends = [0, *(sum(block) for block in _cumulated(journal_path(target)))]
-        for _ in range(data.draw(st.integers(1, 3), "kills")):
+        for _ in range(data.draw(st.integers(1, 2), "kills")):
             cut = data.draw(st.integers(0, target.stat().st_size), "bytes left")
             os.truncate(target, cut)
             kept = sum(end <= cut for end in ends) - 1
@@ -361,25 +361,30 @@ def _cumulated(journal: Path) -> list[list[int]]:
     return [sizes[: n + 1] for n in range(len(sizes))]
 
 
-def _torn(run: JournaledFile, write: Any, numbers: Iterator[int], fatal: int | None, part: float, *what: Any) -> None:
-    """Write, but kill the process in the middle of the write with the number ``fatal``."""
-    if next(numbers) == fatal:
-        *where, data = what
-        write(run, *where, data[: int(part * len(data))])
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(run, *what)
+def killed_in(fatal: int | None, part: float) -> type[FileIO]:
+    """Return a kind of file that kills the process in the middle of the write with the number ``fatal``."""
+    numbers = itertools.count(1)
+
+    class Torn(FileIO):
+        def write(self, data: Any) -> int:
+            if next(numbers) == fatal:
+                super().write(data[: int(part * len(data))])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().write(data)
+
+    return Torn
 
 
 @pytest.mark.parametrize("name", ["run.tsv", "run.trec.gz"])
 def test_a_run_killed_in_any_write_resumes_to_the_same_bytes(name: str, source: Path, tmp_path: Path) -> None:
-    draw, form, write = random.Random(name), "trec" if "trec" in name else "three", JournaledFile._write
+    draw, form = random.Random(name), "trec" if "trec" in name else "three"
     rerank_file(MATROYSHKA, source, tmp_path / name, form=form)
     target = tmp_path / f"killed-{name}"
-    for fatal in (1, 2, 3, 2, 1, 5, 4, None):  # journal lines and blocks alternate
+    for fatal in (1, 2, 3, 1, 4, None):  # journal lines and blocks alternate
         part = draw.random()
         child = os.fork()
         if child == 0:
-            JournaledFile._write = partialmethod(_torn, write, itertools.count(1), fatal, part)
+            journal.FileIO = killed_in(fatal, part)
             status = 1
             try:
                 rerank_file(MATROYSHKA, source, target, form=form, resume=True)
