@@ -96,14 +96,14 @@ def test_missing_and_repeated_entries_are_named(folder: Path, changed: dict[str,
 
 @pytest.mark.usefixtures("named")
 @pytest.mark.parametrize("name", ["tiny-irds", "irds:tiny-irds"])
-def test_ir_datasets(name: str) -> None:
+def test_a_dataset_of_ir_datasets_is_read_by_name(name: str) -> None:
     assert queries(name) == {"q1": "panda", "q2": "coffee", "q3": "tide"}
     assert documents(name, {"d1", "d9"}) == {"d1": Text("d1", None, None, "a panda", 0)}
     assert judgements(name) == [Judgement("q1", "d1", 2), Judgement("q2", "d3", 0)]
 
 
 @pytest.mark.usefixtures("named")
-def test_pyterrier_datasets() -> None:
+def test_a_dataset_of_pyterrier_is_read_by_name() -> None:
     assert queries("tiny-pt") == {"1": "panda", "2": "coffee"}
     assert documents("tiny-pt", {"d1", "d9"}) == {"d1": Text("d1", "T", None, "a panda", 0)}
     assert judgements("tiny-pt") == [Judgement("1", "d1", 2)]
@@ -222,7 +222,7 @@ QUERY, DOCUMENT = GenericQuery("q1", "panda"), GenericDoc("d1", "a panda")
 
 
 @pytest.mark.parametrize("kind", DOCS.values(), ids=DOCS)
-def test_every_kind_of_document(kind: Any, prepared: Callable[[Any, Any], RerankRow]) -> None:
+def test_every_kind_of_document_has_a_text_or_is_named(kind: Any, prepared: Callable[[Any, Any], RerankRow]) -> None:
     document = made(kind)
     if kind.__name__ == "ToucheImageDoc":
         with pytest.raises(
@@ -246,7 +246,7 @@ def test_every_kind_of_document(kind: Any, prepared: Callable[[Any, Any], Rerank
 
 
 @pytest.mark.parametrize("kind", QUERIES.values(), ids=QUERIES)
-def test_every_kind_of_query(kind: Any, prepared: Callable[[Any, Any], RerankRow]) -> None:
+def test_every_kind_of_query_has_a_text_or_is_named(kind: Any, prepared: Callable[[Any, Any], RerankRow]) -> None:
     query = made(kind)
     if kind.__name__ == "TrecBackgroundLinkingQuery":
         with pytest.raises(ValueError, match="^topics='made-up': cannot get a text for query_id 'q1', a TrecBack"):
@@ -311,7 +311,7 @@ def test_queries_without_text_are_an_error_only_if_the_run_has_them(prepared: Ca
 
 
 @pytest.mark.parametrize("kind", QRELS.values(), ids=QRELS)
-def test_every_kind_of_judgement(kind: Any, registered: dict[str, Any]) -> None:
+def test_every_kind_of_judgement_has_one_label(kind: Any, registered: dict[str, Any]) -> None:
     one = made(kind, relevance="2" if kind.__name__ == "CodeSearchNetChallengeQrel" else 2)
     given = [one, one]
     registered["made-up"] = types.SimpleNamespace(has_qrels=lambda: True, qrels_iter=lambda: iter(given))

@@ -298,13 +298,13 @@ def test_an_interrupted_shard_resumes_to_the_same_bytes(source: Path, whole: byt
 
 
 @pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "1/0", "-1/2", "1/2/3", "a/b", "", 2, (1, 4)])
-def test_shards_that_do_not_exist(shard: Any, source: Path, tmp_path: Path) -> None:
+def test_a_shard_that_does_not_exist_is_refused(shard: Any, source: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=re.escape(f"shard={shard!r}; allowed: i/n with i from 1 to n")):
         rerank_file(MATROYSHKA, source, tmp_path / "run.tsv", shard=shard)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_shards_of_files_that_cannot_be_counted(source: Path, tmp_path: Path) -> None:
+def test_a_shard_of_a_file_that_cannot_be_counted_is_refused(source: Path, tmp_path: Path) -> None:
     cut = write_rows(tmp_path / "rerank.jsonl.gz", rows())
     cut.write_bytes(cut.read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"shard='1/2': the lines of .*rerank\.jsonl\.gz cannot be counted"):

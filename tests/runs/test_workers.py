@@ -272,16 +272,16 @@ def test_few_chunks_are_held_while_the_first_is_slow() -> None:
     assert run(FakeRay(last_but_first, lambda *_: False), coming(), 2)[0] == [f"q{n}" for n in range(20)]
 
 
-@pytest.mark.parametrize(("what", "over"), [("open", "opening the model"), ("score", "scoring queries 'q1' to 'q1'")])
-def test_too_many_losses_over_a_task_are_an_error(what: str, over: str) -> None:
+@pytest.mark.parametrize(("call", "over"), [("open", "opening the model"), ("score", "scoring queries 'q1' to 'q1'")])
+def test_too_many_losses_over_a_task_are_an_error(call: str, over: str) -> None:
     def loses(name: str, frame: pd.DataFrame | None) -> bool:
-        return name == what and _qid(frame) in ("", "q1")
+        return name == call and _qid(frame) in ("", "q1")
 
     fake = FakeRay(lambda busy: busy[0], loses)
     got, error = run(fake, chunks(["q0", "q1", "q2"]), 2)
     assert isinstance(error, ConnectionError)
     assert f"{MAX_LOSSES} workers were lost while {over}" in str(error)
-    assert got == (["q0"] if what == "score" else [])
+    assert got == (["q0"] if call == "score" else [])
     assert fake.alive == set()
 
 
@@ -340,7 +340,7 @@ def test_an_error_from_reading_comes_after_earlier_results() -> None:
         ([{"CPU": 8.0, "GPU": 2.0}], ("cuda", "cpu"), 2, {"num_cpus": 1, "num_gpus": 1}),
     ],
 )
-def test_resources_of_each_worker(
+def test_workers_share_the_resources_of_the_machines(
     machines: list[dict[str, float]], device: object, count: int, wanted: dict[str, int]
 ) -> None:
     fake = FakeRay(None, None, *machines)
@@ -426,7 +426,7 @@ def test_a_missing_ray_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ("address", "environment", "wanted"),
     [(None, None, "local"), ("ray://head:10001", "other", "ray://head:10001"), (None, "head:6379", "head:6379")],
 )
-def test_the_address_of_the_cluster(
+def test_the_cluster_is_found_by_argument_environment_or_started(
     address: str | None, environment: str | None, wanted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[Any] = []
