@@ -344,8 +344,8 @@ class _RunWriter:
 def _settings(reranker: LLMReranker, device_type: str, form: str, tag: str, shard: Shard | None) -> dict[str, Any]:
     """Return the settings that must stay the same when a run is resumed.
 
-    These are the arguments that affect scores, the base that an adapter names, and the shard. With quantization, batch
-    size and type of device do, too.
+    These are the arguments that affect scores, the base that an adapter names, and the shard. With quantization, the
+    batch size and the type of device affect them, too.
     """
     arguments = {name: value for name, value in reranker.equality_key().items() if name not in MAY_CHANGE}
     if reranker.quantization:

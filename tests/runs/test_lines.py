@@ -1,4 +1,4 @@
-"""A written file appears once it is complete, whatever happens on the way."""
+"""A written file appears only once it is complete, even if writing fails."""
 
 import gzip
 import os
