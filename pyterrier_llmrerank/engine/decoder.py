@@ -62,8 +62,8 @@ def decode(
         packed: the pairs. If they are padded, the released code is reproduced: up to the first pooling the padding is
             part of the sequence, with its keys masked, and pooling takes the attention of the last padding token.
         cutoffs: how many layers to run before reading, ascending, each at least 1.
-        compress_layers: layers, from 1, after which the bodies are pooled; 0 and layers from the deepest cutoff on have no
-            effect.
+        compress_layers: layers, counted from 1, after which the bodies are pooled; 0 and layers from the
+            deepest cutoff on have no effect.
         compress_ratio: tokens pooled into one; 1 turns pooling off.
         whole_layers: run the deepest layer in full, as a module; parallel wrappers of layers need that.
 
