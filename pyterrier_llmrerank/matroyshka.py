@@ -18,7 +18,8 @@ from . import shapes
 from .checkpoints import bundled
 from .checkpoints.assembly import assemble, token_adapter_for
 from .checkpoints.description import EXPORTED, FILE, Description, amend
-from .checkpoints.locate import absolute, folder_of, identity, is_hub_id, require, shortest
+from .checkpoints.identity import identity
+from .checkpoints.locate import absolute, folder_of, is_hub_id, require, shortest
 from .engine.inputs import PROMPT, Ids, MatroyshkaInputs
 from .features import PAPER, AtDepth, MatroyshkaFeatures
 from .frames import sigmoid

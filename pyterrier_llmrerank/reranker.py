@@ -525,7 +525,7 @@ class LLMReranker(ValueSemantics, pt.Estimator):
 
     def _replicas(self) -> tuple[Weights, ...]:
         """Return the weights for each device, shared with all living rerankers that name the same weights."""
-        from .checkpoints.locate import identity
+        from .checkpoints.identity import identity
         from .engine.devices import resolve_devices, resolve_dtype
         from .engine.weights import Weights, shared_weights
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import pyterrier as pt
 
 from ..checkpoints.description import KINDS, Description
+from ..checkpoints.identity import fingerprint
 from ..checkpoints.input_format import NAMED, InputFormat, check_name
-from ..checkpoints.locate import fingerprint
 from ..engine.inputs import PROMPT, MatroyshkaInputs, inputs_of
 from ..values import RATIOS
 from .objectives import METHODS, CascadeLoss, DistilledLoss, Loss
