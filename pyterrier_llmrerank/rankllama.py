@@ -18,25 +18,15 @@ from .checkpoints.locate import absolute, folder_of, is_hub_id, named_base, port
 from .engine.inputs import Encoding, Ids, RankLLaMAInputs, inputs_of
 from .frames import row_name
 from .options import Option, with_options
-from .reranker import LLMReranker, model_path, require_layerwise
+from .reranker import LLMReranker, model_path, recipe
 from .values import column, flag, optional, positive, problem_of, string
 
 if TYPE_CHECKING:
     from .checkpoints.checkpoint import Checkpoint
     from .checkpoints.rankllama_checkpoint import RankLLaMACheckpoint
-    from .engine.scoring import Shape
+    from .engine.shape import Shape
     from .training.fit import Frames
     from .training.recipes import RankLLaMATraining
-
-
-def _training(name: str, value: object) -> RankLLaMATraining | None:
-    if value is None:
-        return None
-    from .training.recipes import RankLLaMATraining
-
-    if not isinstance(value, RankLLaMATraining):
-        raise ValueError(f"{name}={value!r}; allowed: RankLLaMATraining(...) or None.")
-    return value
 
 
 #: The names of the arguments for the input format.
@@ -86,6 +76,9 @@ class RankLLaMAReranker(LLMReranker):
         '{passage_prefix} {title} {text}``. ``"qwen3-reranker"`` is the prompt of Qwen3-Reranker\'s sequence '
         "classifiers. A template with ``{query}``, perhaps ``{title}``, and ``{text}`` is any other prompt. None is "
         'the format in the model\'s ``reranker.json``, or else ``"tevatron-2023"``.',
+        shell="the form in which the model reads a pair: ``tevatron-2023``, ``tevatron-2024``, ``qwen3-reranker`` or a "
+        "template, such as ``'Query: {query} Document: {text}'``; by default, the model's own, or else "
+        "``tevatron-2023``.",
     )
     query_prefix: Option[str | None] = Option(
         default=None,
@@ -102,7 +95,7 @@ class RankLLaMAReranker(LLMReranker):
         default=None,
         check=optional(flag),
         help="append the tokenizer's end token to the input, in all formats but ``tevatron-2023``; None for the value "
-        "in ``reranker.json``, or False.",
+        "in ``reranker.json``, or else no end token.",
     )
     query_max_length: Option[int | None] = Option(
         default=None,
@@ -133,7 +126,7 @@ class RankLLaMAReranker(LLMReranker):
     )
     training: Option[RankLLaMATraining | None] = Option(
         default=None,
-        check=_training,
+        check=recipe("RankLLaMATraining"),
         help="the recipe that :meth:`fit` trains by; None for the original settings.",
     )
 
@@ -149,10 +142,10 @@ class RankLLaMAReranker(LLMReranker):
             self._checked(self._chosen(self.named_format)[0])
 
     def _look_up_model(self) -> None:
-        """Keep what a local model says of itself."""
+        """Keep the base and the input format that a local model names."""
         #: The base that the adapter names. If that is a relative path, it is resolved now, not when it is opened.
         self.named_base = named_base(self._source())
-        #: The same as it is stored and compared.
+        #: The base in the form that is stored and compared.
         self.portable_base = None if self.named_base is None else portable(self.named_base)
         #: The input format that a local model names; None if it names none.
         self.named_format = None if is_hub_id(self._source()) else self._described_format()
@@ -191,7 +184,11 @@ class RankLLaMAReranker(LLMReranker):
         return self._checked(self._chosen(self._described_format())[0])
 
     def _chosen(self, own: InputFormat | None) -> tuple[InputFormat, Mapping[str, Any]]:
-        """Return the format that the arguments make of the model's own, and the arguments that show it."""
+        """Return the input format, and the arguments by which ``repr`` names it.
+
+        Args:
+            own: the model's own format, which the arguments change; None if it has none.
+        """
         return _chosen(tuple(self._given_format().items()), own)
 
     def _checked(self, form: InputFormat) -> InputFormat:
@@ -235,7 +232,7 @@ class RankLLaMAReranker(LLMReranker):
         return self._source(), self.base_model or self.named_base
 
     def _shape(self, checkpoint: Checkpoint) -> Shape:
-        from .engine.scoring import Shape
+        from .engine.shape import Shape
 
         self._check_layerwise(checkpoint)
         return Shape(cutoffs=(checkpoint.layers,), heads=(0,), attn_implementation=self.attn_implementation)
@@ -308,7 +305,7 @@ class RankLLaMAReranker(LLMReranker):
         return {**self.arguments(), **named, **self._shown_format()}
 
     def _shown_format(self) -> Mapping[str, Any]:
-        """Return the arguments for the input format in use; for a hub model, which may name one, those given."""
+        """Return the arguments that name the input format; as given for a hub model, whose own format is unknown."""
         return self._given_format() if is_hub_id(self._source()) else self._chosen(self.named_format)[1]
 
     def _repr_value(self, name: str) -> Any:
@@ -335,40 +332,28 @@ class RankLLaMAReranker(LLMReranker):
             ValueError: there is no adapter, the model is untrained or, for ``merged``, it does not support layer-wise
                 execution.
         """
-        from .checkpoints.cards import merged_classifier
-        from .checkpoints.saving import all_or_nothing, classifier_settings, copy_adapter, write_merged
-        from .engine.weights import build_decoder
+        from .checkpoints.saving import all_or_nothing, copy_adapter
+        from .exports import write_rankllama
 
-        weights, form = self._weights(), self._form()
-        checkpoint = weights.checkpoint
-        heads = checkpoint.heads(checkpoint.tokenizer())  # raises where it is untrained
+        weights, target = self._weights(), Path(folder).expanduser()
+        described = {"input_format": self._form(), **self._cut()}
         if merged:
-            require_layerwise(checkpoint, "merged", merged, "False")
-        if not merged and not self._is_adapter():
+            write_rankllama(weights, self._inputs(), replace(weights.checkpoint.description(), **described), target)
+            return
+        checkpoint = weights.checkpoint
+        checkpoint.heads(checkpoint.tokenizer())  # raises where it is untrained
+        if not self._is_adapter():
             raise ValueError(f"model={self.model!r} is no adapter; allowed: merged=True.")
-        with all_or_nothing(Path(folder).expanduser()) as target:
-            if merged:
-                inputs, cut = self._inputs(), self._cut()
-                description = replace(checkpoint.description(), input_format=form, **cut)
-                settings = classifier_settings(checkpoint, inputs(checkpoint.tokenizer(), [("", "")])[0].suffix)
-                columns = cut["title_field"] is not None, cut["url_field"] is not None
-                limits = inputs.query_max_length, inputs.passage_max_length
-                card = merged_classifier(checkpoint.base, settings["architectures"][0], form, columns, limits)
-                write_merged(
-                    checkpoint, build_decoder(checkpoint), {"score.weight": heads}, settings, weights.dtype,
-                    target, description, card=card,
-                )  # fmt: skip
-            else:
-                copy_adapter(folder_of(self._source(), "model"), target, checkpoint.base, checkpoint.tokenizer())
-                parts = replace(checkpoint.description(), base=checkpoint.base, adapters=(".",), input_format=form)
-                replace(parts, **self._cut()).write(target)
+        with all_or_nothing(target):
+            copy_adapter(folder_of(self._source(), "model"), target, checkpoint.base, checkpoint.tokenizer())
+            replace(checkpoint.description(), base=checkpoint.base, adapters=(".",), **described).write(target)
 
 
 @lru_cache(maxsize=128)
 def _chosen(given: tuple[tuple[str, Any], ...], own: InputFormat | None) -> tuple[InputFormat, Mapping[str, Any]]:
-    """Return the format that these arguments make of a model's own, and the arguments that show it.
+    """Return the input format, and the arguments by which ``repr`` names it.
 
-    A default is not shown, unless the model would have another value without the argument.
+    A default is left out, unless the model would have another value without the argument.
     """
     form = InputFormat.chosen(dict(given), own)
     usual = InputFormat(form.name).settings() | {"input_format": TEVATRON_2023}

@@ -66,7 +66,8 @@ from pyterrier_llmrerank.engine.cascade import Cascade
 from pyterrier_llmrerank.engine.inputs import Ids, token_ids
 from pyterrier_llmrerank.engine.operations import Operations
 from pyterrier_llmrerank.engine.packing import PackedPairs
-from pyterrier_llmrerank.engine.scoring import Scorer, Shape
+from pyterrier_llmrerank.engine.scoring import Scorer
+from pyterrier_llmrerank.engine.shape import Shape
 from pyterrier_llmrerank.engine.usage import Observer, Usage
 from pyterrier_llmrerank.engine.weights import Weights
 

@@ -109,7 +109,10 @@ def test_an_adapter_calls_the_small_model_by_its_name(monkeypatch: pytest.Monkey
     [
         ({"cutoff": 99}, "cutoff=99: model='smollm2-135m' has heads at layers 4 to 30"),
         ({"cutoff": [2, 10]}, "cutoff=2: model='smollm2-135m' has heads at layers 4 to 30"),
-        ({"compress_layers": [8, 40]}, "layer index 40 is beyond model='smollm2-135m'; allowed: 0 to 29"),
+        (
+            {"compress_layers": [8, 40]},
+            "model='smollm2-135m' has 30 layers, so none runs after layer 40; allowed: 1 to 29",
+        ),
         ({"start_layer": 8}, "start_layer=8: model='smollm2-135m' was trained with start_layer 4; allowed: 4"),
         ({"layer_sep": 2}, "layer_sep=2: model='smollm2-135m' was trained with layer_sep 1; allowed: 1"),
         ({"start_layer": 31, "adapters": ["a/b"]}, "start_layer=31: model='smollm2-135m' has 30 layers"),
