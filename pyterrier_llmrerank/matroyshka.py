@@ -70,7 +70,7 @@ class MatroyshkaReranker(LLMReranker):
         check=folders,
         help="LoRA folders, merged in the order given. Each is a path, a folder below the model's own "
         '(``"compensate/layer/full"``) or a hub id. The default is the adapters in the model\'s '
-        "``reranker.json``, if it has one.",
+        "``reranker.json``, if it has one. A ``reranker.json`` beside an adapter gives prompt, heads and lengths.",
         shell="LoRA folders, merged in the order given: ``--adapters FIRST --adapters SECOND``.",
     )
     token_adapters: Converted[Mapping[int, str] | Sequence[tuple[int, str]], tuple[tuple[int, str], ...]] = Converted(
