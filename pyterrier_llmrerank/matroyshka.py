@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .checkpoints.matroyshka_checkpoint import MatroyshkaCheckpoint
     from .engine.shape import Shape
     from .training.fit import Frames
-    from .training.recipes import MatroyshkaTraining
+    from .training.matroyshka import MatroyshkaTraining
 
 
 @with_options
@@ -447,7 +447,7 @@ class MatroyshkaReranker(LLMReranker):
 
     def _recipe(self) -> MatroyshkaTraining:
         """Return the recipe in ``training``, with this reranker's heads and prompt."""
-        from .training.recipes import DistillTraining
+        from .training.matroyshka import DistillTraining
 
         recipe, parts = self.training or DistillTraining(), self._parts(fetch=True)
         start = recipe.start_layer if parts.start_layer is None else parts.start_layer

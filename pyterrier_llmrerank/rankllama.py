@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .checkpoints.rankllama_checkpoint import RankLLaMACheckpoint
     from .engine.shape import Shape
     from .training.fit import Frames
-    from .training.recipes import RankLLaMATraining
+    from .training.rankllama import RankLLaMATraining
 
 
 #: The names of the arguments for the input format.
@@ -263,7 +263,7 @@ class RankLLaMAReranker(LLMReranker):
         Raises:
             ValueError: the recipe has another format.
         """
-        from .training.recipes import RankLLaMATraining
+        from .training.rankllama import RankLLaMATraining
 
         recipe, own = self.training or RankLLaMATraining(), self._form().settings()
         for name, value in own.items():
