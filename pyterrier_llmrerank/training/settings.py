@@ -14,8 +14,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainingArguments
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.identity import fingerprint
 from ..checkpoints.json_files import read_json
-from ..checkpoints.locate import fingerprint
 from .batches import Groups
 from .recipes import Recipe
 from .validation import Validation
