@@ -60,13 +60,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForSequenceClassification, LlamaConfig, MistralConfig, PreTrainedTokenizerFast
 
-from pyterrier_llmrerank.checkpoints.checkpoint import RankLLaMACheckpoint
+from pyterrier_llmrerank.checkpoints.rankllama_checkpoint import RankLLaMACheckpoint
 from pyterrier_llmrerank.engine import attention, kernels, scoring
 from pyterrier_llmrerank.engine.cascade import Cascade
 from pyterrier_llmrerank.engine.inputs import Ids, token_ids
 from pyterrier_llmrerank.engine.operations import Operations
 from pyterrier_llmrerank.engine.packing import PackedPairs
-from pyterrier_llmrerank.engine.scoring import Scorer, Shape
+from pyterrier_llmrerank.engine.scoring import Scorer
+from pyterrier_llmrerank.engine.shape import Shape
 from pyterrier_llmrerank.engine.usage import Observer, Usage
 from pyterrier_llmrerank.engine.weights import Weights
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from ..checkpoints.checkpoint import Checkpoint, MatroyshkaCheckpoint
+    from ..checkpoints.checkpoint import Checkpoint
+    from ..checkpoints.matroyshka_checkpoint import MatroyshkaCheckpoint
     from .batches import Inputs
 
 
@@ -37,7 +38,7 @@ class MatroyshkaTraining(Recipe):
     start_layer: int = option(4, "shallowest layer with a head; a described model keeps its own heads", least=1)
     layer_sep: int = option(1, "distance between layers with a head", least=1)
     compress_layers: tuple[int, ...] = option(
-        (4, 8, 12, 16, 20, 24, 28), "layers before which passages are pooled; each batch draws half of them on average"
+        (4, 8, 12, 16, 20, 24, 28), "layers after which passages are pooled; each batch draws half of them on average"
     )
     compress_ratios: tuple[int, ...] = option(
         (1, 2, 4, 8), "ratios to draw from for each batch: the number of passage tokens pooled into one"
@@ -58,7 +59,7 @@ class MatroyshkaTraining(Recipe):
         if not self.compress_ratios or any(ratio not in RATIOS for ratio in self.compress_ratios):
             raise ValueError(f"compress_ratios={list(self.compress_ratios)}; allowed: powers of two from 1 to 64.")
         if any(layer < 0 for layer in self.compress_layers):
-            raise ValueError(f"compress_layers={list(self.compress_layers)}; allowed: layer indices, from 0.")
+            raise ValueError(f"compress_layers={list(self.compress_layers)}; allowed: layers, counted from 1.")
         self.loss  # noqa: B018 # raises if the method contradicts other options
 
     def widths(self, seed: int) -> Widths:
@@ -87,9 +88,9 @@ class MatroyshkaTraining(Recipe):
                 contradicts nothing.
         """
         from ..checkpoints.adapters import Adapter
-        from ..checkpoints.checkpoint import MatroyshkaCheckpoint, is_layer_wise
         from ..checkpoints.description import read_description
         from ..checkpoints.locate import adapter_folder, folder_of
+        from ..checkpoints.matroyshka_checkpoint import MatroyshkaCheckpoint, is_layer_wise
 
         continued, folder, argument = None, folder_of(model, "model"), f"model={model!r}"
         own = read_description(model, folder, "matroyshka", argument)
@@ -111,7 +112,7 @@ class MatroyshkaTraining(Recipe):
             checkpoint.adapters, checkpoint.adapter = checkpoint.adapters[:-1], checkpoint.adapters[-1]
         if max(self.compress_ratios) > 1 and not any(0 < layer < checkpoint.layers for layer in self.compress_layers):
             raise ValueError(
-                f"compress_layers={list(self.compress_layers)}: nothing would be compressed; allowed: layer indices "
+                f"compress_layers={list(self.compress_layers)}: nothing would be compressed; allowed: layers "
                 f"from 1 to {checkpoint.layers - 1}, or compress_ratios=[1]."
             )
         return checkpoint

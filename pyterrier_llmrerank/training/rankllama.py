@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from ..checkpoints.checkpoint import Checkpoint, RankLLaMACheckpoint
+    from ..checkpoints.checkpoint import Checkpoint
+    from ..checkpoints.rankllama_checkpoint import RankLLaMACheckpoint
     from .batches import Inputs
 
 
@@ -77,8 +78,9 @@ class RankLLaMATraining(Recipe):
         return self if own is None else replace(self, **InputFormat.chosen(self._given(), own).settings())
 
     def described_inputs(self) -> dict[str, Any]:
-        """Return the input format."""
-        return {"input_format": self.form}
+        """Return the input format and the lengths."""
+        lengths = {name: getattr(self, name) for name in ("query_max_length", "passage_max_length")}
+        return {"input_format": self.form, **lengths}
 
     @property
     def loss(self) -> DistilledLoss:
@@ -96,7 +98,7 @@ class RankLLaMATraining(Recipe):
         Raises:
             ValueError: there are adapters.
         """
-        from ..checkpoints.checkpoint import RankLLaMACheckpoint
+        from ..checkpoints.rankllama_checkpoint import RankLLaMACheckpoint
 
         if adapters:
             raise ValueError(f"raw_peft={list(adapters)}: RankLLaMA merges no adapters; give one model or adapter.")

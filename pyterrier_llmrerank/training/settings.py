@@ -14,7 +14,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainingArguments
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.config import read_json
+from ..checkpoints.json_files import read_json
 from ..checkpoints.locate import fingerprint
 from .batches import Groups
 from .recipes import Recipe

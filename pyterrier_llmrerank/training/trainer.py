@@ -34,7 +34,7 @@ from ..checkpoints.saving import describe_trained, saved_files
 from ..engine.batching import Budget, run_in_batches
 from ..engine.kernels import without_cudnn
 from ..engine.packing import PackedPairs, on_device
-from ..engine.scoring import to_host
+from ..engine.results import to_host
 from ..engine.threads import fastest_threads
 from .batches import Batch, Collator, Groups
 from .callbacks import LogLines, NewEpoch, ProgressBar

@@ -201,9 +201,9 @@ def test_another_runs_output_is_left_alone(data: Path, tmp_path: Path, capsys: p
     (folder / "checkpoint-2" / "note").write_text("before")
     command = ["train", *distill(data, folder, "--max_steps", "1")]
     assert main(command) == 1
-    assert f"error: output_dir='{folder}': another run is there (checkpoint-2)" in capsys.readouterr().err
+    assert f"error: --output_dir='{folder}': another run is there (checkpoint-2)" in capsys.readouterr().err
     assert main([*command, "--resume_from_checkpoint", "True"]) == 1
-    assert "error: resume_from_checkpoint=True: no checkpoint in output_dir=" in capsys.readouterr().err
+    assert "error: --resume_from_checkpoint: no checkpoint in --output_dir=" in capsys.readouterr().err
     assert [path.name for path in folder.rglob("*")] == ["checkpoint-2", "note"]
     assert main([*command, "--overwrite_output_dir"]) == 0
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-1"]
@@ -215,7 +215,7 @@ def test_another_runs_output_is_left_alone(data: Path, tmp_path: Path, capsys: p
         (["--use_lora", "False"], "use_lora=False; allowed: True"),
         (["--train_method", "distill_fix_layer_teacher"], "train.jsonl, line 1: no pos_scores"),
         (["--train_data", "nothing.jsonl"], "train_data='nothing.jsonl': no such file"),
-        (["--compress_ratios", "3"], r"compress_ratios=\[3\]; allowed: powers of two"),
+        (["--compress_ratios", "3"], "--compress_ratios 3; allowed: powers of two"),
         (["--start_layer", "9"], "start_layer=9"),
         (["--patience", "3"], "patience=3 needs eval_data"),
         (["--eval-data", "nothing.jsonl"], "eval_data='nothing.jsonl': no such file"),

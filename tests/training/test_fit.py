@@ -16,8 +16,8 @@ from conftest import MODELS, RECORDS
 from transformers import AutoModelForSequenceClassification
 
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker
-from pyterrier_llmrerank.checkpoints.config import read_json
 from pyterrier_llmrerank.checkpoints.input_format import InputFormat
+from pyterrier_llmrerank.checkpoints.json_files import read_json
 from pyterrier_llmrerank.training import CompensateTraining, DistillTraining, RankLLaMATraining
 
 RANKLLAMA_BASE, MISTRAL = str(MODELS / "rankllama_base"), str(MODELS / "mistral_base")

@@ -115,7 +115,9 @@ def test_a_rankllama_adapter_is_trained_further(tmp_path: Path) -> None:
     groups = Groups(RECORDS, 4, 0, RANKLLAMA.body)
     folder = train(RANKLLAMA, checkpoint, groups, arguments(tmp_path, max_steps=1, learning_rate=0.0))
     pairs = [("panda", words(5, 9)), ("tide", words(6, 20))]
-    before, after = (RankLLaMAReranker(f, base_model=base, dtype="float32") for f in (adapter, folder))
+    lengths = {"query_max_length": 8, "passage_max_length": 40}  # of the recipe, which the new folder names
+    before = RankLLaMAReranker(adapter, base_model=base, dtype="float32", **lengths)
+    after = RankLLaMAReranker(folder, base_model=base, dtype="float32")
     np.testing.assert_allclose(after.compute_score(pairs), before.compute_score(pairs), atol=1e-5)
 
 
