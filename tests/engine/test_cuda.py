@@ -335,7 +335,7 @@ RECIPES: dict[str, Recipe] = {
 def loss_of(recipe: Recipe, model: torch.nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
     """A micro-step's loss by the trainer's own code."""
     stand_in: Any = SimpleNamespace(
-        recipe=recipe, state=SimpleNamespace(global_step=0), _batch=(0, -1), _losses=deque(),
+        recipe=recipe, state=SimpleNamespace(global_step=0), _batch=(0, -1), unchecked_losses=deque(),
         widths=SimpleNamespace(draw=lambda *_: ((1,), 2)), _get_learning_rate=lambda: 1e-4,
         args=SimpleNamespace(device=device, output_dir=""),
     )  # fmt: skip
@@ -345,7 +345,7 @@ def loss_of(recipe: Recipe, model: torch.nn.Module, batch: Batch, device: torch.
         scores = np.array(batch.teacher.tolist(), dtype=np.float32)
     known: Any = SimpleNamespace(numpy=lambda: scores)  # the modes would make a tensor without values of it
     loss: torch.Tensor = GroupTrainer.compute_loss(stand_in, model, {"batch": replace(batch, teacher=known)})
-    assert len(stand_in._losses) == (device.type == "cuda")  # the last loss is not waited for
+    assert len(stand_in.unchecked_losses) == (device.type == "cuda")  # the last loss is not waited for
     return loss
 
 
