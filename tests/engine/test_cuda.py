@@ -98,7 +98,7 @@ class NoWaiting(TorchDispatchMode):
 
 
 class Event:
-    """A CUDA event; keeps a record of what was asked of all events."""
+    """A CUDA event; all events record their calls in one list."""
 
     asked: list[tuple[str, int]] = []  # noqa: RUF012
 
@@ -130,7 +130,7 @@ def device_guard() -> Iterator[None]:
 
 @pytest.fixture
 def cuda(device_guard: None) -> Iterator[None]:
-    """Fake tensors, and whatever a reranker asks of CUDA. Files are read for real."""
+    """Fake tensors, and stand-ins for CUDA's functions. Files are read for real."""
     draw = np.random.default_rng(0)
 
     def real(method: Callable[..., Any]) -> Callable[..., Any]:
