@@ -116,6 +116,20 @@ def test_duplicate_rows_are_each_scored_and_run_once(monkeypatch: pytest.MonkeyP
     assert sorted(got["rank"]) == list(range(6))
 
 
+def test_a_frame_that_was_tokenised_before_has_the_same_scores() -> None:
+    """Token ids are used once, and only with the arguments that they were made with."""
+    rows, reranker = frame(), MatroyshkaReranker(FULL, dtype="float32")
+    reranker.tokenise(rows)
+    assert reranker.take_usage().tokenising_seconds > 0
+    pd.testing.assert_frame_equal(reranker.transform(rows), MATROYSHKA.transform(rows))
+    reranker.tokenise(rows)
+    reranker.max_length = 3
+    pd.testing.assert_frame_equal(
+        reranker.transform(rows), MatroyshkaReranker(FULL, dtype="float32", max_length=3).transform(rows)
+    )
+    reranker.tokenise(rows.drop(columns="text"))  # transform names the column
+
+
 def test_integer_qids_stay_integers() -> None:
     got = MATROYSHKA.transform(frame().assign(qid=[1, 1, 1, 2, 2, 2]))
     assert got["qid"].dtype.kind == "i"
@@ -126,7 +140,7 @@ def test_empty_texts_are_scored() -> None:
     assert np.isfinite(MATROYSHKA.transform(frame().assign(text="", query=""))["score"]).all()
 
 
-def test_another_text_field() -> None:
+def test_another_text_field_is_read() -> None:
     reranker = MatroyshkaReranker(FULL, dtype="float32", text_field="body")
     rows = frame()
     got = reranker.transform(rows.rename(columns={"text": "body"}))
@@ -385,7 +399,7 @@ def test_an_adapter_below_the_model_that_is_rewritten_is_read_again(tmp_path: Pa
     again = MatroyshkaReranker(model, **options)
     elsewhere = MatroyshkaReranker(model, **options | {"adapters": shutil.copytree(file.parent, tmp_path / "copy")})
     assert again.compute_score(pair) == elsewhere.compute_score(pair) != score
-    assert again._weights() is MatroyshkaReranker(model, **options)._weights()
+    assert again.scorer().weights == MatroyshkaReranker(model, **options).scorer().weights
 
 
 @pytest.mark.usefixtures("elsewhere")
@@ -560,7 +574,7 @@ def test_unknown_names_are_refused(name: str, value: str, allowed: str) -> None:
             cls(**{name: value})
 
 
-def test_repr_shows_options_and_pipelines_still_compile() -> None:
+def test_repr_shows_options_and_pipelines_compile() -> None:
     reranker = RankLLaMAReranker("a/b", quantization="int8", torch_compile=True, attn_implementation="eager")
     options = "quantization='int8', torch_compile=True, attn_implementation='eager'"
     assert repr(reranker) == f"RankLLaMAReranker('a/b', {options})"
@@ -610,7 +624,7 @@ def test_devices_are_a_value() -> None:
 
 
 @pytest.mark.parametrize("value", [[], (), ["cpu", "cpu"], ["cuda:0", "cuda:1", torch.device("cuda:0")]])
-def test_invalid_lists_of_devices(value: object) -> None:
+def test_invalid_lists_of_devices_are_refused(value: object) -> None:
     for cls in (RankLLaMAReranker, MatroyshkaReranker):
         with pytest.raises(
             ValueError, match=r"device=.*; allowed: a device, or a list of one or more different devices"
@@ -653,8 +667,6 @@ def test_an_option_is_in_the_signature_the_docs_and_the_table(kind: type[LLMRera
         assert (option.name, option.accepts) == (parameter.name, parameter.annotation)
         assert parameter.default == (parameter.empty if option.default is ... else option.default)
         assert " ".join(f"{option.name}: {option.help}".split()) in " ".join(arguments.split())
-        assert option.summary.endswith(".")
-        assert "`" not in option.summary
 
 
 def test_the_signature_has_own_options_first_and_one_that_is_positional() -> None:
@@ -673,7 +685,7 @@ def test_an_attribute_is_checked_and_kept_in_one_form() -> None:
     assert reranker.cutoff == (2, 4)
     with pytest.raises(ValueError, match="max_length=0; allowed: an integer of at least 1"):
         reranker.max_length = 0
-    assert reranker.max_length == 512
+    assert reranker.max_length is None
 
 
 def test_a_subclass_has_the_signature_of_its_own_constructor() -> None:
@@ -696,7 +708,7 @@ def first_stage(rows: pd.DataFrame) -> pt.Transformer:
 TOPICS = frame()[["qid", "query"]].drop_duplicates()
 
 
-def test_it_works_in_pipelines() -> None:
+def test_pipelines_cut_and_unite_rerankers() -> None:
     rows = frame(2, 8)
     got = (first_stage(rows) >> MATROYSHKA % 3).transform(TOPICS)
     assert len(got) == 6
@@ -768,7 +780,7 @@ def test_progress_is_shown_when_asked_for(capfd: pytest.CaptureFixture[str]) -> 
     MatroyshkaReranker(FULL, dtype="float32", verbose=True).transform(frame())
     assert "MatroyshkaReranker: 100%" in capfd.readouterr().err
     MatroyshkaReranker(FULL, dtype="float32", verbose=True, cutoff=4, prune={2: 2}).transform(frame())
-    assert "MatroyshkaReranker(cutoff=4, prune=((2, 2),)): 100%" in capfd.readouterr().err
+    assert "MatroyshkaReranker(cutoff=4, prune={2: 2}): 100%" in capfd.readouterr().err
 
 
 # -- inspection
@@ -783,7 +795,7 @@ class TestRankLLaMA(pt.testing.transformer_test_class(RankLLaMAReranker)):
 
 
 @pytest.mark.parametrize("name", RERANKERS)
-def test_inspection(name: str) -> None:
+def test_inspection_shows_columns_and_arguments(name: str) -> None:
     reranker = RERANKERS[name]
     assert pt.inspect.transformer_inputs(reranker) == [["qid", "docno", "query", "text"]]
     outputs = pt.inspect.transformer_outputs(reranker, ["qid", "query", "docno", "text", "more"])

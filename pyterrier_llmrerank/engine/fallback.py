@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 from ..checkpoints.adapters import canonical
-from ..checkpoints.checkpoint import MASK, Checkpoint, silence_warnings
+from ..checkpoints.buffers import MASK
+from ..checkpoints.checkpoint import Checkpoint, silence_warnings
 from .packing import PackedPairs, on_device
 
 #: Names of the norm after the last layer in transformers' decoders.

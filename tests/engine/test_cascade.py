@@ -203,7 +203,7 @@ def test_a_cascade_is_kept_as_a_value() -> None:
     cascade = FULL.at(prune={6: 2, 3: 4})
     assert cascade == FULL.at(prune=[(3, 4), (6, 2)]) != FULL
     assert hash(cascade) == hash(FULL.at(prune=cascade.prune))
-    assert "prune=((3, 4), (6, 2))" in repr(cascade)
+    assert "prune={3: 4, 6: 2}" in repr(cascade)
     assert cascade.at(prune=()) == FULL
 
 

@@ -33,8 +33,8 @@ from transformers import (
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker, ScoringError
 from pyterrier_llmrerank.checkpoints import checkpoint as checkpoints
 from pyterrier_llmrerank.engine.inputs import Ids
+from pyterrier_llmrerank.training import RankLLaMATraining
 from pyterrier_llmrerank.training.model import RankingModel
-from pyterrier_llmrerank.training.recipes import RankLLaMATraining
 
 FULL, BASE = str(MODELS / "costwise_full"), str(MODELS / "mistral_base")
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 700}
