@@ -246,17 +246,18 @@ def test_layers_are_loaded_on_demand_and_dropped_when_unused() -> None:
     assert shallow.compute_score(PAIR) == before
 
 
-def test_compiled_layers_give_the_same_for_batches_of_any_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_compiled_layers_give_the_same_for_batches_of_any_shape(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     """Graphs are traced but run uncompiled, so that the test does not wait for a compiler."""
     real = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: real(self, backend="eager", **options))
     torch._dynamo.reset()
     graphs = torch._dynamo.utils.counters["stats"]
     made = [graphs["unique_graphs"]]
-    kept = MatroyshkaReranker(FULL, dtype="bfloat16", torch_compile=True)
+    kept = MatroyshkaReranker(FULL, dtype=dtype, torch_compile=True)
     for size, queries, documents in ((1, 1, 1), (2, 2, 2), (5, 3, 4), (None, 2, 6)):
         shape = {"cutoff": [3, 4], "compress_layers": 2, "compress_ratio": 2}
-        wanted = MatroyshkaReranker(FULL, dtype="bfloat16", **shape)(frame(queries, documents))
+        wanted = MatroyshkaReranker(FULL, dtype=dtype, **shape)(frame(queries, documents))
         compiled = kept.at(**shape)
         compiled.batch_size = size
         got = compiled(frame(queries, documents))
