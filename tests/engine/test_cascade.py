@@ -90,7 +90,10 @@ def test_layers_run_for_survivors_only() -> None:
     def count(depth: int, module: object, args: tuple[torch.Tensor], output: object) -> None:
         seen[depth] += args[0][..., 0].numel()
 
-    hooks = [layer.mlp.register_forward_hook(partial(count, depth)) for depth, layer in enumerate(decoder.layers, 1)]
+    hooks = [
+        layer.post_attention_layernorm.register_forward_hook(partial(count, depth))
+        for depth, layer in enumerate(decoder.layers, 1)
+    ]
     got = cascade.transform(rows)
     for hook in hooks:
         hook.remove()

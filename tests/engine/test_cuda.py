@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker
+from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker, replicas
 from pyterrier_llmrerank.checkpoints.adapters import Adapter
 from pyterrier_llmrerank.checkpoints.families import FAMILIES
 from pyterrier_llmrerank.checkpoints.tensors import TensorFiles
@@ -161,7 +161,7 @@ def cuda(device_guard: None) -> Iterator[None]:
             (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
             (devices, "resolve_devices", lambda names: (CUDA,)),
             (devices, "has_bf16", lambda device: True),
-            (weights, "shared_weights", lambda key, create: create()),  # other tests shall not find these
+            (replicas, "shared_weights", lambda key, create: create()),  # other tests shall not find these
             (TensorFiles, "read", real(TensorFiles.read)),
             (Adapter, "_read_finite", real(Adapter._read_finite)),
         ):

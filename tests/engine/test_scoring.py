@@ -178,7 +178,9 @@ def test_the_last_layer_is_run_for_the_last_tokens_only() -> None:
     decoder = reranker.scorer().open()
     seen: list[tuple[int, ...]] = []
     hooks = [
-        decoder.layers[index].mlp.register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
+        decoder.layers[index].post_attention_layernorm.register_forward_hook(
+            lambda module, args, output: seen.append(args[0].shape)
+        )
         for index in (6, 7)
     ]
     reranker.compute_score([("panda", words(i, 9)) for i in range(5)])

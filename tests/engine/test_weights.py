@@ -331,7 +331,7 @@ def test_each_device_has_one_copy_shared_by_all_shapes(monkeypatch: pytest.Monke
     deep.compute_score([(f"{number} panda", "a panda") for number in range(8)])
     assert len(layers_in_memory(second)) == 7
     parts = [dict(weights.at_depth(1)[0].named_parameters()) for weights in (first, second)]
-    name = "layers.0.mlp.up_proj.weight"
+    name = "layers.0.input_layernorm.weight"
     assert parts[0][name].data_ptr() != parts[1][name].data_ptr()
     assert torch.equal(parts[0][name], parts[1][name])
     del deep
