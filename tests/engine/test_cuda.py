@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker
+from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker, replicas
 from pyterrier_llmrerank.checkpoints.adapters import Adapter
 from pyterrier_llmrerank.checkpoints.families import FAMILIES
 from pyterrier_llmrerank.checkpoints.tensors import TensorFiles
@@ -98,7 +98,7 @@ class NoWaiting(TorchDispatchMode):
 
 
 class Event:
-    """A CUDA event; keeps a record of what was asked of all events."""
+    """A CUDA event; all events record their calls in one list."""
 
     asked: list[tuple[str, int]] = []  # noqa: RUF012
 
@@ -130,7 +130,7 @@ def device_guard() -> Iterator[None]:
 
 @pytest.fixture
 def cuda(device_guard: None) -> Iterator[None]:
-    """Fake tensors, and whatever a reranker asks of CUDA. Files are read for real."""
+    """Fake tensors, and stand-ins for CUDA's functions. Files are read for real."""
     draw = np.random.default_rng(0)
 
     def real(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -161,7 +161,7 @@ def cuda(device_guard: None) -> Iterator[None]:
             (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
             (devices, "resolve_devices", lambda names: (CUDA,)),
             (devices, "has_bf16", lambda device: True),
-            (weights, "shared_weights", lambda key, create: create()),  # other tests shall not find these
+            (replicas, "shared_weights", lambda key, create: create()),  # other tests shall not find these
             (TensorFiles, "read", real(TensorFiles.read)),
             (Adapter, "_read_finite", real(Adapter._read_finite)),
         ):
