@@ -106,8 +106,8 @@ def options_of(reranker: type) -> list[Converted[Any, Any]]:
 
     >>> from pyterrier_llmrerank import RankLLaMAReranker
     >>> option = options_of(RankLLaMAReranker)[8]
-    >>> option.name, option.accepts, option.default, option.summary
-    ('title_field', 'str | None', 'title', 'A column with titles; None to read no titles.')
+    >>> option.name, option.accepts, option.default
+    ('title_field', 'str | None', 'title')
     """
     return [_option(reranker, name) for name in constructor_signature(reranker).parameters]
 
