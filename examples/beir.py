@@ -9,8 +9,8 @@ import argparse
 
 import pandas as pd
 import pyterrier as pt
+from first_stages import bm25_of, irds_collection
 from pyterrier.measures import nDCG
-from quickstart import bm25_of, irds_collection
 
 from pyterrier_llmrerank import MatroyshkaReranker
 

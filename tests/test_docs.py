@@ -74,7 +74,7 @@ def blocks(path: Path, language: str) -> list[tuple[int, str]]:
 # -- the pages
 
 
-def test_the_pages_build_without_warnings(tmp_path: Path) -> None:
+def test_pages_build_without_warnings(tmp_path: Path) -> None:
     pytest.importorskip("sphinx", reason="needs Sphinx: pip install sphinx")
     settings = Path(__file__).parent / "docs"
     build = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-c", str(settings), str(PAGES), str(tmp_path)]
@@ -86,7 +86,7 @@ def test_the_pages_build_without_warnings(tmp_path: Path) -> None:
     assert "RankLLaMAReranker(model='castorini/" in html.unescape(re.sub("<[^>]*>", "", reference))  # its own arguments
 
 
-def test_the_pages_build_with_the_directives_of_pyterriers_documentation(tmp_path: Path) -> None:
+def test_pages_build_in_pyterriers_documentation(tmp_path: Path) -> None:
     """Its index of guides has ours, and the reference of a class links to the guides about it."""
     pytest.importorskip("sphinx", reason="needs Sphinx: pip install sphinx")
     if not os.environ.get("PYTERRIER_DOCS"):
@@ -103,7 +103,7 @@ def test_the_pages_build_with_the_directives_of_pyterriers_documentation(tmp_pat
     assert re.search(r"See also.{,200}How do I make an LLM reranker cheaper", reference, re.DOTALL)
 
 
-def test_the_pages_and_the_project_agree() -> None:
+def test_version_authors_and_citations_agree() -> None:
     citation = yaml.safe_load((PAGES / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == PROJECT["version"]
     assert [author["name"] for author in citation["authors"]] == [author["name"] for author in PROJECT["authors"]]
@@ -117,7 +117,7 @@ def test_the_pages_and_the_project_agree() -> None:
         assert all(f"{a['given-names']} {a['family-names']}" in bibtex.replace("\n ", "") for a in work["authors"])
 
 
-def test_the_module_map_names_every_module() -> None:
+def test_module_map_names_every_module() -> None:
     package = Path(pyterrier_llmrerank.__file__).parent
     modules = {path.relative_to(package).with_suffix("").as_posix() for path in package.rglob("*.py")}
     modules = {name for name in modules if not name.endswith(("__init__", "__main__"))}
@@ -171,7 +171,7 @@ def test_imports_point_down() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _levels() -> Iterator[None]:
+def restored_log_levels() -> Iterator[None]:
     """Restore the levels of the loggers, which pages and commands set."""
     loggers = [logging.getLogger(), logging.getLogger("pyterrier_llmrerank")]
     before = [logger.level for logger in loggers]
@@ -248,7 +248,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def in_world(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A separate folder with the models, in which no hub, Java or real data is needed."""
-    for path in world.iterdir():
+    for path in (*world.iterdir(), ROOT / "examples"):
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
@@ -268,7 +268,7 @@ def in_world(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 @pytest.mark.parametrize("path", [path for path in TEXTS if blocks(path, "python")], ids=lambda path: path.name)
-def test_what_a_page_says_in_python_runs(path: Path, in_world: Path) -> None:
+def test_python_blocks_run(path: Path, in_world: Path) -> None:
     """Run the blocks of a page in order, in one session; a traceback shows the page's name and line."""
     names: dict[str, Any] = {}
     for number, code in blocks(path, "python"):
@@ -276,7 +276,7 @@ def test_what_a_page_says_in_python_runs(path: Path, in_world: Path) -> None:
         exec(compile(tree, str(path), "exec"), names)
 
 
-def test_the_readme_prints_the_scores_of_the_small_model(smollm2: str) -> None:
+def test_readme_shows_the_scores_of_the_small_model(smollm2: str) -> None:
     """The first block, on the real model, prints the first output."""
     code, shown = (blocks(ROOT / "README.md", language)[0][1] for language in ("python", "text"))
     printed = io.StringIO()
@@ -285,7 +285,21 @@ def test_the_readme_prints_the_scores_of_the_small_model(smollm2: str) -> None:
     assert printed.getvalue().strip("\n") == shown
 
 
-def test_the_docstrings_examples_give_what_they_say(in_world: Path) -> None:
+def test_readme_shows_the_table_of_its_experiment(in_world: Path) -> None:
+    """On tiny models, which print the same systems, and the same value of BM25."""
+    (_, first), (_, experiment) = blocks(ROOT / "README.md", "python")[:2]
+    names: dict[str, Any] = {}
+    exec(first, names)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(experiment, names)
+    table = [line.rsplit(maxsplit=1) for line in printed.getvalue().splitlines()]
+    shown = [line.rsplit(maxsplit=1) for line in blocks(ROOT / "README.md", "text")[1][1].splitlines()]
+    assert [name.strip() for name, _ in table] == [name.strip() for name, _ in shown]
+    assert table[:2] == [[name, value] for name, value in shown[:2]]
+
+
+def test_docstring_examples_give_the_results_shown(in_world: Path) -> None:
     modules = [
         importlib.import_module(module.name)
         for module in pkgutil.walk_packages(pyterrier_llmrerank.__path__, "pyterrier_llmrerank.")
@@ -309,9 +323,8 @@ def commands(path: Path) -> Iterator[list[str]]:
                         yield words
 
 
-def test_the_readmes_commands_run(in_world: Path) -> None:
+def test_readme_commands_run(in_world: Path) -> None:
     """They need no files but those of the project, and of the lines before."""
-    (in_world / "examples").symlink_to(ROOT / "examples")
     ours = [words[1:] for words in commands(ROOT / "README.md") if words[0] == "llmrerank"]
     assert [main(words) for words in ours] == [0, 0, 0, 0]
 
@@ -320,15 +333,15 @@ TYPED = [(path.name, words) for path in TEXTS for words in commands(path)]
 
 
 @pytest.mark.parametrize("words", [words for _, words in TYPED], ids=[f"{n}: {' '.join(w)[:60]}" for n, w in TYPED])
-def test_what_a_page_says_in_the_shell_is_understood(words: list[str]) -> None:
+def test_shell_commands_parse(words: list[str]) -> None:
     if words[0] == "llmrerank":
-        understood(words[1:])
+        parse_command(words[1:])
     elif words[:3] == ["python", "-m", "sphinx"]:
         assert [word for word in words[3:] if "/" in word and not (ROOT / word).is_dir()] == []
     elif words[0] in ("torchrun", "python") and "-m" in words:
         at = words.index("-m")
         assert words[at + 1] == "pyterrier_llmrerank"
-        understood(words[at + 2 :])
+        parse_command(words[at + 2 :])
     elif words[0] == "bash":
         assert (ROOT / words[1]).is_file()
     elif words[0] == "python":
@@ -344,17 +357,14 @@ def test_what_a_page_says_in_the_shell_is_understood(words: list[str]) -> None:
         assert words[0] in ("mypy", "ruff")
 
 
-def parsed(command: Any, words: list[str], parent: Any = None) -> None:
-    """Parse the arguments of a command and of its subcommand."""
-    context = command.make_context(words[0], words[1:], parent)
-    if rest := [*context._protected_args, *context.args]:
-        parsed(command.get_command(context, rest[0]), rest, context)
-
-
-def understood(words: list[str]) -> None:
+def parse_command(words: list[str]) -> None:
     """Parse a command of the package without running it."""
     if words[0] != "train":
-        parsed(get_command(app), ["llmrerank", *words])
+        command: Any = get_command(app)
+        while hasattr(command, "commands"):
+            name, *words = words
+            command = command.commands[name]
+        command.make_context(name, words)
         return
     _, recipe, *options = words
     if "--deepspeed" in options:  # a package that is not among the tests' needs

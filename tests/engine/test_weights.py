@@ -126,7 +126,8 @@ def test_a_token_adapter_shares_the_weights_below_it() -> None:
     )
     assert narrower.scorer().weights[0] is narrow.scorer().weights[0] is not plain.scorer().weights[0]
     below, over = (dict(reranker.scorer().weights[0].at_depth(8)[0].named_parameters()) for reranker in (plain, narrow))
-    assert {name: p.data_ptr() for name, p in below.items()} == {name: p.data_ptr() for name, p in over.items()}
+    assert below.keys() == over.keys()
+    assert all(below[name] is over[name] for name in below)
     assert repr(narrow).endswith("adapter_comp_token2")
     assert repr(plain).endswith("adapter_comp_layer")
     assert repr(compensated(adapters=(), start_layer=None)).endswith(" over no adapter")
@@ -259,7 +260,8 @@ def test_compiled_layers_give_the_same_for_batches_of_any_shape(monkeypatch: pyt
         compiled = kept.at(**shape)
         compiled.batch_size = size
         got = compiled(frame(queries, documents))
-        np.testing.assert_allclose(got[["score_3", "score_4"]], wanted[["score_3", "score_4"]], atol=1e-4)
+        rounding = 1e-4 if dtype == "float32" else 0.1  # uncompiled layers round less often
+        np.testing.assert_allclose(got[["score_3", "score_4"]], wanted[["score_3", "score_4"]], atol=rounding)
         made.append(graphs["unique_graphs"])
     assert made[2] == made[-1]
     assert 0 < made[-1] - made[0] <= 8
