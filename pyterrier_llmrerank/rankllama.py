@@ -117,12 +117,14 @@ class RankLLaMAReranker(LLMReranker):
         check=optional(column),
         help="a column with titles; None to read no titles. Frames without the column, and rows in which it is None or "
         "NaN, have no title. The default follows ``reranker.json``, if it names another column or none.",
+        shell="the field with titles. The default follows ``reranker.json``, if it names another.",
     )
     url_field: Option[str | None] = Option(
         default=None,
         check=optional(column),
         help="a column with URLs, which precede the title; None to read no URLs. The document checkpoint reads them. "
         "Missing values are treated as in ``title_field``, and so is the default.",
+        shell="a field with URLs, which precede the title; by default, the one in ``reranker.json``, or none.",
     )
     training: Option[RankLLaMATraining | None] = Option(
         default=None,

@@ -87,9 +87,11 @@ def teach(
     >>> teach("train.jsonl", "taught.jsonl", RankLLaMAReranker("smollm2-135m"))  # doctest: +SKIP
     """
     source, target = Path(source), Path(target)
-    total = _count(source, overwrite)
-    if not resume:
+    if not source.is_file():
+        raise FileNotFoundError(f"source={str(source)!r}: no such file; expected JSON lines.")
+    if not resume:  # before the whole source is read
         refuse_existing(target)
+    total = _count(source, overwrite)
     compress = partial(gzip.compress, mtime=0) if target.suffix == ".gz" else bytes
     teacher = re.sub(r" at 0x[0-9a-f]+", "", repr(transformer))  # an address differs in the next process
     scored = 0
@@ -128,8 +130,6 @@ def join_titles() -> pt.Transformer:
 
 def _count(source: Path, overwrite: bool) -> int:
     """Check the records of a file, and return their number."""
-    if not source.is_file():
-        raise FileNotFoundError(f"source={str(source)!r}: no such file; expected JSON lines.")
     count = sum(1 for _ in _records(source, overwrite))
     if not count:
         raise ValueError(f"{source}: no training data in it.")
