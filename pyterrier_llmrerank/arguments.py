@@ -10,11 +10,11 @@ from typing import Any, cast
 class ValueSemantics:
     """Make objects equal if their constructor arguments are; each argument is an attribute of the same name.
 
-    An object that is changed later equals only itself from then on, and keeps its hash. Attributes whose names begin
-    with an underscore are its own business: they are neither compared nor pickled.
+    An object that is changed later equals only itself from then on, and keeps its hash. Private attributes, with an
+    underscore in front, are neither compared nor pickled.
     """
 
-    # The first values of an object that was changed since.
+    # The values that equality compares, as they were before the first change; None for an unchanged object.
     _first_values = cast("dict[str, Any] | None", None)
 
     def arguments(self) -> dict[str, Any]:
@@ -68,7 +68,9 @@ class ValueSemantics:
 
     def _options_shown(self) -> list[str]:
         """Return the options that differ from their defaults, as ``repr`` prints them."""
-        _, _, *options = inspect.signature(type(self).__init__).parameters.values()  # self, and what is always shown
+        _, _, *options = inspect.signature(
+            type(self).__init__
+        ).parameters.values()  # self and the first, which is always shown
         return [f"{p.name}={value!r}" for p in options if (value := self._repr_value(p.name)) != p.default]
 
     def _repr_value(self, name: str) -> Any:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import importlib.metadata
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
 
-from .cli_options import OptionError, command_options, one_line, set_options, with_option_names
-from .errors import ScoringError
+from .cli_options import ERRORS, OptionError, command_options, flag, flags, in_shell, naming, one_line, set_options
 from .matroyshka import MatroyshkaReranker
 from .options import options_of
 from .rankllama import RankLLaMAReranker
 from .reranker import LLMReranker
 from .runs.evaluation import compare, parse_measure
-from .runs.formats import best_first, by_query, read_run, rerank_line, run_line
+from .runs.formats import RunRow, best_first, by_query, read_run, rerank_line, run_line
 from .runs.lines import writing
 from .runs.sources import judgements, rerank_rows
 
@@ -26,8 +28,13 @@ logger = logging.getLogger(__name__)
 
 Form = Literal["three", "trec"]
 
-#: Errors that a command reports in one line, without a traceback.
-ERRORS = (ValueError, OSError, ImportError, ScoringError, FloatingPointError)
+#: The commands, in the order in which a user needs them.
+COMMANDS = ("prepare", "rerank", "evaluate", "convert", "train", "teach")
+
+
+class _Commands(TyperGroup):
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
 
 
 def _examples(*lines: str) -> str:
@@ -36,12 +43,13 @@ def _examples(*lines: str) -> str:
 
 
 app = typer.Typer(
-    help="Rerank with RankLLaMA and Matroyshka rerankers: prepare, rerank, convert and evaluate runs, or train.",
+    cls=_Commands,
+    help="Rerank with RankLLaMA and Matroyshka rerankers: prepare, rerank, evaluate and convert runs, or train.",
     epilog=_examples(
         "llmrerank prepare run.txt --topics topics.tsv --texts docs.jsonl.gz --depth 200 --output rerank.jsonl.gz",
         "llmrerank rerank rankllama rerank.jsonl.gz --output reranked.txt",
+        "llmrerank evaluate reranked.txt nDCG@10 --qrels qrels.txt --baseline run.txt",
         "llmrerank convert reranked.txt --form trec --output reranked.trec",
-        "llmrerank evaluate reranked.trec nDCG@10 --qrels qrels.txt --baseline run.txt",
     ),
     context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},  # --base_model is --base-model
     no_args_is_help=False,
@@ -56,6 +64,12 @@ rerank = typer.Typer(
 train = typer.Typer(help="Train a reranker.\n\nEach recipe has its own --help.", no_args_is_help=False)
 app.add_typer(rerank, name="rerank")
 app.add_typer(train, name="train")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"llmrerank {importlib.metadata.version('pyterrier-llmrerank')}")
+        raise typer.Exit
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,14 +93,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    pass
+
+
 # -- arguments shared by several commands
+
+
+#: Loggers of torchao, which transformers imports wherever it is installed. They log missing extras.
+IMPORTED = ("torchao", "torch.utils._pytree")
 
 
 def _set_verbosity(verbose: bool) -> bool:
     """Log this package's warnings or, if verbose, its progress and the warnings of other packages."""
     logging.getLogger(__package__).setLevel(logging.INFO if verbose else logging.WARNING)
-    for name in ("", "torchao", "torch.utils._pytree"):  # the last two log missing extras on import
-        logging.getLogger(name).setLevel(logging.WARNING if verbose else logging.ERROR)
+    logging.getLogger().setLevel(logging.WARNING if verbose else logging.ERROR)
+    for name in IMPORTED:
+        logging.getLogger(name).setLevel(logging.ERROR)
     return verbose
 
 
@@ -144,7 +172,7 @@ def prepare(
     Queries keep the order of the run; the documents of each are sorted by score. An existing output is replaced.
     """
     count = 0
-    with writing(output) as lines:
+    with naming(flags("topics", "texts", "columns")), writing(output) as lines:
         for row in rerank_rows(run, topics, texts, depth, columns):
             lines.write(rerank_line(row))
             count += 1
@@ -168,7 +196,7 @@ def convert(
     """
     if output.exists() and output.samefile(run):
         raise ValueError(f"--output={str(output)!r} is the run itself; choose another file.")
-    with writing(output) as lines:
+    with naming(flags("columns")), writing(output) as lines:
         for _, rows in by_query(read_run(run, columns)):
             for rank, row in enumerate(best_first(rows), 1):
                 lines.write(run_line(row.qid, row.docno, rank, row.score, form, tag))
@@ -217,17 +245,14 @@ def evaluate(
     Documents with equal scores keep their rank or, without ranks, their order. trec_eval sorts them by docno.
     """
     runs, measures = _runs_and_measures([str(run), *(more or [])])
-    second = None if baseline is None else read_run(baseline, baseline_columns)
-    try:
+    with naming(flags("qrels", "correction", "columns")):
         queries, total = compare(
             measures or [parse_measure("nDCG@10")],
             judgements(qrels),
             {name: read_run(Path(name), columns) for name in runs},
-            second,
+            None if baseline is None else _baseline(baseline, baseline_columns),
             correction,
         )
-    except ValueError as error:
-        raise OptionError(with_option_names(one_line(error), ["correction"])) from error
     if per_query:
         _show(queries)
         typer.echo()
@@ -250,6 +275,11 @@ def _runs_and_measures(words: Sequence[str]) -> tuple[list[str], list[Any]]:
     return runs, measures
 
 
+def _baseline(run: Path, columns: str | None) -> Iterator[RunRow]:
+    with naming({"columns": "--baseline-columns"}):
+        yield from read_run(run, columns)
+
+
 def _show(table: Any) -> None:
     formatters = {name: "{:.2g}".format for name in table if name.startswith("p")}
     typer.echo(table.to_string(index=False, float_format="{:.4f}".format, formatters=formatters))
@@ -258,61 +288,79 @@ def _show(table: Any) -> None:
 # -- reranking: options are the constructors' arguments
 
 
-def _rerank_command(name: str, kind: type[LLMReranker], *examples: str) -> None:
+RerankFile = Annotated[Path, typer.Argument(metavar="RERANK_FILE", help="A rerank file, as written by prepare.")]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Continue an interrupted output, or score rows added to the rerank file. Refused if options that affect "
+        "scores changed; <output>.journal records them.",
+    ),
+]
+Shard = Annotated[
+    str | None,
+    typer.Option(
+        metavar="I/N",
+        help="Rerank part I of N, for a job array. Parts have whole queries; their outputs, joined in order, equal the "
+        "output for the whole file. Needs --dtype, other than auto.",
+    ),
+]
+Workers = Annotated[
+    int, typer.Option(min=1, help="Number of scoring processes, started with Ray. Each uses one GPU, if any.")
+]
+Address = Annotated[str | None, typer.Option(help="Address of a Ray cluster. By default, Ray starts on this machine.")]
+
+
+def _rerank_command(name: str, kind: type[LLMReranker], summary: str, *examples: str) -> None:
     def command(
-        source: Annotated[Path, typer.Argument(metavar="RERANK_FILE", help="A rerank file, as written by prepare.")],
+        source: RerankFile,
         output: Output,
         form: OutputForm = "three",
         tag: Tag = name,
-        resume: Annotated[
-            bool,
-            typer.Option(
-                "--resume",
-                help="Continue an interrupted output, or score rows added to the rerank file. Refused if options that "
-                "affect scores changed; <output>.journal records them.",
-            ),
-        ] = False,
-        shard: Annotated[
-            str | None,
-            typer.Option(
-                metavar="I/N",
-                help="Rerank part I of N, for a job array. Parts have whole queries; their outputs, joined in order, "
-                "equal the output for the whole file. Needs --dtype, other than auto.",
-            ),
-        ] = None,
-        workers: Annotated[
-            int, typer.Option(min=1, help="Number of scoring processes, started with Ray. Each uses one GPU, if any.")
-        ] = 1,
-        address: Annotated[
-            str | None, typer.Option(help="Address of a Ray cluster. By default, Ray starts on this machine.")
-        ] = None,
+        resume: Resume = False,
+        shard: Shard = None,
+        workers: Workers = 1,
+        address: Address = None,
         verbose: Verbose = False,
         **arguments: Any,
     ) -> None:
         from .runs.streaming import rerank_file
 
-        given = {key: value for key, value in arguments.items() if value not in (None, [], ())}
+        names = flags(*arguments, "form", "resume", "shard", "workers", "address")
+        names |= {"source": "RERANK_FILE", "target": "--output"}
         try:
-            rerank_file(
-                kind(**given, verbose=verbose), source, output,
-                form=form, tag=tag, resume=resume, shard=shard, workers=workers, address=address,
-            )  # fmt: skip
+            with naming(names):
+                rerank_file(
+                    _made(kind, _given(arguments), verbose), source, output,
+                    form=form, tag=tag, resume=resume, shard=shard, workers=workers, address=address,
+                )  # fmt: skip
         except KeyboardInterrupt as error:
             notes = " ".join(getattr(error, "__notes__", ()))
-            typer.echo(f"Interrupted. {with_option_names(notes, ())}", err=True)
+            typer.echo(f"Interrupted. {in_shell(notes, names)}", err=True)
             raise
-        except ERRORS as error:
-            raise OptionError(with_option_names(one_line(error), [*arguments, "form", "shard", "workers"])) from error
 
     set_options(command, command_options(**{name: kind}))
-    summary = (kind.__doc__ or "").split("\n")[0]
     help = f"{summary}\n\nOmit an option to use its default."
     rerank.command(name, help=help, epilog=_examples(*examples))(command)
+
+
+def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments whose options are given."""
+    return {name: value for name, value in arguments.items() if value not in (None, [], ())}
+
+
+def _made(kind: type[LLMReranker], given: Mapping[str, Any], verbose: bool = False) -> LLMReranker:
+    """Make a reranker of the given options."""
+    if "quantization" in given:  # now the warnings of torchao matter
+        for name in IMPORTED:
+            logging.getLogger(name).setLevel(logging.NOTSET)
+    return kind(**given, verbose=verbose)
 
 
 _rerank_command(
     "rankllama",
     RankLLaMAReranker,
+    "Rerank with RankLLaMA (Ma et al., 2023).",
     "llmrerank rerank rankllama rerank.jsonl.gz --output run.rankllama.txt",
     "llmrerank rerank rankllama rerank.jsonl.gz --output run.rankllama.trec.gz --form trec --verbose \\",
     "    --model castorini/rankllama-v1-7b-lora-passage --base-model meta-llama/Llama-2-7b-hf --resume",
@@ -321,6 +369,7 @@ _rerank_command(
 _rerank_command(
     "matroyshka",
     MatroyshkaReranker,
+    "Rerank with a Matroyshka Re-Ranker (Liu et al., 2025).",
     "llmrerank rerank matroyshka rerank.jsonl.gz --output run.txt --adapters compensate/layer/full --cutoff 20",
     "llmrerank rerank matroyshka rerank.jsonl.gz --output run.txt --compress-layers 8 --compress-layers 16 \\",
     "    --compress-ratio 2 --prune 8:50 --prune 16:20",
@@ -346,16 +395,13 @@ def _teach(
 ) -> None:
     from .training.teaching import join_titles, teach
 
-    given = {name: value for name, value in arguments.items() if value not in (None, [], ())}
-    kind = TEACHERS[reranker]
+    given, kind = _given(arguments), TEACHERS[reranker]
     if others := given.keys() - {option.name for option in options_of(kind)}:
-        raise ValueError(f"--{min(others).replace('_', '-')} is no option of --reranker={reranker}.")
-    try:
-        teacher = kind(**given)
+        raise ValueError(f"{flag(min(others))} is no option of --reranker={reranker}.")
+    with naming(flags(*arguments, "overwrite", "resume") | {"source": "TRAIN_FILE", "target": "OUTPUT"}):
+        teacher = _made(kind, given)
         pipeline = teacher if isinstance(teacher, RankLLaMAReranker) else join_titles() >> teacher
         teach(source, target, pipeline, overwrite=overwrite, resume=resume, verbose=verbose)
-    except ERRORS as error:
-        raise OptionError(with_option_names(one_line(error), arguments)) from error
 
 
 def _teach_command() -> None:
@@ -385,7 +431,10 @@ def _train_command(recipe: str, help: str) -> None:
         except ImportError as error:
             message = f"training needs more packages (pip install 'pyterrier-llmrerank[train]'): {error}"
             raise ImportError(message) from error
-        commands.main(recipe, context.args)
+        options = (commands.RECIPES[recipe], commands.Sources, commands.TrainerOptions)
+        names = {field.name: f"--{field.name}" for each in options for field in dataclasses.fields(each)}
+        with naming(names, repeat=False):
+            commands.main(recipe, context.args)
 
     unparsed = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
     train.command(recipe, help=help, context_settings=unparsed)(command)
@@ -404,4 +453,4 @@ def _set_hub_environment(options: Sequence[str]) -> None:
 
 _train_command("rankllama", "Fine-tune a RankLLaMA reranker.")
 _train_command("distill", "Train a Matroyshka reranker by cascaded self-distillation.")
-_train_command("compensate", "Train a further Matroyshka adapter, for all depths or one width.")
+_train_command("compensate", "Train another Matroyshka adapter, for all depths or one width.")

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
+import shlex
 import sys
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 
-from .options import options_of
+from .errors import ScoringError
+from .options import Converted, options_of
 from .reranker import LLMReranker
+
+#: Errors that a command reports in one line, without a traceback.
+ERRORS = (ValueError, OSError, ImportError, ScoringError, FloatingPointError)
 
 #: Arguments without an option: a rerank file has one text, and training is another command.
 WITHOUT_OPTION = ("self", "text_field", "training", "verbose")
 
 
 def command_options(**kinds: type[LLMReranker]) -> list[inspect.Parameter]:
-    """Return the options of a command: the options of a reranker, or of several, then without defaults."""
+    """Return the options of a command for a kind of reranker; without defaults if there are several kinds."""
     found: dict[str, dict[str, Any]] = {}
     for kind, reranker in kinds.items():
         for option in options_of(reranker):
@@ -29,13 +36,37 @@ def command_options(**kinds: type[LLMReranker]) -> list[inspect.Parameter]:
     for name, by_kind in found.items():
         kind, option = next(iter(by_kind.items()))
         hint = eval(option.accepts, vars(sys.modules[kinds[kind].__module__]) | globals())
-        helps = {kind: option.summary for kind, option in by_kind.items()}
+        helps = {kind: help_of(option, found) for kind, option in by_kind.items()}
         if len(helps) == len(kinds) and len(set(helps.values())) == 1:
-            help = option.summary
+            help = helps[kind]
         else:
-            help = " ".join(f"{kind}: {summary}" for kind, summary in helps.items())
+            help = " ".join(f"{kind}: {text}" for kind, text in helps.items())
         parameters.append(_option(name, hint, option.default if len(kinds) == 1 else None, help))
     return parameters
+
+
+def help_of(option: Converted[Any, Any], names: Container[str]) -> str:
+    """Return the help of an option as plain text, in the words of a shell.
+
+    Args:
+        option: the option.
+        names: the names of all options of the command, which the help mentions by their flags.
+    """
+    text = option.shell or option.help.partition(". ")[0].rstrip(".") + "."
+    text = re.sub(r"``(\w+)``", lambda name: flag(name[1]) if name[1] in names else name[1], text)
+    text = re.sub(r'``"(\S*)"``', r"\1", text)
+    text = re.sub(r"(:\w+:)?`+", "", text).replace("None for", "by default,")
+    return text[0].upper() + text[1:]
+
+
+def flag(name: str) -> str:
+    """Return the option of an argument: ``--base-model`` of ``base_model``."""
+    return f"--{name.replace('_', '-')}"
+
+
+def flags(*names: str) -> dict[str, str]:
+    """Return the options of several arguments."""
+    return {name: flag(name) for name in names}
 
 
 def _option(name: str, hint: Any, default: Any, help: str) -> inspect.Parameter:
@@ -44,16 +75,15 @@ def _option(name: str, hint: Any, default: Any, help: str) -> inspect.Parameter:
     origins = {typing.get_origin(kind): typing.get_args(kind) for kind in kinds}
     annotation: Any
     # A name keeps typer from adding --no-<name> to a bool.
-    flag = f"--{name.replace('_', '-')}"
     if mapping := origins.get(Mapping):
-        metavar = ":".join(kind.__name__ for kind in mapping).upper()
-        info = typer.Option(flag, help=f"{help} May be repeated.", metavar=metavar, parser=_pair(*mapping))
+        metavar = f"<{':'.join(kind.__name__ for kind in mapping)}>"
+        info = typer.Option(flag(name), help=f"{help} May be repeated.", metavar=metavar, parser=_pair(*mapping))
         annotation, default = Annotated[list[Any] | None, info], None
     elif element := origins.get(Sequence):
-        info = typer.Option(flag, help=f"{help} May be repeated.")
+        info = typer.Option(flag(name), help=f"{help} May be repeated.", metavar=f"<{element[0].__name__}>")
         annotation, default = Annotated[list[element[0]] | None, info], None  # type: ignore[valid-type]
     else:
-        annotation = Annotated[hint, typer.Option(flag, help=help)]
+        annotation = Annotated[hint, typer.Option(flag(name), help=help)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
@@ -85,13 +115,56 @@ class OptionError(Exception):
     """An error whose message names options in place of arguments."""
 
 
-def with_option_names(message: str, arguments: Iterable[str]) -> str:
-    """Name options in place of arguments: ``--base-model=`` for ``base_model=``, ``--resume`` for ``resume=True``."""
-    options = {name: f"--{name.replace('_', '-')}=" for name in arguments} | {"target": "--output="}
-    flags = {"resume=True": "--resume", "overwrite=True": "--overwrite"}
-    names = "|".join([*flags, *(f"{name}=" for name in options)])
-    written = flags | {f"{name}=": option for name, option in options.items()}
-    return re.sub(rf"(?<![\w/'\"-])({names})", lambda match: written[match[1]], message)
+@contextmanager
+def naming(names: Mapping[str, str], *, repeat: bool = True) -> Iterator[None]:
+    """Let errors name options in place of arguments.
+
+    Args:
+        names: as for :func:`in_shell`.
+        repeat: as for :func:`in_shell`.
+
+    Raises:
+        OptionError: in place of an error that a command reports in one line.
+    """
+    try:
+        yield
+    except ERRORS as error:
+        raise OptionError(in_shell(one_line(error), names, repeat=repeat)) from error
+
+
+def in_shell(message: str, names: Mapping[str, str], *, repeat: bool = True) -> str:
+    """Spell the arguments in a message, and their values, as a shell does.
+
+    Args:
+        message: the message.
+        names: the name of each argument in the shell.
+        repeat: name an option before each of several values, rather than once before all.
+
+    >>> in_shell("prune={8: 50}: no layer 8; set resume=True", {"prune": "--prune", "resume": "--resume"})
+    '--prune 8:50: no layer 8; set --resume'
+    """
+
+    def spelled(found: re.Match[str]) -> str:
+        name, value = names[found[1]], found[2]
+        if value is None:
+            return f"{name}="
+        if value == "True":
+            return name
+        try:
+            several = ast.literal_eval(value)
+        except (ValueError, SyntaxError):  # no literal, but a remark
+            return f"{name}={value}"
+        each = several.items() if isinstance(several, dict) else several
+        words = [shlex.quote(":".join(map(str, one)) if isinstance(one, tuple) else str(one)) for one in each]
+        if not words:
+            return f"{name}={value}"
+        return f"{name} " + (f" {name} " if repeat else " ").join(words)
+
+    values = r"True\b|\{[^{}]*\}|\[[^\[\]]*\]|\([^()]*\)"
+    message = re.sub(rf"(?<![\w/'\"-])({'|'.join(names)})=({values})?", spelled, message)
+    message = re.sub(r",? or None( for [^.;]*)?(?=[.;])", "", message)  # an option is omitted instead
+    message = message.replace("allowed: False", "allowed: without it")
+    return re.sub(r"\{(\d+: \w+(?:, \d+: \w+)*)\}", lambda pairs: pairs[1].replace(": ", ":").replace(",", ""), message)
 
 
 def one_line(error: BaseException) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import logging
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import KW_ONLY, replace
 from functools import partial
@@ -16,51 +14,24 @@ import pyterrier as pt
 
 from . import shapes
 from .checkpoints import bundled
-from .checkpoints.description import EXPORTED, FILE, Description, assemble, token_adapter_for
+from .checkpoints.assembly import assemble, token_adapter_for
+from .checkpoints.description import FILE, Description, amend
 from .checkpoints.locate import absolute, folder_of, identity, is_hub_id, require, shortest
 from .engine.inputs import PROMPT, Ids, MatroyshkaInputs
 from .features import PAPER, AtDepth, MatroyshkaFeatures
 from .frames import sigmoid
 from .options import Converted, Option, with_options
-from .reranker import LLMReranker, Scores, model_path, require_layerwise
+from .reranker import LLMReranker, model_path, recipe, require_layerwise
+from .scores import Scores
 from .shapes import MatroyshkaShape
-from .values import RATIOS, flag, integer, items, layers, one_of, optional, path_like, positive, refuse, string
+from .values import flag, folders, folders_by_ratio, layers, one_of, optional, positive, string
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from .checkpoints.checkpoint import Checkpoint, MatroyshkaCheckpoint
-    from .engine.scoring import Shape
+    from .checkpoints.checkpoint import Checkpoint
+    from .checkpoints.matroyshka_checkpoint import MatroyshkaCheckpoint
+    from .engine.shape import Shape
     from .training.fit import Frames
-    from .training.recipes import MatroyshkaTraining
-
-logger = logging.getLogger(__name__)
-
-#: Pairs whose ids show whether another program reads an exported tokenizer as it is meant.
-PROBES = [("what is tea?", "Leaves, 42 of them."), (" two  spaces\n", "naïve 大熊猫</s> don't"), ("", "")]
-
-
-def _adapters(name: str, value: object) -> tuple[str, ...]:
-    return tuple(path_like(name, folder) for folder in (value if isinstance(value, list | tuple) else [value]))
-
-
-def _token_adapters(name: str, value: object) -> tuple[tuple[int, str], ...]:
-    """Return adapters by the ratio they compensate for, ascending."""
-    allowed = "a folder for each ratio, {2: folder, 4: folder}, powers of two from 2 to 64"
-    by_ratio = {integer(name, ratio, allowed): path_like(name, folder) for ratio, folder in items(name, value, allowed)}
-    if any(ratio == 1 or ratio not in RATIOS for ratio in by_ratio):
-        refuse(name, value, allowed)
-    return tuple(sorted(by_ratio.items()))
-
-
-def _training(name: str, value: object) -> MatroyshkaTraining | None:
-    if value is None:
-        return None
-    from .training.recipes import CompensateTraining, DistillTraining
-
-    if not isinstance(value, DistillTraining | CompensateTraining):
-        refuse(name, value, "DistillTraining(...), CompensateTraining(...) or None")
-    return value
+    from .training.matroyshka import MatroyshkaTraining
 
 
 @with_options
@@ -95,31 +66,40 @@ class MatroyshkaReranker(LLMReranker):
     _: KW_ONLY
     adapters: Converted[str | Sequence[str], tuple[str, ...]] = Converted(
         default=(),
-        check=_adapters,
+        check=folders,
         help="LoRA folders, merged in the order given. Each is a path, a folder below the model's own "
         '(``"compensate/layer/full"``) or a hub id. The default is the adapters in the model\'s '
         "``reranker.json``, if it has one.",
+        shell="LoRA folders, merged in the order given: ``--adapters FIRST --adapters SECOND``.",
     )
     token_adapters: Converted[Mapping[int, str] | Sequence[tuple[int, str]], tuple[tuple[int, str], ...]] = Converted(
         default=(),
-        check=_token_adapters,
+        check=folders_by_ratio,
         help="token adapters by ratio, ``{2: folder, 4: folder}``. In a shape with ``compress_layers``, "
         "the adapter for its ratio, or else for the next lower ratio, is laid over the shared weights. The default is "
         "the adapters in the model's ``reranker.json``, if it has one. They are kept as a tuple of pairs, and the "
         "reranker's ``repr`` shows the one in use.",
+        shell="token adapters by ratio: ``--token-adapters 2:FOLDER --token-adapters 4:FOLDER``.",
     )
     cutoff: Converted[int | Sequence[int] | None, int | tuple[int, ...] | None] = Converted(
         default=None,
         check=shapes.cutoff,
-        help="the layer that scores, or several; None for the deepest layer with a head. With several, ``score`` is "
-        "the deepest's, and each has a column ``score_<layer>``; all are computed in one pass. Deeper layers are not "
-        "run, and not kept in memory unless another reranker needs them.",
+        help="the layer after which passages are scored, or several; None for the deepest layer with a head. Here and "
+        "in all other arguments, layer ``n`` is the n-th layer, counted from 1: ``cutoff=16`` runs 16 layers. Deeper "
+        "layers are not kept in memory unless another reranker needs them. With several, ``cutoff=[8, 16]``, ``score`` "
+        "is the deepest's, and each has a column, ``score_8`` and ``score_16``; all are computed in one pass.",
+        shell="the layer after which passages are scored, counted from 1: ``--cutoff 16`` runs 16 layers; by default, "
+        "the deepest layer with a head.",
     )
     compress_layers: Converted[int | Sequence[int], tuple[int, ...]] = Converted(
         default=(),
         check=lambda name, value: layers(name, value, 0),
-        help="layer indices, from 0, before which the passage's hidden states are pooled. Index 0 and indices from the "
-        "cutoff on have no effect.",
+        help="the layers after which the passage's hidden states are pooled, counted as in ``cutoff``: with "
+        "``compress_layers=[8]``, 8 layers run at full width, and the ninth is the first on pooled states. (The "
+        "original programs count layers from 0 and pool before a layer; their numbers are the same.) The score of the "
+        "same layer is read before the pooling. 0 and layers from the cutoff on have no effect.",
+        shell="the layers after which the passage's hidden states are pooled, counted from 1: ``--compress-layers 8 "
+        "--compress-layers 16``.",
     )
     compress_ratio: Option[int] = Option(
         default=1,
@@ -130,12 +110,18 @@ class MatroyshkaReranker(LLMReranker):
     prune: Converted[Mapping[int, int] | Sequence[tuple[int, int]], tuple[tuple[int, int], ...]] = Converted(
         default=(),
         check=shapes.prune,
-        help="a cascade: after a layer (the key), only this many candidates of each query (the value) survive, the "
-        "best by the layer's score, for example ``{8: 50, 16: 20}``. Survivors reuse their hidden states and get the "
-        "same score as without a cascade. Dropped passages rank below all survivors, in order of their last score; "
-        "``score`` is lowered for that. ``exit_layer`` is the layer after which a passage was dropped, and "
-        "``score_8`` and ``score_16`` are its scores there. Layers are shallower than the cutoff and have heads; the "
-        "numbers must not increase with depth. They are kept as a tuple of pairs.",
+        help="a cascade: after a layer (the key, counted as in ``cutoff``), only this many candidates of each query "
+        "(the value) survive, the best by the layer's score. With ``prune={8: 50, 16: 20}``, all candidates run "
+        "through 8 layers, 50 through 16, and 20 to the cutoff. Survivors reuse their hidden states and get the same "
+        "score as without a cascade. Dropped passages rank below all survivors, in order of their last score. It is "
+        "lowered for that, before ``normalize``: by the same amount for all passages that a query loses at the layer, "
+        "so that the best of them is 1 below the lowest passage that went deeper. The ``score`` of a cascade is "
+        "therefore for ranking only. The columns ``score_8`` and ``score_16`` have the scores as they were; "
+        "``exit_layer`` is the last layer that a passage ran through, and its scores beyond are NaN. Layers are "
+        "shallower than the cutoff and have heads; the numbers must not increase with depth. They are kept as a tuple "
+        "of pairs.",
+        shell="a cascade: with ``--prune 8:50 --prune 16:20``, the best 50 candidates of each query survive layer 8, "
+        "and the best 20 survive layer 16.",
     )
     prompt: Option[str | None] = Option(
         default=None,
@@ -146,13 +132,14 @@ class MatroyshkaReranker(LLMReranker):
     query_max_length: Option[int | None] = Option(
         default=None,
         check=optional(positive),
-        help="tokens kept of ``A: {query}``; None for three quarters of ``max_length``.",
+        help="tokens kept of ``A: {query}``; None for the value in ``reranker.json``, or three quarters of "
+        "``max_length``.",
     )
-    max_length: Option[int] = Option(
-        default=512,
-        check=positive,
-        help="tokens kept of ``B: {passage}``. Prefix and passage together have at most this length plus the prompt's "
-        "tokens.",
+    max_length: Option[int | None] = Option(
+        default=None,
+        check=optional(positive),
+        help="tokens kept of ``B: {passage}``; None for the value in ``reranker.json``, or 512. Prefix and passage "
+        "together have at most this length plus the prompt's tokens.",
     )
     normalize: Option[bool] = Option(
         default=False,
@@ -183,7 +170,7 @@ class MatroyshkaReranker(LLMReranker):
     )
     training: Option[MatroyshkaTraining | None] = Option(
         default=None,
-        check=_training,
+        check=recipe("DistillTraining", "CompensateTraining"),
         help="the recipe that :meth:`fit` trains by: ``DistillTraining`` (the default, with the original settings) or "
         "``CompensateTraining``. The result is appended to ``adapters``.",
     )
@@ -200,7 +187,8 @@ class MatroyshkaReranker(LLMReranker):
         self.shape.check_stages(self.deepest())
         if self.released and self.prune:
             raise ValueError(
-                f"prune={dict(self.prune)}: released=True reads heads of other layers than the cutoffs; allowed: ()."
+                f"prune={dict(self.prune)}: released=True reads heads of other layers than the cutoffs; allowed: no "
+                "cascade."
             )
         require(self.model, "model")
         for role, names in {"adapters": self.adapters, "token_adapters": dict(self.token_adapters).values()}.items():
@@ -209,7 +197,7 @@ class MatroyshkaReranker(LLMReranker):
                     require(name, role)
         parts = self._parts()
         self._check_training(parts)
-        self._warn_without_effect()
+        self.shape.warn_without_effect()
         self._check_early(parts)
 
     @classmethod
@@ -255,17 +243,6 @@ class MatroyshkaReranker(LLMReranker):
         if self._is_local(parts):
             self._shape(self._weights().checkpoint)
 
-    def _warn_without_effect(self) -> None:
-        """Warn of compression that does nothing. It is no error because grids set one argument at a time."""
-        deepest = self.deepest()
-        if self.compress_ratio > 1 and not self.shape.pools():
-            logger.warning("compress_ratio=%d has no effect without compress_layers from 1 on", self.compress_ratio)
-        elif self.compress_ratio > 1 and not self.shape.pools(deepest):
-            logger.warning(
-                "compress_layers=%s: no layer from 1 to below the cutoff, %d, so nothing is pooled; the token adapter "
-                "is still used", list(self.compress_layers), deepest,
-            )  # fmt: skip
-
     @property
     def shape(self) -> MatroyshkaShape:
         """The arguments that choose the depth, the width and the cascade."""
@@ -293,6 +270,10 @@ class MatroyshkaReranker(LLMReranker):
 
         Raises:
             ValueError: a value is not allowed.
+
+        >>> from pyterrier_llmrerank import MatroyshkaReranker
+        >>> MatroyshkaReranker().at(prune={8: 50, 16: 20})
+        MatroyshkaReranker('BAAI/Matroyshka-ReRanker-passage', prune={8: 50, 16: 20})
         """
         shape = {
             "cutoff": cutoff,
@@ -322,7 +303,7 @@ class MatroyshkaReranker(LLMReranker):
         AtDepth(16, (8, 16))
         """
         if self.prune:
-            raise ValueError(f"prune={dict(self.prune)}: not every candidate reaches every depth; allowed: ().")
+            raise ValueError(f"prune={dict(self.prune)}: not every candidate reaches every depth; allowed: no cascade.")
         if not isinstance(self.cutoff, tuple):
             return {self.cutoffs()[0]: self}
         logits = self
@@ -348,12 +329,12 @@ class MatroyshkaReranker(LLMReranker):
         return self.shape.deepest
 
     def _checkpoint(self) -> partial[Any]:
-        from .checkpoints.checkpoint import MatroyshkaCheckpoint
+        from .checkpoints.matroyshka_checkpoint import MatroyshkaCheckpoint
 
         return partial(MatroyshkaCheckpoint, *self._checkpoint_arguments())
 
     def _overlay_checkpoint(self) -> partial[Any] | None:
-        from .checkpoints.checkpoint import MatroyshkaCheckpoint
+        from .checkpoints.matroyshka_checkpoint import MatroyshkaCheckpoint
 
         parts = self._parts()
         if overlay := self._token_adapter(parts):
@@ -385,8 +366,8 @@ class MatroyshkaReranker(LLMReranker):
         if name == "adapters":
             return tuple(shortest(adapter, self.model) for adapter in self.adapters)
         if name == "token_adapters":
-            return tuple((ratio, shortest(adapter, self.model)) for ratio, adapter in self.token_adapters)
-        return super()._repr_value(name)
+            return {ratio: shortest(adapter, self.model) for ratio, adapter in self.token_adapters} or ()
+        return dict(self.prune) or () if name == "prune" else super()._repr_value(name)
 
     def _source(self) -> str:
         """Return the folder, ``.gguf`` file or hub id of the model."""
@@ -405,8 +386,12 @@ class MatroyshkaReranker(LLMReranker):
         given = Description(
             kind="matroyshka", base=source, start_layer=self.start_layer, layer_sep=self.layer_sep, prompt=self.prompt,
             adapters=self.adapters, token_adapters=self.token_adapters,
+            query_max_length=self.query_max_length, max_length=self.max_length,
         )  # fmt: skip
-        key = given, folder, None if folder is None else identity(str(folder / FILE), source)
+        files = [
+            path / FILE for path in (folder, *(Path(source).expanduser() / name for name in given.folders)) if path
+        ]
+        key = given, folder, tuple(identity(str(file), source) for file in files)
         if self._known_parts is None or self._known_parts[0] != key:  # read again only where something has changed
             self._known_parts = key, assemble(given, folder, f"model={self.model!r}")
         return self._known_parts[1]
@@ -422,7 +407,7 @@ class MatroyshkaReranker(LLMReranker):
         return model.is_dir() and all(not is_hub_id(name) or (model / name).is_dir() for name in parts.folders)
 
     def _shape(self, checkpoint: Checkpoint) -> Shape:
-        from .engine.scoring import Shape
+        from .engine.shape import Shape
 
         self._parts().check_layers(checkpoint.layers, f"model={self.model!r}")
         self._check_layerwise(checkpoint)
@@ -432,7 +417,7 @@ class MatroyshkaReranker(LLMReranker):
         if pools:
             require_layerwise(checkpoint, "compress_ratio", self.compress_ratio, "1, no compression")
         if self.prune:
-            require_layerwise(checkpoint, "prune", dict(self.prune), "{}, no cascade")
+            require_layerwise(checkpoint, "prune", dict(self.prune), "no cascade")
         read, pad_id = tuple(sorted({*cutoffs, *dict(self.prune)})), None
         heads = tuple(with_head.index(layer) for layer in read)
         if self.released:
@@ -446,18 +431,22 @@ class MatroyshkaReranker(LLMReranker):
         return self._inputs()(tokenizer, pairs)
 
     def _inputs(self) -> MatroyshkaInputs:
-        return MatroyshkaInputs(self._question(), self.query_max_length, self.max_length)
+        """Return the encoding: its settings are the arguments, the model's own or the original ones."""
+        parts, own = self._parts(), None
+        if is_hub_id(self._source()) or any(map(is_hub_id, parts.folders)):  # opening them has read their descriptions
+            own = cast("MatroyshkaCheckpoint", self._weights().checkpoint)
 
-    def _question(self) -> str:
-        """Return the question that ends every input: the argument, the model's own, or the original one."""
-        prompt = self._parts().prompt
-        if prompt is None and is_hub_id(self._source()):
-            prompt = cast("MatroyshkaCheckpoint", self._weights().checkpoint).prompt
-        return PROMPT if prompt is None else prompt
+        def value(name: str, usual: Any) -> Any:
+            given = getattr(parts, name)
+            found = getattr(own, name, None) if given is None else given
+            return usual if found is None else found
+
+        longest = value("max_length", MatroyshkaInputs.max_length)
+        return MatroyshkaInputs(value("prompt", PROMPT), value("query_max_length", None), longest)
 
     def _recipe(self) -> MatroyshkaTraining:
         """Return the recipe in ``training``, with this reranker's heads and prompt."""
-        from .training.recipes import DistillTraining
+        from .training.matroyshka import DistillTraining
 
         recipe, parts = self.training or DistillTraining(), self._parts(fetch=True)
         start = recipe.start_layer if parts.start_layer is None else parts.start_layer
@@ -470,16 +459,19 @@ class MatroyshkaReranker(LLMReranker):
         from .training.fit import fit
 
         parts = self._parts(fetch=True)
-        return fit(
+        folder = fit(
             self._recipe(), cast(str, parts.base), (*parts.adapters, *self._token_adapter(parts)), training, validation,
             device=self.device, dtype=self.dtype, verbose=self.verbose,
         )  # fmt: skip
+        amend(folder, "matroyshka", query_max_length=parts.query_max_length, max_length=parts.max_length)
+        return folder
 
     def _switch_to(self, adapter: str) -> None:
-        from .checkpoints.checkpoint import is_layer_wise
+        from .checkpoints.matroyshka_checkpoint import is_layer_wise
 
         recipe, parts = self._recipe(), self._parts(fetch=True)
         self.model, self.prompt = cast(str, parts.base), parts.prompt
+        self.query_max_length, self.max_length = parts.query_max_length, parts.max_length
         if not is_layer_wise(self.model):
             self.start_layer, self.layer_sep = recipe.start_layer, recipe.layer_sep
         self.adapters, self.token_adapters = (*parts.adapters, *self._token_adapter(parts), adapter), ()
@@ -496,10 +488,10 @@ class MatroyshkaReranker(LLMReranker):
             folder: a new or an empty folder.
             merged: write one layer-wise model (``cost_wise_*``) with all adapters merged in, rather than the
                 PEFT adapters. Weights are in ``dtype``, not quantised, heads are fp32.
-            cutoff: the depth of a sequence classifier; None for the reranker's own.
+            cutoff: the depth of a sequence classifier; None for the reranker's own, if it has one.
             form: ``"sequence-classification"`` writes one depth as a plain ``*ForSequenceClassification`` with one
                 label, which other programs open and serve; it needs ``merged=True``. Its tokenizer makes the ids of a
-                pair, and its card says how. Widths and cascades stay here.
+                pair, and its card says how. It has full width and no cascade.
 
         Returns:
             The folders of the adapters that this shape uses, in order: they open as ``adapters`` too. A single adapter
@@ -512,73 +504,37 @@ class MatroyshkaReranker(LLMReranker):
                 ``merged``, the model does not support layer-wise execution; or, for ``form``, transformers makes other
                 ids with the model's tokenizer.
         """
-        from .checkpoints.saving import all_or_nothing, write_adapters, write_merged
-        from .engine.weights import build_decoder
-
         one_of("sequence-classification")("form", form)
         if form is not None and not merged:
             raise ValueError(f"form={form!r}: it is one model; allowed: merged=True too.")
         if cutoff is not None and form is None:
             raise ValueError(f"cutoff={cutoff!r}: adapters and layer-wise models keep all depths; allowed: None.")
+        if form is not None and cutoff is None and isinstance(self.cutoff, tuple) and len(self.cutoff) > 1:
+            raise ValueError(f"form={form!r}: it is one depth, and the cutoffs are {self.cutoff}; give one as cutoff.")
         target, parts = Path(folder).expanduser(), self._parts(fetch=True)
         parts = replace(parts, prompt=PROMPT if parts.prompt is None else parts.prompt)
         if not merged:
-            if not parts.folders:
-                raise ValueError("adapters=(): there is no adapter to write; allowed: merged=True.")
-            with all_or_nothing(target):
-                saved = write_adapters(parts, target)
-            return [target / name for name in (*saved.adapters, *self._token_adapter(saved))]
-        shape = self
-        if form is not None:  # one depth at full width, which has no token compensation
-            depth = self.deepest() if cutoff is None else cutoff
-            shape = self.at(cutoff=depth, compress_layers=(), compress_ratio=1, prune=())
-            shape._shape(shape._weights().checkpoint)  # raises where the depth has no head
-        weights = shape._weights()
-        checkpoint = cast("MatroyshkaCheckpoint", weights.checkpoint)
-        require_layerwise(checkpoint, "merged", merged, "False")
-        heads = checkpoint.heads(checkpoint.tokenizer())
-        if form is not None:
-            shape._export(target, heads[checkpoint.head_layers.index(shape.cutoffs()[-1])])
-            return []
-        settings = {
-            "model_type": f"cost_wise_{checkpoint.config.model_type}",
-            "architectures": [f"CostWise{type(checkpoint.config).__name__.removesuffix('Config')}ForCausalLM"],
-            "start_layer": checkpoint.start_layer, "layer_sep": checkpoint.layer_sep, "layer_wise": True,
-        }  # fmt: skip
-        named = {f"{checkpoint.head_module(k)}.weight": head[None] for k, head in enumerate(heads)}
-        with all_or_nothing(target):
-            description = replace(checkpoint.description(), prompt=parts.prompt)
-            write_merged(checkpoint, build_decoder(checkpoint), named, settings, weights.dtype, target, description)
+            return self._save_adapters(target, parts)
+        from .exports import write_depth, write_layer_wise
+
+        if form is None:
+            write_layer_wise(self._weights(), parts, target)
+        else:  # at full width, which has no token adapter
+            layer = self.deepest() if cutoff is None else cutoff
+            depth = self.at(cutoff=layer, compress_layers=(), compress_ratio=1, prune=())
+            _ = depth.scorer().shape  # raises where the depth has no head
+            write_depth(depth._weights(), depth.cutoffs()[0], depth._inputs(), parts.base, target)
         return []
 
-    def _export(self, folder: Path, head: Tensor) -> None:
-        """Write the model down to the cutoff as a plain classifier, with a tokenizer that makes the ids of pairs."""
-        from .checkpoints.cards import exported
-        from .checkpoints.saving import all_or_nothing, classifier_settings, write_merged
-        from .checkpoints.tokenizer import check_pairs, set_pair
-        from .engine.inputs import special_ids
-        from .engine.weights import build_decoder
+    def _save_adapters(self, folder: Path, parts: Description) -> list[Path]:
+        """Write the adapters in ``parts``, and return the folders of the adapters that this shape uses."""
+        from .checkpoints.saving import all_or_nothing, write_adapters
 
-        weights, parts, inputs, (depth,) = self._weights(), self._parts(fetch=True), self._inputs(), self.cutoffs()
-        checkpoint = weights.checkpoint
-        settings = classifier_settings(checkpoint) | {"num_hidden_layers": depth}
-        if kinds := checkpoint.settings.get("layer_types"):
-            settings["layer_types"] = kinds[:depth]
-        before = inputs.query_instruction, inputs.passage_instruction
-        limits = inputs.query_limit, inputs.max_length
-        pieces = inputs.pieces(checkpoint.tokenizer())
-        card = exported(parts.base, settings["architectures"][0], depth, pieces, before, limits)
-        description = Description(kind=EXPORTED, layers=depth, prompt=inputs.prompt)
-        tokenizer = copy.deepcopy(checkpoint.tokenizer())
-        made = [ids.flat() for ids in MatroyshkaInputs(inputs.prompt)(tokenizer, PROBES)]
-        set_pair(tokenizer, special_ids(tokenizer), pieces, checkpoint.argument)
+        if not parts.folders:
+            raise ValueError("adapters=(): there is no adapter to write; allowed: merged=True.")
         with all_or_nothing(folder):
-            write_merged(
-                checkpoint, build_decoder(checkpoint), {"score.weight": head[None]}, settings, weights.dtype,
-                folder, description, tokenizer, card,
-            )  # fmt: skip
-            texts = [(before[0] + query, before[1] + passage) for query, passage in PROBES]
-            check_pairs(folder, texts, made, checkpoint.argument)
+            saved = write_adapters(parts, folder)
+        return [folder / name for name in (*saved.adapters, *self._token_adapter(saved))]
 
     def _columns(self, scores: Scores) -> dict[str, np.ndarray]:
         layers = sorted({*(self.cutoff if isinstance(self.cutoff, tuple) else ()), *dict(self.prune)})

@@ -17,7 +17,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
-import re
 import textwrap
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar, cast, dataclass_transform, overload
@@ -34,17 +33,26 @@ class Converted(Generic[Given, Kept]):
     Args:
         default: the value if none is given; an option without a default is required.
         check: takes the option's name and a value, and returns the value to keep or raises ValueError.
-        help: what the option does, in reStructuredText. The first sentence has to make sense alone.
+        help: the effect of the option, in reStructuredText. The first sentence has to make sense alone.
+        shell: the help of the command-line option, where the first sentence of ``help`` is about Python alone.
     """
 
     #: The name of the option, and the type of the values it accepts, as it is written in the source.
     name: str
     accepts: str
 
-    def __init__(self, *, default: Given = ..., check: Callable[[str, Any], Kept], help: str) -> None:  # type: ignore[assignment]
+    def __init__(
+        self,
+        *,
+        default: Given = ...,  # type: ignore[assignment]
+        check: Callable[[str, Any], Kept],
+        help: str,
+        shell: str | None = None,
+    ) -> None:
         self.default = default
         self.check = check
         self.help = help
+        self.shell = shell
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -65,12 +73,6 @@ class Converted(Generic[Given, Kept]):
 
     def __set__(self, reranker: object, value: Given) -> None:
         vars(reranker)[self.name] = self.check(self.name, value)
-
-    @property
-    def summary(self) -> str:
-        """The first sentence of the help, as plain text that starts with a capital."""
-        sentence = re.sub(r"(:\w+:)?`+", "", self.help).partition(". ")[0].rstrip(".")
-        return f"{sentence[0].upper()}{sentence[1:]}."
 
 
 class Option(Converted[Value, Value], Generic[Value]):
@@ -103,9 +105,9 @@ def options_of(reranker: type) -> list[Converted[Any, Any]]:
     """Return the options of a reranker class in the order of its signature.
 
     >>> from pyterrier_llmrerank import RankLLaMAReranker
-    >>> option = options_of(RankLLaMAReranker)[6]
+    >>> option = options_of(RankLLaMAReranker)[8]
     >>> option.name, option.accepts, option.default, option.summary
-    ('query_max_length', 'int', 32, 'Tokens kept of query: {query}, not counting <s>.')
+    ('title_field', 'str | None', 'title', 'A column with titles; None to read no titles.')
     """
     return [_option(reranker, name) for name in constructor_signature(reranker).parameters]
 

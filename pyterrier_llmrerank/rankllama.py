@@ -11,34 +11,28 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import pandas as pd
 
 from .checkpoints import bundled
-from .checkpoints.description import FILE, read_description
+from .checkpoints.description import FILE, Description, amend, read_description
 from .checkpoints.input_format import TEVATRON_2023, InputFormat, check_name
 from .checkpoints.locate import absolute, folder_of, identity, is_hub_id, named_base, portable, require, shortest
-from .engine.inputs import Ids, inputs_of
+from .engine.inputs import Encoding, Ids, RankLLaMAInputs, inputs_of
 from .frames import row_name
 from .options import Option, with_options
-from .reranker import LLMReranker, model_path, require_layerwise
+from .reranker import LLMReranker, model_path, recipe
 from .values import column, flag, optional, positive, problem_of, string
 
 if TYPE_CHECKING:
-    from .checkpoints.checkpoint import Checkpoint, RankLLaMACheckpoint
-    from .engine.scoring import Shape
+    from .checkpoints.checkpoint import Checkpoint
+    from .checkpoints.rankllama_checkpoint import RankLLaMACheckpoint
+    from .engine.shape import Shape
     from .training.fit import Frames
-    from .training.recipes import RankLLaMATraining
-
-
-def _training(name: str, value: object) -> RankLLaMATraining | None:
-    if value is None:
-        return None
-    from .training.recipes import RankLLaMATraining
-
-    if not isinstance(value, RankLLaMATraining):
-        raise ValueError(f"{name}={value!r}; allowed: RankLLaMATraining(...) or None.")
-    return value
+    from .training.rankllama import RankLLaMATraining
 
 
 #: The names of the arguments for the input format.
 FORMAT = tuple(InputFormat().settings())
+
+#: The usual numbers of tokens, by the arguments for them.
+LENGTHS = {name: getattr(RankLLaMAInputs, name) for name in ("query_max_length", "passage_max_length")}
 
 
 @with_options
@@ -81,6 +75,9 @@ class RankLLaMAReranker(LLMReranker):
         '{passage_prefix} {title} {text}``. ``"qwen3-reranker"`` is the prompt of Qwen3-Reranker\'s sequence '
         "classifiers. A template with ``{query}``, perhaps ``{title}``, and ``{text}`` is any other prompt. None is "
         'the format in the model\'s ``reranker.json``, or else ``"tevatron-2023"``.',
+        shell="the form in which the model reads a pair: ``tevatron-2023``, ``tevatron-2024``, ``qwen3-reranker`` or a "
+        "template, such as ``'Query: {query} Document: {text}'``; by default, the model's own, or else "
+        "``tevatron-2023``.",
     )
     query_prefix: Option[str | None] = Option(
         default=None,
@@ -97,15 +94,18 @@ class RankLLaMAReranker(LLMReranker):
         default=None,
         check=optional(flag),
         help="append the tokenizer's end token to the input, in all formats but ``tevatron-2023``; None for the value "
-        "in ``reranker.json``, or False.",
+        "in ``reranker.json``, or else no end token.",
     )
-    query_max_length: Option[int] = Option(
-        default=32, check=positive, help="tokens kept of ``query: {query}``, not counting ``<s>``."
+    query_max_length: Option[int | None] = Option(
+        default=None,
+        check=optional(positive),
+        help="tokens kept of ``query: {query}``, not counting ``<s>``; None for the value in ``reranker.json``, or 32.",
     )
-    passage_max_length: Option[int] = Option(
-        default=164,
-        check=positive,
-        help="tokens kept of ``document: {title} {text}``, not counting ``<s>``. The whole input has at most "
+    passage_max_length: Option[int | None] = Option(
+        default=None,
+        check=optional(positive),
+        help="tokens kept of ``document: {title} {text}``, not counting ``<s>``; None for the value in "
+        "``reranker.json``, or 164. The whole input has at most "
         "``query_max_length + passage_max_length - 2`` tokens, counting both ``<s>``; the query is cut to fit. The "
         "document checkpoint was trained with 2048. In the other formats, query and passage share "
         "``query_max_length + passage_max_length`` tokens, and the end of the passage is cut to fit: in "
@@ -115,22 +115,22 @@ class RankLLaMAReranker(LLMReranker):
         default="title",
         check=optional(column),
         help="a column with titles; None to read no titles. Frames without the column, and rows in which it is None or "
-        "NaN, have no title.",
+        "NaN, have no title. The default follows ``reranker.json``, if it names another column or none.",
     )
     url_field: Option[str | None] = Option(
         default=None,
         check=optional(column),
         help="a column with URLs, which precede the title; None to read no URLs. The document checkpoint reads them. "
-        "Missing values are treated as in ``title_field``.",
+        "Missing values are treated as in ``title_field``, and so is the default.",
     )
     training: Option[RankLLaMATraining | None] = Option(
         default=None,
-        check=_training,
+        check=recipe("RankLLaMATraining"),
         help="the recipe that :meth:`fit` trains by; None for the original settings.",
     )
 
     # Without an annotation, which would make it an option.
-    _known_format = cast("tuple[Hashable, InputFormat | None] | None", None)
+    _known_description = cast("tuple[Hashable, Description | None] | None", None)
 
     def __post_init__(self) -> None:
         require(self.model, "model")
@@ -141,27 +141,39 @@ class RankLLaMAReranker(LLMReranker):
             self._checked(self._chosen(self.named_format)[0])
 
     def _look_up_model(self) -> None:
-        """Keep what a local model says of itself."""
+        """Keep the base and the input format that a local model names."""
         #: The base that the adapter names. If that is a relative path, it is resolved now, not when it is opened.
         self.named_base = named_base(self._source())
-        #: The same as it is stored and compared.
+        #: The base in the form that is stored and compared.
         self.portable_base = None if self.named_base is None else portable(self.named_base)
         #: The input format that a local model names; None if it names none.
         self.named_format = None if is_hub_id(self._source()) else self._described_format()
 
     def _described_format(self) -> InputFormat | None:
-        """Return the input format that the model names; a hub model is downloaded.
+        """Return the input format that the model names; a hub model is downloaded."""
+        return own.input_format if (own := self._description()) is not None else None
+
+    def _description(self) -> Description | None:
+        """Return the model's description, None if it has none; a hub model is downloaded.
 
         It is read again only where the file has changed. A hub model is looked up once, as its weights are.
         """
         source = self._source()
         state = None if is_hub_id(source) else identity(str(Path(source).expanduser() / FILE), source)
-        if self._known_format is None or self._known_format[0] != (source, state):
+        if self._known_description is None or self._known_description[0] != (source, state):
             folder = folder_of(source, "model") if is_hub_id(source) else Path(source).expanduser()
             argument = f"model={self.model!r}"
             own = read_description(self.model, folder, "rankllama", argument) if folder.is_dir() else None
-            self._known_format = (source, state), None if own is None else own.input_format
-        return self._known_format[1]
+            self._known_description = (source, state), own
+        return self._known_description[1]
+
+    def _cut(self) -> dict[str, Any]:
+        """Return the fields of the description for lengths and columns, with the values in use."""
+        own = self._description() or Description(kind="rankllama")
+        lengths = {name: getattr(self, name) or getattr(own, name) for name in LENGTHS}
+        title = own.title_field if self.title_field == "title" else self.title_field
+        url = self.url_field or (own.url_field if self._form().name == TEVATRON_2023 else None)
+        return {**lengths, "title_field": title, "url_field": url}
 
     def _given_format(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in FORMAT}
@@ -171,7 +183,11 @@ class RankLLaMAReranker(LLMReranker):
         return self._checked(self._chosen(self._described_format())[0])
 
     def _chosen(self, own: InputFormat | None) -> tuple[InputFormat, Mapping[str, Any]]:
-        """Return the format that the arguments make of the model's own, and the arguments that show it."""
+        """Return the input format, and the arguments by which ``repr`` names it.
+
+        Args:
+            own: the model's own format, which the arguments change; None if it has none.
+        """
         return _chosen(tuple(self._given_format().items()), own)
 
     def _checked(self, form: InputFormat) -> InputFormat:
@@ -202,7 +218,7 @@ class RankLLaMAReranker(LLMReranker):
         return cls(bundled.base(str(base)), **{**given, **options})
 
     def _checkpoint(self) -> partial[Any]:
-        from .checkpoints.checkpoint import RankLLaMACheckpoint
+        from .checkpoints.rankllama_checkpoint import RankLLaMACheckpoint
 
         return partial(RankLLaMACheckpoint, *self._checkpoint_arguments())
 
@@ -215,7 +231,7 @@ class RankLLaMAReranker(LLMReranker):
         return self._source(), self.base_model or self.named_base
 
     def _shape(self, checkpoint: Checkpoint) -> Shape:
-        from .engine.scoring import Shape
+        from .engine.shape import Shape
 
         self._check_layerwise(checkpoint)
         return Shape(cutoffs=(checkpoint.layers,), heads=(0,), attn_implementation=self.attn_implementation)
@@ -225,11 +241,15 @@ class RankLLaMAReranker(LLMReranker):
         return None
 
     def _encode(self, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Ids]:
-        return inputs_of(self._form(), self.query_max_length, self.passage_max_length)(tokenizer, pairs)
+        return self._inputs()(tokenizer, pairs)
+
+    def _inputs(self) -> Encoding:
+        cut = self._cut()
+        return inputs_of(self._form(), *(cut[name] or usual for name, usual in LENGTHS.items()))
 
     def _bodies(self, frame: pd.DataFrame) -> list[str]:
-        form = self._form()
-        titles, urls = (_optional_texts(frame, field) for field in (self.title_field, self.url_field))
+        form, cut = self._form(), self._cut()
+        titles, urls = (_optional_texts(frame, cut[field]) for field in ("title_field", "url_field"))
         return [form.body(*parts) for parts in zip(frame[self.text_field], titles, urls, strict=True)]
 
     def _bare(self, texts: list[str]) -> list[str]:
@@ -242,7 +262,7 @@ class RankLLaMAReranker(LLMReranker):
         Raises:
             ValueError: the recipe has another format.
         """
-        from .training.recipes import RankLLaMATraining
+        from .training.rankllama import RankLLaMATraining
 
         recipe, own = self.training or RankLLaMATraining(), self._form().settings()
         for name, value in own.items():
@@ -253,11 +273,14 @@ class RankLLaMAReranker(LLMReranker):
     def _train(self, training: Frames, validation: Frames | None) -> Path:
         from .training.fit import fit
 
-        model, base_model = self._checkpoint_arguments()
-        return fit(
+        (model, base_model), cut = self._checkpoint_arguments(), self._cut()
+        folder = fit(
             self._recipe(), model, (), training, validation,
             device=self.device, dtype=self.dtype, verbose=self.verbose, base_model=base_model,
         )  # fmt: skip
+        given = {name: length for name in LENGTHS if (length := getattr(self, name)) is not None}
+        amend(folder, "rankllama", **{**given, "title_field": cut["title_field"], "url_field": cut["url_field"]})
+        return folder
 
     def _base(self) -> str:
         """Return the base of the adapter, or the model itself before training."""
@@ -281,7 +304,7 @@ class RankLLaMAReranker(LLMReranker):
         return {**self.arguments(), **named, **self._shown_format()}
 
     def _shown_format(self) -> Mapping[str, Any]:
-        """Return the arguments for the input format in use; for a hub model, which may name one, those given."""
+        """Return the arguments that name the input format; as given for a hub model, whose own format is unknown."""
         return self._given_format() if is_hub_id(self._source()) else self._chosen(self.named_format)[1]
 
     def _repr_value(self, name: str) -> Any:
@@ -300,40 +323,36 @@ class RankLLaMAReranker(LLMReranker):
         Args:
             folder: a new or an empty folder.
             merged: write one ``*ForSequenceClassification`` model, rather than the PEFT ``SEQ_CLS`` adapter
-                with its score head. Weights are in ``dtype``, not quantised, the head is fp32.
+                with its score head. Weights are in ``dtype``, not quantised, the head is fp32. Its model card says
+                how its input is made.
 
         Raises:
             FileExistsError: the folder is not empty.
             ValueError: there is no adapter, the model is untrained or, for ``merged``, it does not support layer-wise
                 execution.
         """
-        from .checkpoints.saving import all_or_nothing, classifier_settings, copy_adapter, write_merged
-        from .engine.weights import build_decoder
+        from .checkpoints.saving import all_or_nothing, copy_adapter
+        from .exports import write_rankllama
 
-        weights, form = self._weights(), self._form()
-        checkpoint = weights.checkpoint
-        heads = checkpoint.heads(checkpoint.tokenizer())  # raises where it is untrained
+        weights, target = self._weights(), Path(folder).expanduser()
+        described = {"input_format": self._form(), **self._cut()}
         if merged:
-            require_layerwise(checkpoint, "merged", merged, "False")
-        if not merged and not self._is_adapter():
+            write_rankllama(weights, self._inputs(), replace(weights.checkpoint.description(), **described), target)
+            return
+        checkpoint = weights.checkpoint
+        checkpoint.heads(checkpoint.tokenizer())  # raises where it is untrained
+        if not self._is_adapter():
             raise ValueError(f"model={self.model!r} is no adapter; allowed: merged=True.")
-        with all_or_nothing(Path(folder).expanduser()) as target:
-            if merged:
-                head = {"score.weight": heads}
-                decoder, description = build_decoder(checkpoint), replace(checkpoint.description(), input_format=form)
-                settings = classifier_settings(checkpoint, form.append_eos)
-                write_merged(checkpoint, decoder, head, settings, weights.dtype, target, description)
-            else:
-                copy_adapter(folder_of(self._source(), "model"), target, checkpoint.base, checkpoint.tokenizer())
-                parts = replace(checkpoint.description(), base=checkpoint.base, adapters=(".",), input_format=form)
-                parts.write(target)
+        with all_or_nothing(target):
+            copy_adapter(folder_of(self._source(), "model"), target, checkpoint.base, checkpoint.tokenizer())
+            replace(checkpoint.description(), base=checkpoint.base, adapters=(".",), **described).write(target)
 
 
 @lru_cache(maxsize=128)
 def _chosen(given: tuple[tuple[str, Any], ...], own: InputFormat | None) -> tuple[InputFormat, Mapping[str, Any]]:
-    """Return the format that these arguments make of a model's own, and the arguments that show it.
+    """Return the input format, and the arguments by which ``repr`` names it.
 
-    A default is not shown, unless the model would have another value without the argument.
+    A default is left out, unless the model would have another value without the argument.
     """
     form = InputFormat.chosen(dict(given), own)
     usual = InputFormat(form.name).settings() | {"input_format": TEVATRON_2023}

@@ -7,25 +7,24 @@ import inspect
 import logging
 import threading
 from abc import abstractmethod
-from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import numpy as np
 import pandas as pd
 import pyterrier as pt
-from numpy.typing import NDArray
 
 from .arguments import ValueSemantics
 from .checkpoints.locate import absolute, shortest
 from .engine.cascade import Cascade
-from .engine.usage import Observer, Usage
+from .engine.usage import Usage
 from .errors import ScoringError
 from .frames import check_columns, check_rows, distinct, row_name, warn_of_ties, with_ranks
 from .options import Converted, Option, constructor_signature, with_options
+from .scores import RowObserver, Scores
 from .values import as_pairs, column, devices, flag, one_of, optional, path_like, positive, refuse
 
 # Torch and transformers take seconds to import; they are imported when weights are needed.
@@ -34,8 +33,10 @@ if TYPE_CHECKING:
 
     from .checkpoints.checkpoint import Checkpoint
     from .engine.inputs import Ids
-    from .engine.scoring import Scorer, Shape
+    from .engine.scoring import Scorer
+    from .engine.shape import Shape
     from .engine.weights import Weights
+    from .replicas import Replicas
     from .training.fit import Frames
     from .training.recipes import Recipe
 
@@ -53,63 +54,23 @@ def model_path(name: str, value: object) -> str:
     return absolute(path_like(name, value))
 
 
+def recipe(*kinds: str) -> Callable[[str, object], Any]:
+    """Return a check for a recipe of some classes of the training package, or None."""
+
+    def check(name: str, value: object) -> Any:
+        if value is not None:
+            from . import training
+
+            if not isinstance(value, tuple(getattr(training, kind) for kind in kinds)):
+                refuse(name, value, f"{', '.join(f'{kind}(...)' for kind in kinds)} or None")
+        return value
+
+    return check
+
+
 def _dtype(name: str, value: object) -> str:
     dtype = str(value).removeprefix("torch.")
     return dtype if dtype in DTYPES else refuse(name, value, ", ".join(DTYPES))
-
-
-class Scores(NamedTuple):
-    """Scores of some rows.
-
-    Args:
-        final: score of each row, ``[rows]``; NaN for rows that were not scored.
-        by_layer: scores at each cutoff layer, ``[rows]``; NaN for rows that did not reach it.
-        exit_layer: the layer after which a cascade dropped each row; None without a cascade.
-        logits: the final scores before normalisation, ``[rows]``, by which rows are ranked.
-    """
-
-    final: np.ndarray
-    by_layer: Mapping[int, np.ndarray]
-    exit_layer: np.ndarray | None
-    logits: np.ndarray
-
-    @classmethod
-    def none(cls, rows: int = 0) -> Scores:
-        """Return scores that are all missing."""
-        missing = np.full(rows, np.nan)
-        return cls(missing, defaultdict(lambda: missing), np.zeros(rows, dtype=int), missing)
-
-    @classmethod
-    def of(cls, error: BaseException, rows: int) -> Scores:
-        """Return the scores that an error carries; all missing if it carries none."""
-        scores = getattr(error, "scores", None)
-        return scores if isinstance(scores, cls) else cls.none(rows)
-
-
-class Reporter(Observer):
-    """Name the rows of a call in errors, move its progress bar, and collect its usage.
-
-    Args:
-        name: names a row.
-        pair_of_row: index of the distinct pair in each row, ``[rows]``.
-        bar: the progress bar.
-    """
-
-    def __init__(self, name: Callable[[int], str], pair_of_row: NDArray[np.intp], bar: Any) -> None:
-        self.parts: list[Usage] = []
-        self._name, self._pair_of_row, self._bar = name, pair_of_row, bar
-
-    def label(self, pair: int) -> str:
-        """Name the first row that holds a pair."""
-        return self._name(int(np.argmax(self._pair_of_row == pair)))
-
-    def progress(self, pairs: int) -> None:
-        """Move the progress bar."""
-        self._bar.update(pairs)
-
-    def used(self, usage: Usage) -> None:
-        """Collect a part of the usage."""
-        self.parts.append(usage)
 
 
 @with_options
@@ -145,12 +106,14 @@ class LLMReranker(ValueSemantics, pt.Estimator):
         help='for example ``"cuda:1"``; None for CUDA or MPS if available, else the CPU. With several devices, '
         '``["cuda:0", "cuda:1"]``, each holds a copy of the weights and takes some queries at a time, with all their '
         "candidates. They are kept as a tuple. :meth:`fit` trains on the CPU or the first GPU.",
+        shell="the device, such as ``cuda:1``; by default, CUDA or MPS if available, else the CPU. With ``--device "
+        "cuda:0 --device cuda:1``, each takes some queries at a time.",
     )
     dtype: Option[str] = Option(
         default="auto",
         check=_dtype,
-        help='``"auto"`` for bfloat16 where the device computes in it natively, else float32; or ``"float32"``, '
-        '``"bfloat16"`` or ``"float16"``.',
+        help='the dtype of weights and computation: ``"auto"`` for bfloat16 where the device computes in it natively, '
+        'else float32; or ``"float32"``, ``"bfloat16"`` or ``"float16"``.',
     )
     quantization: Option[str | None] = Option(
         default=None,
@@ -180,7 +143,7 @@ class LLMReranker(ValueSemantics, pt.Estimator):
     _usage_parent = cast("LLMReranker | None", None)  # another reranker, which counts this one's usage too
     _usage_level = logging.INFO
     _has_warned = False  # of ties; one warning is enough
-    _shared = cast("tuple[Hashable, tuple[Weights, ...]] | None", None)  # the weights in use, and their key
+    _held = cast("Replicas | None", None)  # the weights in use
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Set the signature, which PyTerrier's ``__new__`` hides from some tools."""
@@ -263,7 +226,7 @@ class LLMReranker(ValueSemantics, pt.Estimator):
         try:
             scores = self._score(pairs, inp["qid"], lambda row: row_name(inp, row))
         except (ScoringError, KeyboardInterrupt) as error:
-            so_far = Scores.of(error, len(inp))
+            so_far = Scores.of_error(error, len(inp))
             is_scored = ~np.isnan(so_far.logits)
             scored = inp.assign(**self._columns(so_far))[is_scored]
             error.scores = with_ranks(scored, so_far.logits[is_scored])  # type: ignore[union-attr]
@@ -294,7 +257,7 @@ class LLMReranker(ValueSemantics, pt.Estimator):
         try:
             scores = self._at_cutoffs(self._score(read, [None] * len(read), "pairs[{}]".format))
         except (ScoringError, KeyboardInterrupt) as error:
-            error.scores = self._at_cutoffs(Scores.of(error, len(read)))  # type: ignore[union-attr]
+            error.scores = self._at_cutoffs(Scores.of_error(error, len(read)))  # type: ignore[union-attr]
             raise
         if len(scores) == 1:
             return float(scores[0, 0]) if is_single else scores[0]
@@ -317,31 +280,24 @@ class LLMReranker(ValueSemantics, pt.Estimator):
         if shape.prune:
             queries = list(zip(qids, (query for query, _ in pairs), strict=True))
             cascade = Cascade(dict(shape.prune), queries, pair_of_row, shape.cutoffs[-1])
+
+        def scores_of(logits: np.ndarray) -> Scores:
+            return Scores.of_logits(logits[:, pair_of_row], shape.cutoffs, cascade, self._finish)
+
         with pt.tqdm(total=len(texts), desc=self.label(), unit="pair", disable=not self.verbose) as bar:
-            reporter = Reporter(name, pair_of_row, bar)
+            observer = RowObserver(name, pair_of_row, bar)
             try:
-                logits = scorer.score(texts, reporter, cascade)
+                logits = scorer.score(texts, observer, cascade)
             except (ScoringError, KeyboardInterrupt) as error:
                 if hasattr(error, "scores"):
-                    error.scores = self._row_scores(error.scores[:, pair_of_row], shape, cascade)
+                    error.scores = scores_of(error.scores)
                 raise
             finally:
-                if reporter.parts:  # scoring began
-                    usage = sum(reporter.parts, Usage())
+                if observer.parts:  # scoring began
+                    usage = sum(observer.parts, Usage())
                     self.add_usage(usage)
                     logger.log(self._usage_level, "%r: %s", self, usage)
-        return self._row_scores(logits[:, pair_of_row], shape, cascade)
-
-    def _row_scores(self, logits: np.ndarray, shape: Shape, cascade: Cascade | None) -> Scores:
-        """Turn the logits of rows, ``[cutoffs, rows]``, into their scores."""
-        by_layer = dict(zip(shape.cutoffs, logits, strict=True))
-        if cascade is None:
-            final, exit_layer = by_layer[shape.cutoffs[-1]], None
-        else:
-            final, exit_layer = cascade.final_scores(by_layer), cascade.exit_layer
-            for layer, here in by_layer.items():  # another row with the same text may have survived
-                here[exit_layer < layer] = np.nan
-        return Scores(self._finish(final), {k: self._finish(v) for k, v in by_layer.items()}, exit_layer, final)
+        return scores_of(logits)
 
     # -- usage
 
@@ -401,12 +357,13 @@ class LLMReranker(ValueSemantics, pt.Estimator):
 
         For each query, the relevant results compete with its other results, judged or not. A query without relevant
         results takes the documents judged relevant from other queries' results or from the recipe's ``text``, or is
-        left out; a log line counts these queries. Losses are logged (INFO), or shown in a progress bar if ``verbose``.
+        left out; a warning counts these queries. Losses are logged (INFO), or shown in a progress bar if ``verbose``.
         With validation data, nDCG@10 is measured every ``eval_steps``, the best checkpoint is kept, and ``patience``
         stops training early.
 
-        Afterwards the reranker scores with the new adapter. The adapter and its checkpoints are in the recipe's
-        ``output_dir`` (by default a new folder in PyTerrier's home); :meth:`save` writes it elsewhere. Another fit
+        Afterwards the reranker scores with the new adapter. It is in the recipe's ``output_dir``, beside the run's
+        checkpoints; by default, alone in a new folder below ``~/.pyterrier/llmrerank/trained``, which stays until you
+        delete it. :meth:`save` writes a copy elsewhere. Another fit
         starts from it: RankLLaMA continues to train the adapter, Matroyshka adds another one. Texts are cut to the
         lengths in the recipe. A reranker that was fitted equals only itself.
 
@@ -435,10 +392,9 @@ class LLMReranker(ValueSemantics, pt.Estimator):
         validation = None
         if topics_or_res_va is not None and qrels_va is not None:
             validation = Frames(topics_or_res_va, qrels_va, self._bodies, self.text_field)
-        if self._shared is not None:  # not needed while another copy is trained
-            for weights in all_weights(self._shared[1]):
-                weights.leave(self)
-            self._shared = None
+        if self._held is not None:  # not needed while another copy is trained
+            self._held.leave(self)
+            self._held = None
         adapter = self._train(Frames(topics_or_res_tr, qrels_tr, self._bodies, self.text_field), validation)
         self._switch_to(absolute(str(adapter)))
 
@@ -461,11 +417,11 @@ class LLMReranker(ValueSemantics, pt.Estimator):
         The repository then opens by its id alone.
 
         Args:
-            repo_id: the repository, ``"owner/name"``; created if it does not exist.
+            repo_id: the repository, ``"owner/name"``, or ``"name"`` for one of your own; created if it does not exist.
             private: whether a new repository is private; None for the hub's default.
             merged: as for :meth:`save`.
-            datasets: hub ids or names of the training data, for the card; None for those that it has.
-            license: licence of the model, as the hub abbreviates it, for the card; None for the one that it has.
+            datasets: hub ids or names of the training data, for the card; None keeps the card's.
+            license: licence of the model, as the hub abbreviates it, for the card; None keeps the card's.
             token: token of the hub; None for the one that the hub's client is logged in with.
 
         Returns:
@@ -481,16 +437,17 @@ class LLMReranker(ValueSemantics, pt.Estimator):
         from huggingface_hub import HfApi
 
         from .checkpoints.cards import Stated
-        from .checkpoints.saving import complete_card
+        from .checkpoints.saving import check_base, complete_card
 
         with tempfile.TemporaryDirectory() as parent:
             folder = Path(parent) / "model"
             self.save(folder, merged=merged)
-            complete_card(folder, repo_id, type(self).__name__, Stated(datasets or (), license=license))
+            check_base(folder, repo_id)
             api = HfApi(token=token)
-            url = api.create_repo(repo_id, private=private, exist_ok=True)
+            url = api.create_repo(repo_id, private=private, exist_ok=True)  # which completes the id
+            complete_card(folder, url.repo_id, type(self).__name__, Stated(datasets or (), license=license))
             api.upload_folder(  # in place of an earlier model, of which no file may stay
-                repo_id=repo_id, folder_path=folder, commit_message="Upload a reranker", delete_patterns="*"
+                repo_id=url.repo_id, folder_path=folder, commit_message="Upload a reranker", delete_patterns="*"
             )
         return str(url)
 
@@ -524,34 +481,18 @@ class LLMReranker(ValueSemantics, pt.Estimator):
 
     def _replicas(self) -> tuple[Weights, ...]:
         """Return the weights for each device, shared with all living rerankers that name the same weights."""
-        from .checkpoints.locate import identity
         from .engine.devices import resolve_devices, resolve_dtype
-        from .engine.weights import Weights, shared_weights
+        from .replicas import Replicas
 
         places = resolve_devices(self.device)
         dtype = resolve_dtype(self.dtype, *places)
         openers = [opener for opener in (self._checkpoint(), self._overlay_checkpoint()) if opener is not None]
-        files = [(opener.func, identity(opener.args, opener.args[0])) for opener in openers]
-        settings = [(place, dtype, self.quantization, self.torch_compile) for place in places]
-        key = tuple((*named, *setting) for setting in settings for named in files)
+        named = Replicas(openers, [(place, dtype, self.quantization, self.torch_compile) for place in places])
         with _LOCK:
-            if self._shared is None or self._shared[0] != key:
-                replicas = []
-                for setting in settings:
-                    weights: Weights | None = None
-                    for named, opener in zip(files, openers, strict=True):
-                        create = partial(Weights, opener, *setting, below=weights)
-                        weights = shared_weights((*named, *setting), create)
-                    assert weights is not None
-                    replicas.append(weights)
-                kept = all_weights(replicas)
-                for joined in kept:  # before leaving, so that layers needed by both are not dropped
-                    joined.join(self)
-                for left in all_weights(() if self._shared is None else self._shared[1]):
-                    if left not in kept:
-                        left.leave(self)
-                self._shared = key, tuple(replicas)
-            return self._shared[1]
+            if self._held is None or self._held.key != named.key:
+                named.join(self, self._held)
+                self._held = named
+            return self._held.weights
 
     def subtransformers(self) -> dict[str, pt.Transformer]:
         """Return {}: PyTerrier would mistake an empty tuple among the arguments for a list of transformers."""
@@ -568,8 +509,3 @@ def require_layerwise(checkpoint: Checkpoint, name: str, value: object, allowed:
             f"{name}={value!r}: the layers of {checkpoint.argument} (model_type {checkpoint.config.model_type!r}) "
             f"cannot be run one by one; allowed: {allowed}."
         )
-
-
-def all_weights(replicas: Iterable[Weights]) -> list[Weights]:
-    """Return the weights on all devices: with a token adapter, and those below it that it shares."""
-    return [weights for replica in replicas for weights in replica.stack]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from .values import RATIOS, integer, items, layers, positive, refuse
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -15,9 +18,12 @@ class MatroyshkaShape:
 
     Args:
         cutoff: one layer, several, or None for the deepest layer with a head.
-        compress_layers: layer indices, from 0, before which passages are pooled.
+        compress_layers: layers after which passages are pooled.
         compress_ratio: hidden states pooled into one; 1 is off.
         prune: a layer and the number of candidates that survive it, for each stage of a cascade.
+
+    Layers count from 1, so that a number is also the number of layers that have run. In ``compress_layers``, 0 is
+    allowed and has no effect.
     """
 
     cutoff: int | tuple[int, ...] | None
@@ -41,6 +47,16 @@ class MatroyshkaShape:
         """Tell whether passages are pooled at least once in the first ``depth`` layers, or in any layer if None."""
         deepest = max(self.compress_layers, default=0) + 1 if depth is None else depth
         return self.compress_ratio > 1 and any(0 < layer < deepest for layer in self.compress_layers)
+
+    def warn_without_effect(self) -> None:
+        """Warn of compression that does nothing. It is no error because grids set one argument at a time."""
+        if self.compress_ratio > 1 and not self.pools():
+            logger.warning("compress_ratio=%d has no effect without compress_layers from 1 on", self.compress_ratio)
+        elif self.compress_ratio > 1 and not self.pools(self.deepest):
+            logger.warning(
+                "compress_layers=%s: no layer from 1 to below the cutoff, %d, so nothing is pooled; the token adapter "
+                "is still used", list(self.compress_layers), self.deepest,
+            )  # fmt: skip
 
     def check_stages(self, deepest: int | None) -> None:
         """Raise ValueError unless all stages of the cascade are above the deepest cutoff, which may be unknown."""
@@ -69,8 +85,8 @@ class MatroyshkaShape:
         for layer in self.compress_layers:
             if layer >= depth:
                 raise ValueError(
-                    f"compress_layers={list(self.compress_layers)}: layer index {layer} is beyond {model}; "
-                    f"allowed: 0 to {depth - 1}."
+                    f"compress_layers={list(self.compress_layers)}: {model} has {depth} layers, so none runs after "
+                    f"layer {layer}; allowed: 1 to {depth - 1}."
                 )
         return cutoffs
 

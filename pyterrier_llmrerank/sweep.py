@@ -68,7 +68,7 @@ def choices(width: MatroyshkaReranker, keep: Sequence[int], stages: int) -> Iter
 
 
 def evenly_spaced(with_head: Sequence[int], deepest: int) -> list[int]:
-    """Return up to :data:`CUTOFFS` evenly spaced layers with a head, none below ``deepest``."""
+    """Return up to :data:`CUTOFFS` evenly spaced layers with a head, down to ``deepest``."""
     layers = [layer for layer in with_head if layer <= deepest]
     count = min(CUTOFFS, len(layers))
     return [layers[-(-len(layers) * number // count) - 1] for number in range(1, count + 1)]

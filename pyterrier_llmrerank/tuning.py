@@ -33,7 +33,7 @@ class HeldOut(NamedTuple):
         low, high: its 95 % interval.
         folds: a row for each fold: the shape, as in :attr:`Tuning.shapes` and with the same index; ``queries``, their
             number in the fold; ``chosen``, the measure on the other queries, which chose the shape; and ``held_out``,
-            the measure on the fold's own.
+            the measure on the queries of the fold.
     """
 
     mean: float
@@ -74,7 +74,7 @@ class Tuning:
 
     @property
     def best(self) -> MatroyshkaReranker:
-        """The most effective shape on the front within the budget; of equally effective ones, the cheapest.
+        """The most effective shape on the front within the budget; among equals, the cheapest.
 
         Raises:
             ValueError: no shape is within the budget.
@@ -85,8 +85,8 @@ class Tuning:
         """Estimate how effective :attr:`best` is on other queries, by cross-validation.
 
         The best of many shapes looks better than it is on the queries that chose it. Here the queries are dealt into
-        folds, at random but always alike. For each fold, the best shape within the budget is chosen on the queries of
-        all other folds, and measured on the fold's own.
+        folds at random, with a fixed seed. For each fold, the best shape within the budget is chosen on the queries of
+        all other folds, and measured on the queries of the fold.
 
         Args:
             folds: number of folds, at most the number of queries.
@@ -214,8 +214,8 @@ def tune(
             without a cascade.
         cutoffs: layers for cutoffs and the stages of cascades; None for up to 8 evenly spaced layers with heads.
         compress_ratios: the widths. Only 1 is used for models whose layers cannot be run one by one.
-        compress_layers: layers before which widths above 1 pool passages; None for the reranker's own, or if it has
-            none, the layer after a quarter of the depth.
+        compress_layers: layers after which widths above 1 pool passages; None for the reranker's own, or if it has
+            none, the layer at a quarter of the depth.
         keep: numbers of candidates that survive a stage. Numbers below the longest candidate list are tried.
         stages: the most stages in a cascade, each of which keeps fewer candidates; 0 for no cascades. Models whose
             layers cannot be run one by one get none.
@@ -245,20 +245,12 @@ def tune(
     if not isinstance(reranker, MatroyshkaReranker) or reranker.released:
         refuse("reranker", reranker, "a MatroyshkaReranker, without released=True")
     limit_of(budget)
-    stages, timed = natural("stages", stages), natural("timed", timed)
-    numbers = sorted({positive("keep", number) for number in np.atleast_1d(keep).tolist()}, reverse=True)
+    timed, stages = natural("timed", timed), natural("stages", stages)
+    kept = sorted({positive("keep", number) for number in np.atleast_1d(keep).tolist()}, reverse=True)
     rows = _judged_rows(reranker, res, qrels)
     evaluation = Evaluation(measure, rows, qrels)
-    checkpoint = reranker.scorer().checkpoint
-    if not checkpoint.supports_layerwise:
-        compress_ratios, stages = 1, 0
     widths = _widths(reranker, cutoffs, compress_ratios, compress_layers)
-    longest = rows["qid"].value_counts().max()
-    grid = [list(choices(width, [number for number in numbers if number < longest], stages)) for width in widths]
-    if not any(grid):
-        ratios = [width.compress_ratio for width in widths]
-        allowed = "ratio 1 too, or compress_layers before the deepest cutoff"
-        raise ValueError(f"compress_ratios={ratios}: no shape is left; allowed: {allowed}.")
+    grid = _grid(widths, rows, kept, stages)
     candidates = Candidates(rows, reranker.text_field)
     full = candidates.operations(reranker.at(compress_layers=(), compress_ratio=1, prune=()), depth=0)
     full_operations = full(widths[0].cutoffs()[-1:]).mean()
@@ -281,6 +273,8 @@ def _widths(
 ) -> list[MatroyshkaReranker]:
     """Return a reranker for each ratio that reads logits at all cutoffs; ValueError if the model does not allow it."""
     checkpoint = reranker.scorer().checkpoint
+    if not checkpoint.supports_layerwise:
+        compress_ratios = 1
     if cutoffs is None:
         cutoffs = evenly_spaced(checkpoint.head_layers, reranker.deepest() or checkpoint.layers)
     if compress_layers is None:
@@ -295,6 +289,22 @@ def _widths(
     for width in widths:
         _ = width.scorer().shape  # raises now rather than after other widths have been measured
     return widths
+
+
+def _grid(
+    widths: Sequence[MatroyshkaReranker], rows: pd.DataFrame, kept: Sequence[int], stages: int
+) -> list[list[Choice]]:
+    """Return the shapes to measure, for each width; ValueError if there are none."""
+    if not widths or not widths[0].scorer().checkpoint.supports_layerwise:
+        stages = 0
+    longest = rows["qid"].value_counts().max()
+    survivors = [number for number in kept if number < longest]
+    grid = [list(choices(width, survivors, stages)) for width in widths]
+    if not any(grid):
+        ratios = [width.compress_ratio for width in widths]
+        allowed = "ratio 1 too, or compress_layers shallower than the deepest cutoff"
+        raise ValueError(f"compress_ratios={ratios}: no shape is left; allowed: {allowed}.")
+    return grid
 
 
 def _table(measurements: Sequence[Measurement], measure: str, full_operations: float) -> pd.DataFrame:

@@ -114,6 +114,20 @@ def path_like(name: str, value: object) -> str:
     return str(value)
 
 
+def folders(name: str, value: object) -> tuple[str, ...]:
+    """Return a folder, or several, as a tuple of strings."""
+    return tuple(path_like(name, folder) for folder in (value if isinstance(value, list | tuple) else [value]))
+
+
+def folders_by_ratio(name: str, value: object) -> tuple[tuple[int, str], ...]:
+    """Return pairs of a ratio and the folder of its adapter, ascending."""
+    allowed = "a folder for each ratio, {2: folder, 4: folder}, powers of two from 2 to 64"
+    by_ratio = {integer(name, ratio, allowed): path_like(name, folder) for ratio, folder in items(name, value, allowed)}
+    if any(ratio == 1 or ratio not in RATIOS for ratio in by_ratio):
+        refuse(name, value, allowed)
+    return tuple(sorted(by_ratio.items()))
+
+
 def layers(name: str, value: object, least: int) -> tuple[int, ...]:
     """Return one or more layer numbers of at least ``least``, ascending and without duplicates."""
     allowed = f"a layer from {least} on, or a list of them"

@@ -8,7 +8,7 @@ import os
 import random
 import resource
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -170,6 +170,33 @@ def smollm2() -> Iterator[str]:
 def lfs_pointer(content: bytes) -> bytes:
     """Return the Git LFS pointer for a file."""
     return b"version https://git-lfs.github.com/spec/v1\noid sha256:%064d\nsize %d\n" % (7, len(content))
+
+
+def heads(checkpoint: Any) -> torch.Tensor:
+    """Return the heads of a checkpoint, with its own tokenizer."""
+    return checkpoint.heads(checkpoint.tokenizer())
+
+
+@pytest.fixture
+def changed(tmp_path: Path) -> Callable[..., str]:
+    """A copy of a model with its configuration changed and some tensors left out or replaced."""
+
+    def change(model: str, config: dict[str, object] | None = None, **tensors: torch.Tensor | None) -> str:
+        from safetensors.torch import load_file, save_file
+
+        folder = tmp_path / Path(model).name
+        shutil.copytree(model, folder)
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | (config or {})))
+        stored = load_file(folder / "model.safetensors")
+        for name, tensor in tensors.items():
+            stored.pop(name, None)
+            if tensor is not None:
+                stored[name] = tensor
+        save_file(stored, folder / "model.safetensors")
+        return str(folder)
+
+    return change
 
 
 class Cache:

@@ -2,6 +2,7 @@
 
 import argparse
 import gzip
+import importlib.metadata
 import inspect
 import json
 import logging
@@ -37,7 +38,7 @@ KINDS = {"rankllama": RankLLaMAReranker, "matroyshka": MatroyshkaReranker}
 @pytest.fixture(autouse=True)
 def levels() -> Iterator[None]:
     """Restore the levels of the loggers."""
-    loggers = [logging.getLogger(name) for name in ("", "pyterrier_llmrerank")]
+    loggers = [logging.getLogger(name) for name in ("", "pyterrier_llmrerank", *cli.IMPORTED)]
     before = [logger.level for logger in loggers]
     yield
     for logger, level in zip(loggers, before, strict=True):
@@ -69,7 +70,7 @@ def run(command: str) -> int:
 PREPARE = "prepare run.gz --topics topics.tsv --texts texts.jsonl --depth 4 --output rerank.jsonl.gz"
 
 
-def test_from_a_run_to_the_evaluation_of_a_reranked_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_prepared_reranked_converted_and_evaluated(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(PREPARE) == 0
     rows = list(read_rerank(Path("rerank.jsonl.gz")))
     assert [(row.qid, row.docno) for row in rows] == [(f"q{q}", f"d{d}") for q in range(3) for d in range(4)]
@@ -107,7 +108,7 @@ def test_from_a_run_to_the_evaluation_of_a_reranked_one(folder: Path, capsys: py
     assert said[6] == ["RR@10", f"{mean:.4f}", f"{other:.4f}", f"{mean - other:.4f}", p]
 
 
-def test_vaswani_by_name_and_from_files(collections: Path, tmp_path: Path) -> None:
+def test_a_collection_by_name_equals_its_files(collections: Path, tmp_path: Path) -> None:
     if not (collections / "irds_home" / "vaswani").is_dir():
         pytest.skip("needs irds_home/vaswani in LLMRERANK_DATA: a home of ir_datasets")
     shutil.copytree(collections / "irds_home" / "vaswani", tmp_path / "vaswani")
@@ -204,7 +205,7 @@ def test_several_runs_are_compared_with_a_baseline(folder: Path, capsys: pytest.
     assert alone[1:] == [lines[1][1:6], lines[3][1:6]]
 
 
-def test_the_default_measure(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_measures_ndcg_at_10_by_default(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("evaluate run.gz --qrels qrels.txt") == 0
     assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
         ["measure", "value"],
@@ -229,7 +230,7 @@ def reranked(monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[LLMReranker,
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_defaults_are_those_of_the_constructor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_defaults_are_the_constructors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     reranker, arguments = reranked(monkeypatch, name, "in.jsonl", "--output", "out.txt")
     assert reranker == KINDS[name]()
     assert arguments == {
@@ -259,13 +260,49 @@ def test_options_are_the_arguments_of_the_constructor(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("name", KINDS)
 def test_every_argument_is_an_option_with_help(name: str) -> None:
-    said = " ".join(CliRunner().invoke(app, ["rerank", name, "--help"], terminal_width=10_000).output.split())
+    said = shown("rerank", name)
     arguments = [one for one in inspect.signature(KINDS[name]).parameters if one not in cli_options.WITHOUT_OPTION]
     assert len(arguments) >= 12
     for argument in arguments:
         assert re.search(f' --{argument.replace("_", "-")} [^-]*[A-Z"]', said), argument
-    assert not re.search("As for", said)
-    assert "`" not in said
+    assert re.findall(r"`|\bNone\b|\bTrue\b|\bFalse\b|: \[|\{\d|list\[|\b[a-z]+_(?:layer|length|ratio)", said) == []
+
+
+def shown(*words: str) -> str:
+    """Return the help of a command in one line."""
+    return " ".join(CliRunner().invoke(app, [*words, "--help"], terminal_width=10_000).output.split())
+
+
+def test_help_shows_lists_and_pairs_as_a_shell_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = shown("rerank", "matroyshka")
+    for words in (
+        "--prune 8:50 --prune 16:20", "--compress-layers 8 --compress-layers 16", "--cutoff 16",
+        "--token-adapters 2:FOLDER --token-adapters 4:FOLDER", "--adapters FIRST --adapters SECOND",
+        "--device cuda:0 --device cuda:1",
+    ):  # fmt: skip
+        assert words in said
+    some = f"--model smollm2-135m {words} --cutoff 20 --prune 8:50 --prune 16:20 --compress-layers 8"
+    reranker, _ = reranked(monkeypatch, "matroyshka", "in", "--output", "out", *some.split())
+    assert (reranker.device, reranker.prune) == (("cuda:0", "cuda:1"), ((8, 50), (16, 20)))
+
+
+def test_help_lists_each_command_in_a_line() -> None:
+    names = {(): list(cli.COMMANDS), ("rerank",): ["rankllama", "matroyshka"],
+             ("train",): ["rankllama", "distill", "compensate"]}  # fmt: skip
+    for words, wanted in names.items():
+        output = CliRunner().invoke(app, [*words, "--help"], terminal_width=80).output
+        lines = [
+            line.split(maxsplit=1) for line in output.partition("Commands:\n")[2].partition("\n\n")[0].splitlines()
+        ]
+        assert [name for name, _ in lines] == wanted
+        assert all(text.endswith(".") and not text.endswith("...") for _, text in lines)
+    root = get_command(app)
+    assert sorted(root.commands) == sorted(cli.COMMANDS)
+
+
+def test_version_shows_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"llmrerank {importlib.metadata.version('pyterrier-llmrerank')}\n"
 
 
 def commands(group: Any, context: Any) -> Iterator[tuple[Any, Any]]:
@@ -316,7 +353,9 @@ def test_every_option_of_training_may_be_spelled_with_dashes(recipe: str, monkey
         assert checkpointing in actions
 
 
-def test_interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_says_how_far_the_output_is(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def stopped(*_: object, **__: object) -> None:
         error = KeyboardInterrupt()
         error.add_note("out.txt holds 3 pairs.")
@@ -333,14 +372,52 @@ def test_interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
         ("rerank rankllama in.jsonl --output begun.txt --model smollm2-135m", "to continue it, set --resume."),
         ("teach train.jsonl begun.txt --model smollm2-135m", "to continue it, set --resume."),
         ("teach train.jsonl new.txt --model smollm2-135m", "neg_scores is there already; allowed with --overwrite."),
+        ("teach none new.txt", "TRAIN_FILE='none': no such file; expected JSON lines."),
+        ("rerank rankllama none --output o", "RERANK_FILE='none': no such file; allowed: a rerank file, as written by"
+         " prepare."),
+        ("rerank matroyshka in.jsonl --output o --prune 8:5 --released",
+         "--prune 8:5: --released reads heads of other layers than the cutoffs; allowed: no cascade."),
+        ("rerank matroyshka in.jsonl --output o --prune 8:5 --prune 9:7",
+         "--prune 8:5 --prune 9:7: 7 cannot survive layer 9: only 5 are left there."),
+        ("rerank matroyshka in.jsonl --output o --prune 0:5", "--prune 0:5; allowed: layers and the number of "
+         "candidates that survive each, 8:50 16:20, integers of at least 1."),
+        ("rerank matroyshka in.jsonl --output o --model smollm2-135m --compress-layers 2 --compress-layers 40",
+         "--compress-layers 2 --compress-layers 40: --model='smollm2-135m' has 30 layers, so none runs after layer 40;"
+         " allowed: 1 to 29."),
+        ("rerank rankllama in.jsonl --output o --model smollm2-135m --append-eos", "--append-eos: input_format "
+         "'tevatron-2023' has no end token; allowed: without it."),
+        ("prepare run.gz --topics none --texts texts.jsonl --output o", "--topics='none': no such file or dataset; "
+         "allowed: a file, an ir_datasets id (https://ir-datasets.com) or a PyTerrier dataset."),
+        ("evaluate run.gz --qrels qrels.txt --baseline run.gz --baseline-columns qid,docno", "--baseline-columns="
+         "'qid,docno'; allowed: qid, docno, and rank, score or both, with _ for each column to ignore, such as "
+         "qid,docno,rank or qid,_,docno,_,score,_."),
     ],
-)
+)  # fmt: skip
 def test_errors_name_options(command: str, hint: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("begun.txt", "in.jsonl"):
         Path(name).touch()
     Path("train.jsonl").write_text('{"query": "q", "pos": ["a"], "neg": ["b"], "neg_scores": [1]}')
     assert run(command) == 1
     assert capsys.readouterr().err.endswith(f"{hint}\n")
+
+
+@pytest.mark.parametrize(
+    ("message", "wanted"),
+    [
+        ("adapters=(): no adapter", "--adapters=(): no adapter"),
+        ("adapters=(none)", "--adapters=(none)"),
+        ("x/adapters=3/y and 'adapters=3'", "x/adapters=3/y and 'adapters=3'"),
+        ("adapters=['a b', 'c']; allowed: one, or None.", "--adapters 'a b' --adapters c; allowed: one."),
+        ("adapters=[(8, 50)] is {2: folder, 4: folder}", "--adapters 8:50 is 2:folder 4:folder"),
+    ],
+)
+def test_arguments_and_values_are_spelled_as_in_a_shell(message: str, wanted: str) -> None:
+    assert cli_options.in_shell(message, cli_options.flags("adapters")) == wanted
+
+
+def test_lists_of_training_follow_one_option() -> None:
+    names = {"compress_ratios": "--compress_ratios"}
+    assert cli_options.in_shell("compress_ratios=[2, 3]", names, repeat=False) == "--compress_ratios 2 3"
 
 
 def test_verbose_logs_each_step(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -350,6 +427,15 @@ def test_verbose_logs_each_step(folder: Path, caplog: pytest.LogCaptureFixture) 
     assert caplog.messages == ["rerank.jsonl.gz: 12 pairs"]
 
 
+def test_torchao_is_heard_if_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers imports it wherever it is installed, and it warns of extras on import."""
+    torchao = logging.getLogger("torchao.kernel")
+    reranked(monkeypatch, "rankllama", "in", "--output", "out", "--verbose")
+    assert not torchao.isEnabledFor(logging.WARNING)
+    reranked(monkeypatch, "rankllama", "in", "--output", "out", "--verbose", "--quantization", "int8")
+    assert torchao.isEnabledFor(logging.WARNING)
+
+
 # -- errors
 
 
@@ -357,7 +443,7 @@ def test_verbose_logs_each_step(folder: Path, caplog: pytest.LogCaptureFixture) 
     ("command", "problem"),
     [
         ("prepare none --topics topics.tsv --texts texts.jsonl --output o", "No such file or directory: 'none'"),
-        ("prepare run.gz --topics none --texts texts.jsonl --output o", "topics='none': no such file or dataset"),
+        ("prepare run.gz --topics none --texts texts.jsonl --output o", "--topics='none': no such file or dataset"),
         ("prepare run.gz --topics topics.tsv --texts topics.tsv --output o", "docno 'd0' .* not among the texts"),
         ("evaluate run.gz foo --qrels qrels.txt", "measure='foo'; allowed"),
         (
@@ -372,7 +458,7 @@ def test_verbose_logs_each_step(folder: Path, caplog: pytest.LogCaptureFixture) 
         ("convert run.gz --output none/o", "the folder .*none does not exist"),
         (
             "convert run.gz --output o --columns qid,docno",
-            "columns='qid,docno'; allowed: qid, docno, and rank, score or both",
+            "--columns='qid,docno'; allowed: qid, docno, and rank, score or both",
         ),
         ("convert run.gz --output ./run.gz", "--output='run.gz' is the run itself"),
         ("convert run.gz --output o --tag 'a b'", "tag is 'a b'; expected no whitespace"),
@@ -383,9 +469,9 @@ def test_verbose_logs_each_step(folder: Path, caplog: pytest.LogCaptureFixture) 
         ),
         (
             "rerank rankllama topics.tsv --output o --device gpu",
-            "--device=.*'gpu' is not a device; allowed: 'cpu', 'cuda'",
+            "--device gpu: 'gpu' is not a device; allowed: 'cpu', .*'xpu', a list of these.$",
         ),
-        ("rerank rankllama x/device=3/y --output o --model smollm2-135m", "source='x/device=3/y': no such file; "),
+        ("rerank rankllama x/device=3/y --output o --model smollm2-135m", "RERANK_FILE='x/device=3/y': no such file; "),
         ("rerank rankllama topics.tsv --output o --shard 5/4 --model smollm2-135m", "--shard='5/4'; allowed: i/n"),
         ("rerank rankllama topics.tsv --output /dev/null --model smollm2-135m", "--output='/dev/null' is not a file"),
         (
@@ -419,7 +505,7 @@ def test_errors_are_one_line(folder: Path, command: str, problem: str, capfd: py
         ("train dance", "No such command 'dance'"),
     ],
 )
-def test_malformed_commands(command: str, problem: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_malformed_commands_are_named(command: str, problem: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command) == 2
     assert re.match(f"error: .*{problem}", capsys.readouterr().err)
 
@@ -456,7 +542,7 @@ def test_examples_in_the_help_run(example: str, folder: Path, monkeypatch: pytes
     assert main(words[1:]) == 0
 
 
-def test_there_are_examples() -> None:
+def test_the_commands_have_examples() -> None:
     assert len(EXAMPLES) == 18
 
 
@@ -465,10 +551,10 @@ def test_help_and_errors_import_no_model_code(folder: Path) -> None:
     commands = {
         "rerank rankllama --help": "Usage: ",
         "rerank rankllama run.gz --output run.gz": "error: run.gz already exists and is not overwritten",
-        "rerank rankllama none.jsonl --output new.txt": "error: source='none.jsonl': no such file; allowed: a rerank",
+        "rerank rankllama none.jsonl --output new.txt": "error: RERANK_FILE='none.jsonl': no such file; allowed: a rer",
         "rerank rankllama run.gz --output none/new.txt": "error: --output='none/new.txt': no such folder; allowed",
         "rerank matroyshka run.gz --output new.txt --compress-ratio 3": "error: --compress-ratio=3; allowed: 1, 2",
-        "teach none.jsonl new.jsonl": "error: source='none.jsonl': no such file",
+        "teach none.jsonl new.jsonl": "error: TRAIN_FILE='none.jsonl': no such file",
         "teach texts.jsonl run.gz": "error: run.gz already exists",
     }
     code = f"""import sys

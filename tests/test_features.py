@@ -15,7 +15,7 @@ from scipy.special import expit
 from test_matroyshka import FULL, full
 
 from pyterrier_llmrerank import MatroyshkaReranker, tune
-from pyterrier_llmrerank.engine import scoring
+from pyterrier_llmrerank.engine import device_scorer
 from pyterrier_llmrerank.features import AtDepth, MatroyshkaFeatures
 from pyterrier_llmrerank.runs.streaming import rerank_file
 
@@ -27,8 +27,10 @@ def test_a_union_of_depths_is_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = union.compile()
     assert isinstance(compiled, MatroyshkaFeatures)
     passes = []
-    real = scoring.run_layers
-    monkeypatch.setattr(scoring, "run_layers", lambda *args, **options: passes.append(1) or real(*args, **options))
+    real = device_scorer.run_layers
+    monkeypatch.setattr(
+        device_scorer, "run_layers", lambda *args, **options: passes.append(1) or real(*args, **options)
+    )
     got = compiled.transform(rows)
     assert len(passes) == 1
     np.testing.assert_allclose(np.stack(got["features"]), np.stack(wanted["features"]), atol=1e-4)
@@ -93,8 +95,10 @@ def test_an_experiment_over_depths_makes_one_pass(monkeypatch: pytest.MonkeyPatc
     several = full().at(cutoff=[2, 4, 8])
     alone = [first >> full().at(cutoff=layer) for layer in (2, 4, 8)]
     wanted = pt.Experiment(alone, topics, qrels, [nDCG @ 10])
-    passes, real = [], scoring.run_layers
-    monkeypatch.setattr(scoring, "run_layers", lambda *args, **options: passes.append(1) or real(*args, **options))
+    passes, real = [], device_scorer.run_layers
+    monkeypatch.setattr(
+        device_scorer, "run_layers", lambda *args, **options: passes.append(1) or real(*args, **options)
+    )
     pipelines = [first, *(first >> depth for depth in several.depths().values())]
     got = pt.Experiment(pipelines, topics, qrels, [nDCG @ 10], plan="tree")
     assert len(passes) == 1

@@ -87,7 +87,7 @@ CUTOFFS = st.lists(st.integers(2, 8), min_size=2, max_size=5, unique=True)
 TEXTS = st.lists(st.integers(0, 50), min_size=1, max_size=4).map(lambda ns: [(words(n, 3), words(n, n)) for n in ns])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(CUTOFFS, TEXTS, st.sampled_from([1, 2, 4]), st.lists(st.integers(0, 7), max_size=3))
 def test_several_cutoffs_in_one_pass_equal_single_passes(
     cutoffs: list[int], pairs: list[tuple[str, str]], ratio: int, layers: list[int]
@@ -113,6 +113,22 @@ def test_ratio_one_and_layers_without_effect_are_no_compression(
         np.testing.assert_allclose(full().at(cutoff=cutoff, **shape).compute_score(pairs), plain, atol=1e-5)
 
 
+def test_layers_count_alike_in_all_arguments() -> None:
+    """Pooling and pruning after layer 4 leave its score as it is, and have an effect on the next layer."""
+    rows = frame(2, 4)
+    plain = {layer: full().at(cutoff=layer).transform(rows)["score"] for layer in (4, 5)}
+    pooled = full().at(cutoff=[4, 5], compress_layers=[4], compress_ratio=4).transform(rows)
+    np.testing.assert_allclose(pooled["score_4"], plain[4], atol=1e-4)
+    assert np.abs(pooled["score_5"] - plain[5]).max() > 0.01
+    pruned = full().at(cutoff=5, prune={4: 1}).transform(rows)
+    np.testing.assert_allclose(pruned["score_4"], plain[4], atol=1e-4)
+    for _, query in pruned.groupby("qid"):
+        survivors, dropped = (query[query["exit_layer"] == layer] for layer in (5, 4))
+        np.testing.assert_allclose(survivors["score"], plain[5][survivors.index], atol=1e-4)
+        lowered = dropped["score_4"] - dropped["score_4"].max() + survivors["score"].min() - 1
+        np.testing.assert_allclose(dropped["score"], lowered)
+
+
 def test_several_cutoffs_become_columns() -> None:
     rows = frame()
     got = full().at(cutoff=[8, 3, 8]).transform(rows)
@@ -121,7 +137,7 @@ def test_several_cutoffs_become_columns() -> None:
     np.testing.assert_allclose(got["score_3"], full().at(cutoff=3).transform(rows)["score"], atol=1e-4)
 
 
-def test_forms_of_a_score() -> None:
+def test_one_pair_has_a_float_and_several_have_an_array() -> None:
     one, two = full(), full().at(cutoff=[3, 8])
     assert isinstance(one.compute_score(PAIRS[0]), float)
     assert isinstance(one.compute_score(list(PAIRS[0])), float)
@@ -173,7 +189,7 @@ def test_an_unordered_pair_is_named(pair: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [object, str])
-def test_arrays_of_pairs(dtype: type) -> None:
+def test_the_rows_of_an_array_are_pairs(dtype: type) -> None:
     array = np.array(PAIRS[:3], dtype=dtype)
     wanted = full().compute_score(PAIRS[:3])
     for pairs in (array, list(array), tuple(array.tolist()), pd.DataFrame(array).to_numpy(), iter(array)):
@@ -265,13 +281,13 @@ def test_a_cutoff_without_a_head_fails_before_any_work(cutoff: object) -> None:
         full().at(cutoff=cutoff)
 
 
-def test_a_cutoff_of_a_model_with_one_head() -> None:
+def test_another_cutoff_of_a_model_with_one_head_is_refused() -> None:
     with pytest.raises(ValueError, match=r"has heads at layers 8 only; start_layer gives"):
         MatroyshkaReranker(MODELS / "mistral_base", cutoff=6)
 
 
-def test_a_compress_layer_beyond_the_model() -> None:
-    with pytest.raises(ValueError, match=r"compress_layers=\[2, 8\]: layer index 8 is beyond .*; allowed: 0 to 7"):
+def test_a_compress_layer_beyond_the_model_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"compress_layers=\[2, 8\]: .* has 8 layers, so none runs after layer 8"):
         full().at(compress_layers=[8, 2], compress_ratio=2)
 
 

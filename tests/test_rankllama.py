@@ -285,7 +285,7 @@ def test_a_saved_reranker_keeps_its_input_format(tmp_path: Path, given: dict[str
 
 
 def test_a_hub_models_own_format_is_not_taken_for_another(tmp_path: Path, cached: Cache) -> None:
-    """What the repository says is not known without a download, so that it equals no format named by the user."""
+    """The format in the repository is not known without a download, so it equals no format that the user names."""
     reranker(input_format="tevatron-2024").save(tmp_path / "saved", merged=True)
     cached.add("owner/model", tmp_path / "saved", "a" * 40, "main")
     own = RankLLaMAReranker("owner/model", dtype="float32")
@@ -329,11 +329,13 @@ def test_the_end_token_does_not_pad_where_it_ends_every_input(tmp_path: Path) ->
     assert logit == pytest.approx(padded.compute_score(PAIRS[:1])[0], abs=1e-4)
 
 
-def test_a_format_of_ones_own_starts_from_its_own_defaults(tmp_path: Path) -> None:
+def test_another_format_has_its_own_defaults_and_the_same_one_the_models(tmp_path: Path) -> None:
     reranker(**FORMATS[1]).save(tmp_path / "saved")
-    opened = RankLLaMAReranker(tmp_path / "saved", input_format="tevatron-2024", append_eos=False)
-    assert opened._form() == InputFormat("tevatron-2024", "", "")
-    assert RankLLaMAReranker(tmp_path / "saved", input_format="tevatron-2023")._form() == InputFormat()
+    opened = RankLLaMAReranker(tmp_path / "saved", input_format="tevatron-2024", append_eos=False, dtype="float32")
+    wanted = reranker(**FORMATS[1] | {"append_eos": False})
+    np.testing.assert_array_equal(opened.compute_score(PAIRS), wanted.compute_score(PAIRS))
+    older = RankLLaMAReranker(tmp_path / "saved", input_format="tevatron-2023", dtype="float32")
+    np.testing.assert_array_equal(older.compute_score(PAIRS), reranker().compute_score(PAIRS))
 
 
 @pytest.mark.parametrize(
@@ -358,7 +360,7 @@ def test_a_format_of_ones_own_starts_from_its_own_defaults(tmp_path: Path) -> No
 )
 def test_formats_are_checked(given: dict[str, object], message: str) -> None:
     for model in ("castorini/rankllama-v1-7b-lora-passage", ADAPTER):
-        if model is ADAPTER or "append_eos" not in given:  # what a hub model's own format is, is not known yet
+        if model is ADAPTER or "append_eos" not in given:  # the format of a hub model is not known yet
             with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
                 RankLLaMAReranker(model, **given)
 

@@ -29,7 +29,7 @@ def test_a_list_of_one_device_is_that_device() -> None:
         (["cpu", "cpu"], "a list of one or more different devices"),
     ],
 )
-def test_unknown_devices(value: object, problem: str) -> None:
+def test_unknown_devices_are_named(value: object, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         devices("device", value)
 
@@ -52,7 +52,7 @@ def test_true_is_no_integer() -> None:
 
 
 @given(st.text(st.characters(codec="utf-8")))
-def test_texts_without_a_problem(text: str) -> None:
+def test_valid_unicode_has_no_problem(text: str) -> None:
     assert problem_of(text) is problem_of_id(text) is None
 
 
@@ -63,7 +63,7 @@ def test_a_lone_surrogate_is_found(before: str, after: str) -> None:
 
 
 @pytest.mark.parametrize("value", [None, 3, b"bytes", float("nan")])
-def test_invalid_texts(value: object) -> None:
+def test_values_that_are_no_texts_are_shown(value: object) -> None:
     assert problem_of(value) == f"{value!r}, not a string (an empty one is scored)"
 
 
@@ -73,7 +73,7 @@ def test_ids_are_strings_or_numbers() -> None:
 
 
 @pytest.mark.parametrize("value", ["", None, 3])
-def test_names_of_columns_and_models(value: object) -> None:
+def test_empty_names_of_columns_and_models_are_refused(value: object) -> None:
     with pytest.raises(ValueError, match="text_field=.*; allowed: the name of a column"):
         column("text_field", value)
     with pytest.raises(ValueError, match="model=.*; allowed: a folder, a .gguf file or a hub id"):

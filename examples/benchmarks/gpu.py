@@ -60,13 +60,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForSequenceClassification, LlamaConfig, MistralConfig, PreTrainedTokenizerFast
 
-from pyterrier_llmrerank.checkpoints.checkpoint import RankLLaMACheckpoint
+from pyterrier_llmrerank.checkpoints.rankllama_checkpoint import RankLLaMACheckpoint
 from pyterrier_llmrerank.engine import attention, kernels, scoring
 from pyterrier_llmrerank.engine.cascade import Cascade
 from pyterrier_llmrerank.engine.inputs import Ids, token_ids
 from pyterrier_llmrerank.engine.operations import Operations
 from pyterrier_llmrerank.engine.packing import PackedPairs
-from pyterrier_llmrerank.engine.scoring import Scorer, Shape
+from pyterrier_llmrerank.engine.scoring import Scorer
+from pyterrier_llmrerank.engine.shape import Shape
 from pyterrier_llmrerank.engine.usage import Observer, Usage
 from pyterrier_llmrerank.engine.weights import Weights
 
@@ -691,8 +692,8 @@ def measure_training(bench: Bench, name: str, seconds: float, layers: int | None
     """Steps of RankLLaMA's recipe with LoRA: forward, backward and optimiser; ours, and transformers with PEFT."""
     from peft import LoraConfig, get_peft_model
 
+    from pyterrier_llmrerank.training import RankLLaMATraining
     from pyterrier_llmrerank.training.lora import with_lora
-    from pyterrier_llmrerank.training.recipes import RankLLaMATraining
 
     size, groups = (2, 2) if bench.tiny else (8, 2 if name == "7B" else 8)
     model = Model(bench, name, layers)

@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     shapes = {
         "full depth": run(layers),
         f"{part} layers": run(part),
-        f"{part} layers, ratio 2 before layer {quarter}": run(part, compress_layers=[quarter], compress_ratio=2),
+        f"{part} layers, ratio 2 after layer {quarter}": run(part, compress_layers=[quarter], compress_ratio=2),
         f"cascade: half after {quarter}, a fifth after {2 * quarter}": run(layers, {quarter: 0.5, 2 * quarter: 0.2}),
     }
     rows = []

@@ -8,7 +8,7 @@ r"""Measure how fast reranking is, beside other programs with the same weights, 
 FOLDER is as for rerank_run.py. Peers of RankLLaMA: (a) CrossEncoder with its defaults (pip install
 sentence-transformers), (b) transformers' sequence classification padded and cut to 194 tokens, the original's
 maximum. Peer of Matroyshka: (c) padded batches through eager attention with full attention matrices, as in the
-released code. "20/2" means twenty layers, with passages pooled two to one before layer 8. The options --quantization,
+released code. "20/2" means twenty layers, with passages pooled two to one after layer 8. The options --quantization,
 --torch_compile and --attn_implementation add both rerankers with these options, marked "+". All systems take turns
 for some rounds, and medians are printed. Tokens are counted without padding, and a query's in each of its pairs, so
 that all systems that read the same texts have the same number. Operations are counted by torch, which does not see

@@ -17,11 +17,12 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 from pyterrier_llmrerank.checkpoints.locate import folder_of
@@ -71,6 +72,37 @@ class PlainTrainer(Trainer):
         )
 
 
+def plain_model(folder: Path, heads: torch.Tensor, recipe: RankLLaMATraining, pad: int) -> PeftModel:
+    """Return a sequence classification model with PEFT's LoRA layers; trainable weights are fp32."""
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=heads.dtype)
+    classifier.config.pad_token_id = pad
+    classifier.score.weight.data = heads
+    lora = LoraConfig(
+        task_type="SEQ_CLS", r=recipe.lora_rank, lora_alpha=int(recipe.lora_alpha),
+        target_modules=list(recipe.target_modules),
+    )  # fmt: skip
+    plain = get_peft_model(classifier, lora)
+    for parameter in plain.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return plain
+
+
+def turn(train: Callable[[TrainingArguments], Trainer], steps: int, queries: int) -> Clock:
+    """Train for some steps, and return their seconds and losses."""
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as output:
+        arguments = TrainingArguments(
+            output_dir=output, max_steps=steps, per_device_train_batch_size=queries, bf16=True,
+            learning_rate=1e-5, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+            remove_unused_columns=False, use_cpu=not torch.cuda.is_available(),
+        )  # fmt: skip
+        trainer = train(arguments)
+        trainer.add_callback(clock)
+        trainer.train()
+    return clock
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="JSON lines")
@@ -93,67 +125,38 @@ def main() -> None:
     heads = recipe.heads(checkpoint, tokenizer, recipe.seed)
     groups = Groups(open_data("data", [chosen.data]), recipe.group_size, recipe.seed, recipe.body)
     collate = Collator(tokenizer, recipe.inputs)
-
-    dtype = torch.bfloat16
-    classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=dtype)
-    classifier.config.pad_token_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    classifier.score.weight.data = heads.to(dtype)
-    lora = LoraConfig(
-        task_type="SEQ_CLS", r=recipe.lora_rank, lora_alpha=int(recipe.lora_alpha),
-        target_modules=list(recipe.target_modules),
-    )  # fmt: skip
-    plain = get_peft_model(classifier, lora)
-    for parameter in plain.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    ours = with_lora(checkpoint, heads, recipe, dtype)
-
-    def turn(kind: str) -> Clock:
-        clock = Clock()
-        with tempfile.TemporaryDirectory() as output:
-            arguments = TrainingArguments(
-                output_dir=output, max_steps=chosen.steps, per_device_train_batch_size=chosen.queries, bf16=True,
-                learning_rate=1e-5, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
-                remove_unused_columns=False, use_cpu=not torch.cuda.is_available(),
-            )  # fmt: skip
-            if kind == "plain":
-                trainer: Trainer = PlainTrainer(
-                    plain, arguments, train_dataset=groups, data_collator=lambda drawn: {"batch": collate(drawn)}
-                )
-            else:
-                trainer = GroupTrainer(ours, arguments, recipe, checkpoint, groups)
-            trainer.add_callback(clock)
-            trainer.train()
-        return clock
+    plain = plain_model(folder, heads.bfloat16(), recipe, tokenizer.pad_token_id or 0)
+    ours = with_lora(checkpoint, heads, recipe, torch.bfloat16)
+    programs: dict[str, Callable[[TrainingArguments], Trainer]] = {
+        "plain": lambda arguments: PlainTrainer(
+            plain, arguments, train_dataset=groups, data_collator=lambda drawn: {"batch": collate(drawn)}
+        ),
+        "ours": lambda arguments: GroupTrainer(ours, arguments, recipe, checkpoint, groups),
+    }
 
     order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(0))  # any sample tells the mean
     sample = [collate([groups[int(index)]]) for index in order[:50]]
     tokens = sum(int(batch.packed.lengths.sum()) for batch in sample) / len(sample) * chosen.queries
-    systems = [(threads, kind) for threads in chosen.threads for kind in ("plain", "ours")]
-    rates: dict[tuple[int, str], list[float]] = {system: [] for system in systems}
-    losses: dict[tuple[int, str], list[float]] = {system: [] for system in systems}
+    figures = [
+        {"threads": threads, "program": name, "tokens_per_second": [], "losses": []}
+        for threads in chosen.threads
+        for name in programs
+    ]
     for _ in range(chosen.rounds):
-        for threads, kind in systems:
-            torch.set_num_threads(threads)
-            clock = turn(kind)
-            rates[threads, kind].append(tokens * (chosen.steps - 1) / clock.seconds)
-            losses[threads, kind] += clock.losses
-    medians = {system: statistics.median(values) for system, values in rates.items()}
+        for row in figures:
+            torch.set_num_threads(row["threads"])
+            clock = turn(programs[row["program"]], chosen.steps, chosen.queries)
+            row["tokens_per_second"].append(tokens * (chosen.steps - 1) / clock.seconds)
+            row["losses"] += clock.losses
+
     print(f"\n{'threads':8}{'':8}{'tokens/s':>10}{'pairs/s':>10}{'ratio':>8}{'first loss':>12}{'last loss':>11}")
-    for (threads, kind), rate in medians.items():
+    rates = {(row["threads"], row["program"]): statistics.median(row["tokens_per_second"]) for row in figures}
+    for row in figures:
+        threads, name, losses = row["threads"], row["program"], row["losses"]
+        rate, ratio = rates[threads, name], rates[threads, name] / rates[threads, "plain"]
         pairs = rate / tokens * recipe.group_size * chosen.queries
-        ratio, of_system = rate / medians[threads, "plain"], losses[threads, kind]
-        print(f"{threads:<8}{kind:8}{rate:10.0f}{pairs:10.2f}{ratio:8.2f}{of_system[0]:12.4f}{of_system[-1]:11.4f}")
+        print(f"{threads:<8}{name:8}{rate:10.0f}{pairs:10.2f}{ratio:8.2f}{losses[0]:12.4f}{losses[-1]:11.4f}")
     if chosen.json:
-        figures = [
-            {
-                "threads": threads,
-                "program": kind,
-                "tokens_per_second": rates[threads, kind],
-                "losses": losses[threads, kind],
-            }
-            for threads, kind in systems
-        ]
         chosen.json.write_text(json.dumps(figures, indent=2), encoding="utf-8")
 
 

@@ -1,18 +1,17 @@
-"""LoRA adapters as PEFT saves them: their updates, to merge into a model or to lay over it."""
+"""LoRA adapters as PEFT saves them, checked: the factors of their updates, and weights that they replace."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import short
-from .config import read_json
 from .description import FILE
+from .json_files import read_json
 from .locate import at_revision, folder_of
 from .tensors import TensorFiles
 
@@ -56,33 +55,6 @@ WILDCARDS = re.compile(r"[*+?|{]")
 
 #: Larger than any lora_alpha in use.
 MAX_ALPHA = 1e9
-
-#: Rows of a weight that are merged at a time: in fp32, they fit a CPU's cache.
-ROWS = 256
-
-
-def merged(
-    weight: Tensor, updates: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype, device: torch.device | None = None
-) -> Tensor:
-    """Return a copy of a weight with low-rank updates added in fp32, in order, on the device where it is to be.
-
-    Args:
-        weight: in its stored dtype, ``[outputs, inputs]``.
-        updates: each update's fp32 factors, ``[rank, inputs]`` and ``[outputs, rank]``.
-        dtype: of the result.
-        device: of the result; None for the weight's own.
-    """
-    weight = weight.to(device=device)
-    updates = [(down.to(weight.device), up.to(weight.device)) for down, up in updates]
-    result = torch.empty_like(weight, dtype=dtype)
-    buffer = torch.empty_like(weight[:ROWS], dtype=torch.float32)
-    for start in range(0, len(weight), ROWS):
-        rows = slice(start, min(start + ROWS, len(weight)))
-        block = buffer[: rows.stop - start].copy_(weight[rows])
-        for down, up in updates:
-            block.addmm_(up[rows], down)
-        result[rows] = block
-    return result
 
 
 class Adapter:

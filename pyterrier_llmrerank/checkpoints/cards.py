@@ -1,4 +1,4 @@
-"""Model cards: what a saved model is, how to open it, and whom to cite."""
+"""Model cards: they name a saved model's base, data and licence, the way to open it, and the paper to cite."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from . import bundled
+from .input_format import TEVATRON_2023, InputFormat
 from .locate import is_hub_id, without_revision
 
 #: The papers of the two rerankers.
@@ -78,7 +79,7 @@ def metadata(base: str | None, library: str, **more: Any) -> ModelCardData:
 
 @dataclass(frozen=True)
 class Stated:
-    """What only the user knows about a model, for its card.
+    """Hold the facts about a model that only the user knows, for its card.
 
     Args:
         data: names of the training data: hub ids, and files, of which the last part of the path is kept.
@@ -143,7 +144,7 @@ def trained(
         base: its base: a hub id, the bundled model's name, or a path.
         steps: the steps that it was trained for.
         recipe: the call that makes its recipe.
-        stated: what the user says of it.
+        stated: the user's facts about it.
         measured: the measure and its value on the validation data; None if there are none.
         folder: the repository that it is for; None if that is not known.
     """
@@ -171,13 +172,13 @@ def complete(card: str | None, kind: str, name: str, base: str | None, repo_id: 
         name: the class that opens it.
         base: the base of its adapters; None for a merged model.
         repo_id: the repository.
-        stated: what the user says of it; what is left out stays as the card has it.
+        stated: the user's facts about it; a fact that is left out stays as the card has it.
     """
     data = metadata(base, "transformers" if base is None else "peft", datasets=stated.datasets, license=stated.license)
     if card is None:
-        what = "A merged model" if base is None else f"Adapters of {on_hub(base)}"
+        kinds = "A merged model" if base is None else f"Adapters of {on_hub(base)}"
         sections = {
-            "": f"{what}, a reranker of pyterrier_llmrerank.",
+            "": f"{kinds}, a reranker of pyterrier_llmrerank.",
             "Use": opening(name, repo_id),
             **facts(stated),
             "Citation": citation(kind),
@@ -200,6 +201,42 @@ def compose(data: ModelCardData, title: str, sections: Mapping[str, str]) -> str
     """Return a card with metadata, a title and sections; the first, under ``""``, has no heading."""
     parts = [f"## {name}\n\n{text.strip()}" if name else text.strip() for name, text in sections.items()]
     return str(ModelCard("\n".join(["---", data.to_yaml(), "---", f"# {title}\n\n" + "\n\n".join(parts), ""])))
+
+
+def merged_classifier(
+    base: str, architecture: str, form: InputFormat, columns: tuple[bool, bool], limits: tuple[int, int]
+) -> str:
+    """Return the card of a RankLLaMA with its adapter merged in.
+
+    Args:
+        base: the model below the adapter: a hub id, the bundled model's name, or a path.
+        architecture: the class of transformers that opens it.
+        form: the format of its input.
+        columns: whether it reads titles, and URLs.
+        limits: most tokens of query and of passage.
+    """
+    title, url = ("{title}" if columns[0] else None), ("{url}" if columns[1] else None)
+    query, passage = form.head("{query}"), form.body("{text}", title, url) + form.tail
+    if form.name == TEVATRON_2023:
+        reads = "It reads two strings, one after the other, each after a first token of its own"
+        kept = f"{limits[0]} tokens of the first and {limits[1]} of the second are kept"
+        strings = f"{query}\n{passage}"
+    else:
+        reads = "It reads one string, with the special tokens of its tokenizer"
+        reads += ", and the end token" if form.append_eos else ""
+        kept = f"query and passage share {sum(limits)} tokens"
+        strings = query + passage
+    sections = {
+        "": f"A RankLLaMA with its adapter merged into a plain `{architecture}` with one label. Written by "
+        "pyterrier_llmrerank. Scores are logits.",
+        "Use": opening("RankLLaMAReranker", FOLDER),
+        "Input": f"{reads}:\n\n````text\n{strings}\n````\n\nIn pyterrier_llmrerank, {kept}. Other programs that open a "
+        f"`{architecture}` give the same scores for the same ids.",
+        **facts(Stated()),
+        "Citation": citation("rankllama"),
+    }
+    shown = on_hub(base) or PurePath(base).name
+    return compose(metadata(base, "transformers"), f"A RankLLaMA on {shown}", sections)
 
 
 def exported(

@@ -1,16 +1,20 @@
-"""Read and check the JSON files of a checkpoint, and the model settings in them."""
+"""The configuration of a decoder: the settings in its ``config.json``, checked."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from ..errors import reason, short
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-#: The largest JSON file that is read, in bytes; indexes of the largest models have a few million.
-MAX_JSON_BYTES = 2**26
+from ..errors import reason, short
+from .families import FAMILIES
+
+#: The start of a layer-wise model_type; the decoder's family follows.
+LAYER_WISE = "cost_wise_"
 
 #: The largest value of each size in a configuration: ten times that of any known model, yet small enough to build
 #: without weights in little memory. The tensors must agree with it in any case.
@@ -23,9 +27,6 @@ MAX_SIZES = {
     "sliding_window": 2**31,
 }
 
-#: The first bytes of a Git LFS pointer.
-LFS_POINTER = b"version https://git-lfs"
-
 #: Settings to ignore: they have no effect on a headless decoder in our own dtype, or could make transformers fetch
 #: code.
 IGNORED_SETTINGS = {
@@ -34,33 +35,8 @@ IGNORED_SETTINGS = {
 }  # fmt: skip
 
 
-def refuse_pointer(path: Path) -> None:
-    """Raise ValueError if a file is a Git LFS pointer to a large file that was not fetched."""
-    with path.open("rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise ValueError(f"{path}: a Git LFS pointer, not the file itself; run 'git lfs pull' in its folder.")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a checkpoint's file.
-
-    Raises:
-        ValueError: the file holds anything else.
-    """
-    if (size := path.stat().st_size) > MAX_JSON_BYTES:
-        raise ValueError(f"{path}: {size} bytes; a checkpoint's JSON file has at most {MAX_JSON_BYTES}.")
-    refuse_pointer(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # numbers of too many digits are plain ValueErrors
-        raise ValueError(f"{path}: not a JSON file: {reason(error)}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, not a {type(content).__name__}.")
-    return content
-
-
 def model_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Remove the :data:`IGNORED_SETTINGS` settings and those private to transformers, at any depth."""
+    """Remove the :data:`IGNORED_SETTINGS` and the private settings of transformers, at any depth."""
     return {
         key: model_settings(value) if isinstance(value, dict) else value
         for key, value in settings.items()
@@ -84,3 +60,73 @@ def check_sizes(settings: Mapping[str, Any], names: Mapping[str, str], argument:
             sizes = value if isinstance(value, list) else [value]  # some families have one for each layer
             if not all(type(size) is int and 1 <= size <= largest for size in sizes):
                 raise ValueError(f"{argument}: {name} is {short(value)}; allowed: integers from 1 to {largest}.")
+
+
+@contextmanager
+def described(model_type: object, argument: str) -> Iterator[None]:
+    """Raise ValueError on any error inside, where transformers builds a model from a configuration."""
+    try:
+        yield
+    except Exception as error:  # it checks little, so that nonsense fails anywhere with any error
+        raise ValueError(
+            f"{argument}: config.json does not describe a model_type {short(model_type)}: {reason(error)}"
+        ) from error
+
+
+def decoder_config(settings: dict[str, Any], argument: str) -> PreTrainedConfig:
+    """Return the configuration that transformers makes of a causal decoder's settings.
+
+    Args:
+        settings: the content of ``config.json``.
+        argument: the caller's argument and its value, for messages.
+
+    Raises:
+        ValueError: the model is of a family that is not supported, is quantised or no causal decoder, or a setting is
+            not allowed.
+    """
+    family = _family(settings, argument)
+    if settings.get("quantization_config"):
+        raise ValueError(f"{argument}: its weights are quantised; open the model they were made from.")
+    check_sizes(settings, CONFIG_MAPPING[family].attribute_map, argument)
+    kept = model_settings(settings)
+    if kept.get("sliding_window") == 0:  # some configurations of transformers mean no window
+        kept["sliding_window"] = None
+    with described(settings.get("model_type"), argument):
+        config = CONFIG_MAPPING[family].from_dict(kept)
+    if config.is_encoder_decoder:
+        raise ValueError(f"{argument}: model_type {family!r} is an encoder and a decoder; expected a decoder alone.")
+    if getattr(config, "is_causal", True) is not True:  # transformers lets such a model see later tokens
+        raise ValueError(
+            f"{argument}: is_causal is {short(config.is_causal)} in config.json; allowed: true, because a token of a "
+            "reranker never sees later ones."
+        )
+    rope = getattr(config, "rope_parameters", None)
+    rotary = rope.get("rope_type", "default") if isinstance(rope, dict) else "default"
+    if rotary in ("dynamic", "longrope"):
+        raise ValueError(
+            f"{argument}: rope_type {rotary!r} is not supported: its angles depend on the longest row of a batch, so "
+            "that a score would depend on its neighbours."
+        )
+    return config
+
+
+def _family(settings: Mapping[str, Any], argument: str) -> str:
+    """Return the family of a decoder.
+
+    Raises:
+        ValueError: the family is not supported.
+    """
+    model_type = str(settings.get("model_type"))
+    family = model_type.removeprefix(LAYER_WISE)
+    if model_type != family and family not in FAMILIES:  # published models of other types hold another family's weights
+        called = "; published models of this type hold Gemma 2 weights" if family == "gemma" else ""
+        raise ValueError(
+            f"{argument}: model_type {short(model_type)} is not supported{called}; "
+            f"layer-wise models that open: {', '.join(LAYER_WISE + known for known in FAMILIES)}."
+        )
+    if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ValueError(
+            f"{argument}: model_type {short(model_type)} is not supported; allowed: {', '.join(FAMILIES)} "
+            "and transformers' other causal language models."
+        )
+    return family

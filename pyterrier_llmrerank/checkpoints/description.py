@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from ..errors import short
 from ..values import RATIOS
-from .config import read_json
 from .input_format import InputFormat, check_name
-from .locate import HUB_ID, adapter_folder, below, is_hub_id
+from .json_files import read_json
+from .locate import HUB_ID, below, is_hub_id, portable
 
 #: The name of the file.
 FILE = "reranker.json"
@@ -32,6 +32,16 @@ KINDS = {"rankllama": "RankLLaMAReranker", "matroyshka": "MatroyshkaReranker"}
 EXPORTED = "exported-matroyshka"
 
 
+#: The fields that one kind of reranker has and the other has not, by the kind without them.
+NOT_OF = {
+    "rankllama": {"start_layer", "layer_sep", "prompt", "token_adapters", "max_length"},
+    "matroyshka": {"input_format", "passage_max_length", "title_field", "url_field"},
+}
+
+#: The fields that say which parts of a text are read, and how much of them. A file has them where they are not usual.
+CUT = ("query_max_length", "passage_max_length", "max_length", "title_field", "url_field")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Description:
     """The parts of a reranker and the settings that it was trained with.
@@ -45,6 +55,11 @@ class Description:
         layer_sep: layers from one head to the next; None for the base's own.
         prompt: the question that ends every input; None for the usual one, and for RankLLaMA.
         input_format: the format of a RankLLaMA's input; None if it is not known, and for Matroyshka.
+        query_max_length: tokens kept of a query; None for the usual number.
+        passage_max_length: tokens kept of a RankLLaMA's passage; None for the usual number, and for Matroyshka.
+        max_length: tokens kept of a Matroyshka's pair; None for the usual number, and for RankLLaMA.
+        title_field: the column from which a RankLLaMA reads titles; None for none.
+        url_field: the column from which a RankLLaMA reads URLs; None for none.
         adapters: folders of the adapters to merge, in this order; ``.`` is the folder itself.
         token_adapters: folders of token adapters by ratio, ascending.
     """
@@ -56,6 +71,11 @@ class Description:
     layer_sep: int | None = None
     prompt: str | None = None
     input_format: InputFormat | None = None
+    query_max_length: int | None = None
+    passage_max_length: int | None = None
+    max_length: int | None = None
+    title_field: str | None = "title"
+    url_field: str | None = None
     adapters: tuple[str, ...] = ()
     token_adapters: tuple[tuple[int, str], ...] = ()
 
@@ -108,24 +128,27 @@ class Description:
             layer_sep=reader.get("layer_sep", int, least=1),
             prompt=reader.get("prompt", str),
             input_format=reader.input_format(),
+            query_max_length=reader.get("query_max_length", int, least=1),
+            passage_max_length=reader.get("passage_max_length", int, least=1),
+            max_length=reader.get("max_length", int, least=1),
+            title_field=reader.column("title_field"),
+            url_field=reader.column("url_field"),
             adapters=reader.adapters(),
             token_adapters=reader.token_adapters(),
         ).check_fields(path, argument)
 
     def check_fields(self, path: Path, argument: str) -> Description:
         """Return the description, or raise ValueError if its fields contradict each other."""
+        for name in sorted(NOT_OF[self.kind]):
+            if getattr(self, name) != _DEFAULTS[name]:
+                raise ValueError(f"{argument}: {path} has {name}, which no {self.kind} model has.")
         if self.kind == "rankllama":
-            matroyshka = ("start_layer", "layer_sep", "prompt", "token_adapters")
-            if given := [name for name in matroyshka if getattr(self, name) not in (None, ())]:
-                raise ValueError(f"{argument}: {path} has {given[0]}, which no rankllama model has.")
             wanted = () if self.base is None else (".",)
             if self.adapters != wanted:
                 raise ValueError(
                     f"{argument}: adapters in {path} is {list(self.adapters)}; a rankllama model "
                     f"{'without' if self.base is None else 'with'} a base has {list(wanted)}."
                 )
-        elif self.input_format is not None:
-            raise ValueError(f"{argument}: {path} has input_format, which no matroyshka model has.")
         elif self.base is None and "." in self.folders:
             raise ValueError(f"{argument}: {path} has no base for the adapter beside it.")
         return self
@@ -134,6 +157,21 @@ class Description:
         """Raise ValueError unless the base has as many layers as the description says."""
         if self.layers not in (None, layers):
             raise ValueError(f"{argument}: {FILE} says that the base has {self.layers} layers, but it has {layers}.")
+
+    def check_place(self, place: int, base: str, argument: str) -> None:
+        """Raise ValueError if the adapter that is described here is to be merged in another place than in training.
+
+        Args:
+            place: how many adapters are merged before it.
+            base: the base that they are merged into; over another base, their number may differ.
+            argument: the caller's argument and its value, for messages.
+        """
+        trained = self.adapters.index(".") if "." in self.adapters else len(self.adapters)
+        if self.base == portable(base) and place != trained:
+            raise ValueError(
+                f"{argument} was trained on this base with {trained} adapters before it, here it has {place}; give "
+                "all of them in order, or its folder as model."
+            )
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -155,12 +193,16 @@ class Description:
             "layer_sep": self.layer_sep,
             "prompt": self.prompt,
             **({} if self.input_format is None else self.input_format.settings()),
+            **{name: getattr(self, name) for name in CUT if getattr(self, name) != _DEFAULTS[name]},
             "adapters": list(self.adapters),
             "token_adapters": {str(ratio): name for ratio, name in self.token_adapters},
             "package_version": importlib.metadata.version("pyterrier-llmrerank"),
         }
         (folder / FILE).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
+
+#: The default of each field.
+_DEFAULTS = {name: field.default for name, field in Description.__dataclass_fields__.items()}
 
 #: All fields that a file may have.
 _FIELDS = {"format_version", "package_version", *Description.__dataclass_fields__, *InputFormat().settings()}
@@ -198,58 +240,10 @@ def read_description(model: str, folder: Path, kind: str, argument: str) -> Desc
     )
 
 
-def assemble(given: Description, folder: Path | None, argument: str) -> Description:
-    """Return the parts of a Matroyshka reranker: given values win over the model's own description.
-
-    Args:
-        given: the user's arguments; its base is the model as the user names it. Adapters replace the model's own and
-            their token adapters.
-        folder: the local folder with the model's files; None if it is not to be downloaded.
-        argument: the caller's argument and its value, for messages.
-
-    Raises:
-        ValueError: the model's own adapters were trained with another ``start_layer`` or ``layer_sep``, or as
-            :func:`read_description`.
-        FileNotFoundError: as :func:`read_description`.
-    """
-    model = str(given.base)
-    own = None if folder is None else read_description(model, folder, "matroyshka", argument)
-    if own is None:
-        return given
-    adapters, token_adapters = own.adapters, own.token_adapters
-    if given.adapters:
-        adapters, token_adapters = tuple(_found(name, model) for name in given.adapters), ()
-    elif own.adapters:
-        for name in ("start_layer", "layer_sep"):
-            value, trained = getattr(given, name), getattr(own, name)
-            if value is not None and trained is not None and value != trained:
-                raise ValueError(
-                    f"{name}={value}: {argument} was trained with {name} {trained}; allowed: {trained}, or adapters "
-                    "of your own, or MatroyshkaReranker.untrained."
-                )
-    if given.token_adapters:
-        token_adapters = tuple((ratio, _found(name, model)) for ratio, name in given.token_adapters)
-    return replace(
-        own,
-        adapters=adapters,
-        token_adapters=token_adapters,
-        start_layer=own.start_layer if given.start_layer is None else given.start_layer,
-        layer_sep=own.layer_sep if given.layer_sep is None else given.layer_sep,
-        prompt=own.prompt if given.prompt is None else given.prompt,
-    )
-
-
-def _found(name: str, model: str) -> str:
-    """Resolve an adapter in a folder below the model's own, which cannot be found from its base."""
-    if is_hub_id(model):
-        return str(adapter_folder(name, model))
-    own = Path(model).expanduser() / name
-    return str(own) if own.is_dir() else name
-
-
-def token_adapter_for(token_adapters: Sequence[tuple[int, str]], ratio: int) -> tuple[str, ...]:
-    """Return the token adapter for a ratio, else for the next lower one, as a tuple of at most one."""
-    return tuple([name for own, name in sorted(token_adapters) if own <= ratio][-1:])
+def amend(folder: Path, kind: str, **fields: Any) -> None:
+    """Change fields in the description of a newly trained adapter, if its folder has one."""
+    if (own := Description.read(folder, kind, str(folder))) is not None:
+        replace(own, **fields).write(folder)
 
 
 class _Reader:
@@ -268,6 +262,12 @@ class _Reader:
             kinds = {str: "a string", bool: "true or false"}
             raise self.refusal(name, kinds.get(kind, f"an integer of at least {least}"))
         return value
+
+    def column(self, name: str) -> str | None:
+        """Read the name of a column; the default where the file has no such field."""
+        if name in self.content and self.get(name, str) == "":
+            raise self.refusal(name, "the name of a column or null")
+        return cast("str | None", self.content.get(name, _DEFAULTS[name]))
 
     def base(self) -> str | None:
         base: str | None = self.get("base", str)

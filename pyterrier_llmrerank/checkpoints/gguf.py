@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pyterrier as pt
 
 from ..errors import reason, short
-from .config import check_sizes, refuse_pointer
 from .families import FAMILIES
+from .json_files import refuse_pointer
 from .tensors import save_tensors
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ def _read_gguf(file: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
         get_gguf_hf_weights_map,
         load_gguf_checkpoint,
     )
+
+    from .config import check_sizes  # imports transformers, which takes seconds
 
     described: dict[str, Any] = load_gguf_checkpoint(file)  # type: ignore[no-untyped-call]
     check_sizes(described["config"], {}, str(file))

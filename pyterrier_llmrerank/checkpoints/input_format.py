@@ -15,7 +15,7 @@ TEVATRON_2023 = "tevatron-2023"
 #: RankLLaMA's format since 2024: one string.
 TEVATRON_2024 = "tevatron-2024"
 
-#: The formats with a name, and the templates of those that are one.
+#: The formats with a name; each is a template, or None for Tevatron's.
 NAMED = {
     TEVATRON_2023: None,
     TEVATRON_2024: None,

@@ -13,8 +13,8 @@ from typing import Any
 
 from ..errors import reason
 from . import bundled
-from .config import read_json
 from .gguf import dequantise
+from .json_files import read_json
 from .tensors import weight_files
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
@@ -19,8 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .cards import Stated, complete
 from .checkpoint import Checkpoint
-from .config import read_json
 from .description import FILE, Description
+from .json_files import read_json
 from .locate import adapter_folder, is_hub_id, portable, without_revision
 from .tensors import save_tensors
 from .tokenizer import VOCABULARIES, save_tokenizer
@@ -146,31 +146,32 @@ def describe_trained(
     parts.write(folder)
 
 
-def complete_card(folder: Path, repo_id: str, name: str, stated: Stated) -> None:
-    """Write the model card of a saved reranker, or complete the one that its training wrote.
-
-    Args:
-        folder: of the saved reranker.
-        repo_id: the repository that it is for.
-        name: the class that opens it.
-        stated: what the user says of it.
-
-    Raises:
-        ValueError: its base is a folder of this machine.
-    """
-    described, path = read_json(folder / FILE), folder / "README.md"
-    base = described["base"]
+def check_base(folder: Path, repo_id: str) -> None:
+    """Raise ValueError if the base of a saved reranker is a folder of this machine, so that it opens nowhere else."""
+    base = read_json(folder / FILE)["base"]
     if base is not None and not is_hub_id(base):
         raise ValueError(
             f"repo_id={repo_id!r}: the base {base!r} is on this machine alone; allowed: a base on the hub, or "
             "merged=True."
         )
+
+
+def complete_card(folder: Path, repo_id: str, name: str, stated: Stated) -> None:
+    """Write the model card of a saved reranker, or complete the one that is there.
+
+    Args:
+        folder: of the saved reranker.
+        repo_id: the repository that it is for, ``"owner/name"``.
+        name: the class that opens it.
+        stated: the user's facts about it.
+    """
+    described, path = read_json(folder / FILE), folder / "README.md"
     card = path.read_text(encoding="utf-8") if path.is_file() else None
-    path.write_text(complete(card, described["kind"], name, base, repo_id, stated), encoding="utf-8")
+    path.write_text(complete(card, described["kind"], name, described["base"], repo_id, stated), encoding="utf-8")
 
 
 def saved_files(folder: Path) -> list[str]:
-    """List the files of a trained adapter, as they are saved, without those of its training run and of others."""
+    """List the files of a trained adapter, as they are saved, without the files of its training run and others."""
     names = {"README.md", FILE, "adapter_config.json", "chat_template.jinja", *TOKENIZER_FILES}
     folders = [folder, *sorted(folder.glob("adapter-[0-9]*"))]
     return [
@@ -181,26 +182,26 @@ def saved_files(folder: Path) -> list[str]:
     ]
 
 
-def classifier_settings(checkpoint: Checkpoint, append_eos: bool = False) -> dict[str, Any]:
+def classifier_settings(checkpoint: Checkpoint, end: Sequence[int]) -> dict[str, Any]:
     """Return the settings of a ``*ForSequenceClassification`` model with one label and a pad token.
 
     Args:
         checkpoint: the model.
-        append_eos: whether every input ends in the end token, which then cannot pad: transformers reads the last
-            token that is not the pad token.
+        end: the ids in which every input ends. Their last cannot pad: transformers reads the last token that is not
+            the pad token.
 
     Raises:
         ValueError: the tokenizer has no token that could pad.
     """
     tokenizer = checkpoint.tokenizer()
-    known = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)
-    pads = [token for token in known if token is not None and not (append_eos and token == tokenizer.eos_token_id)]
-    if not pads and append_eos:
-        raise ValueError(
-            f"append_eos=True: the tokenizer of {checkpoint.argument} has no token but the end token to pad with."
-        )
+    ids = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)
+    known = [token for token in ids if token is not None]
+    pads = [token for token in known if token not in end[-1:]]
     if not pads:
-        raise ValueError(f"{checkpoint.argument}: its tokenizer has no pad, unknown or end token to pad batches with.")
+        other = f" but {tokenizer.convert_ids_to_tokens(end[-1])!r}, in which every input ends" if known else ""
+        raise ValueError(
+            f"{checkpoint.argument}: its tokenizer has no pad, unknown, end or first token{other}, to pad batches with."
+        )
     family = type(checkpoint.config).__name__.removesuffix("Config")
     return {
         "model_type": checkpoint.config.model_type,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from ..errors import reason, short
-from .config import read_json, refuse_pointer
+from .json_files import read_json, refuse_pointer
 
 if TYPE_CHECKING:
     from torch import Tensor

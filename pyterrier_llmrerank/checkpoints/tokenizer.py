@@ -24,7 +24,7 @@ from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available
 
 from ..errors import reason, short
-from .config import read_json
+from .json_files import read_json
 
 #: The files that may hold a vocabulary; the first ones found are used.
 VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))

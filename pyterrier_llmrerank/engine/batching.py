@@ -20,8 +20,9 @@ WIDTH = 4096
 #: How many times :data:`TOKENS` a narrower model may get on CUDA, where small batches leave a GPU idle.
 MOST_TIMES = 4
 
-#: Attention needs one sequence per pair, with its prefix and as long as the longest: the most positions for each token
-#: of the budget.
+#: Most positions of attention for each token of the budget. Attention lays out each pair with its prefix, at the length
+#: of the longest. On a CPU it takes fewer positions, but there larger batches are no faster, and with long queries
+#: they would take twice the memory.
 SPREAD = 4
 
 

@@ -69,7 +69,11 @@ def decode(
 
     Returns:
         States after the final norm, ``[cutoffs, pairs, width]``, in the model's dtype.
+
+    Raises:
+        ValueError: the model does not know a token.
     """
+    packed.check_ids(len(cast(Tensor, model.embed_tokens.weight)))
     row = embedded(model, packed)
     return run_layers(
         model, row, cutoffs, compress_layers=compress_layers, compress_ratio=compress_ratio, whole_layers=whole_layers
@@ -77,9 +81,9 @@ def decode(
 
 
 def embedded(model: Decoder, packed: PackedPairs) -> Row:
-    """Embed the pairs' tokens: the row before the first layer."""
+    """Embed the pairs' tokens, which the caller has checked: the row before the first layer."""
     table = cast(Tensor, model.embed_tokens.weight)
-    return Row(packed, model.embed_tokens(on_device(packed.ids_below(len(table)), table.device)), 0)
+    return Row(packed, model.embed_tokens(on_device(packed.ids, table.device)), 0)
 
 
 def run_layers(

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 from ..checkpoints.adapters import canonical
-from ..checkpoints.checkpoint import MASK, Checkpoint, silence_warnings
+from ..checkpoints.buffers import MASK
+from ..checkpoints.checkpoint import Checkpoint, silence_warnings
 from .packing import PackedPairs, on_device
 
 #: Names of the norm after the last layer in transformers' decoders.
@@ -124,7 +125,7 @@ class FallbackDecoder(nn.Module):
         """Return the last real token's state at each cutoff.
 
         Args:
-            packed: the pairs.
+            packed: the pairs, within the model's :class:`~pyterrier_llmrerank.engine.limits.Limits`.
             cutoffs: how many layers to run before reading, ascending.
 
         Returns:
@@ -134,8 +135,7 @@ class FallbackDecoder(nn.Module):
         places = on_device(packed.places, device)
         length = on_device(packed.real, device)
         mask = torch.arange(places.shape[1], device=device) < length[:, None]
-        ids = packed.ids_below(self.vocabulary)
-        rows = on_device(ids, device)[places]
+        rows = on_device(packed.ids, device)[places]
         states: Mapping[int, Tensor]
         if self._modules_of_layers or set(cutoffs) == {self.layers}:
             states = self._states_after(cutoffs, rows, mask.long(), self._modules_of_layers)

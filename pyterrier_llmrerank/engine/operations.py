@@ -72,13 +72,16 @@ class Operations:
         self._queries = queries
         self._fallback = isinstance(decoder, FallbackDecoder)
         model: Any = decoder.model if isinstance(decoder, FallbackDecoder) else decoder
-        self._width = int(model.config.hidden_size)
-        if self._fallback:  # the whole model as one layer
+        #: Width of the hidden states, which the heads read.
+        self.width = int(model.config.hidden_size)
+        #: Sizes of the layers; a model that runs by its own forward counts as one layer.
+        self.layers: list[Layer]
+        if self._fallback:
             embedding = model.get_input_embeddings().weight.numel()
             matrices = sum(weight.numel() for weight in model.parameters() if weight.ndim > 1) - embedding
-            self._layers = [Layer(matrices, 0, self._width * model.config.num_hidden_layers, None)]
+            self.layers = [Layer(matrices, 0, self.width * model.config.num_hidden_layers, None)]
         else:
-            self._layers = [Layer.of(layer) for layer in model.layers]
+            self.layers = [Layer.of(layer) for layer in model.layers]
 
     def __call__(
         self,
@@ -105,7 +108,7 @@ class Operations:
         prefix_last = np.zeros_like(last)  # an owner's prefix runs as long as any of its pairs
         np.maximum.at(prefix_last, self._owner, last)
         work = np.zeros(len(body))
-        for depth, layer in enumerate(self._layers[:deepest], 1):
+        for depth, layer in enumerate(self.layers[:deepest], 1):
             if depth > 1 and depth - 1 in compress_layers:
                 body = -(-body // compress_ratio)
             length = self._prefix + body + self._suffix
@@ -120,15 +123,15 @@ class Operations:
                 for_one = 2.0 * (layer.matrices - layer.keys_values) + 4.0 * layer.attended * seen
                 work += 2.0 * layer.keys_values * tokens + here * for_one
             if depth in read:
-                work += 2.0 * self._width * here
+                work += 2.0 * self.width * here
         return self._by_query(work)
 
     def _work_of_whole_model(self, heads: int) -> Counts:
         """Count each pair's operations for a model that runs all its layers for all tokens, ``[pairs]``."""
-        (whole,) = self._layers
+        (whole,) = self.layers
         length = self._prefix + self._body + self._suffix
         work: Counts = 2.0 * whole.matrices * length + 4.0 * whole.attended * whole.keys(length)
-        return work + 2.0 * self._width * heads
+        return work + 2.0 * self.width * heads
 
     def _by_query(self, of_pairs: Counts) -> Counts:
         return np.bincount(self._query, of_pairs, self._queries).astype(float)

@@ -155,15 +155,14 @@ class PackedPairs(Packing):
         #: Token ids of the row, ``[tokens]``.
         self.ids: Indices = np.array(ids, dtype=np.int64)
 
-    def ids_below(self, vocabulary: int) -> Indices:
-        """Return the ids, checked against the rows of an embedding; beyond its end a GPU fails for good.
+    def check_ids(self, vocabulary: int) -> None:
+        """Check the ids against the rows of an embedding; beyond its end a GPU fails for good.
 
         Raises:
             ValueError: an id is not below ``vocabulary``.
         """
         if (largest := int(self.ids.max())) >= vocabulary:
             raise ValueError(f"a pair has token {largest}, but the model knows {vocabulary} tokens.")
-        return self.ids
 
 
 @dataclass(frozen=True)

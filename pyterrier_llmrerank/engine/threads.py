@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch.nn.functional import silu
@@ -19,8 +19,11 @@ logger = logging.getLogger(__name__)
 #: Measurements of each number of threads; they take turns, so that other load affects all alike.
 TURNS = 5
 
-#: torch's own number of threads, once for each block that runs now.
-_blocks: list[int] = []
+#: Seconds for which a measurement holds.
+HOLDS = 600
+
+#: torch's own number of threads and the number in use, once for each block that runs now.
+_blocks: list[tuple[int, int]] = []
 _lock = threading.Lock()
 
 #: Tokens, and the widths of the states before and after the product, in a measurement.
@@ -31,9 +34,10 @@ SIZES = 512, 576, 1536
 def fastest_threads(device: torch.device, seconds: Callable[[int], float] | None = None) -> Iterator[None]:
     """Run a block on the number of threads that is fastest; threads that share a core wait for each other.
 
-    Numbers from one to torch's own are tried, in powers of two, once in a process. ``OMP_NUM_THREADS`` in the
-    environment, or ``torch.set_num_threads(1)``, settle the number without a measurement. torch's number is restored
-    after the block.
+    Numbers from one to torch's own are tried, in powers of two, at the beginning of a block. Other programs come and
+    go, so the result holds for ten minutes at most; later blocks measure again. A block that begins while another runs
+    takes its number. ``OMP_NUM_THREADS`` in the environment, or ``torch.set_num_threads(1)``, settle the number without
+    a measurement. torch's number is restored after the block.
 
     Args:
         device: where the block computes; other devices than the CPU are left alone.
@@ -43,10 +47,14 @@ def fastest_threads(device: torch.device, seconds: Callable[[int], float] | None
         yield
         return
     with _lock:
-        before = _blocks[0] if _blocks else torch.get_num_threads()  # not the number that another block has set
-        _blocks.append(before)
-        if before > 1:
-            torch.set_num_threads(_fastest(before, seconds or seconds_of_layer))
+        if _blocks:  # they would disturb a measurement, and it them
+            before, chosen = _blocks[0]
+        else:
+            before = chosen = torch.get_num_threads()
+            if before > 1:
+                chosen = _fastest(before, seconds or seconds_of_layer, int(time.monotonic() // HOLDS))
+        _blocks.append((before, chosen))
+        torch.set_num_threads(chosen)
     try:
         yield
     finally:
@@ -55,9 +63,9 @@ def fastest_threads(device: torch.device, seconds: Callable[[int], float] | None
             torch.set_num_threads(before)
 
 
-@cache
-def _fastest(most: int, seconds: Callable[[int], float]) -> int:
-    """Measure numbers of threads up to the most, and return the fastest."""
+@lru_cache(maxsize=1)
+def _fastest(most: int, seconds: Callable[[int], float], period: int) -> int:
+    """Measure numbers of threads up to the most, once in a period, and return the fastest."""
     tried = sorted({*(2**power for power in range(most.bit_length())), most})
     medians = median_seconds(tried, seconds)
     chosen = min(medians, key=lambda threads: medians[threads])

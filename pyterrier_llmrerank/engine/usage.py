@@ -20,7 +20,9 @@ class Usage:
         pairs: distinct pairs of query and text that were scored.
         tokens: tokens that entered the model's first layer. A query's prefix counts once for all its passages (once
             per pair for models that run by their own forward). Savings of pooling and cascades are not subtracted.
-        positions: positions over which attention ran: for each batch, its pairs times the longest pair.
+        positions: positions over which attention ran in the first layer. Each pair takes as many as the longest in its
+            batch. On a CPU it takes its own length, rounded up to a multiple of 16, unless ``attn_implementation`` is
+            another kernel than SDPA, or the model runs by its own forward.
         filled: positions that hold a token; a prefix counts in each of its pairs.
         tokenising_seconds: time spent on tokenisation.
         model_seconds: time spent on running the model.
@@ -45,9 +47,9 @@ class Usage:
 
     @property
     def padding(self) -> float:
-        """The share of attention positions without a token, from 0 to 1; no other part of a layer sees padding.
+        """The share of attention's positions that hold no token, from 0 to 1; no other part of a layer sees padding.
 
-        Batches are counted as they enter the first layer. Rounding by attention kernels is not counted.
+        Rounding inside of fused kernels is not counted.
         """
         return 1 - self.filled / self.positions if self.positions else 0.0
 

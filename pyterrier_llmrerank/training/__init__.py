@@ -1,6 +1,7 @@
 """Training of both rerankers, with the decoder and the inputs of inference."""
 
-from .recipes import CompensateTraining, DistillTraining, RankLLaMATraining
+from .matroyshka import CompensateTraining, DistillTraining
+from .rankllama import RankLLaMATraining
 from .teaching import join_titles, teach
 
 __all__ = ["CompensateTraining", "DistillTraining", "RankLLaMATraining", "join_titles", "teach"]

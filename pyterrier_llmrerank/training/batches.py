@@ -15,10 +15,15 @@ from ..engine.packing import PackedPairs
 from .examples import Body, Group, read_example
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 #: Encodes pairs of query and passage.
 Inputs = Callable[["PreTrainedTokenizerBase", Sequence[tuple[str, str]]], list[Ids]]
+
+
+def draw_seed(arguments: TrainingArguments) -> int:
+    """Return the seed of the draw of groups."""
+    return arguments.seed if arguments.data_seed is None else arguments.data_seed
 
 
 class Groups(torch.utils.data.Dataset[Group]):

@@ -20,10 +20,12 @@ from typing import Any
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..checkpoints.cards import Stated
-from .batches import Groups
+from .batches import Groups, draw_seed
 from .data import open_data
+from .matroyshka import CompensateTraining, DistillTraining
 from .output import find_resumed
-from .recipes import CompensateTraining, DistillTraining, RankLLaMATraining, Recipe
+from .rankllama import RankLLaMATraining
+from .recipes import Recipe
 from .trainer import train
 from .validation import MEASURE, Validation
 
@@ -226,8 +228,7 @@ def main(command: str, argv: Sequence[str]) -> Path:
         validation = Validation.of_records(
             open_data("eval_data", sources.eval_data, sources.dataset_split), recipe.body
         )
-    seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
-    groups = Groups(records, recipe.group_size, seed, recipe.body)
+    groups = Groups(records, recipe.group_size, draw_seed(arguments), recipe.body)
     stated = Stated(sources.train_data, sources.eval_data or (), sources.license)
     folder = train(recipe, checkpoint, groups, arguments, validation, sources.overwrite_output_dir, stated)
     if arguments.should_save:  # one process of several

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,10 @@ def open_data(argument: str, sources: Sequence[str], split: str = "train", teach
     Raises:
         FileNotFoundError: a source does not exist.
         ValueError: a record is malformed; names the file and line, or the dataset and row.
+        ImportError: the package datasets is not installed.
     """
+    if find_spec("datasets") is None:
+        raise ImportError(f"{argument}: training data in files need datasets: pip install 'pyterrier-llmrerank[train]'")
     files: list[Path] = []
     for source in sources:
         path = Path(source).expanduser()

@@ -17,9 +17,11 @@ from transformers import TrainingArguments
 
 from ..checkpoints.saving import empty_folder
 from ..engine.devices import resolve_device, resolve_dtype
-from .batches import Groups
+from .batches import Groups, draw_seed
 from .frames import check_qrels, records_of, validation_of
-from .recipes import MatroyshkaTraining, Recipe
+from .matroyshka import MatroyshkaTraining
+from .output import remove_checkpoints
+from .recipes import Recipe
 from .trainer import train
 from .validation import MEASURE
 
@@ -57,7 +59,8 @@ def fit(
     """Train by a recipe on results with judgements.
 
     Args:
-        recipe: the settings; ``output_dir`` is a new folder in PyTerrier's home folder by default.
+        recipe: the settings. Without an ``output_dir``, the adapter alone is kept, in a new folder of PyTerrier's home;
+            with one, the run's checkpoints too.
         model: the model to start from.
         adapters: adapters to merge into it first.
         training: the training data. A column ``teacher`` holds another model's scores; they are used if the recipe's
@@ -77,14 +80,8 @@ def fit(
         FloatingPointError: as :class:`~pyterrier_llmrerank.training.trainer.GroupTrainer`.
     """
     place = _one_device(device)  # fails before the slow steps
-    records = records_of(
-        training.results,
-        check_qrels(training.qrels, "qrels_tr"),
-        training.bodies,
-        recipe.min_label,
-        recipe.text,
-        training.text_field,
-    )
+    qrels = check_qrels(training.qrels, "qrels_tr")
+    records = records_of(training.results, qrels, training.bodies, recipe.min_label, recipe.text, training.text_field)
     if recipe.loss.needs_teacher and "pos_scores" not in records[0]:
         recipe = _without_teacher(recipe)
     measured = None
@@ -96,13 +93,13 @@ def fit(
     checkpoint = recipe.open(model, adapters, **opening)
     if not arguments.resume_from_checkpoint:
         empty_folder(Path(str(arguments.output_dir)), "output_dir")
-    if not (verbose or logger.isEnabledFor(logging.INFO)):
-        logger.warning(
-            "Training on %d queries. For progress, set verbose=True or log at level INFO. Output folder: %s",
-            len(records), arguments.output_dir,
-        )  # fmt: skip
-    groups = Groups(records, recipe.group_size, recipe.seed, as_is)
-    return train(recipe, checkpoint, groups, arguments, measured)
+    passages = sum(len(record["pos"]) + len(record["neg"]) for record in records)
+    logger.info("Training on %d queries with %d passages; result in %s", len(records), passages, arguments.output_dir)
+    groups = Groups(records, recipe.group_size, draw_seed(arguments), as_is)
+    folder = train(recipe, checkpoint, groups, arguments, measured)
+    if recipe.output_dir is None and "output_dir" not in recipe.arguments:
+        remove_checkpoints(folder)  # nobody asked for them, and they are several times as large as the adapter
+    return folder
 
 
 def _one_device(device: str | tuple[str, ...] | None) -> torch.device:
@@ -122,7 +119,7 @@ def _without_teacher(recipe: Recipe) -> Recipe:
     if not isinstance(recipe, MatroyshkaTraining):
         raise ValueError(f"training={recipe!r}: the results have no column teacher, which it needs.")
     method = recipe.train_method.removesuffix("_teacher")
-    logger.warning("Training on labels alone, with train_method=%r: the results have no column 'teacher'.", method)
+    logger.info("The results have no column 'teacher': train_method=%r learns from their labels.", method)
     return dataclasses.replace(recipe, train_method=method)
 
 

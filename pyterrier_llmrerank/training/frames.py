@@ -81,8 +81,8 @@ def records_of(
     """Make one record for each query: relevant results are positives, all other results negatives.
 
     A query without a relevant result takes its judged positives from other queries' results or from ``text``. The query
-    is dropped if neither has one, if it has no negatives, or if it has no positive and the results have a column
-    ``teacher``, because positives from elsewhere have no teacher scores. A log line counts the dropped queries.
+    is left out if neither has one, if it has no negatives, or if it has no positive and the results have a column
+    ``teacher``, because positives from elsewhere have no teacher scores. A warning counts the queries left out.
 
     Args:
         results: columns ``qid``, ``query``, ``docno``, the columns that ``bodies`` reads, and optionally ``teacher``.
@@ -98,36 +98,36 @@ def records_of(
     results = _with_bodies(results, bodies)
     positive = qrels[qrels["label"] >= min_label].groupby("qid")["docno"]
     relevant = {str(qid): set(docnos) for qid, docnos in positive}
-    queries = [(str(qid), query, rows) for (qid, query), rows in results.groupby(["qid", "query"], sort=False)]
+    queries = [(str(qid), str(query), rows) for (qid, query), rows in results.groupby(["qid", "query"], sort=False)]
     lacking = [qid for qid, _, rows in queries if not rows["docno"].isin(relevant.get(qid, set())).any()]
     elsewhere = {} if TEACHER in results else _fetch_positives(lacking, relevant, results, bodies, text, text_field)
-    records, fetched, without_positive, without_negative = [], 0, 0, 0
-    for qid, query, rows in queries:
-        hit = rows["docno"].isin(relevant.get(qid, set()))
-        positives, negatives = list(rows.loc[hit, "_body"]), list(rows.loc[~hit, "_body"])
-        if not positives and not elsewhere.get(qid):
-            without_positive += 1
-            continue
-        if not negatives:
-            without_negative += 1
-            continue
-        fetched += not positives
-        record: dict[str, Any] = {"query_id": qid, "query": query, "pos": positives or elsewhere[qid], "neg": negatives}
-        if TEACHER in rows:
-            record["pos_scores"], record["neg_scores"] = (list(rows.loc[side, TEACHER]) for side in (hit, ~hit))
-        records.append(record)
-    logger.log(
-        logging.WARNING if without_positive + without_negative else logging.INFO,
-        "training on %d queries; %d have positives from outside their results; "
-        "dropped: %d without a positive, %d without a negative",
-        *(len(records), fetched, without_positive, without_negative),
-    )
+    made = [_record(*query, relevant.get(query[0], set()), elsewhere.get(query[0], [])) for query in queries]
+    records = [record for record in made if record["pos"] and record["neg"]]
+    without_positive = sum(not record["pos"] for record in made)
+    without_negative = len(made) - len(records) - without_positive
+    if without_positive or without_negative:
+        logger.warning(
+            "Training leaves out %d of %d queries: %d have no positive, %d no negative.",
+            *(len(made) - len(records), len(made), without_positive, without_negative),
+        )
     if not records:
         raise ValueError(
             f"nothing to train on: {without_positive} queries have no positive (label of at least {min_label}) and "
             f"{without_negative} no negative among their results{no_common_query(results['qid'], qrels['qid'])}."
         )
     return records
+
+
+def _record(qid: str, query: str, rows: pd.DataFrame, relevant: set[str], elsewhere: list[str]) -> dict[str, Any]:
+    """Make the record of a query; its positives are from elsewhere if its results have none."""
+    is_relevant = rows["docno"].isin(relevant)
+    positives, negatives = rows[is_relevant], rows[~is_relevant]
+    record = {
+        "query_id": qid, "query": query, "pos": list(positives["_body"]) or elsewhere, "neg": list(negatives["_body"])
+    }  # fmt: skip
+    if TEACHER in rows:
+        record |= {"pos_scores": list(positives[TEACHER]), "neg_scores": list(negatives[TEACHER])}
+    return record
 
 
 def _with_bodies(results: pd.DataFrame, bodies: Bodies) -> pd.DataFrame:

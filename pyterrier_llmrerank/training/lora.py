@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
+from ..checkpoints.adapters import Adapter
 from ..checkpoints.checkpoint import SCORE, Checkpoint
 from ..checkpoints.locate import without_revision
 from .model import RankingModel
@@ -105,28 +106,12 @@ def with_lora(checkpoint: Checkpoint, heads: Tensor, recipe: Recipe, dtype: torc
             trained.
     """
     continued = checkpoint.adapter
-    own_heads = checkpoint.head_module(0) is None
-    if continued is None:
-        config = LoraConfig(
-            r=recipe.lora_rank,
-            lora_alpha=cast(int, recipe.lora_alpha),
-            lora_dropout=recipe.lora_dropout,
-            target_modules=list(recipe.target_modules),
-        )
-    else:
-        if others := sorted(continued.whole.keys() - {SCORE}):
-            raise ValueError(
-                f"{continued.argument}: holds the whole tensor {others[0]!r}, which cannot be trained further; "
-                "allowed: LoRA and a score head. save(folder, merged=True) writes a model to train."
-            )
-        checkpoint.adapters = [adapter for adapter in checkpoint.adapters if adapter is not continued]
-        kept = {key: continued.config.get(key) for key in KEPT_FIELDS}
-        config = LoraConfig(**{key: value for key, value in kept.items() if value is not None})
-        logger.info("training %s further, with its rank, scale and modules, not the recipe's", continued.folder)
+    config = _config(recipe) if continued is None else _continued_config(continued)
     _, config.revision = without_revision(checkpoint.base)
-    config.modules_to_save = ["score"] if own_heads else None
+    config.modules_to_save = ["score"] if checkpoint.head_module(0) is None else None
     # With a task type, PEFT would wrap the model for inputs that it does not have.
     config._register_custom_module({nn.Linear: LowRankLinear})
+    checkpoint.adapters = [adapter for adapter in checkpoint.adapters if adapter is not continued]
     ranking = RankingModel(checkpoint, heads, dtype)
     modules = {module.rpartition(".")[2] for module, _ in ranking.named_modules()}
     if unknown := [target for target in recipe.target_modules if target not in modules]:
@@ -142,3 +127,29 @@ def with_lora(checkpoint: Checkpoint, heads: Tensor, recipe: Recipe, dtype: torc
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
+
+
+def _config(recipe: Recipe) -> LoraConfig:
+    """Return PEFT's configuration of a new adapter."""
+    return LoraConfig(
+        r=recipe.lora_rank,
+        lora_alpha=cast(int, recipe.lora_alpha),
+        lora_dropout=recipe.lora_dropout,
+        target_modules=list(recipe.target_modules),
+    )
+
+
+def _continued_config(adapter: Adapter) -> LoraConfig:
+    """Return PEFT's configuration of an adapter that is trained further.
+
+    Raises:
+        ValueError: it holds tensors that cannot be trained.
+    """
+    if others := sorted(adapter.whole.keys() - {SCORE}):
+        raise ValueError(
+            f"{adapter.argument}: holds the whole tensor {others[0]!r}, which cannot be trained further; "
+            "allowed: LoRA and a score head. save(folder, merged=True) writes a model to train."
+        )
+    logger.info("training %s further, with its rank, scale and modules, not the recipe's", adapter.folder)
+    kept = {key: adapter.config.get(key) for key in KEPT_FIELDS}
+    return LoraConfig(**{key: value for key, value in kept.items() if value is not None})

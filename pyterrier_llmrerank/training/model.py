@@ -76,7 +76,7 @@ class RankingModel(nn.Module):
 
         Args:
             packed: the pairs.
-            compress_layers: layer indices before which passages are pooled.
+            compress_layers: layers after which passages are pooled.
             compress_ratio: tokens pooled into one.
 
         Returns:

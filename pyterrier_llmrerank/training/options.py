@@ -12,9 +12,7 @@ from typing import Any, TypeVar
 Recipe = TypeVar("Recipe")
 
 
-def option(
-    default: Any, help: str, *aliases: str, least: float | None = None, shell: bool = True, resumable: bool = False
-) -> Any:
+def option(default: Any, help: str, *aliases: str, least: float | None = None, shell: bool = True) -> Any:
     """Declare an option as a dataclass field.
 
     Args:
@@ -24,15 +22,8 @@ def option(
         least: the smallest number allowed, an int where only integers are; None for an option that is checked
             elsewhere.
         shell: whether the command line has it.
-        resumable: whether a resumed run may change it.
     """
-    metadata = {
-        "help": help,
-        "aliases": aliases,
-        "least": least,
-        "shell": shell,
-        "resumable": resumable,
-    }
+    metadata = {"help": help, "aliases": aliases, "least": least, "shell": shell}
     if isinstance(default, dict):
         return field(default_factory=default.copy, hash=False, metadata=metadata)
     return field(default=default, hash=None if shell else False, metadata=metadata)

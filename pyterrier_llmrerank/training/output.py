@@ -1,28 +1,27 @@
-"""The output folder of a run: earlier runs in it, the checkpoint to resume from, and the settings to resume with."""
+"""The output folder of a run: earlier runs in it, and the checkpoint to resume from."""
 
 from __future__ import annotations
 
-import json
-import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 
-from ..checkpoints.config import read_json
 from ..checkpoints.description import FILE
-from .recipes import FINGERPRINTS
 
-logger = logging.getLogger(__name__)
+CHECKPOINTS = "checkpoint-[0-9]*"
 
 #: Files that show that a run wrote into a folder, and the files that it writes beside them.
-RUN_FILES = ("checkpoint-[0-9]*", "adapter_config.json", "adapter_model.*", "trainer_state.json", "training_args.bin")
+RUN_FILES = (CHECKPOINTS, "adapter_config.json", "adapter_model.*", "trainer_state.json", "training_args.bin")
 COMPANION_FILES = (
     "README.md", FILE, "adapter-[0-9]*",
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja",
 )  # fmt: skip
+
+#: Files and folders with the optimiser's state in a checkpoint: the Trainer's and FSDP's, and DeepSpeed's.
+OPTIMIZER_FILES = ("optimizer*", "global_step*")
 
 
 def find_resumed(arguments: TrainingArguments, overwrite: bool = False) -> Path | None:
@@ -37,7 +36,7 @@ def find_resumed(arguments: TrainingArguments, overwrite: bool = False) -> Path 
         The checkpoint, or None for a new run.
 
     Raises:
-        ValueError: the checkpoint does not exist.
+        ValueError: the checkpoint does not exist, or it has no state of the optimiser.
         FileExistsError: ``output_dir`` holds a model; or another run, and ``overwrite`` is False.
     """
     folder, asked = Path(cast(str, arguments.output_dir)), arguments.resume_from_checkpoint
@@ -55,6 +54,11 @@ def find_resumed(arguments: TrainingArguments, overwrite: bool = False) -> Path 
                 f"resume_from_checkpoint={str(asked)!r}: no checkpoint there; allowed: the folder checkpoint-N of a "
                 "complete checkpoint, or True for the last one in output_dir."
             )
+    if resumed is not None and not any(list(resumed.glob(name)) for name in OPTIMIZER_FILES):
+        raise ValueError(
+            f"resume_from_checkpoint={str(resumed)!r}: no state of the optimiser is there, without which the run would "
+            "not continue as it began; allowed: a checkpoint written without save_only_model."
+        )
     if models := [path for name in ("config.json", "*.gguf", "model*.safetensors") for path in folder.glob(name)]:
         raise FileExistsError(
             f"output_dir={str(folder)!r}: a model is there ({models[0].name}); choose another folder."
@@ -79,6 +83,12 @@ def remove_runs(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
+def remove_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of the run in a folder, and keep its result."""
+    for path in folder.glob(CHECKPOINTS):
+        shutil.rmtree(path)
+
+
 def files_of_runs(folder: Path) -> list[Path]:
     """List the files of earlier runs; none if nothing shows that there was a run."""
     found = [path for pattern in RUN_FILES for path in folder.glob(pattern)]
@@ -88,47 +98,3 @@ def files_of_runs(folder: Path) -> list[Path]:
 def is_in(folder: Path, checkpoint: Path | None) -> bool:
     """Tell whether a checkpoint belongs to the run in a folder."""
     return checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
-
-
-class SameSettings(TrainerCallback):
-    """Save the settings of a run beside each checkpoint, and resume only with the same settings.
-
-    Args:
-        settings: the settings that a resumed run must not change.
-        resumed: the checkpoint to resume from, or None.
-
-    Raises:
-        ValueError: the checkpoint has other settings; or, when training begins, it is beyond the last step.
-    """
-
-    FILE = "begun_with.json"
-
-    def __init__(self, settings: dict[str, Any], resumed: Path | None) -> None:
-        self.settings, self.resumed = settings, resumed
-        if resumed is None:
-            return
-        if not (resumed / self.FILE).is_file():
-            logger.warning("%s has no %s: whether its settings were the same is not checked.", resumed, self.FILE)
-            return
-        before = read_json(resumed / self.FILE)
-        before.setdefault(FINGERPRINTS, settings.get(FINGERPRINTS))  # earlier versions did not write them
-        for name in {**before, **settings}:
-            if before.get(name) != settings.get(name):
-                raise ValueError(
-                    f"resume_from_checkpoint={str(resumed)!r}: the run began with {name}={before.get(name)!r}, not "
-                    f"{settings.get(name)!r}; resume with the same, or begin in another output_dir."
-                )
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check that steps remain."""
-        if state.global_step > state.max_steps:
-            raise ValueError(
-                f"resume_from_checkpoint={str(self.resumed)!r}: step {state.global_step} is beyond max_steps="
-                f"{state.max_steps}; raise max_steps, or resume from an earlier checkpoint."
-            )
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save the settings."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if args.should_save and folder.is_dir():
-            (folder / self.FILE).write_text(json.dumps(self.settings, indent=2), encoding="utf-8")

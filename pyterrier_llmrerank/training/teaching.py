@@ -62,9 +62,9 @@ def teach(
     in the data is not used.
 
     All lines are checked before the first one is scored. Memory does not grow with the file. Lines keep their order,
-    and all other keys their values. ``<target>.journal`` records the progress in blocks of whole lines, so that
-    ``resume`` continues after the last complete block. Changed lines, another transformer
-    (by its ``repr``) or another ``overwrite`` are refused; whether a model's files have changed is not checked.
+    and all other keys their values. ``<target>.journal`` records the progress in blocks of whole lines, and ``resume``
+    continues after the last complete block. It refuses changed lines, another transformer (by its ``repr``) and
+    another ``overwrite``; it does not notice that a model's files have changed.
 
     Args:
         source: JSON lines in the form of the training data, compressed if the name ends in ``.gz``.
@@ -87,13 +87,9 @@ def teach(
     >>> teach("train.jsonl", "taught.jsonl", RankLLaMAReranker("smollm2-135m"))  # doctest: +SKIP
     """
     source, target = Path(source), Path(target)
-    if not source.is_file():
-        raise FileNotFoundError(f"source={str(source)!r}: no such file; expected JSON lines.")
+    total = _count(source, overwrite)
     if not resume:
         refuse_existing(target)
-    total = sum(1 for _ in _records(source, overwrite))
-    if not total:
-        raise ValueError(f"{source}: no training data in it.")
     compress = partial(gzip.compress, mtime=0) if target.suffix == ".gz" else bytes
     teacher = re.sub(r" at 0x[0-9a-f]+", "", repr(transformer))  # an address differs in the next process
     scored = 0
@@ -103,8 +99,8 @@ def teach(
         try:
             with pt.tqdm(total=total, initial=resumed, desc="teach", unit="line", disable=not verbose) as bar:
                 for records in blocks:
-                    data = compress(_score_block(source, records, transformer))
-                    file.append(data, len(records), _checksum(records))
+                    taught = _score_block(source, records, transformer)
+                    file.append(compress(taught), len(records), _checksum(records))
                     scored += len(records)
                     bar.update(len(records))
         except BaseException as error:
@@ -128,6 +124,16 @@ def join_titles() -> pt.Transformer:
         return frame.drop(columns="title").assign(text=texts)
 
     return pt.apply.generic(join)
+
+
+def _count(source: Path, overwrite: bool) -> int:
+    """Check the records of a file, and return their number."""
+    if not source.is_file():
+        raise FileNotFoundError(f"source={str(source)!r}: no such file; expected JSON lines.")
+    count = sum(1 for _ in _records(source, overwrite))
+    if not count:
+        raise ValueError(f"{source}: no training data in it.")
+    return count
 
 
 Records = list[tuple[int, dict[str, Any]]]
@@ -216,18 +222,23 @@ def _score_block(source: Path, records: Records, transformer: pt.Transformer) ->
     for line, record in records:
         taught = dict(record)
         for key, side in passages[line].items():
-            found = [scores.get((str(line), passage.docno), []) for passage in side]
-            for passage, values in zip(side, found, strict=True):
-                if len(values) != 1 or not is_finite(values[0]):
-                    value = "missing" if not values else short(values[0] if len(values) == 1 else values)
-                    problem = f"the teacher's score of {passage.place} is {value}; expected one finite number"
-                    raise malformed(source, line, problem)
-            taught[key] = [values[0] for values in found]
+            try:
+                taught[key] = [_one_score(passage, scores.get((str(line), passage.docno), [])) for passage in side]
+            except ValueError as error:
+                raise malformed(source, line, str(error)) from None
         data = _line(taught)
         if len(data) > MAX_LINE:
             raise malformed(source, line, f"{len(data)} bytes with scores; allowed: up to {MAX_LINE}")
         lines.append(data)
     return b"".join(lines)
+
+
+def _one_score(passage: Passage, scores: list[Any]) -> Any:
+    """Return the score of a passage; ValueError unless there is one, and it is finite."""
+    if len(scores) != 1 or not is_finite(scores[0]):
+        value = "missing" if not scores else short(scores[0] if len(scores) == 1 else scores)
+        raise ValueError(f"the teacher's score of {passage.place} is {value}; expected one finite number")
+    return scores[0]
 
 
 def _scores(result: pd.DataFrame) -> dict[tuple[str, str], list[Any]]:

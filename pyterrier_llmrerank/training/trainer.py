@@ -34,14 +34,15 @@ from ..checkpoints.saving import describe_trained, saved_files
 from ..engine.batching import Budget, run_in_batches
 from ..engine.kernels import without_cudnn
 from ..engine.packing import PackedPairs, on_device
-from ..engine.scoring import to_host
+from ..engine.results import to_host
 from ..engine.threads import fastest_threads
 from .batches import Batch, Collator, Groups
 from .callbacks import LogLines, NewEpoch, ProgressBar
 from .examples import Group
 from .lora import with_lora
-from .output import SameSettings, find_resumed, is_in, refuse_own_inputs, remove_runs
+from .output import find_resumed, is_in, refuse_own_inputs, remove_runs
 from .recipes import Recipe
+from .settings import SameSettings, fixed_settings
 from .validation import MEASURE, Validation
 
 
@@ -78,7 +79,7 @@ def train(
     folder, resumed = Path(cast(str, arguments.output_dir)), find_resumed(arguments, overwrite)
     if arguments.push_to_hub:
         _check_upload(checkpoint, arguments)
-    same_settings = SameSettings(recipe.fixed_settings(checkpoint), resumed)
+    same_settings = SameSettings(fixed_settings(recipe, checkpoint, groups, arguments, validation), resumed)
     if overwrite:
         adapters = [*checkpoint.adapters, *([checkpoint.adapter] if checkpoint.adapter else [])]
         refuse_own_inputs(folder, [checkpoint.folder, *(adapter.folder for adapter in adapters)])

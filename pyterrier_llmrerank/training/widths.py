@@ -11,7 +11,7 @@ class Widths:
     """Draw the width of each batch.
 
     Args:
-        layers: layers before which passages may be pooled, each with probability one half.
+        layers: layers after which passages may be pooled, each with probability one half.
         ratios: ratios to draw from.
         seed: the seed of the draw.
     """

@@ -18,12 +18,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pyterrier_llmrerank.checkpoints.adapters import (
     FIELDS_READ,
     INITIALISATIONS,
-    ROWS,
     VARIANTS,
     WITHOUT_EFFECT,
     Adapter,
-    merged,
 )
+from pyterrier_llmrerank.checkpoints.merging import merged
 
 
 @pytest.mark.parametrize(
@@ -61,21 +60,6 @@ def test_deltas_are_pefts_own(tmp_path: Path, options: dict[str, Any]) -> None:
         torch.testing.assert_close(got, peft[name])
 
 
-@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("outputs", [1, 160, 192, 576, 1536, 2 * ROWS + 8])
-def test_merging_in_blocks_gives_the_bits_of_merging_at_once(outputs: int, stored: torch.dtype) -> None:
-    weight = torch.randn(outputs, 96).to(stored)
-    updates = [(torch.randn(rank, 96), torch.randn(outputs, rank)) for rank in (16, 3)]
-    whole, before = weight.float(), weight.clone()
-    for down, up in updates:
-        whole = torch.addmm(whole, up, down)
-    for dtype in (torch.float32, torch.bfloat16):
-        got = merged(weight, updates, dtype)
-        assert got.dtype == dtype
-        assert torch.equal(got, whole.to(dtype))
-    assert torch.equal(weight, before)
-
-
 def llama() -> LlamaForCausalLM:
     """A tiny model, the same each time."""
     torch.manual_seed(0)
@@ -93,7 +77,7 @@ def test_every_field_of_lora_is_known() -> None:
     assert not (FIELDS_READ | WITHOUT_EFFECT) & VARIANTS
 
 
-def test_what_peft_saves_of_plain_lora_is_plain_here(tmp_path: Path) -> None:
+def test_an_adapter_with_pefts_defaults_is_plain_lora(tmp_path: Path) -> None:
     """The defaults of the fields do not matter."""
     get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     assert Adapter(tmp_path, "adapters").modules
@@ -182,7 +166,7 @@ def test_other_kinds_are_refused(change: Callable[..., Path]) -> None:
         Adapter(change({"peft_type": "IA3"}), "adapters")
 
 
-def test_what_was_there_before_training_is_passed_over_beside_what_was_trained(change: Callable[..., Path]) -> None:
+def test_the_original_weight_beside_a_trained_one_is_passed_over(change: Callable[..., Path]) -> None:
     original, trained = (f"base_model.model.score.{part}weight" for part in ("original_module.", ""))
     folder = change(**{original: torch.zeros(1, 64), trained: torch.ones(1, 64)})
     assert set(Adapter(folder, "adapters").whole) == {"score.weight"}

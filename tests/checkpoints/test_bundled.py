@@ -10,8 +10,8 @@ from conftest import MODELS, frame
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
 from pyterrier_llmrerank.checkpoints import bundled
-from pyterrier_llmrerank.checkpoints.config import read_json
 from pyterrier_llmrerank.checkpoints.gguf import dequantise
+from pyterrier_llmrerank.checkpoints.json_files import read_json
 from pyterrier_llmrerank.checkpoints.locate import adapter_folder, folder_of, portable, require
 from pyterrier_llmrerank.training import DistillTraining, RankLLaMATraining
 
@@ -28,7 +28,7 @@ def test_training_continues_from_a_bundled_adapters_folder(smollm2: str) -> None
         assert checkpoint.adapter is not None
 
 
-def test_what_is_trained_on_the_small_model_opens_wherever_its_file_lies(
+def test_an_adapter_of_the_small_model_opens_wherever_its_file_lies(
     tiny_gguf: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTERRIER_HOME", str(tmp_path / "home"))
@@ -109,7 +109,10 @@ def test_an_adapter_calls_the_small_model_by_its_name(monkeypatch: pytest.Monkey
     [
         ({"cutoff": 99}, "cutoff=99: model='smollm2-135m' has heads at layers 4 to 30"),
         ({"cutoff": [2, 10]}, "cutoff=2: model='smollm2-135m' has heads at layers 4 to 30"),
-        ({"compress_layers": [8, 40]}, "layer index 40 is beyond model='smollm2-135m'; allowed: 0 to 29"),
+        (
+            {"compress_layers": [8, 40]},
+            "model='smollm2-135m' has 30 layers, so none runs after layer 40; allowed: 1 to 29",
+        ),
         ({"start_layer": 8}, "start_layer=8: model='smollm2-135m' was trained with start_layer 4; allowed: 4"),
         ({"layer_sep": 2}, "layer_sep=2: model='smollm2-135m' was trained with layer_sep 1; allowed: 1"),
         ({"start_layer": 31, "adapters": ["a/b"]}, "start_layer=31: model='smollm2-135m' has 30 layers"),

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import MODELS, Cache, frame
+from conftest import MODELS, Cache, frame, ids_of, words
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
 from pyterrier_llmrerank.checkpoints import description
-from pyterrier_llmrerank.checkpoints.config import read_json
+from pyterrier_llmrerank.checkpoints.json_files import read_json
 from pyterrier_llmrerank.training import CompensateTraining, DistillTraining, RankLLaMATraining
 
 BASE = str(MODELS / "mistral_base")
@@ -97,6 +97,73 @@ def test_a_saved_rankllama_opens_by_its_folder(tmp_path: Path, merged: bool) -> 
         MatroyshkaReranker(tmp_path / "saved")
 
 
+#: Longer than the usual lengths, and than those of the rerankers below.
+LONG = [(words(1, 60), words(2, 900)), (words(3, 4), words(4, 300)), (words(5, 50), "short")]
+
+
+def rankllama(**arguments: Any) -> RankLLaMAReranker:
+    return RankLLaMAReranker(
+        MODELS / "rankllama_adapter", base_model=MODELS / "rankllama_base", dtype="float32", **arguments
+    )
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize(
+    ("make", "lengths"),
+    [
+        (rankllama, {"query_max_length": 40, "passage_max_length": 400}),
+        (rankllama, {"passage_max_length": 90, "input_format": "tevatron-2024"}),
+        (reranker, {"max_length": 700}),
+        (reranker, {"query_max_length": 20, "max_length": 90}),
+    ],
+    ids=str,
+)
+def test_a_saved_reranker_keeps_its_lengths(make: Any, lengths: dict[str, Any], merged: bool, tmp_path: Path) -> None:
+    ours = make(**lengths)
+    ours.save(tmp_path / "saved", merged=merged)
+    opened = type(ours)(tmp_path / "saved", dtype="float32")
+    assert ids_of(opened, LONG) == ids_of(ours, LONG) != ids_of(make(), LONG)
+    opened.save(tmp_path / "again", merged=merged or type(ours) is MatroyshkaReranker)
+    assert ids_of(type(ours)(tmp_path / "again", dtype="float32"), LONG) == ids_of(ours, LONG)
+    usual = {"query_max_length": 32, "passage_max_length": 164} if make is rankllama else {"max_length": 512}
+    if make is reranker:
+        usual["query_max_length"] = 384
+    explicit = type(ours)(tmp_path / "saved", dtype="float32", **usual)  # wins
+    wanted = make(**{name: value for name, value in lengths.items() if name == "input_format"})
+    assert ids_of(explicit, LONG) == ids_of(wanted, LONG)
+
+
+def test_a_hub_models_lengths_are_its_own(cached: Cache, tmp_path: Path) -> None:
+    for number, ours in enumerate((rankllama(passage_max_length=90), reranker(max_length=90, token_adapters={}))):
+        ours.save(tmp_path / str(number), merged=True)
+        cached.add(f"owner/model{number}", tmp_path / str(number), "a" * 40, "main")
+        opened = type(ours)(f"owner/model{number}", dtype="float32")
+        assert ids_of(opened, LONG) == ids_of(ours, LONG)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_saved_rankllama_keeps_the_columns_that_it_reads(merged: bool, tmp_path: Path) -> None:
+    rows = frame(2, 3).assign(title="A title", url="u.org", headline="Other")
+    for number, given in enumerate(({"url_field": "url"}, {"title_field": None}, {"title_field": "headline"})):
+        ours = rankllama(**given)
+        ours.save(tmp_path / str(number), merged=merged)
+        opened = RankLLaMAReranker(tmp_path / str(number), dtype="float32")
+        np.testing.assert_allclose(opened.transform(rows)["score"], ours.transform(rows)["score"], atol=1e-5)
+        assert np.abs(opened.transform(rows)["score"] - rankllama().transform(rows)["score"]).max() > 1e-3
+    other = RankLLaMAReranker(tmp_path / "2", title_field="text", dtype="float32")  # an argument wins
+    wanted = rankllama(title_field="text").transform(rows)
+    np.testing.assert_allclose(other.transform(rows)["score"], wanted["score"], atol=1e-5)
+    with_url = RankLLaMAReranker(tmp_path / "0", input_format="tevatron-2024", dtype="float32")  # which reads no URLs
+    wanted = rankllama(input_format="tevatron-2024").transform(rows)
+    np.testing.assert_allclose(with_url.transform(rows)["score"], wanted["score"], atol=1e-5)
+
+
+def test_the_usual_lengths_and_columns_are_not_written(tmp_path: Path) -> None:
+    """Earlier releases open the folder."""
+    rankllama().save(tmp_path / "saved")
+    assert set(read_json(tmp_path / "saved" / "reranker.json")) & set(description.CUT) == set()
+
+
 def test_arguments_win_over_the_file(saved: Path) -> None:
     same(MatroyshkaReranker(saved, prompt="Why?", dtype="float32"), reranker(prompt="Why?"))
     one = MatroyshkaReranker(saved, adapters="1", dtype="float32", **POOLED)  # a folder below the model's own
@@ -108,15 +175,6 @@ def test_arguments_win_over_the_file(saved: Path) -> None:
 def test_a_saved_reranker_is_no_adapter(saved: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"adapters: .*saved has no adapter_config.json; it is a saved rer"):
         reranker(adapters=str(saved))
-
-
-@pytest.mark.parametrize(("name", "value", "own"), [("start_layer", 1, 2), ("layer_sep", 2, 1)])
-def test_arguments_that_contradict_the_trained_heads_are_refused(
-    tmp_path: Path, name: str, value: int, own: int
-) -> None:
-    reranker(layer_sep=1).save(tmp_path / "saved")
-    with pytest.raises(ValueError, match=f"{name}={value}: model='.*saved' was trained with {name} {own}; allowed"):
-        MatroyshkaReranker(tmp_path / "saved", **{name: value})
 
 
 def change(folder: Path, **fields: Any) -> None:
@@ -151,6 +209,10 @@ def change(folder: Path, **fields: Any) -> None:
         ({"base": None, "adapters": ["."]}, r"has no base for the adapter beside it"),
         ({"layers": 5}, r"reranker.json says that the base has 5 layers, but it has \d"),
         ({"start_layer": 3}, r"updates \d layer-wise heads"),
+        ({"max_length": 0}, r"max_length in .* is 0; allowed: an integer of at least 1"),
+        ({"passage_max_length": 9}, "has passage_max_length, which no matroyshka model has"),
+        ({"url_field": "url"}, "has url_field, which no matroyshka model has"),
+        ({"title_field": None}, "has title_field, which no matroyshka model has"),
     ],
 )  # fmt: skip
 def test_a_description_that_cannot_be_trusted_is_refused(saved: Path, fields: dict[str, Any], message: str) -> None:
@@ -174,6 +236,10 @@ def test_a_link_out_of_the_folder_is_refused(saved: Path) -> None:
         ({"adapters": []}, r"adapters in .* is \[\]; a rankllama model with a base has \['\.'\]"),
         ({"base": None}, r"adapters in .* is \['\.'\]; a rankllama model without a base has \[\]"),
         ({"layers": 77}, "the base has 77 layers, but it has"),
+        ({"max_length": 512}, "has max_length, which no rankllama model has"),
+        ({"query_max_length": "9"}, "query_max_length in .* is '9'; allowed: an integer of at least 1"),
+        ({"url_field": ""}, "url_field in .* is ''; allowed: the name of a column or null"),
+        ({"title_field": 3}, "title_field in .* is 3; allowed: a string"),
         ({"kind": "matroyshka"}, "describes a matroyshka model; open it with MatroyshkaReranker"),
     ],
 )
@@ -201,6 +267,15 @@ def test_a_model_on_the_hub_opens_by_its_id(cached: Cache, saved: Path, monkeypa
     same(MatroyshkaReranker(saved.parent / "again", dtype="float32", **POOLED), reranker(**POOLED))
 
 
+def test_a_rankllama_adapter_over_another_base_keeps_its_own_description(tmp_path: Path) -> None:
+    ours = rankllama(input_format="tevatron-2024", passage_max_length=90)
+    ours.save(tmp_path / "saved")
+    base = shutil.copytree(MODELS / "rankllama_base", tmp_path / "base")
+    opened = RankLLaMAReranker(tmp_path / "saved", base_model=base, dtype="float32")
+    assert ids_of(opened, LONG) == ids_of(ours, LONG)
+    same(opened, ours)
+
+
 def test_making_a_reranker_of_a_hub_model_asks_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     deep = MatroyshkaReranker("nobody/nothing", **POOLED)
     assert repr(deep.at(cutoff=3)).startswith("MatroyshkaReranker('nobody/nothing', cutoff=3")
@@ -216,7 +291,7 @@ def train(reranker: Any) -> None:
 SETTINGS = {"group_size": 2, "max_steps": 1, "learning_rate": 1e-2, "per_device_train_batch_size": 1}
 
 
-def test_what_training_writes_opens_by_its_folder(tmp_path: Path) -> None:
+def test_a_trained_matroyshka_opens_by_its_folder(tmp_path: Path) -> None:
     recipe = {**SETTINGS, "compress_layers": (1,), "train_method": "distill"}
     distill = DistillTraining(**recipe, compress_ratios=(1,), output_dir=str(tmp_path / "distilled"))
     ours = MatroyshkaReranker.untrained(BASE, start_layer=2, prompt="Is it?", training=distill, dtype="float32")
@@ -237,9 +312,30 @@ def test_what_training_writes_opens_by_its_folder(tmp_path: Path) -> None:
     assert repr(compensated.at(**POOLED)).endswith(" over adapter-1, token")
 
 
-def test_what_training_a_rankllama_writes_opens_by_its_folder(tmp_path: Path) -> None:
-    recipe = RankLLaMATraining(**SETTINGS, output_dir=str(tmp_path / "run"))
+def test_a_trained_rankllama_opens_by_its_folder(tmp_path: Path) -> None:
+    recipe = RankLLaMATraining(**SETTINGS, passage_max_length=90, output_dir=str(tmp_path / "run"))
     ours = RankLLaMAReranker.untrained(str(MODELS / "rankllama_base"), training=recipe, dtype="float32")
     train(ours)
     assert read_json(tmp_path / "run" / "reranker.json")["kind"] == "rankllama"
-    same(RankLLaMAReranker(tmp_path / "run", dtype="float32"), ours)
+    opened = RankLLaMAReranker(tmp_path / "run", dtype="float32")
+    same(opened, ours)
+    assert ids_of(opened, LONG) == ids_of(ours, LONG) == ids_of(rankllama(passage_max_length=90), LONG)
+
+
+@pytest.mark.parametrize("kind", [RankLLaMAReranker, MatroyshkaReranker])
+def test_a_fitted_reranker_keeps_its_own_lengths(kind: Any, tmp_path: Path) -> None:
+    settings = {**SETTINGS, "output_dir": str(tmp_path / "run")}
+    if kind is RankLLaMAReranker:
+        recipe, given = RankLLaMATraining(**settings), {"passage_max_length": 90, "url_field": "url"}
+        base = str(MODELS / "rankllama_base")
+    else:
+        recipe = DistillTraining(**settings, compress_layers=(1,), compress_ratios=(1,), train_method="distill")
+        given, base = {"max_length": 90, "query_max_length": 20, "start_layer": 2}, BASE
+    ours = kind.untrained(base, training=recipe, dtype="float32", **given)
+    train(ours)
+    opened = kind(tmp_path / "run", dtype="float32")
+    assert ids_of(opened, LONG) == ids_of(ours, LONG)
+    rows = frame(2, 3).assign(url="u.org")
+    np.testing.assert_allclose(opened.transform(rows)["score"], ours.transform(rows)["score"], atol=1e-5)
+    ours.save(tmp_path / "saved")
+    assert ids_of(kind(tmp_path / "saved", dtype="float32"), LONG) == ids_of(ours, LONG)

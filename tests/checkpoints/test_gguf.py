@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 
 from pyterrier_llmrerank import MatroyshkaReranker
 from pyterrier_llmrerank.checkpoints import gguf
-from pyterrier_llmrerank.checkpoints.config import read_json
 from pyterrier_llmrerank.checkpoints.gguf import dequantise
+from pyterrier_llmrerank.checkpoints.json_files import read_json
 from pyterrier_llmrerank.checkpoints.locate import folder_of
 
 
-def test_a_gguf_file_scores_what_its_model_does(
+def test_a_gguf_file_scores_as_its_model_does(
     tiny_gguf: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTERRIER_HOME", str(tmp_path))

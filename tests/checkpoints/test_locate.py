@@ -9,7 +9,7 @@ import pytest
 from conftest import MODELS, Cache, frame
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
-from pyterrier_llmrerank.checkpoints.config import read_json
+from pyterrier_llmrerank.checkpoints.json_files import read_json
 from pyterrier_llmrerank.checkpoints.locate import adapter_folder, fingerprint, folder_of, without_revision
 from pyterrier_llmrerank.training import DistillTraining, RankLLaMATraining
 
@@ -31,7 +31,7 @@ def test_a_file_is_no_folder() -> None:
         folder_of(__file__, "model")
 
 
-def test_a_hub_that_cannot_be_reached_says_what_works_offline() -> None:
+def test_an_error_without_the_hub_names_the_ways_that_work_offline() -> None:
     with pytest.raises(ConnectionError, match=r"base_model='someone/no-such-model'.*be reached.*Offline, use.*gguf"):
         folder_of("someone/no-such-model", "base_model")
 
@@ -42,7 +42,7 @@ NOW, BEFORE = "a" * 40, "b" * 40
 PAIR = ("a query", "a passage")
 
 
-def test_what_other_programs_left_in_the_cache_is_enough(cached: Cache) -> None:
+def test_files_that_other_programs_left_in_the_cache_are_enough(cached: Cache) -> None:
     """Other programs fetch only the files that they need."""
     listed = ("LICENSE.txt", "added_tokens.json", "model-00001-of-00002.safetensors", "sub/adapter_model.safetensors")
     cached.add("owner/model", MODELS / "costwise_full", NOW, "main", listed=listed)
@@ -187,7 +187,7 @@ def test_a_hub_models_adapters_are_looked_up_in_its_repository_first(hub: dict, 
     assert adapter_folder("owner/adapter", "owner/model") == tmp_path / "owner--adapter"
 
 
-def test_what_the_hub_refuses(hub: dict) -> None:
+def test_a_refusal_by_the_hub_is_explained(hub: dict) -> None:
     with pytest.raises(PermissionError, match="base_model='meta/gated': accept its terms.*hf auth login"):
         folder_of("meta/gated", "base_model")
     with pytest.raises(FileNotFoundError, match="model='no/body': .* no such model .*private"):

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import MODELS, Cache, no_file_above, words
-from huggingface_hub import HfApi, ModelCard
+from conftest import MODELS, Cache, frame, no_file_above, words
+from huggingface_hub import HfApi, ModelCard, RepoUrl
 from test_tokenizer import NAMED, QWEN, byte_level, folder_of, sentencepiece
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
 from pyterrier_llmrerank.checkpoints import saving, tokenizer
+from pyterrier_llmrerank.checkpoints.input_format import InputFormat
 from pyterrier_llmrerank.checkpoints.saving import all_or_nothing
 
 PAIR = ("a query", "a passage")
@@ -46,7 +47,9 @@ def test_a_full_disk_leaves_nothing_that_opens(reranker: Any, merged: bool, tmp_
 
 
 @pytest.mark.parametrize("reranker", [RANKLLAMA, MATROYSHKA], ids=["rankllama", "matroyshka"])
-def test_what_makes_it_a_model_is_written_last(reranker: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_that_makes_it_a_model_is_written_last(
+    reranker: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A killed process cannot tidy up, but must leave no folder that opens."""
     order: list[str] = []
     write_text = Path.write_text
@@ -58,7 +61,7 @@ def test_what_makes_it_a_model_is_written_last(reranker: Any, tmp_path: Path, mo
 
     monkeypatch.setattr(Path, "write_text", noted)
     reranker.save(tmp_path / "merged", merged=True)
-    assert order == ["reranker.json", "config.json"]
+    assert order[-2:] == ["reranker.json", "config.json"]
 
 
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
@@ -99,9 +102,9 @@ def hub(cached: Cache, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A hub that keeps what is uploaded, and has two bases."""
     kept: dict[str, Any] = {}
 
-    def create_repo(api: HfApi, repo_id: str, **options: Any) -> str:
+    def create_repo(api: HfApi, repo_id: str, **options: Any) -> RepoUrl:
         kept.update(repo_id=repo_id, **options)
-        return f"https://huggingface.co/{repo_id}"
+        return RepoUrl(f"https://huggingface.co/{repo_id if '/' in repo_id else f'me/{repo_id}'}")
 
     def upload_folder(api: HfApi, *, repo_id: str, folder_path: Path, **options: Any) -> None:
         files = {str(f.relative_to(folder_path)) for f in folder_path.rglob("*") if f.is_file()}
@@ -119,7 +122,7 @@ def hub(cached: Cache, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("kind", [RankLLaMAReranker, MatroyshkaReranker])
-def test_what_is_pushed_opens_by_its_id(kind: Any, merged: bool, hub: dict[str, Any], tmp_path: Path) -> None:
+def test_a_pushed_model_opens_by_its_id(kind: Any, merged: bool, hub: dict[str, Any], tmp_path: Path) -> None:
     if kind is RankLLaMAReranker:
         base = "someone/rankllama_base"
         reranker = kind(MODELS / "rankllama_adapter", base_model=base, dtype="float32", input_format="tevatron-2024")
@@ -134,13 +137,59 @@ def test_what_is_pushed_opens_by_its_id(kind: Any, merged: bool, hub: dict[str, 
     saved = {str(f.relative_to(tmp_path / "saved")) for f in (tmp_path / "saved").rglob("*") if f.is_file()}
     assert hub["files"] == saved | {"README.md"}
     data = hub["card"].data
-    assert (data.base_model, data.datasets, data.license) == (None if merged else base, ["owner/data"], "apache-2.0")
+    named = None if merged and kind is MatroyshkaReranker else base
+    assert (data.base_model, data.datasets, data.license) == (named, ["owner/data"], "apache-2.0")
     paper = "article{rankllama" if kind is RankLLaMAReranker else "inproceedings{matroyshka"
     data_page = "https://huggingface.co/datasets/owner/data"
     for said in (f'{kind.__name__}("owner/model")', data_page, "## Licence\n\napache-2.0", paper):
         assert said in hub["card"].text
     opened = kind("owner/model", dtype="float32")
     np.testing.assert_allclose(opened.compute_score([PAIR]), reranker.compute_score([PAIR]), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"url_field": "url", "title_field": None, "query_prefix": "ask: "},
+        {"input_format": "tevatron-2024", "append_eos": True},
+        {"input_format": "Q: {query}\nT: {title}\nD: {text}</s>", "passage_max_length": 400},
+    ],
+    ids=str,
+)
+def test_the_card_of_a_merged_rankllama_says_how_its_input_is_made(given: dict[str, Any], tmp_path: Path) -> None:
+    """Transformers give our scores for ids that are made as it says."""
+    ours = RankLLaMAReranker(
+        MODELS / "rankllama_adapter", base_model=MODELS / "rankllama_base", dtype="float32", **given
+    )
+    folder = tmp_path / "merged"
+    ours.save(folder, merged=True)
+    card = ModelCard.load(folder / "README.md", ignore_metadata_errors=False)
+    assert (card.data.library_name, card.data.base_model) == ("transformers", None)  # the base is a folder
+    assert "/rankllama_base" not in card.content
+    for said in ("# A RankLLaMA on rankllama_base", "`LlamaForSequenceClassification`", "@article{rankllama"):
+        assert said in card.text
+    (strings,) = re.findall(r"````text\n(.*?)\n````", card.text, re.DOTALL)
+    rows = frame(1, 2).assign(title="A title", url="u.org")
+    made, model = AutoTokenizer.from_pretrained(folder), AutoModelForSequenceClassification.from_pretrained(folder)
+    wanted = []
+    for row in rows.to_dict("records"):
+        text = strings.format(**row)
+        parts = text.split("\n") if "two strings" in card.text else [text]
+        ids = [token for part in parts for token in made(part)["input_ids"]]
+        ids += [made.eos_token_id] * ("and the end token" in card.text)
+        with torch.inference_mode():
+            wanted.append(model.eval()(input_ids=torch.tensor([ids])).logits.item())
+    np.testing.assert_allclose(ours.transform(rows)["score"], wanted, atol=1e-4)
+    opened = RankLLaMAReranker(folder, dtype="float32")
+    np.testing.assert_allclose(opened.transform(rows)["score"], wanted, atol=1e-4)
+
+
+def test_a_repository_of_ones_own_is_named_with_its_owner(hub: dict[str, Any]) -> None:
+    assert RANKLLAMA.push_to_hub("model", merged=True) == "https://huggingface.co/me/model"
+    assert 'RankLLaMAReranker("me/model")' in hub["card"].text
+    opened = RankLLaMAReranker("me/model", dtype="float32")
+    np.testing.assert_allclose(opened.compute_score(PAIR), RANKLLAMA.compute_score(PAIR), atol=1e-5)
 
 
 def test_an_adapter_of_a_local_base_is_not_pushed(hub: dict[str, Any]) -> None:
@@ -167,7 +216,7 @@ def test_every_depth_is_a_plain_classifier(heads: str, tmp_path: Path) -> None:
     pytest.importorskip("sentence_transformers", reason="needs sentence-transformers")
     reranker = MATROYSHKA if heads == "yes" else MatroyshkaReranker(MODELS / "costwise_full", dtype="float32")
     pairs = [("panda", words(3, 9)), ("tide", words(4, 30))]
-    layers = reranker._weights().checkpoint.head_layers
+    layers = reranker.scorer().checkpoint.head_layers
     for layer in layers:
         ours, folder = reranker.at(cutoff=layer), tmp_path / f"{layer}"
         reranker.save(folder, merged=True, cutoff=layer, form="sequence-classification")
@@ -233,6 +282,16 @@ def test_exports_that_make_no_sense_are_refused(given: dict[str, Any], message: 
     assert not (tmp_path / "new").exists()
 
 
+def test_an_export_of_several_depths_needs_one_cutoff(tmp_path: Path) -> None:
+    several, form = MATROYSHKA.at(cutoff=[3, 5]), "sequence-classification"
+    with pytest.raises(ValueError, match=r"it is one depth, and the cutoffs are \(3, 5\); give one as cutoff"):
+        several.save(tmp_path / "new", merged=True, form=form)
+    assert not (tmp_path / "new").exists()
+    several.save(tmp_path / "new", merged=True, form=form, cutoff=3)
+    np.testing.assert_allclose(score_of(tmp_path / "new")([PAIR])[0], MATROYSHKA.at(cutoff=3).compute_score(PAIR), 1e-4)
+    MATROYSHKA.at(cutoff=[4]).save(tmp_path / "one", merged=True, form=form)
+
+
 @pytest.mark.parametrize("kind", [RankLLaMAReranker, MatroyshkaReranker])
 def test_an_exported_depth_is_refused_here(kind: Any, tmp_path: Path) -> None:
     """RankLLaMA would read another input than it was trained with, and Matroyshka has no heads."""
@@ -244,6 +303,47 @@ def test_an_exported_depth_is_refused_here(kind: Any, tmp_path: Path) -> None:
     recipe = RankLLaMATraining() if kind is RankLLaMAReranker else DistillTraining()
     with pytest.raises(ValueError, match=r"describes one depth of a Matroyshka"):
         recipe.open(str(tmp_path / "new"), [])
+
+
+@pytest.mark.parametrize("end", ["</s>", "<s>", "<unk>"])
+def test_the_token_in_which_every_input_ends_does_not_pad(end: str, tmp_path: Path) -> None:
+    """Transformers reads the last token that does not pad, in batches too."""
+    base, adapter = (
+        shutil.copytree(MODELS / name, tmp_path / name) for name in ("rankllama_base", "rankllama_adapter")
+    )
+    made = AutoTokenizer.from_pretrained(base)
+    made.pad_token = end
+    for folder in (base, adapter):
+        made.save_pretrained(folder)
+    form = f"Q: {{query}} D: {{text}}{end}"
+    ours = RankLLaMAReranker(adapter, base_model=base, dtype="float32", input_format=form)
+    ours.save(tmp_path / "merged", merged=True)
+    pairs = [("panda", words(3, 9)), ("tide", words(4, 30))]
+    ids = ours.scorer().ids([(query, InputFormat(form).body(passage)) for query, passage in pairs])
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    pad = AutoTokenizer.from_pretrained(tmp_path / "merged").pad
+    with torch.inference_mode():
+        together = model(**pad({"input_ids": [pair.flat() for pair in ids]}, return_tensors="pt")).logits[:, 0]
+    np.testing.assert_allclose(together, ours.compute_score(pairs), atol=1e-5)
+    layered = shutil.copytree(MODELS / "costwise_full", tmp_path / "layered")
+    made.save_pretrained(layered)
+    deep = MatroyshkaReranker(layered, dtype="float32", cutoff=4, prompt=f"Is it?{end}")
+    deep.save(tmp_path / "export", merged=True, form="sequence-classification")
+    np.testing.assert_allclose(score_of(tmp_path / "export")(pairs), deep.compute_score(pairs), atol=1e-5)
+
+
+@pytest.mark.parametrize("eos", ["</s>", None])
+def test_a_tokenizer_without_another_token_to_pad_with_is_refused(eos: str | None, tmp_path: Path) -> None:
+    made = byte_level(regex=QWEN)
+    made.add_special_tokens(["</s>"])
+    settings = {"bos_token": None, "eos_token": eos, "pad_token": eos, "unk_token": None}
+    folder = folder_of(tmp_path / "m", MODELS / "costwise_full", settings, tokenizer__json=made.to_str().encode())
+    ours = MatroyshkaReranker(folder, dtype="float32", cutoff=4, prompt="Is it?</s>")
+    why = r" but '</s>', in which every input ends" if eos else ""
+    with pytest.raises(
+        ValueError, match=f"model='.*m': its tokenizer has no pad, unknown, end or first token{why}, to"
+    ):
+        ours.save(tmp_path / "new", merged=True, form="sequence-classification")
 
 
 def test_an_export_has_no_chat_template(tmp_path: Path) -> None:

@@ -26,7 +26,8 @@ from transformers import (
 )
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
-from pyterrier_llmrerank.checkpoints.checkpoint import MatroyshkaCheckpoint, RankLLaMACheckpoint
+from pyterrier_llmrerank.checkpoints.matroyshka_checkpoint import MatroyshkaCheckpoint
+from pyterrier_llmrerank.checkpoints.rankllama_checkpoint import RankLLaMACheckpoint
 from pyterrier_llmrerank.checkpoints.tokenizer import open_tokenizer, save_tokenizer
 
 FULL, RAW = MODELS / "costwise_full", MODELS / "mistral_base"
@@ -124,7 +125,7 @@ def test_tokenizer_model_alone_is_run_by_sentencepiece(tmp_path: Path, model: Pa
         (None, {}, LlamaConfig),
     ],
 )
-def test_whatever_the_sentencepiece_model_says_is_done(
+def test_the_settings_of_the_sentencepiece_model_are_followed(
     tmp_path: Path, named: str | None, options: dict, config: type
 ) -> None:
     vocabulary = sentencepiece(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
@@ -151,7 +152,7 @@ def test_text_after_a_special_token(tmp_path: Path, legacy: bool, space: str) ->
     assert tokenizer("</s>tide", add_special_tokens=False)["input_ids"] == [2, *processor.encode(f"{space}tide")]
 
 
-def test_scores_are_those_of_sentencepieces_ids(tmp_path: Path) -> None:
+def test_scores_follow_sentencepieces_ids(tmp_path: Path) -> None:
     """The same vocabulary as tokenizer.json, with the settings of Llama 2 and Mistral, gives the same scores."""
     folder = folder_of(tmp_path / "m", FULL, NAMED, tokenizer__model=sentencepiece())
     pairs = [(words(seed, 4), words(seed + 9, 20)) for seed in range(6)]
@@ -272,7 +273,7 @@ def test_no_vocabulary_is_no_tokenizer(tmp_path: Path, model: Path, missing: str
         ({"tokenizer__json": EMPTY.to_str().encode()}, {}, r"vocabulary in tokenizer\.json has special tokens only"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_vouched_for_is_refused(
+def test_a_tokenizer_whose_ids_are_uncertain_is_refused(
     tmp_path: Path, files: dict[str, bytes | None], settings: dict, message: str
 ) -> None:
     if "tokenizer__model" in files:
@@ -325,7 +326,7 @@ def reranker() -> MatroyshkaReranker:
     return MatroyshkaReranker(str(FULL), dtype="float32", cutoff=2)
 
 
-def test_whatever_is_done_to_the_public_tokenizer_changes_no_score(reranker: MatroyshkaReranker) -> None:
+def test_changes_of_the_public_tokenizer_change_no_score(reranker: MatroyshkaReranker) -> None:
     pairs = [(words(seed, 5), words(seed + 50, 30)) for seed in range(4)]
     before = reranker.compute_score(pairs)
     tokenizer = reranker.tokenizer

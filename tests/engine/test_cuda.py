@@ -29,7 +29,17 @@ from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMARerank
 from pyterrier_llmrerank.checkpoints.adapters import Adapter
 from pyterrier_llmrerank.checkpoints.families import FAMILIES
 from pyterrier_llmrerank.checkpoints.tensors import TensorFiles
-from pyterrier_llmrerank.engine import attention, decoder, devices, kernels, packing, pooling, scoring, weights
+from pyterrier_llmrerank.engine import (
+    attention,
+    decoder,
+    device_scorer,
+    devices,
+    kernels,
+    packing,
+    pooling,
+    results,
+    weights,
+)
 from pyterrier_llmrerank.errors import ScoringError
 from pyterrier_llmrerank.training import DistillTraining, RankLLaMATraining, trainer
 from pyterrier_llmrerank.training.batches import Batch, Collator, Groups
@@ -259,7 +269,7 @@ def test_key_heads_are_repeated_where_no_flash_kernel_runs(
 
 
 def test_attention_over_the_packed_row_never_waits(cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "kernel_of", lambda *_: kernels.packed_flash)
+    monkeypatch.setattr(device_scorer, "kernel_of", lambda *_: kernels.packed_flash)
     scored(pooled(batch_size=3, prune={2: 2}))
 
 
@@ -381,13 +391,13 @@ def _of_kernel(change: Callable[[torch.Tensor], Any]) -> Fault:
     """Let something be done with the queries in attention."""
 
     def plant(patch: pytest.MonkeyPatch) -> None:
-        sound = attention._sdpa
+        sound = attention.scaled_dot_product_attention
 
-        def faulty(query: torch.Tensor, *rest: Any) -> torch.Tensor:
+        def faulty(query: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
             change(query)
-            return sound(query, *rest)
+            return sound(query, *rest, **options)
 
-        patch.setattr(attention, "_sdpa", faulty)
+        patch.setattr(attention, "scaled_dot_product_attention", faulty)
 
     return plant
 
@@ -410,7 +420,7 @@ FAULTS: dict[str, tuple[str, Fault]] = {
     "indices that stay on the host": (MIXED, _of_copies(lambda t, device: t)),
     "a blocking copy of the scores": (
         "blocking copy",
-        lambda patch: patch.setattr(scoring, "to_host", lambda made: lambda: made.cpu().numpy()),
+        lambda patch: patch.setattr(results, "to_host", lambda made: lambda: made.cpu().numpy()),
     ),
     "a value that is asked for": ("DataDependentOutput", _of_kernel(lambda query: query.max().item())),
     "a condition": ("DataDependentOutput", _of_kernel(lambda query: bool(query.isfinite().all()))),

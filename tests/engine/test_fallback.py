@@ -2,10 +2,10 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from conftest import MODELS, ids_of, words
@@ -33,8 +33,8 @@ from transformers import (
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker, ScoringError
 from pyterrier_llmrerank.checkpoints import checkpoint as checkpoints
 from pyterrier_llmrerank.engine.inputs import Ids
+from pyterrier_llmrerank.training import RankLLaMATraining
 from pyterrier_llmrerank.training.model import RankingModel
-from pyterrier_llmrerank.training.recipes import RankLLaMATraining
 
 FULL, BASE = str(MODELS / "costwise_full"), str(MODELS / "mistral_base")
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 700}
@@ -311,15 +311,17 @@ TABLES = {
 def test_a_pair_longer_than_the_models_positions_is_named(tmp_path: Path, name: str) -> None:
     """The longest pair that fits is scored; one more token is refused before its chunk is scored."""
     saved(tmp_path, TABLES[name], AutoModelForCausalLM)
-    reranker = MatroyshkaReranker(tmp_path, dtype="float32")
-    reranker._encode = lambda _, pairs: [Ids([1, 2], list(range(3, int(text))), [7, 8, 9]) for _, text in pairs]
-    assert np.isfinite(reranker.compute_score([("a", "38"), ("a", "9")])).all()  # 40 tokens
-    rows = pd.DataFrame({"qid": "q", "query": "panda", "docno": ["a", "b"], "text": ["9", "39"]})
-    with pytest.raises(
-        ScoringError, match="^qid 'q', docno 'b' has 41 tokens, but the model has 40 positions; allow fewer"
-    ) as info:
-        reranker.transform(rows)
-    assert info.value.scores.empty
+    scorer = MatroyshkaReranker(tmp_path, dtype="float32").scorer()
+
+    def encode(_: object, pairs: list[tuple[str, str]]) -> list[Ids]:
+        return [Ids([1, 2], list(range(3, int(text))), [7, 8, 9]) for _, text in pairs]
+
+    scorer = replace(scorer, encode=encode)
+    assert np.isfinite(scorer.score([("a", "38"), ("a", "9")])).all()  # 40 tokens
+    said = r"^pairs\[1\] has 41 tokens, but the model has 40 positions; allow fewer"
+    with pytest.raises(ScoringError, match=said) as info:
+        scorer.score([("a", "9"), ("a", "39")])
+    assert np.isnan(info.value.scores).all()
 
 
 def test_computed_positions_allow_any_length(tmp_path: Path) -> None:
@@ -329,17 +331,16 @@ def test_computed_positions_allow_any_length(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_only_the_states_that_are_read_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Layers hand them over, with the same scores as transformers' own record of all states."""
+def test_only_the_states_that_are_read_are_kept(tmp_path: Path, name: str) -> None:
+    """Layers hand them over; transformers is not asked for its record of all states."""
     saved(tmp_path / name, CONFIGS[name], AutoModelForCausalLM)
     reranker = MatroyshkaReranker(tmp_path / name, start_layer=1, cutoff=[1, 3], dtype="float32")
-    decoder = reranker.scorer().open()
-    states = decoder._states
-    monkeypatch.setattr(decoder, "_states", None)
-    kept = reranker.compute_score(PAIRS)
-    monkeypatch.setattr(decoder, "_states", states)
-    monkeypatch.setattr(decoder, "_modules_of_layers", ())
-    np.testing.assert_array_equal(reranker.compute_score(PAIRS), kept)
+    asked = []
+    reranker.scorer().open().model.register_forward_pre_hook(
+        lambda model, args, options: asked.append(options.get("output_hidden_states", False)), with_kwargs=True
+    )
+    assert np.isfinite(reranker.compute_score(PAIRS)).all()
+    assert asked == [False]
 
 
 def test_threads_read_their_own_states(tmp_path: Path) -> None:

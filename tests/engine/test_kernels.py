@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
-from pyterrier_llmrerank.engine import kernels, scoring
+from pyterrier_llmrerank.engine import device_scorer, kernels
 from pyterrier_llmrerank.engine.decoder import decode, embedded, run_layers
 from pyterrier_llmrerank.engine.packing import PackedPairs
 
@@ -46,7 +46,7 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
         out = scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scaling, enable_gqa=True)
         return out.transpose(1, 2), None
 
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, FLASH, stand_in)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, FLASH, stand_in)
     monkeypatch.setattr(kernels, "check_flash", lambda *_: None)
     return windows
 
@@ -110,10 +110,11 @@ def test_scores_over_the_packed_row_with_known_prefixes_and_cascades(
     wanted = MatroyshkaReranker(FULL, **shape)(frame(2, 5))["score"]
     released = MatroyshkaReranker(FULL, released=True, cutoff=4, compress_layers=2, compress_ratio=2, dtype="float32")
     padded = released(frame(2, 5))["score"]
-    monkeypatch.setattr(scoring, "kernel_of", lambda *_: kernels.packed_flash)
-    got = MatroyshkaReranker(FULL, batch_size=2, **shape)(frame(2, 5))["score"]
-    np.testing.assert_allclose(got, wanted, atol=1e-4)
+    monkeypatch.setattr(device_scorer, "kernel_of", lambda *_: kernels.packed_flash)
+    cascade = MatroyshkaReranker(FULL, batch_size=2, **shape)
+    np.testing.assert_allclose(cascade(frame(2, 5))["score"], wanted, atol=1e-4)
     assert packed
+    assert cascade.usage.padding == 0
     packed.clear()
     np.testing.assert_allclose(released(frame(2, 5))["score"], padded, atol=1e-4)
     assert len(packed) == 1  # the layer after the pooling; masked keys are left to SDPA

@@ -6,7 +6,7 @@ from conftest import MODELS
 from transformers import Qwen3Config, Qwen3Model
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from pyterrier_llmrerank.checkpoints.checkpoint import MatroyshkaCheckpoint
+from pyterrier_llmrerank.checkpoints.matroyshka_checkpoint import MatroyshkaCheckpoint
 from pyterrier_llmrerank.engine.norms import RMSNorm, replace_norms
 from pyterrier_llmrerank.engine.weights import build_decoder
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import MODELS, frame, ids_of, words
@@ -11,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from pyterrier_llmrerank import MatroyshkaReranker
+from pyterrier_llmrerank.engine.inputs import Ids
 from pyterrier_llmrerank.engine.operations import Layer, Operations
 
 FULL = MatroyshkaReranker(MODELS / "costwise_full", dtype="float32")
@@ -24,36 +26,36 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def counted(reranker: MatroyshkaReranker, queries: int, documents: int) -> tuple[Operations, Any]:
-    rows = frame(queries, documents)
-    decoder, _, _ = reranker.scorer().weights[0].at_depth(8)
-    ids = ids_of(reranker, list(zip(rows["query"], rows["text"], strict=True)))
-    return Operations(decoder, ids, np.repeat(np.arange(queries), documents), queries), rows
+def ids_of_rows(rows: pd.DataFrame) -> list[Ids]:
+    return ids_of(FULL, list(zip(rows["query"], rows["text"], strict=True)))
+
+
+def counted(queries: int, documents: int, more: int = 0) -> Operations:
+    """Operations for the rows of ``frame``, and for ``more`` queries without rows."""
+    ids = ids_of_rows(frame(queries, documents))
+    query_of_pair = np.repeat(np.arange(queries), documents)
+    return Operations(FULL.scorer().open(), ids, query_of_pair, queries + more)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_operations_of_the_layers_matrices_equal_torchs_count(name: str) -> None:
-    reranker = FULL.at(**SHAPES[name])
-    operations, rows = counted(reranker, 3, 8)
+    reranker, operations = FULL.at(**SHAPES[name]), counted(3, 8)
     with FlopCounterMode(display=False) as counter:
-        scored = reranker.transform(rows)
+        scored = reranker.transform(frame(3, 8))
     exits = scored["exit_layer"].to_numpy() if "exit_layer" in scored else None
     shape = reranker.scorer().shape
-    operations._width = 0  # torch counts heads and attention apart, as batched products
-    operations._layers = [layer._replace(attended=0) for layer in operations._layers]
+    operations.width = 0  # torch counts heads and attention apart, as batched products
+    operations.layers = [layer._replace(attended=0) for layer in operations.layers]
     own = operations(shape.cutoffs, shape.compress_layers, shape.compress_ratio, exits).sum()
     assert own == counter.get_flop_counts()["Global"][torch.ops.aten.mm]
 
 
 def test_operations_of_attention_and_heads_equal_a_count_by_token() -> None:
-    operations, _ = counted(FULL, 2, 3)
-    matrices = operations._layers
-    operations._layers = [layer._replace(matrices=0, keys_values=0) for layer in matrices]
+    operations = counted(2, 3)
+    operations.layers = [layer._replace(matrices=0, keys_values=0) for layer in operations.layers]
     wanted = np.zeros(2)
-    for pair, (prefix, body, suffix) in enumerate(
-        zip(operations._prefix, operations._body, operations._suffix, strict=True)
-    ):
-        length = prefix + body + suffix
+    for pair, ids in enumerate(ids_of_rows(frame(2, 3))):
+        prefix, length = len(ids.prefix), ids.length
         keys = sum(range(prefix + 1, length + 1)) + (sum(range(1, prefix + 1)) if pair % 3 == 0 else 0)
         wanted[pair // 3] += 4 * 64 * (2 * keys + length) + 2 * 64 * 2  # two layers for all tokens, one for the last
     assert operations([2, 3]).tolist() == wanted.tolist()
@@ -67,9 +69,7 @@ def test_a_sliding_window_limits_the_keys(window: int | None) -> None:
 
 
 def test_a_query_without_pairs_of_its_own_takes_none() -> None:
-    operations, _ = counted(FULL, 2, 3)
-    operations._queries = 3
-    by_query = operations([8])
+    by_query = counted(2, 3, more=1)([8])
     assert len(by_query) == 3
     assert by_query[2] == 0
     assert (by_query[:2] > 0).all()

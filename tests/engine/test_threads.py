@@ -2,10 +2,12 @@
 
 import logging
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from pyterrier_llmrerank.engine import threads as module
 from pyterrier_llmrerank.engine.threads import TURNS, fastest_threads, seconds_of_layer
 
 CPU = torch.device("cpu")
@@ -36,9 +38,7 @@ def test_the_fastest_number_of_threads_is_used(
     with fastest_threads(CPU, seconds):
         assert torch.get_num_threads() == best
     assert torch.get_num_threads() == 6
-    with fastest_threads(CPU, seconds):
-        assert torch.get_num_threads() == best
-    assert asked == [1, 2, 4, 6] * (TURNS + 1)  # measured once
+    assert asked == [1, 2, 4, 6] * (TURNS + 1)
     assert f"running on {best} of 6 threads (1: " in caplog.text
 
 
@@ -73,11 +73,32 @@ def test_a_layer_is_measured_on_the_threads_asked_for(threads: pytest.MonkeyPatc
     assert torch.get_num_threads() == 2
 
 
-def test_overlapping_blocks_restore_the_number(threads: pytest.MonkeyPatch) -> None:
-    """The second block begins before the first ends, and ends after it."""
-    first, second = (fastest_threads(CPU, float) for _ in range(2))
+def test_a_measurement_holds_for_ten_minutes_at_most(threads: pytest.MonkeyPatch) -> None:
+    clock, best, measured = [0.0], [2], []
+
+    def seconds(number: int) -> float:
+        measured.append(clock[0])
+        return abs(number - best[0])
+
+    threads.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    used = []
+    for clock[0], best[0] in ((3.0, 2), (599.0, 4), (600.0, 4), (6000.0, 1)):  # the load changes after the first
+        with fastest_threads(CPU, seconds):
+            used.append(torch.get_num_threads())
+    assert used == [2, 2, 4, 1]
+    assert sorted({*measured}) == [3.0, 600.0, 6000.0]
+
+
+def test_overlapping_blocks_share_the_number_and_restore_it(threads: pytest.MonkeyPatch) -> None:
+    """The second block begins before the first ends, and ends after it; a measurement would disturb the first."""
+
+    def seconds(number: int) -> float:
+        pytest.fail("it was measured")
+
+    first, second = fastest_threads(CPU, float), fastest_threads(CPU, seconds)
     first.__enter__()
     second.__enter__()
+    assert torch.get_num_threads() == 1
     first.__exit__(None, None, None)
     second.__exit__(None, None, None)
     assert torch.get_num_threads() == 6

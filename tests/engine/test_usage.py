@@ -3,8 +3,6 @@
 import copy
 import logging
 import pickle
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,14 +11,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import MODELS, frame, words
+from conftest import DEVICE, MODELS, frame, words
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker, ScoringError
-from pyterrier_llmrerank.engine import scoring
+from pyterrier_llmrerank.engine import device_scorer, groups, kernels
 from pyterrier_llmrerank.engine.batching import packed_size
-from pyterrier_llmrerank.engine.packing import Row
+from pyterrier_llmrerank.engine.device_scorer import attended_positions
+from pyterrier_llmrerank.engine.inputs import Ids
+from pyterrier_llmrerank.engine.kernels import eager, packed_flash
+from pyterrier_llmrerank.engine.packing import PackedPairs, Row
 from pyterrier_llmrerank.engine.usage import Stopwatch, Usage
 
 FULL = str(MODELS / "costwise_full")
@@ -62,19 +63,24 @@ def test_tokens_and_padding_follow_from_the_batches(
 ) -> None:
     """A prefix counts once among the tokens, and in each of its pairs among the positions."""
     reranker, rows, batches = make(batch_size=batch_size), frame(3, 4), []
-    real = scoring.PackedPairs
+    real = device_scorer.PackedPairs
 
     def packed(pairs: list, *options: object) -> object:
         batches.append(pairs)
         return real(pairs, *options)
 
-    monkeypatch.setattr(scoring, "PackedPairs", packed)
+    monkeypatch.setattr(device_scorer, "PackedPairs", packed)
     reranker.transform(rows)
     used = reranker.usage
     assert used.pairs == sum(map(len, batches)) == len(rows)
     assert used.tokens == packed_size([pair for batch in batches for pair in batch])
     assert used.filled == sum(pair.length for batch in batches for pair in batch)
-    assert used.positions == sum(len(batch) * max(pair.length for pair in batch) for batch in batches)
+    lengths = [pair.length for batch in batches for pair in batch]
+    rounded, longest = (
+        sum(-(-length // 16) * 16 for length in lengths),
+        sum(len(batch) * max(pair.length for pair in batch) for batch in batches),
+    )
+    assert used.positions == (rounded if DEVICE.type == "cpu" else longest)
     assert 0 < used.padding == 1 - used.filled / used.positions < 1
     assert used.tokens < used.filled  # passages share queries
     assert used.tokenising_seconds > 0
@@ -104,15 +110,51 @@ def test_truncated_texts_are_counted(make: Callable[[], LLMReranker], queries: i
     assert (reranker.usage.truncated_queries, reranker.usage.truncated_passages) == (queries, passages)
 
 
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_positions_are_counted_where_attention_computes_them(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed = []
+
+    def watched(real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def call(query: torch.Tensor, *rest: object, **options: object) -> torch.Tensor:
+            computed.append(query.shape[0] * query.shape[2])
+            return real(query, *rest, **options)
+
+        return call
+
+    monkeypatch.setattr(groups, "scaled_dot_product_attention", watched(groups.scaled_dot_product_attention))
+    monkeypatch.setattr(kernels, "eager", watched(kernels.eager))
+    # Two layers: the second asks for the last tokens alone.
+    reranker = matroyshka(device="cpu", attn_implementation=kernel, cutoff=2, batch_size=5)
+    reranker.transform(frame(3, 4))
+    assert reranker.usage.positions == sum(computed) > 0
+
+
+def test_positions_follow_from_device_and_kernel() -> None:
+    """FlashAttention over the packed row pads nothing; SDPA takes masks, on CUDA at the length of the longest pair."""
+    plain, padded = (PackedPairs([Ids([1], [2] * n, []) for n in (3, 20)], pad_id) for pad_id in (None, 0))
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    counts = {
+        (device.type, kernel and kernel.__name__): [attended_positions(p, device, kernel) for p in (plain, padded)]
+        for device, kernel in ((cpu, None), (cpu, eager), (cuda, None), (cuda, eager), (cuda, packed_flash))
+    }
+    assert counts == {
+        ("cpu", None): [16 + 32, 16 + 32], ("cpu", "eager"): [2 * 21, 16 + 32], ("cuda", None): [2 * 21, 2 * 24],
+        ("cuda", "eager"): [2 * 21, 2 * 24], ("cuda", "packed_flash"): [4 + 21, 2 * 24],
+    }  # fmt: skip
+
+
 def test_the_released_codes_padding_is_padding() -> None:
+    """It fills a pair to a multiple of 8 tokens; attention on a CPU takes a multiple of 16 positions."""
     shape = {"compress_layers": [2], "compress_ratio": 2}
     plain, padded = matroyshka(**shape), matroyshka(**shape, released=True)
     pair = ("panda", words(1, 9))
     for reranker in (plain, padded):
         reranker.compute_score(pair)
-    assert plain.usage.padding == 0
     assert padded.usage.filled == plain.usage.tokens == plain.usage.filled
-    assert padded.usage.tokens == padded.usage.positions == -(-plain.usage.tokens // 8) * 8
+    assert padded.usage.tokens == -(-plain.usage.tokens // 8) * 8
+    assert padded.usage.positions == (
+        -(-padded.usage.tokens // 16) * 16 if DEVICE.type == "cpu" else padded.usage.tokens
+    )
 
 
 def test_a_cascade_counts_each_pair_once() -> None:
@@ -142,7 +184,6 @@ def test_several_devices_add_up() -> None:
     several.transform(rows)
     assert (several.usage.pairs, several.usage.tokens) == (24, one.usage.tokens)
     assert several.usage.filled == one.usage.filled
-    assert several.usage.padding < one.usage.padding  # batches mix fewer queries
 
 
 def test_a_union_in_one_pass_counts_with_its_first() -> None:
@@ -204,14 +245,14 @@ def test_it_is_no_part_of_the_value() -> None:
 
 
 def test_usage_before_an_error_counts(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    reranker, real, calls = matroyshka(batch_size=1), scoring.run_layers, []
+    reranker, real, calls = matroyshka(batch_size=1), device_scorer.run_layers, []
 
     def overflows(*args: object, **options: object) -> tuple[torch.Tensor, Row]:
         calls.append(1)
         states, row = real(*args, **options)
         return states * (np.inf if len(calls) == 3 else 1), row
 
-    monkeypatch.setattr(scoring, "run_layers", overflows)
+    monkeypatch.setattr(device_scorer, "run_layers", overflows)
     with caplog.at_level(logging.INFO, "pyterrier_llmrerank"), pytest.raises(ScoringError) as info:
         reranker.transform(frame(2, 4))
     assert reranker.usage.pairs == len(info.value.scores) > 0
@@ -239,25 +280,18 @@ def test_one_line_a_call_is_logged_under_the_packages_name(caplog: pytest.LogCap
     assert f"{reranker!r}: 1 pairs" in caplog.records[1].getMessage()
 
 
-PROGRAM = """
-import logging, sys
-from pyterrier_llmrerank import MatroyshkaReranker
-reranker = MatroyshkaReranker({model!r}, dtype="float32")
-reranker.compute_score(("a", "b"))
-print("Now with logging.", file=sys.stderr)
-logging.basicConfig(level=logging.INFO)
-reranker.compute_score(("a", "b"))
-"""
-
-
-def test_it_is_not_shown_by_default() -> None:
-    program = [sys.executable, "-c", PROGRAM.format(model=FULL)]
-    ran = subprocess.run(program, capture_output=True, text=True, check=True)
-    assert ran.stdout == ""
-    before, after = ran.stderr.split("Now with logging.")
-    assert "pyterrier_llmrerank" not in before
-    (ours,) = (line for line in after.splitlines() if "pyterrier_llmrerank" in line)
-    assert ours.startswith("INFO:pyterrier_llmrerank.reranker:MatroyshkaReranker(")
+def test_it_is_not_shown_by_default(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in a program without handlers: the package adds none and sets no level."""
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    reranker = matroyshka()
+    reranker.compute_score(("a", "b"))
+    assert "pyterrier_llmrerank" not in "".join(capsys.readouterr())
+    monkeypatch.setattr(logging.getLogger(), "handlers", [logging.StreamHandler()])
+    caplog.set_level(logging.INFO)
+    reranker.compute_score(("a", "b"))
+    assert "MatroyshkaReranker(" in capsys.readouterr().err
 
 
 def test_a_stopwatch_adds_up_also_where_something_fails(monkeypatch: pytest.MonkeyPatch) -> None:

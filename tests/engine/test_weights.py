@@ -6,19 +6,20 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import MODELS, frame, layers_in_memory
+from conftest import MODELS, Cache, frame, layers_in_memory
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import MistralConfig, MistralForCausalLM
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
-from pyterrier_llmrerank.checkpoints import checkpoint as checkpoints
+from pyterrier_llmrerank.checkpoints.matroyshka_checkpoint import MatroyshkaCheckpoint
 from pyterrier_llmrerank.engine import devices
 from pyterrier_llmrerank.engine import weights as module
 
@@ -70,16 +71,14 @@ def test_threads_may_share_a_reranker() -> None:
     assert len(scores) == 8
 
 
-def test_shapes_of_a_hub_model_open_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shapes_of_a_hub_model_open_it_once(cached: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     """A hub model is opened on first use, so only the template keeps the weights that its shapes share."""
-    monkeypatch.setattr(MatroyshkaReranker, "_is_local", lambda self, parts: False)
+    cached.add("owner/model", MODELS / "mistral_base", "a" * 40, "main")
     opened = []
-    real = checkpoints.MatroyshkaCheckpoint.__init__
-    monkeypatch.setattr(
-        checkpoints.MatroyshkaCheckpoint, "__init__", lambda self, *args: opened.append(1) or real(self, *args)
-    )
+    real = MatroyshkaCheckpoint.__init__
+    monkeypatch.setattr(MatroyshkaCheckpoint, "__init__", lambda self, *args: opened.append(1) or real(self, *args))
     rows = frame(1, 2)
-    template = MatroyshkaReranker(str(MODELS / "mistral_base"), start_layer=3, dtype="float16")
+    template = MatroyshkaReranker("owner/model", start_layer=3, dtype="float16")
     for cutoff in (3, 8, 5):
         template.at(cutoff=cutoff).transform(rows)
     assert len(opened) == 1
@@ -166,31 +165,39 @@ def test_another_shape_of_a_reranker_loads_nothing_again(tmp_path: Path, monkeyp
     assert layers_in_memory(below) == []
 
 
-def test_garbage_collection_while_a_layer_loads_does_not_deadlock(tmp_path: Path) -> None:
+def test_garbage_collection_while_a_layer_loads_does_not_deadlock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One thread loads a layer and collects a reranker with an overlay; another needs the layer for the overlay."""
     own = Path(shutil.copytree(MODELS / "mistral_base", tmp_path / "own"))
-    reranker = compensated(own, compress_ratio=2)
-    over, below = reranker.scorer().weights[0].stack
-    reads, wants = threading.Event(), threading.Event()
+    kept, collected = compensated(own, compress_ratio=2), [compensated(own, compress_ratio=2)]
+    over, below = kept.scorer().weights[0].stack
+    assert collected[0].scorer().weights[0] is over
+    lives = weakref.ref(collected[0])
+    loads, wants, fill = threading.Event(), threading.Event(), module.fill
 
-    def collect() -> None:
-        with below._lock:
-            reads.set()
-            wants.wait(0.5)
-            over._forget(0)
+    def collecting(*arguments: object) -> None:
+        if not loads.is_set():
+            loads.set()
+            assert wants.wait(20)
+            time.sleep(0.2)  # until the other thread waits for this one
+            collected.clear()
+            gc.collect()
+        fill(*arguments)
 
     def want() -> None:
-        reads.wait()
-        with over._lock:
-            wants.set()
-            below.at_depth(1)
+        loads.wait()
+        wants.set()
+        over.at_depth(1)
 
-    threads = [threading.Thread(target=work, daemon=True) for work in (collect, want)]
+    monkeypatch.setattr(module, "fill", collecting)
+    threads = [threading.Thread(target=work, daemon=True) for work in (lambda: below.at_depth(1), want)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(30)
     assert not any(thread.is_alive() for thread in threads)
+    assert lives() is None
 
 
 @pytest.mark.parametrize(
@@ -238,18 +245,17 @@ def test_layers_are_loaded_on_demand_and_dropped_when_unused() -> None:
     assert shallow.compute_score(PAIR) == before
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_compiled_layers_give_the_same_for_batches_of_any_shape(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+def test_compiled_layers_give_the_same_for_batches_of_any_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs are traced but run uncompiled, so that the test does not wait for a compiler."""
     real = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: real(self, backend="eager", **options))
     torch._dynamo.reset()
     graphs = torch._dynamo.utils.counters["stats"]
     made = [graphs["unique_graphs"]]
-    kept = MatroyshkaReranker(FULL, dtype=dtype, torch_compile=True)
-    for size, queries, documents in ((1, 1, 1), (2, 2, 2), (5, 3, 4), (8, 2, 6), (None, 4, 5)):
+    kept = MatroyshkaReranker(FULL, dtype="bfloat16", torch_compile=True)
+    for size, queries, documents in ((1, 1, 1), (2, 2, 2), (5, 3, 4), (None, 2, 6)):
         shape = {"cutoff": [3, 4], "compress_layers": 2, "compress_ratio": 2}
-        wanted = MatroyshkaReranker(FULL, dtype=dtype, **shape)(frame(queries, documents))
+        wanted = MatroyshkaReranker(FULL, dtype="bfloat16", **shape)(frame(queries, documents))
         compiled = kept.at(**shape)
         compiled.batch_size = size
         got = compiled(frame(queries, documents))
@@ -355,8 +361,8 @@ peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 reranker = MatroyshkaReranker(sys.argv[1], adapters=[sys.argv[2]], start_layer=1, dtype="bfloat16")
 tiny = MatroyshkaReranker(sys.argv[3], dtype="bfloat16"); tiny.compute_score(("a", "b"))
 before = peak()
-model, _, _ = reranker.scorer().weights[0].at_depth(16)
-reranker.at(cutoff=4).scorer().weights[0].at_depth(4), reranker.at(normalize=True).scorer().weights[0].at_depth(16)
+model, _, _ = reranker.scorer().weights[0].at_depth(8)
+reranker.at(cutoff=4).scorer().weights[0].at_depth(4), reranker.at(normalize=True).scorer().weights[0].at_depth(8)
 own = sum(p.numel() * p.element_size() for p in model.parameters())
 layer = 4 * sum(p.numel() for p in model.layers[0].parameters())
 print((peak() - before) / own, layer / own)
@@ -366,7 +372,7 @@ print((peak() - before) / own, layer / own)
 def test_opening_peaks_at_the_models_own_size_and_a_layer(tmp_path: Path) -> None:
     """Files are fp32, memory is bf16, an adapter is merged in fp32, and more shapes need no more memory."""
     config = MistralConfig(
-        vocab_size=700, hidden_size=512, intermediate_size=2048, num_hidden_layers=16, num_attention_heads=8,
+        vocab_size=700, hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8,
         num_key_value_heads=8, dtype="float32",
     )  # fmt: skip
     base = MistralForCausalLM(config)

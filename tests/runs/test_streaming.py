@@ -27,7 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker, ScoringError
-from pyterrier_llmrerank.engine import scoring
+from pyterrier_llmrerank.engine import device_scorer, scoring
 from pyterrier_llmrerank.engine.usage import Usage
 from pyterrier_llmrerank.runs import chunks
 from pyterrier_llmrerank.runs.formats import read_rerank, read_run
@@ -368,14 +368,14 @@ def test_ctrl_c_leaves_complete_queries_and_a_note_on_resuming(source: Path, who
 def test_a_score_that_is_not_finite_names_its_row(source: Path, whole: bytes, tmp_path: Path) -> None:
     """The chunks before it are kept."""
     target = tmp_path / "run.tsv"
-    real = scoring.run_layers
+    real = device_scorer.run_layers
     with pytest.MonkeyPatch.context() as patch, transforming(lambda *_: None) as calls:
 
         def run_layers(*args: object, **options: object) -> object:
             states, row = real(*args, **options)
             return (states * float("nan") if len(calls) == 3 else states), row
 
-        patch.setattr(scoring, "run_layers", run_layers)
+        patch.setattr(device_scorer, "run_layers", run_layers)
         with pytest.raises(ScoringError, match=r"the score of qid 'q[45]', docno 'd\d' is not finite"):
             rerank_file(MATROYSHKA, source, target)
     assert len(list(read_run(target))) == 13
@@ -551,7 +551,7 @@ def test_a_target_must_be_a_file(source: Path, tmp_path: Path) -> None:
 
 
 def test_usage_includes_a_failed_call(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reranker, real = copy.copy(MATROYSHKA), scoring.run_layers
+    reranker, real = copy.copy(MATROYSHKA), device_scorer.run_layers
 
     def run_layers(*args: object, **options: object) -> object:
         states, row = real(*args, **options)
@@ -559,7 +559,7 @@ def test_usage_includes_a_failed_call(source: Path, tmp_path: Path, monkeypatch:
 
     before = reranker.usage
     with monkeypatch.context() as patch:
-        patch.setattr(scoring, "run_layers", run_layers)
+        patch.setattr(device_scorer, "run_layers", run_layers)
         with pytest.raises(ScoringError):
             rerank_file(reranker, source, tmp_path / "run.tsv")
     failed = reranker.usage

@@ -16,14 +16,14 @@ from conftest import MODELS, RECORDS
 from transformers import AutoModelForSequenceClassification
 
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker
-from pyterrier_llmrerank.checkpoints.config import read_json
 from pyterrier_llmrerank.checkpoints.input_format import InputFormat
+from pyterrier_llmrerank.checkpoints.json_files import read_json
 from pyterrier_llmrerank.training import CompensateTraining, DistillTraining, RankLLaMATraining
 
 RANKLLAMA_BASE, MISTRAL = str(MODELS / "rankllama_base"), str(MODELS / "mistral_base")
 SHORT: dict[str, Any] = {
     "group_size": 4, "query_max_length": 8, "passage_max_length": 40, "lora_rank": 4, "lora_alpha": 8,
-    "learning_rate": 1e-2, "max_steps": 20, "gradient_accumulation_steps": 1, "logging_steps": 5,
+    "learning_rate": 1e-2, "max_steps": 12, "gradient_accumulation_steps": 1, "logging_steps": 5,
     "gradient_checkpointing": False,
 }  # fmt: skip
 
@@ -76,6 +76,36 @@ def test_a_pipeline_learns(kind: str, tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(again.transform(results), wanted)
     assert not list((tmp_path / "saved").glob("checkpoint*"))
     pd.testing.assert_frame_equal(pickle.loads(pickle.dumps(reranker)).transform(results), wanted)
+
+
+def test_fit_keeps_the_adapter_alone_and_says_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In PyTerrier's home, unless the recipe names a folder for the run."""
+    monkeypatch.setattr(pt.io, "pyterrier_home", lambda: str(tmp_path))
+    _, results, qrels = candidates()
+    reranker = untrained("matroyshka", tmp_path, max_steps=2, save_steps=1, output_dir=None)
+    reranker.set_parameter("training", dataclasses.replace(reranker.training, train_method="distill_fix_layer_teacher"))
+    with caplog.at_level(logging.INFO, "pyterrier_llmrerank"):
+        reranker.fit(results, qrels)
+    (folder,) = (tmp_path / "llmrerank" / "trained").iterdir()
+    assert reranker.adapters == (str(folder),)
+    assert not list(folder.glob("checkpoint-*"))
+    ours = [record for record in caplog.records if record.name.startswith("pyterrier_llmrerank.training.fit")]
+    assert {record.levelname for record in ours} == {"INFO"}
+    assert [record.getMessage() for record in ours] == [
+        "The results have no column 'teacher': train_method='distill_fix_layer' learns from their labels.",
+        f"Training on 8 queries with 40 passages; result in {folder}",
+    ]
+    before = reranker.transform(results)
+    pickle.loads(pickle.dumps(reranker)).save(tmp_path / "saved")
+    shutil.rmtree(folder)
+    saved = MatroyshkaReranker(tmp_path / "saved", dtype="float32")
+    pd.testing.assert_frame_equal(saved.transform(results), before)
+
+    kept = untrained("matroyshka", tmp_path / "run", max_steps=2, save_steps=1)
+    kept.fit(results, qrels)
+    assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 2
 
 
 def test_rankllama_learns_from_a_teacher(tmp_path: Path) -> None:

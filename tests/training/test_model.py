@@ -9,8 +9,9 @@ from conftest import MODELS, golden
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from pyterrier_llmrerank.checkpoints.checkpoint import MatroyshkaCheckpoint, RankLLaMACheckpoint
 from pyterrier_llmrerank.checkpoints.input_format import InputFormat
+from pyterrier_llmrerank.checkpoints.matroyshka_checkpoint import MatroyshkaCheckpoint
+from pyterrier_llmrerank.checkpoints.rankllama_checkpoint import RankLLaMACheckpoint
 from pyterrier_llmrerank.engine.inputs import Ids, RankLLaMAInputs
 from pyterrier_llmrerank.engine.packing import PackedPairs
 from pyterrier_llmrerank.training.lora import LowRankLinear

@@ -115,7 +115,7 @@ def test_training_goes_on_as_a_description_says(tmp_path: Path) -> None:
 def test_what_would_compress_nothing_is_refused() -> None:
     for layers in ((), (0,), (40,)):
         recipe = CompensateTraining(finetune_type="token", compress_ratios=(2,), compress_layers=layers, start_layer=2)
-        with pytest.raises(ValueError, match="nothing would be compressed; allowed: layer indices from 1 to 7"):
+        with pytest.raises(ValueError, match="nothing would be compressed; allowed: layers from 1 to 7"):
             recipe.open(str(MODELS / "mistral_base"))
 
 

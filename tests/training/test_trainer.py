@@ -12,7 +12,6 @@ import pytest
 import torch
 from conftest import MODELS, RECORDS, ids_of, words
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
@@ -40,7 +39,7 @@ def arguments(folder: Path, **options: Any) -> TrainingArguments:
     settings = {
         "output_dir": str(folder), "max_steps": 6, "per_device_train_batch_size": 2, "learning_rate": 5e-3,
         "logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True, "seed": 3,
-        "activation_checkpointing": True,
+        "activation_checkpointing": False,
     }  # fmt: skip
     return TrainingArguments(**(settings | options))
 
@@ -60,9 +59,10 @@ def losses(run: GroupTrainer) -> list[float]:
 
 @pytest.mark.parametrize("method", ["normal", "distill_fix_layer"])
 def test_it_learns_and_what_is_saved_scores_the_same(tmp_path: Path, method: str) -> None:
-    run = trainer(tmp_path, dataclasses.replace(DISTILL, train_method=method), max_steps=25)
+    recipe, checkpointing = dataclasses.replace(DISTILL, train_method=method), method == "normal"
+    run = trainer(tmp_path, recipe, max_steps=15, learning_rate=1e-2, activation_checkpointing=checkpointing)
     run.train()
-    assert np.mean(losses(run)[-5:]) < 0.7 * np.mean(losses(run)[:5])
+    assert np.mean(losses(run)[-3:]) < 0.7 * np.mean(losses(run)[:3])
     run.save_model(str(tmp_path / "adapter"))
     reranker = MatroyshkaReranker(BASE, adapters=[tmp_path / "adapter"], start_layer=4, cutoff=[4, 8], dtype="float32")
     pair = ("panda", words(5, 9))
@@ -105,7 +105,7 @@ def test_saving_asks_no_hub_about_the_base(tmp_path: Path) -> None:
     groups = Groups(RECORDS, 4, 0, RANKLLAMA.body)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        train(RANKLLAMA, checkpoint, groups, arguments(tmp_path, max_steps=1, activation_checkpointing=False))
+        train(RANKLLAMA, checkpoint, groups, arguments(tmp_path, max_steps=1))
 
 
 def test_a_rankllama_adapter_goes_on_learning(tmp_path: Path) -> None:
@@ -114,7 +114,9 @@ def test_a_rankllama_adapter_goes_on_learning(tmp_path: Path) -> None:
     groups = Groups(RECORDS, 4, 0, RANKLLAMA.body)
     folder = train(RANKLLAMA, checkpoint, groups, arguments(tmp_path, max_steps=1, learning_rate=0.0))
     pairs = [("panda", words(5, 9)), ("tide", words(6, 20))]
-    before, after = (RankLLaMAReranker(f, base_model=base, dtype="float32") for f in (adapter, folder))
+    lengths = {"query_max_length": 8, "passage_max_length": 40}  # of the recipe, which the new folder names
+    before = RankLLaMAReranker(adapter, base_model=base, dtype="float32", **lengths)
+    after = RankLLaMAReranker(folder, base_model=base, dtype="float32")
     np.testing.assert_allclose(after.compute_score(pairs), before.compute_score(pairs), atol=1e-5)
 
 
@@ -143,7 +145,7 @@ def test_a_layer_wise_adapter_goes_on_learning_above_others(tmp_path: Path) -> N
     for name, on in (("first", []), ("second", ["first"])):
         checkpoint = DISTILL.open(BASE, [str(tmp_path / folder) for folder in on])
         groups = Groups(RECORDS, 4, 0, DISTILL.body)
-        train(DISTILL, checkpoint, groups, arguments(tmp_path / name, max_steps=2, learning_rate=1e-2))
+        train(DISTILL, checkpoint, groups, arguments(tmp_path / name, max_steps=1, learning_rate=1e-2))
     first, second = str(tmp_path / "first"), str(tmp_path / "second")
     for name, rate in (("same", 0.0), ("third", 1e-2)):
         again = DISTILL.open(second, [first])
@@ -164,7 +166,7 @@ def test_modules_that_are_not_there_are_named(tmp_path: Path) -> None:
 
 
 def test_compensation_goes_on_top_of_what_was_distilled(tmp_path: Path) -> None:
-    run = trainer(tmp_path, max_steps=3)
+    run = trainer(tmp_path, max_steps=1)
     run.train()
     run.save_model(str(tmp_path / "distilled"))
     recipe = CompensateTraining(
@@ -173,26 +175,11 @@ def test_compensation_goes_on_top_of_what_was_distilled(tmp_path: Path) -> None:
     )  # fmt: skip
     checkpoint = recipe.open(BASE, [str(tmp_path / "distilled")])
     groups = Groups(RECORDS, 4, 0, recipe.body)
-    folder = train(recipe, checkpoint, groups, arguments(tmp_path / "compensation", max_steps=3))
+    folder = train(recipe, checkpoint, groups, arguments(tmp_path / "compensation", max_steps=2))
     both = MatroyshkaReranker(BASE, adapters=[tmp_path / "distilled", folder], start_layer=4, dtype="float32")
     one = MatroyshkaReranker(BASE, adapters=[tmp_path / "distilled"], start_layer=4, dtype="float32")
     pair = ("panda", words(5, 9))
     assert both.compute_score(pair) != pytest.approx(one.compute_score(pair), abs=1e-4)
-
-
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
-    whole = trainer(tmp_path / "whole", max_steps=4, gradient_accumulation_steps=2)
-    whole.train()
-    options: dict[str, Any] = {
-        "max_steps": 4, "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 2
-    }  # fmt: skip
-    trainer(tmp_path / "cut", **options).train()
-    again = trainer(tmp_path / "cut", **options)
-    again.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
-    np.testing.assert_allclose(losses(again)[-2:], losses(whole)[-2:], rtol=1e-5)
-    for name, parameter in whole.model.named_parameters():
-        if parameter.requires_grad:
-            torch.testing.assert_close(dict(again.model.named_parameters())[name], parameter, atol=1e-6, rtol=1e-5)
 
 
 def run(folder: Path, recipe: Recipe = DISTILL, overwrite: bool = False, base: str = BASE, **options: Any) -> Path:
@@ -245,11 +232,11 @@ def test_what_is_trained_on_is_not_removed(tmp_path: Path) -> None:
 
 
 def test_a_run_over_another_begins_clean(tmp_path: Path) -> None:
-    run(tmp_path / "again", max_steps=3)
+    run(tmp_path / "again")
     for name in ("tokenizer.model", "notes.txt"):
         (tmp_path / "again" / name).write_text("before")
-    run(tmp_path / "again", overwrite=True, seed=4)
-    run(tmp_path / "new", seed=4)
+    run(tmp_path / "again", overwrite=True, seed=4, max_steps=1)
+    run(tmp_path / "new", seed=4, max_steps=1)
     assert sorted(path.name for path in (tmp_path / "again").iterdir()) == sorted(
         ["notes.txt", *(path.name for path in (tmp_path / "new").iterdir())]
     )
@@ -257,33 +244,29 @@ def test_a_run_over_another_begins_clean(tmp_path: Path) -> None:
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_checkpoints_that_are_not_gone_on_with(tmp_path: Path) -> None:
-    run(tmp_path)
+def test_a_run_continues_with_the_same_settings_only(tmp_path: Path) -> None:
+    constant = {"lr_scheduler_type": "constant"}
+    run(tmp_path, **constant)
     last = tmp_path / "checkpoint-2"
-    for change, difference in (
-        ({"learning_rate": 0.5}, "learning_rate=0.0002, not 0.5"),
-        ({"compress_ratios": (1, 4)}, r"compress_ratios=\[1, 2\], not \[1, 4\]"),
-        ({"lora_rank": 8}, "lora_rank=4, not 8"),
-    ):
-        other = dataclasses.replace(DISTILL, **change)
-        with pytest.raises(ValueError, match=f"resume_from_checkpoint='{last}': the run began with .*{difference}"):
-            run(tmp_path, other, resume_from_checkpoint=str(last))
-    with pytest.raises(ValueError, match="the run began with recipe='DistillTraining', not 'RankLLaMATraining'"):
-        run(tmp_path, RANKLLAMA, base=str(MODELS / "rankllama_base"), resume_from_checkpoint=str(last))
+    with pytest.raises(ValueError, match=f"resume_from_checkpoint='{last}': the run began with seed=3, not 4; resume"):
+        run(tmp_path, resume_from_checkpoint=str(last), seed=4, **constant)
     with pytest.raises(
         ValueError, match="step 2 is beyond max_steps=1; raise max_steps, or resume from an earlier checkpoint"
     ):
-        run(tmp_path, max_steps=1, resume_from_checkpoint=str(last))
+        run(tmp_path, max_steps=1, resume_from_checkpoint=str(last), **constant)
     (tmp_path / "other" / "checkpoint-1").mkdir(parents=True)
-    with pytest.raises(FileExistsError, match="another run is there"):  # it would go on elsewhere, over another
-        run(tmp_path / "other", resume_from_checkpoint=str(last))
+    with pytest.raises(FileExistsError, match="another run is there"):  # it would continue elsewhere, over another
+        run(tmp_path / "other", resume_from_checkpoint=str(last), **constant)
     (tmp_path / "other" / "checkpoint-of-mine").mkdir()
-    run(tmp_path / "other", overwrite=True, max_steps=3, resume_from_checkpoint=str(last))
+    run(tmp_path / "other", overwrite=True, max_steps=3, resume_from_checkpoint=str(last), **constant)
     assert {path.name for path in (tmp_path / "other").glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-of-mine"}
     assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 2
+    (last / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match=f"resume_from_checkpoint='{last}': no state of the optimiser is there"):
+        run(tmp_path, resume_from_checkpoint=str(last), **constant)
 
 
-def test_the_last_whole_checkpoint_is_gone_on_with(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_last_complete_checkpoint_is_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     asked = arguments(tmp_path, resume_from_checkpoint="True")
     with pytest.raises(ValueError, match=f"resume_from_checkpoint=True: no checkpoint in output_dir='{tmp_path}'"):
         find_resumed(asked)
@@ -291,39 +274,11 @@ def test_the_last_whole_checkpoint_is_gone_on_with(tmp_path: Path, caplog: pytes
         find_resumed(arguments(tmp_path, resume_from_checkpoint=str(tmp_path / "none")))
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11", "checkpoint-old"):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "optimizer.pt").touch()
         if name != "checkpoint-11":  # whose writing ends with the state
             (tmp_path / name / "trainer_state.json").write_text("{}")
     assert find_resumed(asked) == tmp_path / "checkpoint-10"
     assert caplog.messages == []
-
-
-def test_a_run_goes_on_over_the_same_weights_alone(tmp_path: Path) -> None:
-    """Wherever they are, and whatever another folder of the same name holds."""
-    for place in ("begun", "moved", "other"):
-        shutil.copytree(BASE, tmp_path / place / "base")
-    weights = tmp_path / "other" / "base" / "model.safetensors"
-    tensors = load_file(weights)
-    save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] * 2}, weights, metadata={"format": "pt"})
-    folder = tmp_path / "run"
-    run(folder, base=str(tmp_path / "begun" / "base"))
-    options = {"resume_from_checkpoint": str(folder / "checkpoint-1")}
-    with pytest.raises(ValueError, match=r"the run began with fingerprints of what is trained on=\['\w{16}'\], not "):
-        run(folder, base=str(tmp_path / "other" / "base"), **options)
-    run(folder, base=str(tmp_path / "moved" / "base"), **options)
-
-    settings = folder / "checkpoint-1" / "begun_with.json"  # as earlier versions wrote it
-    said = json.loads(settings.read_text())
-    settings.write_text(json.dumps({name: value for name, value in said.items() if "fingerprint" not in name}))
-    run(folder, base=str(tmp_path / "moved" / "base"), **options)
-
-
-def test_a_checkpoint_that_does_not_say_what_it_was_begun_with(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    run(tmp_path)
-    (tmp_path / "checkpoint-1" / "begun_with.json").unlink()
-    run(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert [message for message in caplog.messages if "has no begun_with.json: whether its settings" in message]
 
 
 def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:

@@ -1,0 +1,160 @@
+"""The settings that trained weights depend on, recorded with each checkpoint and compared when a run is resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import fields
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainingArguments
+
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.json_files import read_json
+from ..checkpoints.locate import fingerprint
+from .batches import Groups
+from .recipes import Recipe
+from .validation import Validation
+
+logger = logging.getLogger(__name__)
+
+#: The setting with a digest of each model and adapter that is trained on, and the one with their paths and hub ids.
+FINGERPRINTS, TRAINED_ON = "fingerprints of what is trained on", "trained_on"
+
+#: The settings that a resumed run may change. All others are compared, those of newer transformers too.
+MAY_CHANGE = frozenset({
+    # The places of the run, and the way back to it.
+    "output_dir", "resume_from_checkpoint", "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id",
+    "hub_strategy", "hub_always_push", "hub_revision", "do_train", "do_eval", "do_predict",
+    # Logs.
+    "logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "log_on_each_node",
+    "log_level", "log_level_replica", "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id",
+    "trackio_bucket_id", "trackio_static_space_id", "include_num_input_tokens_seen", "skip_memory_metrics", "debug",
+    # The steps that are saved and measured, and the one to stop early at. No step computes anything else.
+    "save_strategy", "save_steps", "save_total_limit", "save_only_model", "save_on_each_node", "enable_jit_checkpoint",
+    "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size", "patience",
+    "restore_callback_states_from_checkpoint",
+    # The way in which the same numbers are computed, up to rounding and, on another kind of device, dropout.
+    "use_cpu", "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing",
+    "gradient_checkpointing_kwargs", "torch_compile", "torch_compile_backend", "torch_compile_mode",
+    "torch_empty_cache_steps", "local_rank", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
+    "ddp_static_graph", "ddp_backend", "ddp_timeout", "dataloader_num_workers", "dataloader_pin_memory",
+    "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
+    # Settings of fit, whose effect is in the data and in the other settings.
+    "min_label", "text", "arguments",
+    # Set by our Trainer.
+    "remove_unused_columns",
+})  # fmt: skip
+
+#: The settings of a run's length, which may change too if the learning rate does not depend on it.
+LENGTH = ("max_steps", "num_train_epochs")
+
+
+def fixed_settings(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    groups: Groups,
+    arguments: TrainingArguments,
+    validation: Validation | None = None,
+) -> dict[str, Any]:
+    """Return the settings, in JSON types, that must not change when a run is resumed.
+
+    Models, adapters and data are compared by digests of their contents, since files may have moved. Validation data
+    choose the best checkpoint, and the number of processes is a factor of the batch.
+    """
+    adapters = [*checkpoint.adapters, *([checkpoint.adapter] if checkpoint.adapter else [])]
+    folders = dict.fromkeys([checkpoint.folder, *(adapter.folder for adapter in adapters)])
+    measured = None
+    if validation is not None:
+        measured = digest(chain(*(frame.itertuples(index=False) for frame in (validation.pairs, validation.qrels))))
+    own = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
+    options = own | arguments.to_dict()  # type: ignore[no-untyped-call]
+    if isinstance(options.get("deepspeed"), str):
+        options["deepspeed"] = read_json(Path(options["deepspeed"]))
+    settings = {
+        "recipe": type(recipe).__name__,
+        TRAINED_ON: [checkpoint.base, *(str(adapter.name) for adapter in adapters)],
+        FINGERPRINTS: [fingerprint(folder) for folder in folders],
+        "train_data": digest(groups.records),
+        "eval_data": measured,
+        "processes": arguments.world_size,
+        **{name: value for name, value in options.items() if name not in MAY_CHANGE},
+    }
+    as_recorded: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    return as_recorded
+
+
+def digest(records: Iterable[Any]) -> str:
+    """Return the number of records and a digest of their contents."""
+    sha, count = hashlib.sha256(), 0
+    for record in records:
+        sha.update(json.dumps(record, sort_keys=True, default=str).encode())
+        count += 1
+    return f"{count} records with SHA-256 {sha.hexdigest()[:16]}"
+
+
+class SameSettings(TrainerCallback):
+    """Record the settings of a run with each checkpoint, and resume only with the same settings.
+
+    Args:
+        settings: from :func:`fixed_settings`.
+        resumed: the checkpoint to resume from, or None.
+
+    Raises:
+        ValueError: the checkpoint has other settings; or, when training begins, it is beyond the last step.
+    """
+
+    FILE = "begun_with.json"
+
+    def __init__(self, settings: dict[str, Any], resumed: Path | None) -> None:
+        self.settings, self.resumed = settings, resumed
+        if resumed is None:
+            return
+        if not (resumed / self.FILE).is_file():
+            logger.warning("%s has no %s: whether its settings were the same is not checked.", resumed, self.FILE)
+            return
+        before = read_json(resumed / self.FILE)
+        if unknown := [name for name in {**settings, **before} if not (name in settings and name in before)]:
+            logger.warning(
+                "%s was written by another version, so that these settings are not compared: %s.",
+                resumed / self.FILE, ", ".join(unknown),
+            )  # fmt: skip
+        free = {TRAINED_ON, *(LENGTH if has_constant_rate(settings) else ())}
+        for name in settings:
+            if name in before and name not in free and before[name] != settings[name]:
+                raise ValueError(f"resume_from_checkpoint={str(resumed)!r}: {self._difference(name, before)}.")
+
+    def _difference(self, name: str, before: dict[str, Any]) -> str:
+        begun, now = f"{name}={before[name]!r}", repr(self.settings[name])
+        if name == FINGERPRINTS:
+            begun = f"the contents of {before.get(TRAINED_ON)} (fingerprints {before[name]})"
+            now = f"of {self.settings[TRAINED_ON]} (fingerprints {self.settings[name]})"
+        advice = "resume with the same, or begin in another output_dir"
+        if name in LENGTH:
+            advice += "; allowed where the learning rate does not depend on it: lr_scheduler_type='constant', or "
+            advice += "'constant_with_warmup' with a number of warmup_steps"
+        return f"the run began with {begun}, not {now}; {advice}"
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check that steps remain."""
+        if state.global_step > state.max_steps:
+            raise ValueError(
+                f"resume_from_checkpoint={str(self.resumed)!r}: step {state.global_step} is beyond max_steps="
+                f"{state.max_steps}; raise max_steps, or resume from an earlier checkpoint."
+            )
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Record the settings."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if args.should_save and folder.is_dir():
+            (folder / self.FILE).write_text(json.dumps(self.settings, indent=2), encoding="utf-8")
+
+
+def has_constant_rate(settings: dict[str, Any]) -> bool:
+    """Tell whether the learning rate of a step does not depend on the number of steps in the run."""
+    schedule, warmup = settings["lr_scheduler_type"], float(settings["warmup_steps"])
+    return schedule == "constant" or (schedule == "constant_with_warmup" and not 0 < warmup < 1)

@@ -1,0 +1,142 @@
+"""A run resumes with the settings and data that it began with, and with no others."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import MODELS, RECORDS
+from safetensors.torch import load_file, save_file
+from transformers import TrainingArguments
+
+from pyterrier_llmrerank.training import DistillTraining, RankLLaMATraining
+from pyterrier_llmrerank.training.batches import Groups
+from pyterrier_llmrerank.training.data import open_data
+from pyterrier_llmrerank.training.recipes import Recipe
+from pyterrier_llmrerank.training.settings import LENGTH, MAY_CHANGE, SameSettings, fixed_settings
+from pyterrier_llmrerank.training.validation import Validation
+
+BASE = str(MODELS / "mistral_base")
+DISTILL = DistillTraining(group_size=4, lora_rank=4, compress_layers=(4, 6), train_method="normal", start_layer=2)
+
+
+def settings(
+    recipe: Recipe = DISTILL,
+    base: str = BASE,
+    adapters: tuple[str, ...] = (),
+    records: Any = RECORDS,
+    validation: Validation | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """The settings of a run."""
+    arguments = TrainingArguments(**{"output_dir": "run", "use_cpu": True, "max_steps": 6, **options})
+    groups = Groups(records, recipe.group_size, 0, recipe.body)
+    return fixed_settings(recipe, recipe.open(base, adapters), groups, arguments, validation)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """The checkpoint of a run with the settings above."""
+    return recorded(tmp_path / "checkpoint-1", settings())
+
+
+def recorded(folder: Path, begun_with: dict[str, Any]) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "begun_with.json").write_text(json.dumps(begun_with))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"learning_rate": 0.5}, "learning_rate=5e-05, not 0.5"),
+        ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type='linear', not 'cosine'"),
+        ({"optim": "adafactor"}, "optim='adamw_torch_fused', not 'adafactor'"),
+        ({"weight_decay": 0.1}, "weight_decay=0.0, not 0.1"),
+        ({"warmup_steps": 3}, "warmup_steps=0, not 3"),
+        ({"per_device_train_batch_size": 2}, "per_device_train_batch_size=8, not 2"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps=1, not 2"),
+        ({"bf16": True}, "bf16=False, not True"),
+        ({"seed": 7}, "seed=42, not 7"),
+        ({"data_seed": 7}, "data_seed=None, not 7"),
+        ({"dataloader_drop_last": True}, "dataloader_drop_last=False, not True"),
+        ({"max_steps": 9}, "max_steps=6, not 9; .* allowed where .* lr_scheduler_type='constant'"),
+        ({"num_train_epochs": 9}, "num_train_epochs=3.0, not 9"),
+        ({"recipe": dataclasses.replace(DISTILL, compress_ratios=(1, 4))}, r"\[1, 2, 4, 8\], not \[1, 4\]"),
+        ({"recipe": dataclasses.replace(DISTILL, lora_rank=8)}, "lora_rank=4, not 8"),
+        ({"recipe": dataclasses.replace(DISTILL, group_size=8)}, "group_size=4, not 8"),
+        ({"recipe": RankLLaMATraining()}, "recipe='DistillTraining', not 'RankLLaMATraining'"),
+        ({"adapters": (str(MODELS / "adapter_sd"),)}, "the contents of .*, not of .*adapter_sd"),
+        ({"records": RECORDS[1:]}, r"train_data='8 records with SHA-256 \w{16}', not '7 records"),
+        ({"records": [{**RECORDS[0], "query": "other"}, *RECORDS[1:]]}, "train_data='8 records .*', not '8 records"),
+        ({"validation": Validation.of_records(RECORDS, DISTILL.body)}, "eval_data=None, not '.* records"),
+    ],
+)
+def test_a_changed_setting_is_named(change: dict[str, Any], difference: str, checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match=f"resume_from_checkpoint='{checkpoint}': the run began with .*{difference}"):
+        SameSettings(settings(**change), checkpoint)
+
+
+def test_settings_that_change_no_weight_may_change(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    harmless: dict[str, Any] = {
+        "output_dir": "elsewhere", "logging_steps": 7, "save_steps": 3, "save_total_limit": 1, "report_to": "none",
+        "activation_checkpointing": True, "dataloader_num_workers": 2, "disable_tqdm": True, "run_name": "again",
+    }  # fmt: skip
+    patient = dataclasses.replace(DISTILL, patience=3, min_label=2)
+    SameSettings(settings(patient, **harmless), checkpoint)
+    assert caplog.messages == []
+    assert not MAY_CHANGE & {*LENGTH, "optim", "lr_scheduler_type", "per_device_train_batch_size", "seed", "bf16"}
+
+
+@pytest.mark.parametrize("schedule", ["constant", "constant_with_warmup"])
+def test_a_run_at_a_constant_rate_may_become_longer(schedule: str, tmp_path: Path) -> None:
+    run: dict[str, Any] = {"lr_scheduler_type": schedule, "warmup_steps": 5}
+    checkpoint = recorded(tmp_path / "checkpoint-1", settings(**run))
+    SameSettings(settings(**run, max_steps=20), checkpoint)
+    share = recorded(tmp_path / "checkpoint-2", settings(**run | {"warmup_steps": 0.5}))
+    if schedule == "constant_with_warmup":  # whose first steps are a share of all
+        with pytest.raises(ValueError, match="max_steps=6, not 20"):
+            SameSettings(settings(**run | {"warmup_steps": 0.5}, max_steps=20), share)
+
+
+def test_models_and_data_are_compared_by_content(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for place in ("begun", "moved", "other"):
+        shutil.copytree(BASE, tmp_path / place / "base")
+    weights = tmp_path / "other" / "base" / "model.safetensors"
+    tensors = load_file(weights)
+    save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] * 2}, weights, metadata={"format": "pt"})
+    files = [tmp_path / name for name in ("first.jsonl", "second.jsonl")]
+    for file in files:
+        file.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    data = [open_data("train_data", [str(file)]) for file in files]
+    begun, moved, other = (str(tmp_path / place / "base") for place in ("begun", "moved", "other"))
+    checkpoint = recorded(tmp_path / "checkpoint-1", settings(base=begun, records=data[0]))
+    SameSettings(settings(base=moved, records=data[1]), checkpoint)
+    assert caplog.messages == []
+    with pytest.raises(ValueError, match=rf"contents of \['{begun}'\] \(fingerprints .*\), not of \['{other}'\]"):
+        SameSettings(settings(base=other, records=data[0]), checkpoint)
+
+
+def test_settings_without_a_record_are_named(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    begun_with = settings()
+    del begun_with["optim"]
+    SameSettings(settings(optim="adafactor"), recorded(tmp_path / "checkpoint-2", begun_with))
+    assert ["so that these settings are not compared: optim." in message for message in caplog.messages] == [True]
+    caplog.clear()
+    (checkpoint / "begun_with.json").unlink()
+    SameSettings(settings(), checkpoint)
+    assert ["has no begun_with.json: whether its settings" in message for message in caplog.messages] == [True]
+
+
+def test_the_contents_of_a_deepspeed_file_are_recorded(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    recipe, arguments = RankLLaMATraining(), TrainingArguments(output_dir="run", use_cpu=True)
+    arguments.deepspeed = str(tmp_path / "zero.json")
+    (tmp_path / "zero.json").write_text('{"gradient_clipping": 1.0}')
+    groups = Groups(RECORDS, 4, 0, recipe.body)
+    recorded = fixed_settings(recipe, recipe.open(str(MODELS / "rankllama_base")), groups, arguments)
+    assert recorded["deepspeed"] == {"gradient_clipping": 1.0}
