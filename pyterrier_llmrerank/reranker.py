@@ -20,7 +20,8 @@ import pyterrier as pt
 from .arguments import ValueSemantics
 from .checkpoints.locate import absolute, shortest
 from .engine.cascade import Cascade
-from .engine.usage import Usage
+from .engine.prefetch import Encode, PreparedIds
+from .engine.usage import Stopwatch, Usage
 from .errors import ScoringError
 from .frames import check_columns, check_rows, distinct, row_name, warn_of_ties, with_ranks
 from .options import Converted, Option, constructor_signature, with_options
@@ -144,6 +145,7 @@ class LLMReranker(ValueSemantics, pt.Estimator):
     _usage_level = logging.INFO
     _has_warned = False  # of ties; one warning is enough
     _held = cast("Replicas | None", None)  # the weights in use
+    _prepared = cast("PreparedIds | None", None)  # by tokenise()
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Set the signature, which PyTerrier's ``__new__`` hides from some tools."""
@@ -234,6 +236,30 @@ class LLMReranker(ValueSemantics, pt.Estimator):
         result = with_ranks(inp.assign(**self._columns(scores)), scores.logits)
         self._has_warned = self._has_warned or warn_of_ties(self, inp["qid"], scores.final, scores.logits)
         return result
+
+    def tokenise(self, inp: pd.DataFrame) -> None:
+        """Tokenise a frame before it is given to :meth:`transform`; a thread may do so while another frame is scored.
+
+        The token ids are kept until then, and are not used if an argument or the model has changed. Errors are left
+        to :meth:`transform`, which names the row.
+
+        Args:
+            inp: the frame.
+        """
+        stopwatch = Stopwatch()
+        try:
+            texts, _ = distinct(list(zip(inp["query"], self._bodies(inp), strict=True)))
+            settings = (self._replicas(), self.equality_key())
+            if self._prepared is None or self._prepared.settings != settings:
+                self._prepared = PreparedIds(settings)
+            prepared, (_, _, tokenizer) = self._prepared, self._weights().at_depth(0)
+            with stopwatch:
+                prepared.add(texts, self._encode(tokenizer, texts))
+        except BaseException as error:  # a panic of the tokenizer is no Exception
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+        finally:
+            self.add_usage(Usage(tokenising_seconds=stopwatch.seconds))
 
     def compute_score(self, pairs: Iterable[Any]) -> float | np.ndarray:
         """Score pairs without a frame.
@@ -460,7 +486,10 @@ class LLMReranker(ValueSemantics, pt.Estimator):
         """
         from .engine.scoring import Scorer
 
-        return Scorer(self._replicas(), self._shape, self._encode, self.batch_size)
+        replicas, encode = self._replicas(), cast("Encode", self._encode)
+        if self._prepared is not None and self._prepared.settings == (replicas, self.equality_key()):
+            encode = partial(self._prepared.take, encode)
+        return Scorer(replicas, self._shape, encode, self.batch_size)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -116,6 +116,20 @@ def test_duplicate_rows_are_each_scored_and_run_once(monkeypatch: pytest.MonkeyP
     assert sorted(got["rank"]) == list(range(6))
 
 
+def test_a_frame_that_was_tokenised_before_has_the_same_scores() -> None:
+    """Token ids are used once, and only with the arguments that they were made with."""
+    rows, reranker = frame(), MatroyshkaReranker(FULL, dtype="float32")
+    reranker.tokenise(rows)
+    assert reranker.take_usage().tokenising_seconds > 0
+    pd.testing.assert_frame_equal(reranker.transform(rows), MATROYSHKA.transform(rows))
+    reranker.tokenise(rows)
+    reranker.max_length = 3
+    pd.testing.assert_frame_equal(
+        reranker.transform(rows), MatroyshkaReranker(FULL, dtype="float32", max_length=3).transform(rows)
+    )
+    reranker.tokenise(rows.drop(columns="text"))  # transform names the column
+
+
 def test_integer_qids_stay_integers() -> None:
     got = MATROYSHKA.transform(frame().assign(qid=[1, 1, 1, 2, 2, 2]))
     assert got["qid"].dtype.kind == "i"

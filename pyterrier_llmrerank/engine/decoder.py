@@ -10,9 +10,9 @@ layers::
                                          |                 |
                                        norm              norm  -> states of each pair's last token
 
-Each layer is called as a module, so that adapters, gradient checkpointing and parallel wrappers work. The exception is
-the deepest layer of inference: only last tokens are read there, so everything but keys and
-values is computed for these alone.
+Training calls each layer as a module, so that adapters, gradient checkpointing and parallel wrappers work. Inference
+calls a layer's parts (:mod:`~pyterrier_llmrerank.engine.layers`), with fewer passes over memory; of the deepest layer,
+it computes only keys and values for all tokens, and everything else for the last tokens alone.
 """
 
 from __future__ import annotations
@@ -20,19 +20,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from .attention import (
-    AttentionTap,
-    Layout,
-    PrefixCache,
-    single_query_logits,
-    sliding_window_of,
-)
+from .attention import AttentionTap, Layout, PrefixCache
 from .kernels import Kernel
+from .layers import call_layer, is_compiled, run_last, run_layer
 from .packing import PackedPairs, Packing, Row, on_device
 from .pooling import Pooling
 
@@ -62,7 +57,7 @@ def decode(
         packed: the pairs. If they are padded, the released code is reproduced: up to the first pooling the padding is
             part of the sequence, with its keys masked, and pooling takes the attention of the last padding token.
         cutoffs: how many layers to run before reading, ascending, each at least 1.
-        compress_layers: layer indices (from 0) before which the bodies are pooled; index 0 and indices from the
+        compress_layers: layers, counted from 1, after which the bodies are pooled; 0 and layers from the
             deepest cutoff on have no effect.
         compress_ratio: tokens pooled into one; 1 turns pooling off.
         whole_layers: run the deepest layer in full, as a module; parallel wrappers of layers need that.
@@ -120,7 +115,8 @@ def run_layers(
     hidden, device, deepest = row.states[None], row.states.device, cutoffs[-1]
     reuse_prefix = reuse_prefix if (row.packing.owner < 0).any() else None
     save_prefix = save_prefix if save_prefix is not reuse_prefix else None
-    in_groups = device.type == "cpu" and not cast(nn.Module, model).training
+    is_training = cast(nn.Module, model).training
+    in_groups = device.type == "cpu" and not is_training
     lay_out = partial(
         Layout, device=device, in_groups=in_groups, kernel=kernel, reuse_prefix=reuse_prefix, save_prefix=save_prefix
     )
@@ -135,18 +131,12 @@ def run_layers(
             layout = plan.layouts[depth - 1]
             rotary = cos[:, layout.positions], sin[:, layout.positions]
         if depth == deepest and not (whole_layers or resumable):
-            states.append(model.norm(_read_only_last(layer, hidden, rotary, layout)))
+            states.append(model.norm(run_last(layer, hidden, rotary, layout)))
             break
         pooling = plan.poolings.get(depth)
         tap = None if pooling is None else AttentionTap()
-        hidden = layer(
-            hidden,
-            attention_mask=None,
-            position_ids=layout.positions[None],
-            position_embeddings=rotary,
-            layout=layout,
-            tap=tap,
-        )
+        run = call_layer if whole_layers or is_training or is_compiled(layer) else run_layer
+        hidden = run(layer, hidden, rotary, layout, tap)
         if depth in cutoffs:
             states.append(model.norm(hidden[0, layout.last]))
         if pooling is not None and tap is not None:
@@ -181,37 +171,3 @@ def _with_prefix(states: Tensor, plan: _Plan, reuse: PrefixCache | None, save: P
     if reuse is not None and reuse.states is not None:
         states = torch.cat([states, reuse.states])
     return states
-
-
-def _read_only_last(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
-    """Run a layer for the last tokens alone, ``[pairs, width]``; of all others it needs just keys and values."""
-    parts: Any = layer
-    attention = parts.self_attn
-    cos, sin = rotary
-    # A matrix of one row uses another kernel than one of several rows, which rounds differently.
-    last = layout.last.repeat(2) if len(layout.last) == 1 else layout.last
-    normed = parts.input_layernorm(hidden)
-    key = _rotate(_project(attention, "k", normed), cos, sin).transpose(1, 2)
-    value = _project(attention, "v", normed).transpose(1, 2)
-    key, value = layout.gather_keys_values(attention.layer_idx, key, value)
-    query = _rotate(_project(attention, "q", normed[:, last]), cos[:, last], sin[:, last])[0]
-    window = sliding_window_of(attention)
-    logits = single_query_logits(query, key, layout.positions[last], layout.real_keys, attention.scaling, window)
-    weights = logits.softmax(-1)
-    mixed = (weights @ value.to(weights.dtype)).flatten(1).to(hidden.dtype)
-    residual: Tensor = hidden[0, last] + attention.o_proj(mixed)
-    output: Tensor = residual + parts.mlp(parts.post_attention_layernorm(residual))
-    return output[: len(layout.last)]
-
-
-def _project(attention: Any, name: str, states: Tensor) -> Tensor:
-    """Project states to queries, keys or values, ``[.., heads, head width]``."""
-    projected: Tensor = getattr(attention, f"{name}_proj")(states).unflatten(-1, (-1, attention.head_dim))
-    norm: Callable[[Tensor], Tensor] | None = getattr(attention, f"{name}_norm", None)  # Qwen3 has one
-    return projected if norm is None else norm(projected)
-
-
-def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary positions to ``[1, tokens, heads, width]``."""
-    first, second = states.chunk(2, dim=-1)
-    return states * cos[:, :, None] + torch.cat((-second, first), dim=-1) * sin[:, :, None]

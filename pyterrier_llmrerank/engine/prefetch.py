@@ -1,14 +1,20 @@
-"""Prepare the next item in a thread while the caller works on the current one."""
+"""Prepare the next item in a thread while the caller works on the current one, and keep token ids until then."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from .usage import Stopwatch
 
+if TYPE_CHECKING:
+    from .inputs import Ids
+
 Item = TypeVar("Item")
+
+#: Returns the token ids of ``(query, passage)`` pairs for a tokenizer.
+Encode = Callable[[Any, Sequence[tuple[str, str]]], "list[Ids]"]
 
 
 def prefetch(items: Iterable[Item], waiting: Stopwatch | None = None) -> Iterator[Item]:
@@ -32,3 +38,26 @@ def prefetch(items: Iterable[Item], waiting: Stopwatch | None = None) -> Iterato
                 item = upcoming.result()
     finally:
         thread.shutdown(wait=False, cancel_futures=True)
+
+
+class PreparedIds:
+    """Keep token ids of pairs until they are asked for; one thread may add some while another takes some.
+
+    Args:
+        settings: the values that token ids depend on, besides their pair.
+    """
+
+    def __init__(self, settings: object) -> None:
+        self.settings = settings
+        self._ids: dict[tuple[str, str], Ids] = {}
+
+    def add(self, pairs: Sequence[tuple[str, str]], ids: Sequence[Ids]) -> None:
+        """Keep the ids of pairs."""
+        self._ids.update(zip(pairs, ids, strict=True))
+
+    def take(self, encode: Encode, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Ids]:
+        """Return the ids of distinct pairs and forget them; encode the pairs that have none."""
+        found = {pair: ids for pair in pairs if (ids := self._ids.pop(pair, None)) is not None}
+        if missing := [pair for pair in pairs if pair not in found]:
+            found.update(zip(missing, encode(tokenizer, missing), strict=True))
+        return [found[pair] for pair in pairs]

@@ -12,7 +12,7 @@ class Shape:
     Args:
         cutoffs: layers at which a score is read, ascending.
         heads: index of the head for each cutoff.
-        compress_layers: layer indices before which passages are pooled, as for
+        compress_layers: layers after which passages are pooled, as for
             :func:`~pyterrier_llmrerank.engine.decoder.decode`.
         compress_ratio: hidden states pooled into one; 1 is off.
         pad_id: reproduce the released code's padding with this id; None for scores without padding.

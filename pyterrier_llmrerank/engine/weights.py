@@ -16,6 +16,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from .attention import ATTENTION
 from .decoder import Decoder
 from .fallback import FallbackDecoder
+from .linears import can_pack, pack_linears, product, replace_linears
 from .norms import replace_norms
 from .quantization import quantization_of
 
@@ -59,6 +60,7 @@ class Weights:
         if quantization is not None:
             self._quantize = quantization_of(quantization, device, dtype, torch_compile)
         self._compile = torch_compile
+        self._packs = can_pack(device, dtype) and quantization is None and not torch_compile
         # Garbage collection may drop a reranker, and call _forget, while any lock of a stack is held. With one lock for
         # the whole stack, that cannot deadlock.
         self._lock: threading.RLock = threading.RLock() if below is None else below._lock
@@ -120,6 +122,8 @@ class Weights:
         checkpoint = self.checkpoint
         if checkpoint.supports_layerwise:
             decoder = build_decoder(checkpoint)
+            if self._packs:
+                replace_linears(decoder)
             self._model = cast(Decoder, decoder)
             self._load("embed_tokens")
             self._load("norm")
@@ -134,6 +138,7 @@ class Weights:
         layer = self._load(f"layers.{index}", depth=index + 1)
         if self._quantize is not None and self._below is None:
             self._quantize(layer)
+        pack_linears(layer)
         if self._compile:
             layer.compile(dynamic=True)
             if self._quantize is not None and self.device.type == "cuda":
@@ -249,7 +254,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Compute the same as the linear layer with all updates merged in."""
-        return linear(states, self.weight, self.bias) + linear(linear(states, self.down), self.up)  # type: ignore[arg-type]
+        update = linear(linear(states, self.down), self.up)  # type: ignore[arg-type]
+        return product(states, self.weight, self.bias) + update
 
 
 _shared: weakref.WeakValueDictionary[Hashable, Weights] = weakref.WeakValueDictionary()

@@ -112,7 +112,7 @@ def worker_resources(
     machines = [node["Resources"] for node in nodes if node["Alive"]]
 
     def capacity(**each: int) -> int:
-        """Count the workers that fit if each reserves so much."""
+        """Count the workers that fit if each reserves these amounts."""
         return sum(min(int(machine.get(name, 0)) // amount for name, amount in each.items()) for machine in machines)
 
     names = device if isinstance(device, tuple) else (device,)

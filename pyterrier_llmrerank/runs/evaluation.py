@@ -161,20 +161,13 @@ def compare(
     if baseline is not None:
         other = _ranked(baseline)
         other_queries, other_total = _measure(measures, judged, other, "baseline")
-        queries = queries.merge(other_queries.rename(columns={"value": "baseline"}), on=["qid", "measure"])
-        total = total.merge(other_total.rename(columns={"value": "baseline"}), on="measure")
-        for frame in (queries, total):
-            frame["difference"] = frame["value"] - frame["baseline"]
+        queries = _with_differences(queries, other_queries, on=["qid", "measure"])
+        total = _with_differences(total, other_total, on=["measure"])
         tests = _tests(measures, judged, [other, *ranked.values()], queries, correction)
         total = total.merge(tests, on=["run", "measure"])
     if len(runs) == 1:
         return queries.drop(columns="run"), total.drop(columns="run")
-    place = {str(measure): number for number, measure in enumerate(measures)}
-    queries, total = (
-        frame.sort_values("measure", key=lambda names: names.map(place), kind="stable", ignore_index=True)
-        for frame in (queries, total)
-    )
-    return queries, total
+    return _by_measure(queries, measures), _by_measure(total, measures)
 
 
 def _ranked(rows: Iterable[RunRow]) -> pd.DataFrame:
@@ -213,6 +206,18 @@ def _measure(
     queries = [(qid, key, values[key, qid]) for key, qid in keys if (key, qid) in values]  # not all have an Accuracy
     total = [(str(measure), found.aggregated[measure]) for measure in measures]
     return pd.DataFrame(queries, columns=["qid", "measure", "value"]), pd.DataFrame(total, columns=["measure", "value"])
+
+
+def _with_differences(values: pd.DataFrame, baseline: pd.DataFrame, on: list[str]) -> pd.DataFrame:
+    """Add the values of the baseline, and the differences from it."""
+    both = values.merge(baseline.rename(columns={"value": "baseline"}), on=on)
+    return both.assign(difference=both["value"] - both["baseline"])
+
+
+def _by_measure(frame: pd.DataFrame, measures: Sequence[ir_measures.Measure]) -> pd.DataFrame:
+    """Sort the rows of several runs by measure, in the order of the measures."""
+    place = {str(measure): number for number, measure in enumerate(measures)}
+    return frame.sort_values("measure", key=lambda names: names.map(place), kind="stable", ignore_index=True)
 
 
 def _external_failure(measures: Sequence[ir_measures.Measure], error: subprocess.CalledProcessError) -> ValueError:

@@ -258,7 +258,7 @@ def rerank_line(row: RerankRow) -> str:
     return line
 
 
-# -- rows of either
+# -- rows of runs and of rerank files
 
 
 def by_query(rows: Iterable[Ranked]) -> Iterator[tuple[str, list[Ranked]]]:

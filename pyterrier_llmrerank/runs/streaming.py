@@ -85,10 +85,10 @@ def rerank_file(
     """Rerank a file of any length.
 
     The file is read in chunks of whole queries with at least :data:`~pyterrier_llmrerank.engine.scoring.CHUNK` rows for
-    each of the reranker's devices, which share a chunk. Each chunk is scored in one call, while the next one is read,
-    and written in one block. Memory use does not grow with the file, except for the ids of its queries. Chunks depend
-    on the source and the number of devices alone, so an interrupted and resumed run has the same bytes as an
-    uninterrupted one, if the options are the same.
+    each of the reranker's devices, which share a chunk. Each chunk is scored in one call and written in one block,
+    while the next one is read and tokenised. Memory use does not grow with the file, except for the ids of its queries.
+    Chunks depend on the source and the number of devices alone, so an interrupted and resumed run has the same bytes as
+    an uninterrupted one, if the options are the same.
 
     ``<target>.journal``, beside the run, records the options that affect scores, the blocks written so far, and
     whether the run is finished. An existing target is never overwritten: it raises an error, unless ``resume`` is set.
@@ -137,30 +137,23 @@ def rerank_file(
     source, target = Path(source), Path(target)
     _check_arguments(source, target, form, tag, resume, workers)
     started = time.perf_counter()
-    quiet = reranker.quiet()
+    quiet, block = reranker.quiet(), _block(reranker)
     part = None if shard is None else _open_shard(reranker, shard, source)
-    counted = reranker.verbose and part is None and source.is_file()  # a pipe can be read only once
-    total = count_lines(source) if counted else None
     with ExitStack() as stack:
         score_chunks, device_type = stack.enter_context(_scoring(quiet, workers, address))
         settings = _settings(quiet, device_type, form, tag, part)
         file = stack.enter_context(JournaledFile(target, settings, resume=resume))
-        chunks = _read(source, part, file.blocks, _block(reranker))
+        chunks = _read(source, part, file.blocks, block)
         resumed_from = _skip_written(chunks, file.blocks, source, target)
-        name, hidden = reranker.label(), not reranker.verbose
-        bar = stack.enter_context(pt.tqdm(total=total, initial=resumed_from, desc=name, unit="pair", disable=hidden))
-        run = _RunWriter(file, form, tag)
+        bar = stack.enter_context(_progress_bar(reranker, source, part, resumed_from))
+        run = _RunWriter(file, form, tag, bar)
         try:
-            with closing(score_chunks(chunks)) as results:
-                for chunk, scored in results:
-                    run.write(chunk, scored)
-                    bar.update(len(chunk.frame))
+            run.write_all(score_chunks(chunks))
         except BaseException as error:
             run.usage += quiet.usage  # of the call that raised the error
-            _add_note(error, target, resumed_from + run.pairs, _block(reranker))
+            _add_note(error, target, resumed_from + run.pairs, block)
             raise
         finally:
-            run.usage += Usage(writing_seconds=run.stopwatch.seconds)
             reranker.add_usage(run.usage)
     report = Report(target, run.pairs, run.queries, time.perf_counter() - started, resumed_from, run.usage)
     _log(report, source, part)
@@ -197,6 +190,15 @@ def _block(reranker: LLMReranker) -> int:
     from ..engine.scoring import CHUNK
 
     return CHUNK * (len(reranker.device) if isinstance(reranker.device, tuple) else 1)
+
+
+def _progress_bar(reranker: LLMReranker, source: Path, part: Shard | None, done: int) -> Any:
+    """Return a progress bar of pairs, of which some are done; hidden unless the reranker is verbose."""
+    is_counted = reranker.verbose and part is None and source.is_file()  # a pipe can be read only once
+    return pt.tqdm(
+        total=count_lines(source) if is_counted else None, initial=done, desc=reranker.label(), unit="pair",
+        disable=not reranker.verbose,
+    )  # fmt: skip
 
 
 def _log(report: Report, source: Path, part: Shard | None) -> None:
@@ -283,8 +285,13 @@ def _scoring(reranker: LLMReranker, workers: int, address: str | None) -> Iterat
 
 
 def _score_here(reranker: LLMReranker, chunks: Iterator[Chunk]) -> Generator[tuple[Chunk, ScoredChunk]]:
-    """Score chunks in this process, while a thread reads the next one."""
-    for chunk in prefetch(chunks):
+    """Score chunks in this process, while a thread reads and tokenises the next one."""
+
+    def tokenised(chunk: Chunk) -> Chunk:
+        reranker.tokenise(chunk.frame)
+        return chunk
+
+    for chunk in prefetch(map(tokenised, chunks)):
         yield chunk, score_chunk(reranker, chunk.frame)
 
 
@@ -298,22 +305,32 @@ class _RunWriter:
         file: the run.
         form: ``"three"`` or ``"trec"``.
         tag: the run's name in the TREC form.
+        bar: the progress bar of pairs.
     """
 
-    def __init__(self, file: JournaledFile, form: str, tag: str) -> None:
-        self._file, self._form, self._tag = file, form, tag
+    def __init__(self, file: JournaledFile, form: str, tag: str, bar: Any) -> None:
+        self._file, self._form, self._tag, self._bar = file, form, tag, bar
         self._compress = partial(gzip.compress, mtime=0) if file.path.suffix == ".gz" else bytes
         self.pairs = self.queries = 0
         self.usage = Usage()
-        self.stopwatch = Stopwatch()
 
-    def write(self, chunk: Chunk, scored: ScoredChunk) -> None:
-        """Write the scores of a chunk. Queries keep their order; the documents of each are sorted by rank."""
-        self.usage += scored.usage
-        with self.stopwatch:
-            self._file.append(self._compress(self._lines(scored.frame)), len(chunk.frame), chunk.checksum)
-        self.pairs += len(chunk.frame)
-        self.queries += chunk.queries
+    def write_all(self, results: Generator[tuple[Chunk, ScoredChunk]]) -> None:
+        """Write chunks as they are scored. Queries keep their order; the documents of each are sorted by rank."""
+        with closing(results):
+            for chunk, scored in results:
+                self.usage += scored.usage
+                self._write(chunk, scored.frame)
+                self.pairs += len(chunk.frame)
+                self.queries += chunk.queries
+                self._bar.update(len(chunk.frame))
+
+    def _write(self, chunk: Chunk, scores: pd.DataFrame) -> None:
+        stopwatch = Stopwatch()
+        try:
+            with stopwatch:
+                self._file.append(self._compress(self._lines(scores)), len(chunk.frame), chunk.checksum)
+        finally:
+            self.usage += Usage(writing_seconds=stopwatch.seconds)
 
     def _lines(self, scores: pd.DataFrame) -> bytes:
         order = np.lexsort((scores["rank"], pd.factorize(scores["qid"])[0]))
@@ -327,8 +344,8 @@ class _RunWriter:
 def _settings(reranker: LLMReranker, device_type: str, form: str, tag: str, shard: Shard | None) -> dict[str, Any]:
     """Return the settings that must stay the same when a run is resumed.
 
-    These are the arguments that affect scores, the base that an adapter names, and the shard. With quantization, batch
-    size and type of device do, too.
+    These are the arguments that affect scores, the base that an adapter names, and the shard. With quantization, the
+    batch size and the type of device affect them, too.
     """
     arguments = {name: value for name, value in reranker.equality_key().items() if name not in MAY_CHANGE}
     if reranker.quantization:

@@ -8,7 +8,7 @@ from conftest import written
 from pyterrier_llmrerank.runs.collection import Judgement, Text, Topic, read_qrels, read_texts, read_topics
 
 
-def test_topics_and_texts(tmp_path: Path) -> None:
+def test_topics_and_texts_are_read_from_columns_and_json_lines(tmp_path: Path) -> None:
     topics = [Topic("1", "what is\xa0a panda", 1), Topic("q2", "", 2)]
     assert list(read_topics(written(tmp_path / "a.tsv", "1\twhat is\xa0a panda\nq2\t\n"))) == topics
     lines = ['{"_id": "1", "text": "what is\\u00a0a panda"}\n', '{"query_id": "q2", "query": ""}\n']
@@ -19,7 +19,7 @@ def test_topics_and_texts(tmp_path: Path) -> None:
     assert list(read_texts(written(tmp_path / "d.jsonl", line))) == [Text("d1", "T", "u", "a", 1)]
 
 
-def test_files_of_other_projects(tmp_path: Path) -> None:
+def test_files_of_other_projects_are_read_as_they_are(tmp_path: Path) -> None:
     docs = written(tmp_path / "msmarco-docs.tsv", "D1\thttp://x\tT\ta body\n")
     assert list(read_texts(docs)) == [Text("D1", "T", "http://x", "a body", 1)]
     pyserini = written(tmp_path / "pyserini.jsonl", '{"id": 7, "contents": "a"}\n{"id": "d-2", "contents": ""}\n')
@@ -37,7 +37,7 @@ def test_files_of_other_projects(tmp_path: Path) -> None:
         "  <top>\n  <num>Number: 51</num>\n  <title>Airbus Subsidies</title>\n  </top>",
     ],
 )
-def test_topics_of_trec(tmp_path: Path, element: str) -> None:
+def test_topics_of_trec_have_number_and_title(tmp_path: Path, element: str) -> None:
     second = "<top>\n<num> Number: 052\n<title> AT&T < 5 &amp; 6\n</top>\n"
     first, other = read_topics(written(tmp_path / "topics.txt", f"{element}\n{second}"))
     title = "Airbus <i>Subsidies</i>" if "<i>" in element else "Airbus Subsidies"
@@ -50,7 +50,7 @@ def test_a_judgement_that_is_repeated_counts_once(tmp_path: Path) -> None:
     assert list(read_qrels(path)) == [Judgement("q1", "d1", 2), Judgement("q2", "d1", 0)]
 
 
-def test_judgements(tmp_path: Path) -> None:
+def test_judgements_are_read_in_the_forms_of_trec_and_beir(tmp_path: Path) -> None:
     want = [Judgement("q1", "d1", 2), Judgement("q2", "d1", -1), Judgement("q1", "d2", 0)]
     for lines in (
         "q1 0 d1 2\nq2 0 d1 -1\nq1 0 d2 0\n",

@@ -38,7 +38,7 @@ def test_every_judged_query_counts() -> None:
     ]
 
 
-def test_a_run_and_its_baseline() -> None:
+def test_a_run_is_compared_with_its_baseline_query_by_query() -> None:
     mine, other = (0, 1, 1, 3), (1, None, 2, 1)
     queries, total = compare([parse_measure("RR")], QRELS, {"mine": run(*mine)}, run(*other))
     values, others = np.array([1, 1 / 2, 1 / 2, 1 / 4]), np.array([1 / 2, 0, 1 / 3, 1 / 2])
@@ -50,7 +50,7 @@ def test_a_run_and_its_baseline() -> None:
 
 
 @pytest.mark.parametrize("correction", ["holm", "bonferroni"])
-def test_several_runs_and_a_correction(correction: str) -> None:
+def test_p_values_are_corrected_for_several_runs(correction: str) -> None:
     """Corrected by hand, measure by measure. A run that equals the baseline counts, and has no p."""
     generator = np.random.default_rng(0)
     qrels = [Judgement(f"q{q}", f"d{q}", 2) for q in range(12)]
@@ -85,7 +85,7 @@ def test_several_runs_and_a_correction(correction: str) -> None:
             pd.testing.assert_frame_equal(alone, rows.loc[[run_], alone.columns].reset_index(drop=True))
 
 
-def test_several_runs_without_a_baseline() -> None:
+def test_several_runs_are_evaluated_without_a_baseline() -> None:
     _, total = compare([parse_measure("RR")], QRELS, {"a": run(0, 1, 1, 0), "b": run(1, 1, 1, 1)})
     assert list(total.itertuples(index=False, name=None)) == [("a", "RR", 0.75), ("b", "RR", 0.5)]
     with pytest.raises(ValueError, match="correction='holm' needs a baseline"):
@@ -110,7 +110,7 @@ def test_missing_queries_give_a_warning_or_an_error(caplog: pytest.LogCaptureFix
     assert caplog.messages == [
         "The baseline lacks 2 of the 4 queries with judgements; they count as queries without results."
     ]
-    others = [row._replace(qid=f"other-{row.qid}") for row in run(0)]
+    others = [RunRow(f"other-{qid}", *rest) for qid, *rest in run(0)]
     with pytest.raises(
         ValueError,
         match="the baseline has none of the queries .*: it has 'other-.*, and the qrels have 'q0'",
@@ -133,7 +133,7 @@ def test_a_measure_that_a_query_does_not_define_is_an_error() -> None:
         compare([parse_measure("Accuracy")], QRELS, {"mine": relevant})
 
 
-def test_measures_that_rankings_of_the_candidates_lack() -> None:
+def test_a_measure_not_defined_for_the_candidates_is_an_error() -> None:
     """Found before any ranking is computed."""
     rows = pd.DataFrame({"qid": ["q0", "q1", "q1"], "docno": ["a", "a", "b"]})
     relevant = pd.DataFrame({"qid": ["q0", "q1"], "docno": ["a", "b"], "label": 1})
@@ -155,7 +155,7 @@ def test_a_measure_is_named_once() -> None:
         compare(list(map(parse_measure, names)), QRELS, {"mine": run(0, 1, 1, 0)}, run(1, 1, 1, 1))
 
 
-def test_a_measure_that_needs_numeric_qids() -> None:
+def test_a_measure_that_needs_numeric_qids_is_named() -> None:
     with pytest.raises(ValueError, match=r"measure=RR, ERR@10: .* need numeric qids"):
         compare([parse_measure("RR"), parse_measure("ERR@10")], QRELS, {"mine": run(0, 1, 1, 2)})
 
@@ -173,7 +173,7 @@ def test_ties_keep_their_rank_or_order() -> None:
     for order, value in ((rows, 1.0), (rows[::-1], 1 / 3)):
         _, total = compare([parse_measure("RR")], QRELS[:1], {"mine": order})
         assert total["value"].tolist() == [value]
-    ranked = [row._replace(rank=rank) for row, rank in zip(rows, (1, 0, 2), strict=True)]
+    ranked = [RunRow("q0", name, rank, 0.5, 1) for name, rank in (("d0", 1), ("z", 0), ("a", 2))]
     _, total = compare([parse_measure("RR")], QRELS[:1], {"mine": ranked})
     assert total["value"].tolist() == [0.5]
 
@@ -181,7 +181,7 @@ def test_ties_keep_their_rank_or_order() -> None:
 @pytest.mark.parametrize(
     ("name", "same"), [("ndcg_cut_10", "nDCG@10"), ("map", "AP"), ("recip_rank", "RR"), ("P_5", "P@5"), ("AP", "AP")]
 )
-def test_measures_by_their_names_in_trec_eval(name: str, same: str) -> None:
+def test_measures_may_have_their_names_in_trec_eval(name: str, same: str) -> None:
     assert parse_measure(name) == parse_measure(same)
 
 

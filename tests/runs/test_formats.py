@@ -151,7 +151,9 @@ def test_scores_are_not_taken_for_ranks(tmp_path: Path, queries: list[list[float
         ("q d1 20 1\nq d2 10 2\n", "qid,docno,score,rank", "line 1: the scores count up like ranks"),  # swapped
     ],
 )
-def test_ranks_and_scores_that_contradict_each_other(tmp_path: Path, lines: str, columns: str, problem: str) -> None:
+def test_ranks_and_scores_that_contradict_each_other_are_named(
+    tmp_path: Path, lines: str, columns: str, problem: str
+) -> None:
     path = written(tmp_path / "run.txt", lines)
     with pytest.raises(ValueError, match=f"^{path}, {problem}.*--columns"):
         list(read_run(path))
@@ -205,7 +207,7 @@ def test_bom_crlf_and_empty_lines_are_tolerated(tmp_path: Path) -> None:
     assert [row.line for row in read_rerank(path)] == [1]
 
 
-def test_best_first() -> None:
+def test_rows_are_sorted_by_score_then_rank_then_position() -> None:
     ranked = [("a", 3, 0.5), ("b", 1, 0.5), ("c", 9, 2), ("d", 1, 0.5)]
     rows = [RunRow("q", name, rank, score, 1) for name, rank, score in ranked]
     assert [row.docno for row in best_first(rows)] == ["c", "b", "d", "a"]

@@ -1,5 +1,6 @@
 """Files with a journal: after any damage to either, resuming gives the same bytes."""
 
+import fcntl
 import json
 import logging
 import os
@@ -139,16 +140,16 @@ def test_an_empty_file_that_existed_before_is_not_removed(tmp_path: Path) -> Non
 def test_a_file_replaced_before_it_is_locked_is_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "run.tsv"
     path.write_bytes(b"old")
-    real, replaced = JournaledFile._lock, []
+    real, replaced = fcntl.flock, []
 
-    def lock(self: JournaledFile, file: FileIO) -> None:
+    def lock(file: FileIO, operation: int) -> None:
         if not replaced:
             replaced.append(path)
             path.unlink()
             write(path, [b"one\n"])
-        real(self, file)
+        real(file, operation)
 
-    monkeypatch.setattr(JournaledFile, "_lock", lock)
+    monkeypatch.setattr(fcntl, "flock", lock)
     assert len(write(path, [b"one\n", b"two\n"], resume=True)) == 1
     assert path.read_bytes() == b"one\ntwo\n"
 

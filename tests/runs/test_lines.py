@@ -1,4 +1,4 @@
-"""A written file appears once it is complete, whatever happens on the way."""
+"""A written file appears only once it is complete, even if writing fails."""
 
 import gzip
 import os
@@ -60,7 +60,7 @@ def test_links_devices_and_pipes_are_kept(tmp_path: Path) -> None:
         written(tmp_path / "none" / "run.txt", "x")
 
 
-def test_a_pipe_gets_nothing_of_what_fails(tmp_path: Path) -> None:
+def test_a_pipe_gets_nothing_if_writing_fails(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)

@@ -48,15 +48,23 @@ class Tiny(pt.datasets.Dataset):
 
 
 @pytest.fixture
-def named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def registered(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Return a dict to which tests add datasets that ir_datasets then loads by name."""
+    added: dict[str, Any] = {}
+    real = ir_datasets.load
+    monkeypatch.setattr(ir_datasets, "load", lambda name: added[name] if name in added else real(name))
+    return added
+
+
+@pytest.fixture
+def named(folder: Path, registered: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Register the files as ``tiny-irds`` with ir_datasets, and ``tiny-pt`` and ``empty-pt`` with PyTerrier."""
     monkeypatch.setenv("IR_DATASETS_HOME", str(folder / "irds"))
     parts = {"docs_tsv": "texts.tsv", "queries_tsv": "topics.tsv", "qrels_trec": "qrels.txt"}
     paths = {part: str(folder / name) for part, name in parts.items()}
-    registered = ir_datasets.registry._registered
-    monkeypatch.setitem(registered, "tiny-irds", ir_datasets.create_dataset(**paths))
-    monkeypatch.setitem(registered, "docs-irds", ir_datasets.create_dataset(docs_tsv=paths["docs_tsv"]))
-    monkeypatch.setitem(registered, "qrels-irds", ir_datasets.create_dataset(qrels_trec=paths["qrels_trec"]))
+    registered["tiny-irds"] = ir_datasets.create_dataset(**paths)
+    registered["docs-irds"] = ir_datasets.create_dataset(docs_tsv=paths["docs_tsv"])
+    registered["qrels-irds"] = ir_datasets.create_dataset(qrels_trec=paths["qrels_trec"])
     monkeypatch.setitem(pt.datasets.DATASET_MAP, "tiny-pt", Tiny())
     monkeypatch.setitem(pt.datasets.DATASET_MAP, "empty-pt", pt.datasets.Dataset())
 
@@ -88,14 +96,14 @@ def test_missing_and_repeated_entries_are_named(folder: Path, changed: dict[str,
 
 @pytest.mark.usefixtures("named")
 @pytest.mark.parametrize("name", ["tiny-irds", "irds:tiny-irds"])
-def test_ir_datasets(name: str) -> None:
+def test_a_dataset_of_ir_datasets_is_read_by_name(name: str) -> None:
     assert queries(name) == {"q1": "panda", "q2": "coffee", "q3": "tide"}
     assert documents(name, {"d1", "d9"}) == {"d1": Text("d1", None, None, "a panda", 0)}
     assert judgements(name) == [Judgement("q1", "d1", 2), Judgement("q2", "d3", 0)]
 
 
 @pytest.mark.usefixtures("named")
-def test_pyterrier_datasets() -> None:
+def test_a_dataset_of_pyterrier_is_read_by_name() -> None:
     assert queries("tiny-pt") == {"1": "panda", "2": "coffee"}
     assert documents("tiny-pt", {"d1", "d9"}) == {"d1": Text("d1", "T", None, "a panda", 0)}
     assert judgements("tiny-pt") == [Judgement("1", "d1", 2)]
@@ -125,12 +133,14 @@ def test_invalid_names_are_errors(read: Callable[[str], object], name: str, prob
 @pytest.mark.parametrize(
     ("read", "part"), [(queries, "topics"), (judgements, "qrels"), (lambda name: documents(name, {"d1"}), "texts")]
 )
-def test_a_failed_download_is_named(read: Callable[[str], object], part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_download_is_named(
+    read: Callable[[str], object], part: str, registered: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def failed(*_: object) -> None:
         raise RuntimeError("All download sources failed", [])
 
     for method in ("queries_iter", "qrels_iter", "docs_store"):
-        monkeypatch.setattr(ir_datasets.registry._registered["tiny-irds"], method, failed, raising=False)
+        monkeypatch.setattr(registered["tiny-irds"], method, failed, raising=False)
     with pytest.raises(ConnectionError, match=f"{part}='tiny-irds' could not be downloaded: .*All download sources"):
         read("tiny-irds")
 
@@ -141,7 +151,7 @@ def test_a_failed_download_is_named(read: Callable[[str], object], part: str, mo
 def classes(part: str) -> dict[str, type[Any]]:
     """Return the record classes of all datasets of ir_datasets."""
     found: dict[str, type[Any]] = {}
-    for dataset in ir_datasets.registry._registered.values():
+    for dataset in map(ir_datasets.load, ir_datasets.registry):
         if getattr(dataset, f"has_{part}")():
             kind = getattr(dataset, f"{part}_cls")()
             found[f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}"] = kind
@@ -164,7 +174,7 @@ def made_up(hint: Any, name: str) -> Any:
         return {"key": made_up(arguments[1], name)}
     if issubclass(hint, enum.Enum):
         return next(iter(hint))
-    if hasattr(hint, "_fields"):
+    if issubclass(hint, tuple):
         return made(hint)
     plain = {
         str: f"some {name}", bytes: PAGE, int: 7, float: 0.5, bool: True,
@@ -177,15 +187,20 @@ def made(kind: Any, **given: Any) -> Any:
     """Make an instance of a record class."""
     hints = typing.get_type_hints(kind)
     usual = {"doc_id": "d1", "query_id": "q1", "http_headers": None}
-    if "http_headers" in kind._fields:
+    if "http_headers" in hints:
         said = "Content-Type: text/html; charset=utf-8\r\n"
         usual["http_headers"] = said.encode() if hints["http_headers"] is bytes else said
-    values = {name: usual.get(name) or made_up(hints[name], name) for name in kind._fields}
+    values = {name: usual.get(name) or made_up(hint, name) for name, hint in hints.items()}
     return kind(**{**values, **given})
 
 
+def fields(kind: Any) -> list[str]:
+    """Return the fields of a record class after the first, which is its id."""
+    return list(typing.get_type_hints(kind))[1:]
+
+
 @pytest.fixture
-def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, Any], RerankRow]:
+def prepared(tmp_path: Path, registered: dict[str, Any]) -> Callable[[Any, Any], RerankRow]:
     """Return a function that prepares a query and a document of ir_datasets, and reads the rerank file back."""
     (tmp_path / "run.txt").write_text("q1 d1 0.5\n")
 
@@ -194,7 +209,7 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, 
             has_docs=lambda: True, docs_store=lambda: types.SimpleNamespace(get_many=lambda docnos: {"d1": document}),
             has_queries=lambda: True, queries_iter=lambda: iter([query]),
         )  # fmt: skip
-        monkeypatch.setitem(ir_datasets.registry._registered, "made-up", dataset)
+        registered["made-up"] = dataset
         lines = [rerank_line(row) for row in rerank_rows(tmp_path / "run.txt", "made-up", "made-up", 1)]
         (tmp_path / "rerank.jsonl").write_text("".join(lines))
         (row,) = read_rerank(tmp_path / "rerank.jsonl")
@@ -207,7 +222,7 @@ QUERY, DOCUMENT = GenericQuery("q1", "panda"), GenericDoc("d1", "a panda")
 
 
 @pytest.mark.parametrize("kind", DOCS.values(), ids=DOCS)
-def test_every_kind_of_document(kind: Any, prepared: Callable[[Any, Any], RerankRow]) -> None:
+def test_every_kind_of_document_has_a_text_or_is_named(kind: Any, prepared: Callable[[Any, Any], RerankRow]) -> None:
     document = made(kind)
     if kind.__name__ == "ToucheImageDoc":
         with pytest.raises(
@@ -221,7 +236,7 @@ def test_every_kind_of_document(kind: Any, prepared: Callable[[Any, Any], Rerank
         assert whole.split() == document.default_text().split()
     assert row.text
     assert row.url == getattr(document, "url", None)
-    for name in kind._fields[1:]:
+    for name in fields(kind):
         try:
             row = prepared(made(kind, **{name: None}), QUERY)
         except ValueError as error:
@@ -231,14 +246,14 @@ def test_every_kind_of_document(kind: Any, prepared: Callable[[Any, Any], Rerank
 
 
 @pytest.mark.parametrize("kind", QUERIES.values(), ids=QUERIES)
-def test_every_kind_of_query(kind: Any, prepared: Callable[[Any, Any], RerankRow]) -> None:
+def test_every_kind_of_query_has_a_text_or_is_named(kind: Any, prepared: Callable[[Any, Any], RerankRow]) -> None:
     query = made(kind)
     if kind.__name__ == "TrecBackgroundLinkingQuery":
         with pytest.raises(ValueError, match="^topics='made-up': cannot get a text for query_id 'q1', a TrecBack"):
             prepared(DOCUMENT, query)
         return
     assert prepared(DOCUMENT, query).query == (query.default_text() if hasattr(query, "default_text") else "some text")
-    for name in kind._fields[1:]:
+    for name in fields(kind):
         try:
             row = prepared(DOCUMENT, made(kind, **{name: None}))
         except ValueError as error:
@@ -296,13 +311,12 @@ def test_queries_without_text_are_an_error_only_if_the_run_has_them(prepared: Ca
 
 
 @pytest.mark.parametrize("kind", QRELS.values(), ids=QRELS)
-def test_every_kind_of_judgement(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_kind_of_judgement_has_one_label(kind: Any, registered: dict[str, Any]) -> None:
     one = made(kind, relevance="2" if kind.__name__ == "CodeSearchNetChallengeQrel" else 2)
     given = [one, one]
-    dataset = types.SimpleNamespace(has_qrels=lambda: True, qrels_iter=lambda: iter(given))
-    monkeypatch.setitem(ir_datasets.registry._registered, "made-up", dataset)
+    registered["made-up"] = types.SimpleNamespace(has_qrels=lambda: True, qrels_iter=lambda: iter(given))
     assert judgements("made-up") == [Judgement("q1", "d1", 2)] or one.doc_id != "d1"
-    given = [one, one._replace(relevance=0)]
+    given = [one, made(kind, relevance=0)]
     with pytest.raises(
         ValueError, match="qrels='made-up': docno .* is judged 2 and 0 for query 'q1'; expected one label"
     ):
