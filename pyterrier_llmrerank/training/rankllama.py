@@ -78,9 +78,13 @@ class RankLLaMATraining(Recipe):
         return self if own is None else replace(self, **InputFormat.chosen(self._given(), own).settings())
 
     def described_inputs(self) -> dict[str, Any]:
-        """Return the input format and the lengths."""
+        """Return the input format, and the lengths that are not the usual ones.
+
+        The original program trains on passages of 196 tokens and reranks 164, so the usual length is not kept.
+        """
         lengths = {name: getattr(self, name) for name in ("query_max_length", "passage_max_length")}
-        return {"input_format": self.form, **lengths}
+        own = {name: length for name, length in lengths.items() if length != getattr(type(self), name)}
+        return {"input_format": self.form, **own}
 
     @property
     def loss(self) -> DistilledLoss:

@@ -312,6 +312,12 @@ def test_a_trained_matroyshka_opens_by_its_folder(tmp_path: Path) -> None:
     assert repr(compensated.at(**POOLED)).endswith(" over adapter-1, token")
 
 
+def test_a_recipe_names_only_lengths_that_are_not_the_originals() -> None:
+    assert RankLLaMATraining().described_inputs().keys() == {"input_format"}  # 196 in training, 164 in reranking
+    own = RankLLaMATraining(query_max_length=20, passage_max_length=90).described_inputs()
+    assert (own["query_max_length"], own["passage_max_length"]) == (20, 90)
+
+
 def test_a_trained_rankllama_opens_by_its_folder(tmp_path: Path) -> None:
     recipe = RankLLaMATraining(**SETTINGS, passage_max_length=90, output_dir=str(tmp_path / "run"))
     ours = RankLLaMAReranker.untrained(str(MODELS / "rankllama_base"), training=recipe, dtype="float32")
