@@ -116,7 +116,7 @@ def rankllama(**arguments: Any) -> RankLLaMAReranker:
         (reranker, {"max_length": 700}),
         (reranker, {"query_max_length": 20, "max_length": 90}),
     ],
-    ids=str,
+    ids=lambda value: value.__name__ if callable(value) else str(value),
 )
 def test_a_saved_reranker_keeps_its_lengths(make: Any, lengths: dict[str, Any], merged: bool, tmp_path: Path) -> None:
     ours = make(**lengths)
