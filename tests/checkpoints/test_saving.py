@@ -18,6 +18,9 @@ from pyterrier_llmrerank.checkpoints import saving, tokenizer
 from pyterrier_llmrerank.checkpoints.input_format import InputFormat
 from pyterrier_llmrerank.checkpoints.saving import all_or_nothing
 
+#: By how much two programs' scores differ in fp32 on tiny random models, which amplify the order of sums.
+ROUNDING = 3e-5
+
 PAIR = ("a query", "a passage")
 RANKLLAMA = RankLLaMAReranker(MODELS / "rankllama_adapter", base_model=MODELS / "rankllama_base", dtype="float32")
 MATROYSHKA = MatroyshkaReranker(
@@ -233,11 +236,11 @@ def test_every_depth_is_a_plain_classifier(heads: str, tmp_path: Path) -> None:
         score = score_of(folder)
         wanted = ours.compute_score(pairs)
         for theirs in (together, score(pairs), [score([pair])[0] for pair in pairs]):
-            np.testing.assert_allclose(theirs, wanted, atol=1e-5)
+            np.testing.assert_allclose(theirs, wanted, atol=ROUNDING)
     odd = [(query, passage) for query in ODD for passage in ODD]
     found = [made("A: " + query, "B: " + passage)["input_ids"] for query, passage in odd]
     assert found == [ids.flat() for ids in ours.scorer().ids(odd)]
-    np.testing.assert_allclose(score(odd), ours.compute_score(odd), atol=1e-5)
+    np.testing.assert_allclose(score(odd), ours.compute_score(odd), atol=ROUNDING)
 
 
 def test_a_tokenizer_with_other_ids_elsewhere_is_not_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +267,7 @@ def test_byte_level_tokenizers_are_exported(named: str | None, tmp_path: Path) -
     ours = MatroyshkaReranker(folder, dtype="float32", cutoff=4)
     ours.save(tmp_path / "new", merged=True, form="sequence-classification")
     odd = [(query, passage) for query in ODD for passage in ODD]
-    np.testing.assert_allclose(score_of(tmp_path / "new")(odd), ours.compute_score(odd), atol=1e-5)
+    np.testing.assert_allclose(score_of(tmp_path / "new")(odd), ours.compute_score(odd), atol=ROUNDING)
 
 
 @pytest.mark.parametrize(
@@ -324,12 +327,12 @@ def test_the_token_in_which_every_input_ends_does_not_pad(end: str, tmp_path: Pa
     pad = AutoTokenizer.from_pretrained(tmp_path / "merged").pad
     with torch.inference_mode():
         together = model(**pad({"input_ids": [pair.flat() for pair in ids]}, return_tensors="pt")).logits[:, 0]
-    np.testing.assert_allclose(together, ours.compute_score(pairs), atol=1e-5)
+    np.testing.assert_allclose(together, ours.compute_score(pairs), atol=ROUNDING)
     layered = shutil.copytree(MODELS / "costwise_full", tmp_path / "layered")
     made.save_pretrained(layered)
     deep = MatroyshkaReranker(layered, dtype="float32", cutoff=4, prompt=f"Is it?{end}")
     deep.save(tmp_path / "export", merged=True, form="sequence-classification")
-    np.testing.assert_allclose(score_of(tmp_path / "export")(pairs), deep.compute_score(pairs), atol=1e-5)
+    np.testing.assert_allclose(score_of(tmp_path / "export")(pairs), deep.compute_score(pairs), atol=ROUNDING)
 
 
 @pytest.mark.parametrize("eos", ["</s>", None])

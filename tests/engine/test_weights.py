@@ -253,15 +253,14 @@ def test_compiled_layers_give_the_same_for_batches_of_any_shape(monkeypatch: pyt
     torch._dynamo.reset()
     graphs = torch._dynamo.utils.counters["stats"]
     made = [graphs["unique_graphs"]]
-    kept = MatroyshkaReranker(FULL, dtype="bfloat16", torch_compile=True)
+    kept = MatroyshkaReranker(FULL, dtype="float32", torch_compile=True)
     for size, queries, documents in ((1, 1, 1), (2, 2, 2), (5, 3, 4), (None, 2, 6)):
         shape = {"cutoff": [3, 4], "compress_layers": 2, "compress_ratio": 2}
-        wanted = MatroyshkaReranker(FULL, dtype="bfloat16", **shape)(frame(queries, documents))
+        wanted = MatroyshkaReranker(FULL, dtype="float32", **shape)(frame(queries, documents))
         compiled = kept.at(**shape)
         compiled.batch_size = size
         got = compiled(frame(queries, documents))
-        columns = ["score_3", "score_4"]
-        np.testing.assert_allclose(got[columns], wanted[columns], atol=0.1)  # uncompiled layers round less often
+        np.testing.assert_allclose(got[["score_3", "score_4"]], wanted[["score_3", "score_4"]], atol=1e-4)
         made.append(graphs["unique_graphs"])
     assert made[2] == made[-1]
     assert 0 < made[-1] - made[0] <= 8
@@ -331,8 +330,10 @@ def test_each_device_has_one_copy_shared_by_all_shapes(monkeypatch: pytest.Monke
     assert len(layers_in_memory(second)) == 7
     parts = [dict(weights.at_depth(1)[0].named_parameters()) for weights in (first, second)]
     name = "layers.0.mlp.up_proj.weight"
-    assert parts[0][name].data_ptr() != parts[1][name].data_ptr()
-    assert torch.equal(parts[0][name], parts[1][name])
+    assert parts[0][name] is not parts[1][name]
+    plain = [part[name].to_dense() if part[name].is_mkldnn else part[name] for part in parts]
+    assert plain[0].data_ptr() != plain[1].data_ptr()
+    assert torch.equal(*plain)
     del deep
     gc.collect()
     assert layers_in_memory(second) == [1, 2, 3]
