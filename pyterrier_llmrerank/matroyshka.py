@@ -16,7 +16,8 @@ from . import shapes
 from .checkpoints import bundled
 from .checkpoints.assembly import assemble, token_adapter_for
 from .checkpoints.description import FILE, Description, amend
-from .checkpoints.locate import absolute, folder_of, identity, is_hub_id, require, shortest
+from .checkpoints.identity import identity
+from .checkpoints.locate import absolute, folder_of, is_hub_id, require, shortest
 from .engine.inputs import PROMPT, Ids, MatroyshkaInputs
 from .features import PAPER, AtDepth, MatroyshkaFeatures
 from .frames import sigmoid
@@ -69,7 +70,7 @@ class MatroyshkaReranker(LLMReranker):
         check=folders,
         help="LoRA folders, merged in the order given. Each is a path, a folder below the model's own "
         '(``"compensate/layer/full"``) or a hub id. The default is the adapters in the model\'s '
-        "``reranker.json``, if it has one.",
+        "``reranker.json``, if it has one. A ``reranker.json`` beside an adapter gives prompt, heads and lengths.",
         shell="LoRA folders, merged in the order given: ``--adapters FIRST --adapters SECOND``.",
     )
     token_adapters: Converted[Mapping[int, str] | Sequence[tuple[int, str]], tuple[tuple[int, str], ...]] = Converted(

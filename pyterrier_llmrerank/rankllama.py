@@ -12,8 +12,9 @@ import pandas as pd
 
 from .checkpoints import bundled
 from .checkpoints.description import FILE, Description, amend, read_description
+from .checkpoints.identity import identity
 from .checkpoints.input_format import TEVATRON_2023, InputFormat, check_name
-from .checkpoints.locate import absolute, folder_of, identity, is_hub_id, named_base, portable, require, shortest
+from .checkpoints.locate import absolute, folder_of, is_hub_id, named_base, portable, require, shortest
 from .engine.inputs import Encoding, Ids, RankLLaMAInputs, inputs_of
 from .frames import row_name
 from .options import Option, with_options

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .checkpoints.locate import identity
+from .checkpoints.identity import identity
 from .engine.weights import Sharer, Weights, shared_weights
 
 #: The device, dtype, quantization and compilation of one copy.

@@ -131,11 +131,12 @@ def collection(folder: Path, run: str = "first") -> None:
 @pytest.fixture
 def devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make each device name another CPU, with its own weights for each reranker."""
-    from pyterrier_llmrerank.engine import devices, weights
+    from pyterrier_llmrerank import replicas
+    from pyterrier_llmrerank.engine import devices
 
     cpus = lambda names: (torch.device("cpu"),) * (len(names) if isinstance(names, tuple) else 1)  # noqa: E731
     monkeypatch.setattr(devices, "resolve_devices", cpus)
-    monkeypatch.setattr(weights, "shared_weights", lambda key, create: create())
+    monkeypatch.setattr(replicas, "shared_weights", lambda key, create: create())
 
 
 def layers_in_memory(weights: Any) -> list[int]:

@@ -1,4 +1,4 @@
-"""The state of one call, which its devices share."""
+"""Share the state of one call among its devices."""
 
 from __future__ import annotations
 

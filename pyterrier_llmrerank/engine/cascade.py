@@ -1,4 +1,4 @@
-"""Cascades: after some layers, only the best candidates of each query continue."""
+"""Drop all but the best candidates of each query after some layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GAP = 1.0
 
 
 class Cascade:
-    """Decide which rows of a result frame are dropped after which layer, and rank them all.
+    """Decides which rows of a result frame are dropped after which layer, and ranks them all.
 
     Ties are broken by the order of the rows, as in PyTerrier's ranks.
 

@@ -35,16 +35,16 @@ from .weights import Weights
 
 @dataclass
 class Stage:
-    """A run of layers between two points where a cascade drops candidates.
+    """Holds the pairs of a chunk between two points where a cascade drops candidates.
 
     Args:
-        cutoffs: layers at which it reads scores.
+        cutoffs: layers of the stage at which scores are read.
         is_last: whether no stage follows.
         alive: positions in the chunk of the pairs that take part.
         states_before: each pair's hidden states before the stage, by position in the chunk: a row, and the pair's index
             in it. Empty for the first stage.
-        states_after: the same after the stage, filled as batches are run. Empty for the last stage.
-        prefix: the prefix at the end of the latest batch; the next batch may start with it.
+        states_after: the same after the stage, filled batch by batch. Empty for the last stage.
+        prefix: the prefix at the end of the latest batch; the next batch may begin with it.
     """
 
     cutoffs: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Resolve the device and dtype options to what this machine has."""
+"""Resolve the device and dtype options on this machine."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ POSITIONS = ("wpe", "embed_positions", "position_embeddings", "positions_embed",
 
 
 class FallbackDecoder(nn.Module):
-    """Run a transformers model of any causal architecture, with adapters merged in.
+    """Runs a transformers model of any causal architecture, with adapters merged in.
 
     Args:
         checkpoint: the source of the weights.

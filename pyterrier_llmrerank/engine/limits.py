@@ -1,4 +1,4 @@
-"""The token ids that a model can read."""
+"""Check that a model can read a pair's token ids."""
 
 from __future__ import annotations
 

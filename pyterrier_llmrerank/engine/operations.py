@@ -18,7 +18,7 @@ Counts = NDArray[np.float64]
 
 
 class Layer(NamedTuple):
-    """Sizes of a decoder layer that determine its operations.
+    """Holds the sizes of a decoder layer that determine its operations.
 
     Args:
         matrices: weights in its matrices.
@@ -49,7 +49,7 @@ class Layer(NamedTuple):
 
 
 class Operations:
-    """Count multiplications and additions for some pairs in any shape of a decoder.
+    """Counts multiplications and additions for some pairs in any shape of a decoder.
 
     It counts useful work: the layers' matrices, attention to visible keys, and heads; a query's prefix once, and no
     padding. It leaves out element-wise work and pooling.

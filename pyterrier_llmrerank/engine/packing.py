@@ -167,7 +167,7 @@ class PackedPairs(Packing):
 
 @dataclass(frozen=True)
 class Row:
-    """A packed row on its way through the decoder.
+    """Holds a packed row on its way through the decoder.
 
     Args:
         packing: where each pair's tokens are.

@@ -16,7 +16,7 @@ from .call import Call
 
 
 class PendingBatch(NamedTuple):
-    """A batch whose scores the device may still be computing.
+    """Holds a batch whose scores the device may still be computing.
 
     Args:
         pairs: their indices among all pairs.

@@ -41,7 +41,7 @@ SHARES = 4
 
 @dataclass(frozen=True)
 class Scorer:
-    """Score pairs with one model in one shape. It opens files only when something asks for their contents.
+    """Scores pairs with one model in one shape. Files are opened when their contents are first needed.
 
     Args:
         weights: the model's weights, once for each device.
@@ -115,9 +115,9 @@ class Scorer:
 
         Raises:
             ValueError, ImportError: the attention kernel, a cutoff or the padding cannot be used with this model.
-            ScoringError: a pair has no tokens, unknown tokens or more tokens than its table of positions, if it has
-                one (checked before its chunk is scored); a score is not finite; memory runs out; or anything else
-                fails. The other devices finish their batch. ``scores`` holds all logits computed so far.
+            ScoringError: a pair has no tokens, a token that the model does not know, or more tokens than the model has
+                positions (all checked before its chunk is scored); a score is not finite; memory runs out; or anything
+                else fails. The other devices finish their batch. ``scores`` holds all logits computed so far.
             KeyboardInterrupt: Ctrl-C, with ``scores`` as above.
         """
         observer = observer or Observer()

@@ -1,4 +1,4 @@
-"""The part of a model that a reranker runs."""
+"""Describe the part of a model that a reranker runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shape:
-    """The part of a model that is run, and the heads that read it.
+    """Names the layers of a model that are run, and the heads that read them.
 
     Args:
         cutoffs: layers at which a score is read, ascending.

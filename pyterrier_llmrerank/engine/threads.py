@@ -1,4 +1,4 @@
-"""The number of threads that training and large calls run on, on a CPU."""
+"""Choose the number of threads for training and large calls on a CPU."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from .usage import Stopwatch, Usage
 
 
 class TokenizedPairs(NamedTuple):
-    """A chunk of pairs with their token ids.
+    """Holds a chunk of pairs with their token ids.
 
     Args:
         pairs: their indices among all pairs.

@@ -1,4 +1,4 @@
-"""The cost of scoring (pairs, tokens, padding and seconds), and the observer of a call."""
+"""Count pairs, tokens, padding and seconds of scoring, and follow a call."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Usage:
-    """Counts of scored pairs, with the tokens and seconds that they took. Usages of several runs can be added.
+    """Counts scored pairs, and the tokens and seconds that they took. Usages of several runs can be added.
 
     Measuring never makes a device wait. Seconds are summed over the threads that work. ``model_seconds`` covers
     laying out and launching batches and waiting for their results, not opening weights. Tokenisation runs in a thread
@@ -68,7 +68,7 @@ class Usage:
 
 
 class Observer:
-    """Follow the scoring of some pairs. Subclasses override the methods they need."""
+    """Follows the scoring of some pairs. Subclasses override the methods they need."""
 
     def label(self, pair: int) -> str:
         """Name a pair, given by its index, in error messages."""
@@ -82,7 +82,7 @@ class Observer:
 
 
 class Stopwatch:
-    """Add up the seconds spent in ``with`` blocks, which must not overlap."""
+    """Adds up the seconds spent in ``with`` blocks, which must not overlap."""
 
     def __init__(self) -> None:
         self.seconds = 0.0

@@ -22,7 +22,7 @@ from .quantization import quantization_of
 
 
 class Sharer(Protocol):
-    """A reranker, as far as its weights know it."""
+    """Describes a reranker as far as its weights know it."""
 
     def deepest(self) -> int | None:
         """Return the deepest layer that it runs; None for the model's last."""

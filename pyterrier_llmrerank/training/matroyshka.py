@@ -46,7 +46,7 @@ class MatroyshkaTraining(Recipe):
     train_method: str = option(
         "normal",
         f"loss, one of {', '.join(METHODS)}; normal and distill are the cross-entropy alone, the others distil "
-        "deeper layers into shallower ones, and those with _teacher learn from a teacher's scores too",
+        "deeper layers into shallower ones; methods with _teacher learn from a teacher's scores too",
     )
     prompt: str = option(
         PROMPT, "question at the end of every input; a described model keeps its own, and a prompt in the data wins"
@@ -79,8 +79,8 @@ class MatroyshkaTraining(Recipe):
             adapters: adapters to merge into the base first.
 
         Returns:
-            The checkpoint. Its heads and prompt are those that the description of the model, or else of the last
-            adapter, names; where it names none, the recipe's.
+            The checkpoint. Its heads and prompt are from the description of the model, or else of the last adapter;
+            where there is none, from the recipe.
 
         Raises:
             ValueError: the model has too few layers for ``start_layer`` or ``compress_layers``, or it was trained with

@@ -88,13 +88,13 @@ class RankingModel(nn.Module):
             self.head_layers,
             compress_layers=compress_layers,
             compress_ratio=compress_ratio,
-            whole_layers=self._whole_layers(),
+            whole_layers=self.runs_whole_layers(),
         )
         if hasattr(self, "score"):
             return cast(Tensor, self.score(states[0])).squeeze(-1)[None].float()
         return torch.stack([head(state) for head, state in zip(self.lm_head, states, strict=True)]).float()
 
-    def _whole_layers(self) -> bool:
+    def runs_whole_layers(self) -> bool:
         """Return whether the deepest layer has to run for all tokens, although its last states alone are read.
 
         Parallel wrappers may gather a layer's weights in its own forward alone, which also draws its dropout.

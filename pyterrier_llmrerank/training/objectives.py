@@ -87,8 +87,8 @@ class DistilledLoss:
     Args:
         teacher_weight: weight of the divergence; 0 for the original loss (Ma et al., 2023).
         teacher_temperature: divisor of the teacher's scores; above 1 flattens their distribution.
-        absolute_margin: exclude negatives from the cross-entropy whose teacher score is above the positive's minus
-            this margin; None keeps all.
+        absolute_margin: exclude a negative from the cross-entropy if its teacher score is above the positive's
+            minus this margin; None keeps all.
     """
 
     teacher_weight: float = 0.0

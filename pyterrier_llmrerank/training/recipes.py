@@ -1,4 +1,4 @@
-"""The settings that all trainings share; their defaults are those of the original programs."""
+"""The settings that all trainings share; their defaults are the values of the original programs."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ class Recipe(Declared, ABC):
         Args:
             checkpoint: the start of the training.
             steps: the steps of the adapter.
-            stated: what the user says of it.
+            stated: the user's statements on it.
             measured: the measure and its value on the validation data; None if there are none.
             repo_id: the repository that it is for; None if that is not known.
         """

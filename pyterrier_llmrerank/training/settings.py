@@ -14,8 +14,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainingArguments
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.identity import fingerprint
 from ..checkpoints.json_files import read_json
-from ..checkpoints.locate import fingerprint
 from .batches import Groups
 from .recipes import Recipe
 from .validation import Validation
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 #: The setting with a digest of each model and adapter that is trained on, and the one with their paths and hub ids.
 FINGERPRINTS, TRAINED_ON = "fingerprints of what is trained on", "trained_on"
 
-#: The settings that a resumed run may change. All others are compared, those of newer transformers too.
+#: The settings that a resumed run may change. All others are compared, options of newer transformers too.
 MAY_CHANGE = frozenset({
     # The places of the run, and the way back to it.
     "output_dir", "resume_from_checkpoint", "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id",
@@ -44,7 +44,7 @@ MAY_CHANGE = frozenset({
     "torch_empty_cache_steps", "local_rank", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
     "ddp_static_graph", "ddp_backend", "ddp_timeout", "dataloader_num_workers", "dataloader_pin_memory",
     "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
-    # Settings of fit, whose effect is in the data and in the other settings.
+    # Settings of fit: their effect is in the data and in the other settings.
     "min_label", "text", "arguments",
     # Set by our Trainer.
     "remove_unused_columns",

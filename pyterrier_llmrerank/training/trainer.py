@@ -64,7 +64,7 @@ def train(
         arguments: the Trainer's; ``resume_from_checkpoint`` resumes from a folder, or from the last checkpoint.
         validation: measured for nDCG@10; with ``load_best_model_at_end`` the best adapter is kept.
         overwrite: remove an earlier run from the output folder first, unless it is the one to resume.
-        stated: what the user says of the model, for its card.
+        stated: the user's statements on the model, for its card.
 
     Returns:
         The output folder.
@@ -152,7 +152,7 @@ class GroupTrainer(Trainer):
         checkpoint: the start of the model; its tokenizer is saved with adapters, and their card names it.
         groups: the training data.
         validation: measured with the scores of the deepest head whenever the Trainer evaluates.
-        stated: what the user says of the model, for its card.
+        stated: the user's statements on the model, for its card.
 
     Raises:
         FloatingPointError: in training, if the loss is not finite; in saving, if a weight is not finite. Earlier
@@ -175,9 +175,9 @@ class GroupTrainer(Trainer):
         self.collate = Collator(checkpoint.tokenizer(), recipe.inputs)
         self.widths = recipe.widths(args.seed)
         self._batch = (0, -1)  # the step, and the place of the batch in it
-        self._losses: deque[tuple[Callable[[], np.ndarray], str]] = deque()  # not checked yet, and where they occurred
+        self.unchecked_losses: deque[tuple[Callable[[], np.ndarray], str]] = deque()  # with their places
         args.remove_unused_columns = False
-        args.logging_nan_inf_filter = False  # it would wait for each loss; those that are not finite are errors here
+        args.logging_nan_inf_filter = False  # it would wait for each loss; here, a loss that is not finite is an error
         super().__init__(
             model=cast(nn.Module, model),
             args=args,
@@ -209,7 +209,7 @@ class GroupTrainer(Trainer):
                 full = model(batch.packed).view(groups)
         scores = model(batch.packed, layers, ratio).view(groups)
         loss = self.recipe.loss(scores, full, teacher)
-        self._losses.append(
+        self.unchecked_losses.append(
             (
                 to_host(loss.detach()),
                 f"at step {step} (learning rate {self._get_learning_rate():g}, compress_layers {list(layers)}, "
@@ -225,8 +225,8 @@ class GroupTrainer(Trainer):
         Raises:
             FloatingPointError: one is not.
         """
-        while len(self._losses) > leave:
-            result, place = self._losses.popleft()
+        while len(self.unchecked_losses) > leave:
+            result, place = self.unchecked_losses.popleft()
             if not np.isfinite(loss := float(result())):
                 raise FloatingPointError(
                     f"the loss is {loss} {place}; earlier checkpoints are in {self.args.output_dir}."

@@ -25,7 +25,7 @@ class Widths:
 
         Args:
             step: number of optimizer steps before.
-            part: index of the batch among those accumulated into the step.
+            part: index of the batch in the step, which accumulates several.
         """
         generator = random.Random(f"{self.seed}/{step}/{part}")
         return tuple(layer for layer in self.layers if generator.random() < 0.5), generator.choice(self.ratios)

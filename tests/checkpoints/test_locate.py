@@ -10,7 +10,7 @@ from conftest import MODELS, Cache, frame
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
 from pyterrier_llmrerank.checkpoints.json_files import read_json
-from pyterrier_llmrerank.checkpoints.locate import adapter_folder, fingerprint, folder_of, without_revision
+from pyterrier_llmrerank.checkpoints.locate import adapter_folder, folder_of, without_revision
 from pyterrier_llmrerank.training import DistillTraining, RankLLaMATraining
 
 
@@ -212,18 +212,3 @@ def test_the_models_own_folder_is_looked_in_first(tmp_path: Path, monkeypatch: p
     (tmp_path / "comp").mkdir()
     monkeypatch.chdir(tmp_path)
     assert adapter_folder("comp", str(tmp_path / "model")) == tmp_path / "model" / "comp"
-
-
-def test_a_fingerprint_covers_the_files_that_are_read(tmp_path: Path) -> None:
-    folder = tmp_path / "base"
-    shutil.copytree(MODELS / "rankllama_base", folder)
-    before = fingerprint(folder)
-    for unread in ("consolidated.safetensors", "pytorch_model.bin", "tokenizer.model", "README.md"):
-        (folder / unread).write_bytes(b"x")
-        assert fingerprint(folder) == before, unread
-    for read in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json"):
-        content = (folder / read).read_text()
-        (folder / read).write_text(content + " ")
-        assert fingerprint(folder) != before, read
-        (folder / read).write_text(content)
-    assert fingerprint(folder.rename(tmp_path / "moved")) == before

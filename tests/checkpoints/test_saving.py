@@ -147,7 +147,7 @@ def test_a_pushed_model_opens_by_its_id(kind: Any, merged: bool, hub: dict[str, 
     for said in (f'{kind.__name__}("owner/model")', data_page, "## Licence\n\napache-2.0", paper):
         assert said in hub["card"].text
     opened = kind("owner/model", dtype="float32")
-    np.testing.assert_allclose(opened.compute_score([PAIR]), reranker.compute_score([PAIR]), atol=1e-5)
+    np.testing.assert_allclose(opened.compute_score([PAIR]), reranker.compute_score([PAIR]), atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_a_repository_of_ones_own_is_named_with_its_owner(hub: dict[str, Any]) -
     assert RANKLLAMA.push_to_hub("model", merged=True) == "https://huggingface.co/me/model"
     assert 'RankLLaMAReranker("me/model")' in hub["card"].text
     opened = RankLLaMAReranker("me/model", dtype="float32")
-    np.testing.assert_allclose(opened.compute_score(PAIR), RANKLLAMA.compute_score(PAIR), atol=1e-5)
+    np.testing.assert_allclose(opened.compute_score(PAIR), RANKLLAMA.compute_score(PAIR), atol=1e-4)
 
 
 def test_an_adapter_of_a_local_base_is_not_pushed(hub: dict[str, Any]) -> None:

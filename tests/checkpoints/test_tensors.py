@@ -8,6 +8,7 @@ import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,8 +37,13 @@ def sharded(folder: Path, suffix: str) -> None:
 def test_shapes_are_read_once_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sharded(tmp_path, ".safetensors")
     opened: list[Path] = []
-    original = tensors._open_safetensors
-    monkeypatch.setattr(tensors, "_open_safetensors", lambda path: opened.append(path) or original(path))
+    original = tensors.safe_open
+
+    def noted(path: Path, **options: str) -> Any:
+        opened.append(path)
+        return original(path, **options)
+
+    monkeypatch.setattr(tensors, "safe_open", noted)
     files = TensorFiles(tmp_path, "model", "model='m'")
     assert {name: files.shape(name) for name in files} == {"a.weight": (2, 3), "b.weight": (4,)}
     assert len(opened) == 2

@@ -132,7 +132,7 @@ def test_a_scoring_error_is_not_taken_for_lack_of_memory() -> None:
         run_in_batches([Ids([1], [2], [])], run, Budget())
 
 
-def test_other_errors_are_raised() -> None:
+def test_errors_other_than_short_memory_are_raised() -> None:
     def run(batch: list[int]) -> None:
         raise RuntimeError("shapes do not match")
 
@@ -150,7 +150,7 @@ def test_other_errors_are_raised() -> None:
         RuntimeError("MPS backend out of memory"),
     ],
 )
-def test_signs_of_short_memory(error: BaseException) -> None:
+def test_errors_of_short_memory_are_recognised(error: BaseException) -> None:
     assert is_out_of_memory(error)
 
 

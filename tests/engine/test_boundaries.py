@@ -123,7 +123,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], PreTrained
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ids_before_a_cut_are_those_of_the_whole_text(kind: str, made: Callable) -> None:
+def test_a_cut_does_not_change_the_ids_before_it(kind: str, made: Callable) -> None:
     tokenizer = made(kind)
     places = places_to_cut(tokenizer)
     assert places is (CUT_AT_MARKS if kind in PARTS_WORDS else CUT)
@@ -151,12 +151,12 @@ NOT_CUT = {
         normalizers.Sequence([normalizers.Replace(Regex("[a-z] [a-z]"), "x"), REPLACE]), None
     ),
     "a pre-tokenizer of its own": lambda: with_model(REPLACE, pre_tokenizers.UnicodeScripts()),
-    "spaces merged with what comes before": lambda: with_model(None, pre_tokenizers.Split(" ", "merged_with_previous")),
+    "spaces merged with the word before": lambda: with_model(None, pre_tokenizers.Split(" ", "merged_with_previous")),
 }
 
 
 @pytest.mark.parametrize("kind", NOT_CUT)
-def test_texts_are_not_cut_unless_that_is_provably_safe(kind: str) -> None:
+def test_texts_are_cut_only_where_ids_provably_stay(kind: str) -> None:
     tokenizer = NOT_CUT[kind]()
     assert places_to_cut(tokenizer) is None
     text = words(1, 400) + " new york 4"
@@ -175,14 +175,14 @@ def test_texts_are_not_cut_unless_that_is_provably_safe(kind: str) -> None:
         ("a normalizer of its own", "a b", 1),
     ],
 )
-def test_cutting_those_would_change_ids(kind: str, text: str, cut: int) -> None:
+def test_a_cut_would_change_ids_for_the_tokenizers_left_out(kind: str, text: str, cut: int) -> None:
     tokenizer = NOT_CUT[kind]()
     whole, before = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (text, text[:cut]))
     assert whole[: len(before)] != before
 
 
 @pytest.mark.parametrize("kind", ["prepend and replace", "qwen", "sentencepiece"])
-def test_first_ids_are_those_of_the_whole_text(kind: str, made: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limit_gives_the_first_ids_of_a_text(kind: str, made: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inputs, "CHARACTERS_AN_ID", 1)
     monkeypatch.setattr(inputs, "CHARACTERS_A_CALL", 20)
     tokenizer = made(kind)

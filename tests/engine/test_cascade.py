@@ -90,7 +90,10 @@ def test_layers_run_for_survivors_only() -> None:
     def count(depth: int, module: object, args: tuple[torch.Tensor], output: object) -> None:
         seen[depth] += args[0][..., 0].numel()
 
-    hooks = [layer.mlp.register_forward_hook(partial(count, depth)) for depth, layer in enumerate(decoder.layers, 1)]
+    hooks = [
+        layer.post_attention_layernorm.register_forward_hook(partial(count, depth))
+        for depth, layer in enumerate(decoder.layers, 1)
+    ]
     got = cascade.transform(rows)
     for hook in hooks:
         hook.remove()
@@ -112,7 +115,7 @@ def test_survivors_are_not_embedded_again(monkeypatch: pytest.MonkeyPatch) -> No
     assert sum(embedded) == 24
 
 
-def test_queries_stay_whole_whatever_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_queries_stay_whole_in_batches_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, cascade = frame(5, 8), FULL.at(prune={3: 4, 6: 2})
     wanted = cascade.transform(rows)
     monkeypatch.setattr(scoring, "CASCADE_CHUNK", 3)
@@ -189,7 +192,7 @@ def test_pairs_without_a_frame_compete_by_query() -> None:
         ({"prune": {1: 20}}, r"prune=\{1: 20\}: model='.*' has heads at layers 2 to 8"),
     ],
 )
-def test_invalid_cascades(changes: dict[str, Any], message: str) -> None:
+def test_invalid_cascades_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FULL.at(**changes)
 
@@ -199,7 +202,7 @@ def test_the_released_code_has_no_cascade() -> None:
         MatroyshkaReranker(MODELS / "costwise_full", released=True, prune={3: 2})
 
 
-def test_it_is_kept_as_a_value() -> None:
+def test_a_cascade_is_kept_as_a_value() -> None:
     cascade = FULL.at(prune={6: 2, 3: 4})
     assert cascade == FULL.at(prune=[(3, 4), (6, 2)]) != FULL
     assert hash(cascade) == hash(FULL.at(prune=cascade.prune))

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker
+from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker, replicas
 from pyterrier_llmrerank.checkpoints.adapters import Adapter
 from pyterrier_llmrerank.checkpoints.families import FAMILIES
 from pyterrier_llmrerank.checkpoints.tensors import TensorFiles
@@ -98,7 +98,7 @@ class NoWaiting(TorchDispatchMode):
 
 
 class Event:
-    """A CUDA event; keeps a record of what was asked of all events."""
+    """A CUDA event; all events record their calls in one list."""
 
     asked: list[tuple[str, int]] = []  # noqa: RUF012
 
@@ -130,7 +130,7 @@ def device_guard() -> Iterator[None]:
 
 @pytest.fixture
 def cuda(device_guard: None) -> Iterator[None]:
-    """Fake tensors, and whatever a reranker asks of CUDA. Files are read for real."""
+    """Fake tensors, and stand-ins for CUDA's functions. Files are read for real."""
     draw = np.random.default_rng(0)
 
     def real(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -161,7 +161,7 @@ def cuda(device_guard: None) -> Iterator[None]:
             (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
             (devices, "resolve_devices", lambda names: (CUDA,)),
             (devices, "has_bf16", lambda device: True),
-            (weights, "shared_weights", lambda key, create: create()),  # other tests shall not find these
+            (replicas, "shared_weights", lambda key, create: create()),  # other tests shall not find these
             (TensorFiles, "read", real(TensorFiles.read)),
             (Adapter, "_read_finite", real(Adapter._read_finite)),
         ):
@@ -335,7 +335,7 @@ RECIPES: dict[str, Recipe] = {
 def loss_of(recipe: Recipe, model: torch.nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
     """A micro-step's loss by the trainer's own code."""
     stand_in: Any = SimpleNamespace(
-        recipe=recipe, state=SimpleNamespace(global_step=0), _batch=(0, -1), _losses=deque(),
+        recipe=recipe, state=SimpleNamespace(global_step=0), _batch=(0, -1), unchecked_losses=deque(),
         widths=SimpleNamespace(draw=lambda *_: ((1,), 2)), _get_learning_rate=lambda: 1e-4,
         args=SimpleNamespace(device=device, output_dir=""),
     )  # fmt: skip
@@ -345,7 +345,7 @@ def loss_of(recipe: Recipe, model: torch.nn.Module, batch: Batch, device: torch.
         scores = np.array(batch.teacher.tolist(), dtype=np.float32)
     known: Any = SimpleNamespace(numpy=lambda: scores)  # the modes would make a tensor without values of it
     loss: torch.Tensor = GroupTrainer.compute_loss(stand_in, model, {"batch": replace(batch, teacher=known)})
-    assert len(stand_in._losses) == (device.type == "cuda")  # the last loss is not waited for
+    assert len(stand_in.unchecked_losses) == (device.type == "cuda")  # the last loss is not waited for
     return loss
 
 

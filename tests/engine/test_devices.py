@@ -1,4 +1,4 @@
-"""Device and dtype options resolve to what this machine has; others raise an error that names them."""
+"""Device and dtype options resolve to devices and dtypes of this machine; others raise an error that names them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

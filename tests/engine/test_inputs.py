@@ -79,7 +79,7 @@ def test_bos_equal_to_pad_is_left_out_by_matroyshka_only() -> None:
     assert RankLLaMAInputs()(tokenizer, [("q", "p")])[0].prefix[0] == 1
 
 
-def test_parts_of_a_document() -> None:
+def test_a_document_has_its_url_title_and_text() -> None:
     assert document("text", "title", "url") == "document: url title text"
     assert document("text") == "document: text"
     assert document("text", "") == "document:  text"

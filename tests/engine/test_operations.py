@@ -1,4 +1,4 @@
-"""Operations counted from tokens equal those that torch counts while the model runs."""
+"""Operations counted from tokens equal torch's own count while the model runs."""
 
 from pathlib import Path
 from typing import Any

@@ -31,7 +31,7 @@ def packing(rows: list[tuple[int, int, int]], owner: list[int] | None = None) ->
 
 @settings(deadline=None)
 @given(ROWS, st.sampled_from([1, 2, 4, 8]), st.booleans(), st.integers(0, 2**16))
-def test_equals_the_definition(rows: list[tuple[int, int, int]], ratio: int, shares: bool, seed: int) -> None:
+def test_pooling_equals_its_definition(rows: list[tuple[int, int, int]], ratio: int, shares: bool, seed: int) -> None:
     rows = [*rows, (rows[0][0], 5, 1)] if shares else rows  # shares the first pair's prefix
     before = packing(rows, [*range(len(rows) - 1), 0] if shares else None)
     generator = torch.Generator().manual_seed(seed)

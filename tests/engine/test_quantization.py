@@ -43,7 +43,7 @@ def make(**options: object) -> list[LLMReranker]:
         ("float8", CUDA, "float16", (9, 0), "Float8WeightOnlyConfig"),
     ],
 )
-def test_activations_are_quantised_only_where_that_is_faster(
+def test_activations_are_quantised_only_where_it_is_faster(
     monkeypatch: pytest.MonkeyPatch, name: str, device: torch.device, dtype: str, capability: object, wanted: str
 ) -> None:
     given = []
@@ -84,7 +84,7 @@ def test_a_quantised_layer_is_accurate_and_treats_each_token_alone(name: str, er
     )
 
 
-def test_scores_are_close() -> None:
+def test_quantised_scores_are_close() -> None:
     """The tolerance is wide because a random model's layers amplify the rounding of the processor's kernels."""
     for usual, quantised in zip(make(dtype="float32"), make(dtype="float32", quantization="int8"), strict=True):
         wanted, got = (reranker(frame(6, 4))["score"].to_numpy() for reranker in (usual, quantised))

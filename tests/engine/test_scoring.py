@@ -14,13 +14,11 @@ import torch
 from conftest import DEVICE, MODELS, words
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.utils.flop_counter import FlopCounterMode
 
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker, ScoringError
 from pyterrier_llmrerank.engine import batching, device_scorer, scoring, threads
 from pyterrier_llmrerank.engine.packing import Row
 
-aten = torch.ops.aten
 FULL = str(MODELS / "costwise_full")
 RERANKERS = {
     "rankllama": RankLLaMAReranker(MODELS / "rankllama_adapter", base_model=MODELS / "rankllama_base", dtype="float32"),
@@ -50,7 +48,7 @@ def test_a_score_depends_on_its_pair_alone(name: str, drawn: list, batch_size: i
 
 
 @pytest.mark.parametrize("shape", [{}, {"compress_layers": [2, 5], "compress_ratio": 2}])
-def test_in_bf16_too(shape: dict) -> None:
+def test_a_score_depends_on_its_pair_alone_in_bf16(shape: dict) -> None:
     """On a CPU, rounding must not depend on the batch's shape: the layers would amplify any difference."""
     reranker = MatroyshkaReranker(FULL, dtype="bfloat16", device="cpu", **shape)
     pairs = [pair(i, 14 * i, i) for i in range(9)] + [(words(2, 30), words(i, 9 * i)) for i in range(9)]
@@ -136,24 +134,6 @@ def test_many_queries_go_in_chunks_and_come_out_in_order(monkeypatch: pytest.Mon
     np.testing.assert_allclose(RERANKERS["plain"].compute_score(pairs), wanted, atol=1e-4)
 
 
-def test_a_prefix_is_computed_once_for_its_passages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hundred passages take fewer linear products with one query than with a hundred.
-
-    Operations of attention are left out: they are counted differently for each device's kernels.
-    """
-    reranker, passages = RERANKERS["plain"], [words(i, 20) for i in range(100)]
-
-    def operations(queries: list[str]) -> int:
-        with FlopCounterMode(display=False) as counter:
-            reranker.compute_score(list(zip(queries, passages, strict=True)))
-        return sum(counter.get_flop_counts()["Global"].get(product, 0) for product in (aten.mm, aten.addmm))
-
-    query = words(3, 40)
-    one = operations([query] * 100)
-    many = operations([f"{query} {i}" for i in range(100)])
-    assert one < 0.6 * many
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "shape",
@@ -165,14 +145,14 @@ def test_a_prefix_is_computed_once_for_its_passages(monkeypatch: pytest.MonkeyPa
         {"attn_implementation": "eager"},
     ],
 )
-def test_a_prefix_is_computed_once_whatever_the_batches(
+def test_a_prefix_is_computed_once_in_batches_of_any_size(
     monkeypatch: pytest.MonkeyPatch, shape: dict, dtype: str
 ) -> None:
     """One query fills many batches, one shares a batch, and one has a single candidate.
 
     In bf16 this holds on a CPU: on CUDA, a score differs with its batch by up to 0.03 here.
     """
-    pairs = [(words(q, 30), words(q + i, 3 + i)) for q, count in ((1, 20), (2, 5), (3, 1)) for i in range(count)]
+    pairs = [(words(q, 30), words(q + i, 3 + i)) for q, count in ((1, 12), (2, 4), (3, 1)) for i in range(count)]
     reranker = MatroyshkaReranker(FULL, dtype=dtype, device="cpu" if dtype == "bfloat16" else None, **shape)
     computed, real = [0], device_scorer.run_layers
 
@@ -198,7 +178,9 @@ def test_the_last_layer_is_run_for_the_last_tokens_only() -> None:
     decoder = reranker.scorer().open()
     seen: list[tuple[int, ...]] = []
     hooks = [
-        decoder.layers[index].mlp.register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
+        decoder.layers[index].post_attention_layernorm.register_forward_hook(
+            lambda module, args, output: seen.append(args[0].shape)
+        )
         for index in (6, 7)
     ]
     reranker.compute_score([("panda", words(i, 9)) for i in range(5)])

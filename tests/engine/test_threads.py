@@ -42,7 +42,7 @@ def test_the_fastest_number_of_threads_is_used(
     assert f"running on {best} of 6 threads (1: " in caplog.text
 
 
-def test_a_given_number_is_kept(threads: pytest.MonkeyPatch) -> None:
+def test_a_given_number_of_threads_is_kept(threads: pytest.MonkeyPatch) -> None:
     def seconds(number: int) -> float:
         pytest.fail("it was measured")
 
@@ -57,7 +57,7 @@ def test_a_given_number_is_kept(threads: pytest.MonkeyPatch) -> None:
         assert torch.get_num_threads() == 1
 
 
-def test_the_number_is_restored_after_an_error(threads: pytest.MonkeyPatch) -> None:
+def test_the_number_of_threads_is_restored_after_an_error(threads: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         with fastest_threads(CPU, float):
             assert torch.get_num_threads() == 1

@@ -46,7 +46,7 @@ def test_usages_add_up_in_any_order(one: Usage, two: Usage, three: Usage) -> Non
     assert (one + two).model_seconds == one.model_seconds + two.model_seconds
 
 
-def test_it_prints_as_one_line() -> None:
+def test_usage_prints_as_one_line() -> None:
     used = Usage(12_345, 678_901, 1000, 875, 1.25, 34.5, 0.125)
     assert str(used) == (
         "12,345 pairs, 678,901 tokens, padding 12.5%, seconds: tokenising 1.25, model 34.50, writing 0.12"
@@ -233,7 +233,7 @@ def test_threads_lose_no_call(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reranker.usage.pairs == 12
 
 
-def test_it_is_no_part_of_the_value() -> None:
+def test_usage_is_no_part_of_a_rerankers_value() -> None:
     used, fresh = matroyshka(), matroyshka()
     used.compute_score(("a", "b"))
     assert used == fresh
@@ -280,7 +280,7 @@ def test_one_line_a_call_is_logged_under_the_packages_name(caplog: pytest.LogCap
     assert f"{reranker!r}: 1 pairs" in caplog.records[1].getMessage()
 
 
-def test_it_is_not_shown_by_default(
+def test_usage_is_not_shown_by_default(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """As in a program without handlers: the package adds none and sets no level."""

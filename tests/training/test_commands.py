@@ -1,4 +1,4 @@
-"""The original command lines run, with the script's name changed."""
+"""The original command lines run under another program name."""
 
 import json
 import logging
@@ -79,7 +79,7 @@ def commands(script: str, tmp_path: Path, *arguments: str) -> list[tuple[str, li
     return found
 
 
-def test_rankllamas_recipe_means_what_it_meant(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_original_command_of_rankllama_keeps_its_meaning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ((name, options),) = commands("train_rankllama.sh", tmp_path)
     with caplog.at_level(logging.WARNING):
         recipe, sources, arguments = parse(name, options)
@@ -92,7 +92,7 @@ def test_rankllamas_recipe_means_what_it_meant(tmp_path: Path, caplog: pytest.Lo
     assert any("--dataset_proc_num has no effect" in message for message in caplog.messages)
 
 
-def test_matroyshkas_recipes_mean_what_they_meant(tmp_path: Path) -> None:
+def test_the_original_commands_of_matroyshka_keep_their_meaning(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text("")
     parsed = []
     for name, options in commands("train_matroyshka.sh", tmp_path, str(tmp_path / "data.jsonl")):
@@ -113,7 +113,7 @@ def test_matroyshkas_recipes_mean_what_they_meant(tmp_path: Path) -> None:
     ]
 
 
-def test_a_run_says_nothing_that_it_need_not(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_without_problems_warns_of_none(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     options = [word for word in distill(data, tmp_path / "run", "--gradient-checkpointing") if word != "--use_cpu"]
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -122,9 +122,7 @@ def test_a_run_says_nothing_that_it_need_not(data: Path, tmp_path: Path, caplog:
     assert caplog.messages == []
 
 
-def test_losses_are_logged_where_there_is_no_progress_bar(
-    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_losses_are_logged_without_a_progress_bar(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.NOTSET, "pyterrier_llmrerank")  # as it is; put back afterwards
     assert main(["train", *distill(data, tmp_path / "run"), "--logging_steps", "1", "--disable_tqdm", "True"]) == 0
     assert [message.partition(":")[0] for message in caplog.messages if "'loss': " in message] == [
@@ -133,7 +131,7 @@ def test_losses_are_logged_where_there_is_no_progress_bar(
 
 
 def opened_as_said(capsys: pytest.CaptureFixture[str], folder: Path) -> LLMReranker:
-    """The reranker that the last lines of a run open its output with."""
+    """The reranker that a run's last lines open."""
     said = capsys.readouterr().out.split("\n\n")
     assert said[-2].endswith(f"The adapter is in {folder}; open it in Python with")
     return eval(said[-1], {kind.__name__: kind for kind in (MatroyshkaReranker, RankLLaMAReranker)})
@@ -239,7 +237,7 @@ def test_options_have_one_name_in_full(data: Path, tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.parametrize("recipe", ["rankllama", "distill", "compensate"])
-def test_help_begins_with_what_is_ours_and_ends_with_runs(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_begins_with_our_options_and_ends_with_examples(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["train", recipe, "--help"])
     said = capsys.readouterr().out
@@ -256,7 +254,7 @@ def test_help_begins_with_what_is_ours_and_ends_with_runs(recipe: str, capsys: p
 
 
 def test_token_and_cache_reach_the_hubs_client() -> None:
-    """Which reads them from the environment when it is imported."""
+    """The client reads them from the environment when it is imported."""
     options = ["--token", "hf_x", "--cache-dir", "somewhere"]  # the command's other options have underscores
     code = "import sys, types\n"
     code += "sys.modules['pyterrier_llmrerank.training'] = types.SimpleNamespace(commands=types.SimpleNamespace())\n"
@@ -319,7 +317,7 @@ def test_a_command_trains_in_tevatrons_format_of_2024(data: Path, tmp_path: Path
     wanted = InputFormat("tevatron-2024", "", "document: ", True)
     for name in ("one", "two"):  # the second goes on in the first one's format
         opened = RankLLaMAReranker(tmp_path / name, dtype="float32")
-        assert opened._form() == wanted
+        assert opened.named_format == wanted
         assert np.isfinite(opened.compute_score(("panda", "a panda")))
 
 

@@ -51,7 +51,7 @@ def test_passages_are_read_as_each_model_reads_them() -> None:
     assert read_example(MATROYSHKA, DistillTraining().body).positives == ["p0", "p1"]
 
 
-def test_a_missing_teacher_is_named_where_it_is_needed(tmp_path: Path) -> None:
+def test_missing_teacher_scores_are_named(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text(json.dumps(SCORED) + "\n" + json.dumps(MATROYSHKA) + "\n")
     assert len(list(read_lines(path))) == 2
@@ -94,7 +94,7 @@ def test_a_malformed_line_is_named(tmp_path: Path, change: dict[str, Any], messa
         b"9" * 5000,
     ],
 )
-def test_a_line_that_is_no_object(tmp_path: Path, line: bytes) -> None:
+def test_a_line_without_an_object_is_refused(tmp_path: Path, line: bytes) -> None:
     (tmp_path / "train.jsonl").write_bytes(json.dumps(SCORED).encode() + b"\n" + line + b"\n")
     with pytest.raises(ValueError, match="line 2: "):
         list(read_lines(tmp_path / "train.jsonl"))
@@ -115,7 +115,7 @@ def test_files_and_folders(tmp_path: Path) -> None:
         open_data("train_data", [str(tmp_path)])
 
 
-def test_what_differs_from_line_to_line_and_file_to_file(tmp_path: Path) -> None:
+def test_lines_and_files_may_have_different_keys(tmp_path: Path) -> None:
     """Data that passed the check trains: both forms, both kinds of numbers, missing titles, compression."""
     (tmp_path / "a.jsonl").write_text(
         "".join(json.dumps(r) + "\n" for r in (MATROYSHKA, SCORED | {"pos_scores": [1, 2]}, TEVATRON | {"query_id": 7}))

@@ -1,4 +1,4 @@
-"""Re-rankers fit on what stands before them in a pipeline, and what they learnt is saved and opened."""
+"""Rerankers are trained on the results of the stages before them; their adapters are saved and opened."""
 
 import dataclasses
 import logging
@@ -163,7 +163,7 @@ def test_compensation_is_one_more_adapter(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(again.transform(results), reranker.transform(results))
 
 
-def test_what_is_given_is_checked_before_anything_is_trained(tmp_path: Path) -> None:
+def test_arguments_are_checked_before_training(tmp_path: Path) -> None:
     _, results, qrels = candidates()
     reranker = untrained("matroyshka", tmp_path)
     with pytest.raises(ValueError, match="topics_or_res_va is given without qrels_va"):
@@ -183,7 +183,7 @@ def test_what_is_given_is_checked_before_anything_is_trained(tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
 
 
-def test_untrained_ones_say_so() -> None:
+def test_an_untrained_reranker_refuses_to_score_and_to_save() -> None:
     with pytest.raises(ValueError, match=r"no score head .* or fit\(\) first"):
         RankLLaMAReranker.untrained(RANKLLAMA_BASE).compute_score(("a", "b"))
     with pytest.raises(ValueError, match="an adapter, which is trained already"):
@@ -273,11 +273,11 @@ def test_a_rankllama_learns_and_keeps_another_input_format(tmp_path: Path) -> No
     reranker.fit(results, qrels)
     assert read_json(tmp_path / "run" / "reranker.json")["append_eos"] is True
     opened = RankLLaMAReranker(reranker.model, dtype="float32")
-    assert opened._form() == InputFormat("tevatron-2024", "", "document: ", True)
+    assert opened.named_format == InputFormat("tevatron-2024", "", "document: ", True)
     again = {**SHORT, "max_steps": 1, "output_dir": str(tmp_path / "again")}
     opened.set_parameter("training", RankLLaMATraining(**again))
     opened.fit(results, qrels)  # goes on in the adapter's own format
-    assert RankLLaMAReranker(tmp_path / "again")._form() == InputFormat("tevatron-2024", "", "document: ", True)
+    assert RankLLaMAReranker(tmp_path / "again").named_format == InputFormat("tevatron-2024", "", "document: ", True)
     opened.set_parameter("training", RankLLaMATraining(**again, input_format="tevatron-2023"))
     with pytest.raises(
         ValueError, match="input_format='tevatron-2024', but training has 'tevatron-2023'; the two must"

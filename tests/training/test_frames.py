@@ -30,7 +30,7 @@ QRELS = pd.DataFrame(
 )
 
 
-def test_positives_negatives_and_what_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+def test_queries_without_a_positive_or_a_negative_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "pyterrier_llmrerank"):
         records = records_of(results(), QRELS, bodies, 1, None, "text")
     assert records == [
@@ -41,7 +41,7 @@ def test_positives_negatives_and_what_is_left_out(caplog: pytest.LogCaptureFixtu
     assert line == "Training leaves out 3 of 5 queries: 2 have no positive, 1 no negative."
 
 
-def test_text_brings_in_what_was_not_retrieved() -> None:
+def test_text_loads_positives_that_were_not_retrieved() -> None:
     text = pt.apply.generic(lambda frame: frame.assign(text="fetched " + frame["docno"]))
     records = records_of(results(), QRELS, bodies, 1, text, "text")
     assert [(r["query_id"], r["pos"]) for r in records][2] == ("3", ["<fetched d9>"])
@@ -58,12 +58,12 @@ def test_texts_may_stand_in_another_column() -> None:
 
 
 @pytest.mark.parametrize("text", [None, float("nan"), 3])
-def test_text_that_is_none_leaves_the_query_out(text: object) -> None:
+def test_a_query_whose_loaded_text_is_no_string_is_left_out(text: object) -> None:
     loader = pt.apply.generic(lambda frame: frame.assign(text=pd.Series([text] * len(frame), dtype=object)))
     assert len(records_of(results(), QRELS, bodies, 1, loader, "text")) == 2
 
 
-def test_text_that_fails_leaves_the_query_out(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_query_whose_text_cannot_be_loaded_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
     def missing(frame: pd.DataFrame) -> pd.DataFrame:
         raise KeyError("d9")
 
@@ -78,7 +78,7 @@ def test_min_label() -> None:
         records_of(results(), QRELS, bodies, 3, None, "text")
 
 
-def test_qids_that_do_not_meet_are_shown() -> None:
+def test_results_and_judgements_without_a_common_qid_are_shown() -> None:
     named = QRELS.assign(qid="q" + QRELS["qid"])
     with pytest.raises(ValueError, match=r"nothing to train on: .*; no qid is in both: .* have '1', .* 'q1'\.$"):
         records_of(results(), named, bodies, 1, None, "text")
@@ -94,7 +94,7 @@ def test_a_teachers_scores_go_with_their_passages() -> None:
         records_of(scored.assign(teacher=[0.0, 1, 2, float("nan"), 4, 5, 6, 7, 8]), QRELS, bodies, 1, None, "text")
 
 
-def test_numbers_as_ids_are_fine() -> None:
+def test_ids_may_be_numbers() -> None:
     numbers = results().astype({"qid": int})
     assert len(records_of(numbers, check_qrels(QRELS.astype({"qid": int}), "qrels_tr"), bodies, 1, None, "text")) == 2
 
@@ -111,7 +111,7 @@ def test_judgements_are_checked(qrels: pd.DataFrame, message: str) -> None:
         check_qrels(qrels, "qrels_tr")
 
 
-def test_validation_counts_what_was_not_retrieved() -> None:
+def test_relevant_passages_that_were_not_retrieved_lower_ndcg() -> None:
     measure = validation_of(results(), QRELS, bodies)
     perfect = measure(lambda pairs: [float(body == "<text of d2>") for _, body, _ in pairs])
     # Queries 1 and 5 are perfect, 2 and 3 retrieved nothing relevant; 4 is not judged.
@@ -131,13 +131,13 @@ def test_validation_counts_what_was_not_retrieved() -> None:
         ({"docno": ["d2"] * 5, "qid": ["1"] * 5}, "qrels_tr: qid '1', docno 'd2' has two different labels"),
     ],
 )
-def test_a_judgement_that_is_none_is_named(change: dict[str, list[object]], message: str) -> None:
+def test_an_invalid_judgement_is_named(change: dict[str, list[object]], message: str) -> None:
     columns = {name: pd.Series(values, dtype=object) for name, values in change.items()}
     with pytest.raises(ValueError, match=message):
         check_qrels(QRELS.assign(**columns), "qrels_tr")
 
 
-def test_judgements_are_of_three_columns_each_once() -> None:
+def test_judgements_have_three_columns_and_each_pair_once() -> None:
     with pytest.raises(ValueError, match="expected qid, docno and label, once each"):
         check_qrels(pd.concat([QRELS, QRELS[["label"]]], axis=1), "qrels_tr")
     twice = check_qrels(pd.concat([QRELS, QRELS]).set_index("qid", drop=False), "qrels_tr")
@@ -150,7 +150,7 @@ def test_an_index_may_be_named_as_a_column() -> None:
 
 
 @pytest.mark.parametrize("value", [None, "x", float("inf"), 10**400])
-def test_a_teachers_score_that_is_none_is_named(value: object) -> None:
+def test_an_invalid_teacher_score_is_named(value: object) -> None:
     scored = results().assign(teacher=pd.Series([0, 1, 2, value, 4, 5, 6, 7, 8], dtype=object))
     with pytest.raises(ValueError, match=r"'teacher' is .* for qid '2', docno 'd4'; expected a finite number"):
         records_of(scored, QRELS, bodies, 1, None, "text")

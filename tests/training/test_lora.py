@@ -81,7 +81,7 @@ def test_half_precision_is_as_near_to_full_as_pefts(autocast: bool) -> None:
         assert error < 1.5 * allowed + 1e-3
 
 
-def test_it_runs_through_checkpointing_and_can_be_switched_off() -> None:
+def test_layers_run_under_checkpointing_and_can_be_disabled() -> None:
     theirs, ours = both()
     x = torch.randn(2, 3, 24, requires_grad=True)
     output = torch.utils.checkpoint.checkpoint(ours, x, use_reentrant=False)

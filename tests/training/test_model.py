@@ -140,10 +140,10 @@ def test_the_deepest_layer_runs_for_last_tokens_alone_with_the_same_gradients(
     gradients = []
     for whole in (False, True):
         model = matroyshka("mistral_base", [], 2)
-        monkeypatch.setattr(model, "_whole_layers", lambda whole=whole: whole)
+        monkeypatch.setattr(model, "runs_whole_layers", lambda whole=whole: whole)
         ran: list[torch.Size] = []
         model.model.layers[-1].mlp.register_forward_hook(lambda _, inputs, __, ran=ran: ran.append(inputs[0].shape))
-        model(batch, *shape).square().sum().backward()
+        model(batch, *shape).square().mean().backward()
         assert (ran[0].numel() == len(batch) * 64) is not whole
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, gradient in gradients[0].items():
@@ -152,6 +152,6 @@ def test_the_deepest_layer_runs_for_last_tokens_alone_with_the_same_gradients(
 
 def test_dropout_of_attention_runs_the_whole_deepest_layer() -> None:
     model = matroyshka("mistral_base", [], 2)
-    assert not model._whole_layers()
+    assert not model.runs_whole_layers()
     model.config.attention_dropout = 0.1
-    assert model._whole_layers()
+    assert model.runs_whole_layers()

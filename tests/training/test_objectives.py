@@ -1,4 +1,4 @@
-"""Losses are what their formulas say; their agreement with the original program is in test_training_model."""
+"""Losses agree with their formulas; test_model compares them with the original program."""
 
 import math
 
@@ -37,7 +37,7 @@ def test_only_the_student_learns(method: str) -> None:
     assert full.grad is None
 
 
-def test_which_layer_is_the_target() -> None:
+def test_each_method_has_its_target_layers() -> None:
     """Find the full scores that each target depends on, for 20 layers counted from the deepest."""
     expected = {
         "distill_final_layer": [19],
@@ -59,7 +59,7 @@ def test_which_layer_is_the_target() -> None:
         assert matters == layers, method
 
 
-def test_what_a_method_needs_is_said() -> None:
+def test_a_method_names_the_scores_that_it_lacks() -> None:
     with pytest.raises(ValueError, match="train_method='distil'; allowed: normal, distill,"):
         CascadeLoss("distil")
     with pytest.raises(ValueError, match="needs teacher scores"):

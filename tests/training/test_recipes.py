@@ -1,4 +1,4 @@
-"""Recipes hold the original programs' values, and refuse what makes no sense."""
+"""Recipes hold the original programs' values, and refuse contradictions."""
 
 import json
 import pickle
@@ -80,7 +80,7 @@ def test_a_score_head_starts_random_or_as_it_is() -> None:
         recipe.open(str(MODELS / "rankllama_base"), ["adapter"])
 
 
-def test_heads_stand_where_the_recipe_or_the_checkpoint_says() -> None:
+def test_heads_are_at_the_layers_of_the_recipe_or_the_checkpoint() -> None:
     recipe = DistillTraining(start_layer=2, layer_sep=3)
     assert list(recipe.open(str(MODELS / "mistral_base")).head_layers) == [2, 5, 8]
     own = DistillTraining().open(str(MODELS / "costwise_full"))  # it brings its own
@@ -90,7 +90,7 @@ def test_heads_stand_where_the_recipe_or_the_checkpoint_says() -> None:
         recipe.open(str(MODELS / "costwise_full"))
 
 
-def test_training_goes_on_as_a_description_says(tmp_path: Path) -> None:
+def test_further_training_keeps_the_described_heads_and_prompt(tmp_path: Path) -> None:
     """Of the model, or else of the last adapter below it. A default of the recipe contradicts nothing."""
     base, adapter, plain = str(MODELS / "mistral_base"), tmp_path / "adapter", tmp_path / "plain"
     for folder in (adapter, plain):
@@ -112,7 +112,7 @@ def test_training_goes_on_as_a_description_says(tmp_path: Path) -> None:
     assert undescribed.following(undescribed.open(base, [str(plain)])) == undescribed
 
 
-def test_what_would_compress_nothing_is_refused() -> None:
+def test_layers_that_would_compress_nothing_are_refused() -> None:
     for layers in ((), (0,), (40,)):
         recipe = CompensateTraining(finetune_type="token", compress_ratios=(2,), compress_layers=layers, start_layer=2)
         with pytest.raises(ValueError, match="nothing would be compressed; allowed: layers from 1 to 7"):

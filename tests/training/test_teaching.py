@@ -143,7 +143,7 @@ def test_another_source_or_teacher_is_not_resumed(source: Path) -> None:
     assert target.read_bytes() == before
 
 
-def test_scores_that_are_there_need_overwrite(source: Path) -> None:
+def test_earlier_scores_are_replaced_only_with_overwrite(source: Path) -> None:
     source.write_text(json.dumps(LINES[3]) + "\n" + json.dumps({"neg_scores": ["old"], **LINES[3]}) + "\n")
     target, teacher = source.with_name("taught.jsonl"), Teacher()
     with pytest.raises(ValueError, match=r"train\.jsonl, line 2: neg_scores is there already; allowed with overwrite"):
@@ -173,9 +173,7 @@ def test_scores_that_are_there_need_overwrite(source: Path) -> None:
         (lambda f: f.drop(columns="score"), r"the teacher returns columns \[.*\]; missing: score"),
     ],
 )
-def test_scores_that_are_none_are_refused(
-    source: Path, change: Callable[[pd.DataFrame], pd.DataFrame], message: str
-) -> None:
+def test_invalid_scores_are_refused(source: Path, change: Callable[[pd.DataFrame], pd.DataFrame], message: str) -> None:
     target = source.with_name("taught.jsonl")
     with pytest.raises(ValueError, match=message):
         teach(source, target, Teacher(change))

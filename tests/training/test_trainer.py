@@ -1,4 +1,4 @@
-"""The loop learns, saves what opens again with the same scores, and resumes as if never interrupted."""
+"""The loop learns, and saves adapters that open with the scores of the trained model."""
 
 import dataclasses
 import json
@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import MODELS, RECORDS, ids_of, words
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
@@ -58,7 +59,7 @@ def losses(run: GroupTrainer) -> list[float]:
 
 
 @pytest.mark.parametrize("method", ["normal", "distill_fix_layer"])
-def test_it_learns_and_what_is_saved_scores_the_same(tmp_path: Path, method: str) -> None:
+def test_training_lowers_the_loss_and_the_saved_adapter_scores_the_same(tmp_path: Path, method: str) -> None:
     recipe, checkpointing = dataclasses.replace(DISTILL, train_method=method), method == "normal"
     run = trainer(tmp_path, recipe, max_steps=15, learning_rate=1e-2, activation_checkpointing=checkpointing)
     run.train()
@@ -108,7 +109,7 @@ def test_saving_asks_no_hub_about_the_base(tmp_path: Path) -> None:
         train(RANKLLAMA, checkpoint, groups, arguments(tmp_path, max_steps=1))
 
 
-def test_a_rankllama_adapter_goes_on_learning(tmp_path: Path) -> None:
+def test_a_rankllama_adapter_is_trained_further(tmp_path: Path) -> None:
     adapter, base = str(MODELS / "rankllama_adapter"), str(MODELS / "rankllama_base")
     checkpoint = RANKLLAMA.open(adapter, base_model=base)
     groups = Groups(RECORDS, 4, 0, RANKLLAMA.body)
@@ -121,7 +122,7 @@ def test_a_rankllama_adapter_goes_on_learning(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["init_lora_weights", "base_model_name_or_path"])
-def test_what_an_adapters_configuration_says_changes_no_base(key: str, tmp_path: Path) -> None:
+def test_an_adapters_configuration_changes_no_base(key: str, tmp_path: Path) -> None:
     adapter, base = tmp_path / "adapter", str(MODELS / "rankllama_base")
     shutil.copytree(MODELS / "rankllama_adapter", adapter)
     config = json.loads((adapter / "adapter_config.json").read_text())
@@ -139,7 +140,7 @@ def test_what_an_adapters_configuration_says_changes_no_base(key: str, tmp_path:
     assert after.compute_score(pair) == pytest.approx(before.compute_score(pair), abs=1e-5)
 
 
-def test_a_layer_wise_adapter_goes_on_learning_above_others(tmp_path: Path) -> None:
+def test_a_layer_wise_adapter_above_others_is_trained_further(tmp_path: Path) -> None:
     pairs = [("panda", words(5, 9)), ("tide", words(6, 20))]
     folders: list[str] = []
     for name, on in (("first", []), ("second", ["first"])):
@@ -160,12 +161,12 @@ def test_a_layer_wise_adapter_goes_on_learning_above_others(tmp_path: Path) -> N
     assert np.abs(after.compute_score(pairs) - before.compute_score(pairs)).max() > 1e-3
 
 
-def test_modules_that_are_not_there_are_named(tmp_path: Path) -> None:
+def test_missing_target_modules_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="target_modules: the model has no 'nonsense'"):
         trainer(tmp_path, dataclasses.replace(DISTILL, target_modules=("q_proj", "nonsense")))
 
 
-def test_compensation_goes_on_top_of_what_was_distilled(tmp_path: Path) -> None:
+def test_compensation_trains_an_adapter_on_top_of_the_distilled_one(tmp_path: Path) -> None:
     run = trainer(tmp_path, max_steps=1)
     run.train()
     run.save_model(str(tmp_path / "distilled"))
@@ -219,7 +220,7 @@ def test_no_run_is_written_into_a_model(tmp_path: Path, name: str) -> None:
         run(tmp_path, overwrite=True)
 
 
-def test_what_is_trained_on_is_not_removed(tmp_path: Path) -> None:
+def test_a_model_that_is_trained_on_is_not_removed(tmp_path: Path) -> None:
     first = run(tmp_path / "first", RANKLLAMA, base=str(MODELS / "rankllama_base"), save_strategy="no")
     before = (first / "adapter_model.safetensors").read_bytes()
     with pytest.raises(
@@ -231,7 +232,7 @@ def test_what_is_trained_on_is_not_removed(tmp_path: Path) -> None:
     assert (second / "adapter_model.safetensors").read_bytes() != before
 
 
-def test_a_run_over_another_begins_clean(tmp_path: Path) -> None:
+def test_overwriting_removes_the_earlier_run_alone(tmp_path: Path) -> None:
     run(tmp_path / "again")
     for name in ("tokenizer.model", "notes.txt"):
         (tmp_path / "again" / name).write_text("before")
@@ -293,12 +294,10 @@ def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
     run.eval_dataset = lambda score: next(measured)
     run.train()
     assert run.state.best_model_checkpoint.endswith("checkpoint-4")
-    kept = {name: p.detach().clone() for name, p in run.model.named_parameters() if p.requires_grad}
-    at_four = trainer(tmp_path / "other", save_strategy="no", max_steps=6)
-    at_four._load_from_checkpoint(str(tmp_path / "checkpoint-4"))
-    for name, parameter in at_four.model.named_parameters():
-        if parameter.requires_grad:
-            assert torch.equal(parameter, kept[name])
+    run.save_model(str(tmp_path / "best"))
+    kept, at_four = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("best", "checkpoint-4"))
+    assert kept.keys() == at_four.keys()
+    assert all(torch.equal(tensor, at_four[name]) for name, tensor in kept.items())
 
 
 def test_validation_scores_are_those_of_inference(tmp_path: Path) -> None:
@@ -334,9 +333,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
 def test_on_cuda_a_loss_is_checked_after_the_next_or_before_saving(tmp_path: Path) -> None:
     """So the host does not wait for it, and no checkpoint is written after a loss that is not finite."""
     run = trainer(tmp_path)
-    run._losses += [(lambda: np.array(0.5), "at step 2"), (lambda: np.array(np.nan), "at step 3")]
+    run.unchecked_losses += [(lambda: np.array(0.5), "at step 2"), (lambda: np.array(np.nan), "at step 3")]
     run.check_losses(leave=1)
-    assert len(run._losses) == 1
+    assert len(run.unchecked_losses) == 1
     with pytest.raises(FloatingPointError, match="the loss is nan at step 3; earlier checkpoints are in"):
         run.save_model(str(tmp_path / "adapter"))
     assert not (tmp_path / "adapter" / "adapter_model.safetensors").exists()

@@ -19,7 +19,7 @@ def test_positives_of_a_record_compete_with_its_negatives() -> None:
     assert last == pytest.approx(1 / math.log2(6))
 
 
-def test_nothing_in_common_is_an_error() -> None:
+def test_candidates_and_judgements_without_a_common_query_are_refused() -> None:
     pairs = pd.DataFrame({"qid": ["1"], "docno": ["d"], "query": ["q"], "body": ["b"], "prompt": [None]})
     qrels = pd.DataFrame({"qid": ["2"], "docno": ["d"], "label": [1]})
     with pytest.raises(ValueError, match="no query has both"):
