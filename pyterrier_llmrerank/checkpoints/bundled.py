@@ -45,7 +45,7 @@ def base(reference: str) -> str:
 
 
 def name_of(base: str) -> str | None:
-    """Return the name by which another machine finds the wheel's base, None for any other base."""
+    """Return the name by which another machine finds the wheel's base; None for any other base."""
     return NAME if base == base_file() and Path(base).is_file() else None
 
 
