@@ -148,7 +148,7 @@ class DeviceScorer:
                 raise self.call.error(
                     f"out of memory on {self._weights.device} with one pair alone: "
                     f"{self.call.label(chunk.pairs[alive[too_large]])}, {ids[too_large].length} tokens; "
-                    "allow fewer tokens a passage, a 16-bit dtype, or a device with more memory."
+                    "use fewer tokens per passage, a 16-bit dtype, or a device with more memory."
                 )
             if not stage.is_last and self.call.cascade is not None:
                 alive = self._survivors(chunk, stage, self.call.cascade)

@@ -31,10 +31,10 @@ STEP = 16
 #: Queries in a block. Later keys are left out of a block, and the block's weights stay in the cache.
 BLOCK = 32
 
-#: The same for products in bf16.
+#: Queries in a block for products in bf16.
 PRODUCT_BLOCK = 64
 
-#: Narrowest heads for products in bf16. For few narrow heads, torch uses another kernel, which rounds differently.
+#: The narrowest heads for products in bf16. For few narrow heads, torch uses another kernel, which rounds differently.
 NARROWEST = 32
 
 

@@ -58,7 +58,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: i
     """Return the first ``limit`` ids of each text (all by default), without special tokens.
 
     Equal texts are tokenised once. To save time and memory, long texts are cut before they are tokenised, and few of
-    them go into one call: on the way, an id takes a few hundred bytes.
+    them go into one call: there, an id takes a few hundred bytes.
     """
     ids: dict[str, list[int]] = {}
     length = None if limit is None else CHARACTERS_AN_ID * limit
@@ -80,7 +80,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: i
 
 
 def _calls(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Yield the numbers of texts to tokenise in one call."""
+    """Yield the indices of the texts to tokenise in each call."""
     part: list[int] = []
     characters = 0
     for number, length in enumerate(lengths):
@@ -103,7 +103,7 @@ class RankLLaMAInputs:
     Args:
         query_max_length: most ids of ``query: {query}``, without ``<s>``.
         passage_max_length: most ids of the document, without ``<s>``.
-        margin: how many ids fewer a document keeps; 3 in training, as in the released code.
+        margin: how many fewer ids a document keeps; 3 in training, as in the released code.
         form: the format of query and document.
     """
 
@@ -177,7 +177,7 @@ class StringInputs:
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Count the ids with which both begin."""
+    """Count the ids at the start that both have in common."""
     differing = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     return next(differing, min(len(one), len(other)))
 
@@ -192,7 +192,7 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int
     for start in range(len(whole) - len(bare) + 1):
         if whole[start : start + len(bare)] == bare:
             return list(whole[:start]), list(whole[start + len(bare) :])
-    raise ValueError(f"tokenizer: with special tokens, 'a' is {whole}; without, it is {bare}, which is no part of it.")
+    raise ValueError(f"tokenizer: with special tokens, 'a' is {whole}; without, it is {bare}, which is not part of it.")
 
 
 #: The encodings of RankLLaMA's formats.

@@ -73,8 +73,8 @@ def check_packed(device: torch.device, dtype: torch.dtype) -> None:
     """Raise ValueError if torch has no FlashAttention for a device and dtype."""
     if device.type != "cuda" or not has_flash(device, dtype):
         raise ValueError(
-            f"attn_implementation={VARLEN!r} cannot be used on {device} in {dtype}; wanted CUDA of capability 8.0, in "
-            "bfloat16 or float16."
+            f"attn_implementation={VARLEN!r} cannot be used on {device} in {dtype}; it needs CUDA of capability 8.0 or "
+            "higher, in bfloat16 or float16."
         )
 
 
@@ -95,10 +95,10 @@ _scoring_lock = threading.Lock()
 
 @contextmanager
 def without_cudnn() -> Iterator[None]:
-    """Let SDPA choose among all kernels but cuDNN's, in the whole process, until the last of several calls leaves.
+    """Let SDPA choose among all kernels but cuDNN's, in the whole process, until the last overlapping call is over.
 
     On Hopper and later GPUs, torch prefers cuDNN's kernel, which plans for tens of milliseconds whenever it meets a
-    shape for the first time. Nearly every batch of pairs has a shape of its own. The setting is one for all threads.
+    shape for the first time. Nearly every batch of pairs has a shape of its own. All threads share the setting.
     """
     global _scoring, _cudnn_before
     with _scoring_lock:
