@@ -274,7 +274,7 @@ def test_byte_level_tokenizers_are_exported(named: str | None, tmp_path: Path) -
     ("given", "message"),
     [
         ({"merged": True, "cutoff": 1, "form": "sequence-classification"}, "cutoff=1: .* has heads at layers 2 to 8"),
-        ({"form": "sequence-classification"}, "form='sequence-classification': it is one model; allowed: merged=True"),
+        ({"form": "sequence-classification"}, "form='sequence-classification' writes a merged model; give merged=True"),
         ({"cutoff": 4}, "cutoff=4: adapters and layer-wise models keep all depths"),
         ({"merged": True, "form": "onnx"}, "form='onnx'; allowed: sequence-classification"),
     ],
@@ -287,7 +287,7 @@ def test_exports_that_make_no_sense_are_refused(given: dict[str, Any], message: 
 
 def test_an_export_of_several_depths_needs_one_cutoff(tmp_path: Path) -> None:
     several, form = MATROYSHKA.at(cutoff=[3, 5]), "sequence-classification"
-    with pytest.raises(ValueError, match=r"it is one depth, and the cutoffs are \(3, 5\); give one as cutoff"):
+    with pytest.raises(ValueError, match=r"writes one depth, but the cutoffs are \(3, 5\); give one as cutoff"):
         several.save(tmp_path / "new", merged=True, form=form)
     assert not (tmp_path / "new").exists()
     several.save(tmp_path / "new", merged=True, form=form, cutoff=3)

@@ -231,4 +231,4 @@ def test_the_command_teaches_by_a_reranker(kind: str, source: Path, capsys: pyte
     assert main(command) == 1
     assert "already exists and is not overwritten" in capsys.readouterr().err
     assert main(["teach", str(source), "x.jsonl", "--compress-ratio", "2"]) == 1
-    assert "error: --compress-ratio is no option of --reranker=rankllama" in capsys.readouterr().err
+    assert "error: --compress-ratio is not an option of --reranker=rankllama" in capsys.readouterr().err
