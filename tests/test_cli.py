@@ -371,7 +371,7 @@ def test_ctrl_c_says_how_far_the_output_is(
     [
         ("rerank rankllama in.jsonl --output begun.txt --model smollm2-135m", "to continue it, set --resume."),
         ("teach train.jsonl begun.txt --model smollm2-135m", "to continue it, set --resume."),
-        ("teach train.jsonl new.txt --model smollm2-135m", "neg_scores is there already; allowed with --overwrite."),
+        ("teach train.jsonl new.txt --model smollm2-135m", "neg_scores is already present; allowed with --overwrite."),
         ("teach none new.txt", "TRAIN_FILE='none': no such file; expected JSON lines."),
         ("rerank rankllama none --output o", "RERANK_FILE='none': no such file; allowed: a rerank file, as written by"
          " prepare."),

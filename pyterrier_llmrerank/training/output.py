@@ -74,7 +74,7 @@ def find_resumed(arguments: TrainingArguments, overwrite: bool = False) -> Path 
 def refuse_own_inputs(folder: Path, inputs: Sequence[Path]) -> None:
     """Raise FileExistsError if the run would remove a model or adapter that it starts from."""
     if inside := [path for path in inputs if path.resolve().is_relative_to(folder.resolve())]:
-        raise FileExistsError(f"overwrite_output_dir: {str(inside[0])!r}, which is trained on, is in output_dir.")
+        raise FileExistsError(f"overwrite_output_dir would remove {str(inside[0])!r}, from which the run starts.")
 
 
 def remove_runs(folder: Path) -> None:

@@ -80,7 +80,7 @@ def teach(
     Raises:
         ValueError: a line is malformed or has scores already, or a score is missing or not finite; names the line and
             the passage. Or the target was begun with another source or teacher.
-        FileExistsError: the target exists, and ``resume`` is False or there is no journal of it.
+        FileExistsError: the target exists, and ``resume`` is False or the target has no journal.
         OSError: a file cannot be read or written.
 
     >>> from pyterrier_llmrerank import RankLLaMAReranker
@@ -144,7 +144,7 @@ def _records(source: Path, overwrite: bool) -> Iterator[tuple[int, dict[str, Any
     for line, record in objects(source):
         present = [key for key in SCORES if record.get(key) is not None]
         if present and not overwrite:
-            raise malformed(source, line, f"{present[0]} is there already; allowed with overwrite=True")
+            raise malformed(source, line, f"{present[0]} is already present; allowed with overwrite=True")
         try:
             read_example({**record, **dict.fromkeys(SCORES)}, lambda text, title: text)
         except ValueError as error:

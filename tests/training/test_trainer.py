@@ -224,7 +224,7 @@ def test_a_model_that_is_trained_on_is_not_removed(tmp_path: Path) -> None:
     first = run(tmp_path / "first", RANKLLAMA, base=str(MODELS / "rankllama_base"), save_strategy="no")
     before = (first / "adapter_model.safetensors").read_bytes()
     with pytest.raises(
-        FileExistsError, match=f"overwrite_output_dir: '{first}', which is trained on, is in output_dir"
+        FileExistsError, match=f"overwrite_output_dir would remove '{first}', from which the run starts"
     ):
         run(first, RANKLLAMA, overwrite=True, base=str(first))
     assert (first / "adapter_model.safetensors").read_bytes() == before
