@@ -116,8 +116,8 @@ class RankLLaMAReranker(LLMReranker):
         default="title",
         check=optional(column),
         help="a column with titles; None to read no titles. Frames without the column, and rows in which it is None or "
-        "NaN, have no title. The default follows ``reranker.json``, if it names another column or none.",
-        shell="the field with titles. The default follows ``reranker.json``, if it names another.",
+        "NaN, have no title. If ``reranker.json`` names another column or none, that is the default.",
+        shell="the field with titles. If ``reranker.json`` names another, that is the default.",
     )
     url_field: Option[str | None] = Option(
         default=None,

@@ -472,7 +472,7 @@ class LLMReranker(ValueSemantics, pt.Estimator):
             api = HfApi(token=token)
             url = api.create_repo(repo_id, private=private, exist_ok=True)  # which completes the id
             complete_card(folder, url.repo_id, type(self).__name__, Stated(datasets or (), license=license))
-            api.upload_folder(  # in place of an earlier model, of which no file may stay
+            api.upload_folder(  # replaces an earlier model, no file of which may stay
                 repo_id=url.repo_id, folder_path=folder, commit_message="Upload a reranker", delete_patterns="*"
             )
         return str(url)

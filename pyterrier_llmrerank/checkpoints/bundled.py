@@ -13,7 +13,6 @@ from pathlib import Path
 #: The folder with the models, each in ``<kind>-<name>``.
 MODELS = Path(__file__).parent.parent / "models"
 
-#: The name of the model.
 NAME = "smollm2-135m"
 
 #: Its base on the hub.

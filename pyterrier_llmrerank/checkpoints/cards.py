@@ -127,7 +127,7 @@ def opening(name: str, folder: str) -> str:
         folder: its folder or hub id.
     """
     return (
-        "This folder, and a hub repository with its files, opens by its name alone:\n\n"
+        "This folder, or a hub repository with its files, opens by its name alone:\n\n"
         f'```python\nfrom pyterrier_llmrerank import {name}\n\n{name}("{folder}")\n```\n\n'
         "`reranker.json` holds its base, adapters and input format."
     )

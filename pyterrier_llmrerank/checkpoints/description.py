@@ -18,7 +18,6 @@ from .input_format import InputFormat, check_name
 from .json_files import read_json
 from .locate import HUB_ID, below, is_hub_id, portable
 
-#: The name of the file.
 FILE = "reranker.json"
 
 #: The version of its format. A newer version is refused, because it may have settings that scores depend on.
@@ -201,7 +200,6 @@ class Description:
         (folder / FILE).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-#: The default of each field.
 _DEFAULTS = {name: field.default for name, field in Description.__dataclass_fields__.items()}
 
 #: All fields that a file may have.

@@ -177,7 +177,7 @@ def attention(
         attention_mask: unused; ``layout`` has the masks.
         scaling: factor of the logits.
         dropout: probability of dropping a weight; 0 outside training.
-        sliding_window: most keys that a query sees, itself included; None for all before it.
+        sliding_window: the most keys that a query sees, itself included; None for all before it.
         layout: which tokens form a pair.
         tap: filled with the attention of each pair's last position.
 
@@ -256,7 +256,7 @@ def single_query_logits(
         position: of each query in its pair, ``[pairs]``.
         real_keys: which keys are real, ``[pairs, length]``; None for all.
         scaling: factor of the logits.
-        window: most keys that a query sees; None for all before it.
+        window: the most keys that a query sees; None for all before it.
 
     Returns:
         ``[pairs, key heads, heads per key head, length]``, in fp64 on the CPU, else in fp32.

@@ -131,7 +131,7 @@ class DeviceScorer:
             message = "out of memory outside the model; rerank fewer queries at a time."
         else:
             pairs = self._latest
-            others = f" or one of {len(pairs) - 1} more pairs in its batch" if len(pairs) > 1 else ""
+            others = f" or one of {len(pairs) - 1} other pairs in its batch" if len(pairs) > 1 else ""
             at = f" at {self.call.label(pairs[0])}{others}" if pairs else ""
             message = f"scoring failed on {self._weights.device}{at}: {type(error).__name__}: {reason(error)}"
         raise self.call.error(message) from error

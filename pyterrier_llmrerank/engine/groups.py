@@ -102,7 +102,7 @@ class Groups:
             key: of the row and of a prefix computed earlier, ``[1, key heads, tokens, width]``.
             value: of the shape of ``key``.
             scaling: factor of the logits.
-            window: most keys that a query sees; None for all before it.
+            window: the most keys that a query sees; None for all before it.
             large_logits: logits may be large, as with biases of queries and keys. Products would round them to bf16
                 before the softmax, so they are not used.
 
@@ -156,7 +156,7 @@ def _products(
         keys: ``[pairs * key heads, length, width]``.
         values: of the shape of ``keys``.
         scaling: factor of the logits.
-        window: most keys that a query sees; None for all before it.
+        window: the most keys that a query sees; None for all before it.
 
     Returns:
         The output by pairs, heads and positions, ``[pairs * heads * length, width]``.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 #: Characters of a long text to tokenise at first for each id wanted; more are seldom needed.
 CHARACTERS_AN_ID = 8
 
-#: Most characters in one call of the tokenizer; a longer text gets a call of its own.
+#: The most characters in one call of the tokenizer; a longer text gets a call of its own.
 CHARACTERS_A_CALL = 2**20
 
 #: Matroyshka's prompt.
@@ -101,8 +101,8 @@ class RankLLaMAInputs:
     that of its document.
 
     Args:
-        query_max_length: most ids of ``query: {query}``, without ``<s>``.
-        passage_max_length: most ids of the document, without ``<s>``.
+        query_max_length: the most ids of ``query: {query}``, without ``<s>``.
+        passage_max_length: the most ids of the document, without ``<s>``.
         margin: how many fewer ids a document keeps; 3 in training, as in the released code.
         form: the format of query and document.
     """
@@ -212,12 +212,12 @@ class MatroyshkaInputs:
 
     Args:
         prompt: the question to the model after the passage; never truncated.
-        query_max_length: most ids of ``A: {query}``; None for three quarters of ``max_length``.
-        max_length: most ids of ``B: {passage}``, and most ids of ``<s>``, query and passage together.
+        query_max_length: the most ids of ``A: {query}``; None for three quarters of ``max_length``.
+        max_length: the most ids of ``B: {passage}``, and the most ids of ``<s>``, query and passage together.
         query_instruction: text before the query.
         passage_instruction: text before the passage.
-        total: most ids of the whole input, suffix included; replaces ``max_length`` as the limit. The released training
-            code sets it to query and passage length together.
+        total: the most ids of the whole input, suffix included; replaces ``max_length`` as the limit. The released
+            training code sets it to query and passage length together.
     """
 
     prompt: str = PROMPT
@@ -236,7 +236,7 @@ class MatroyshkaInputs:
 
     @property
     def query_limit(self) -> int:
-        """Most ids of ``A: {query}``."""
+        """The most ids of ``A: {query}``."""
         return self.max_length * 3 // 4 if self.query_max_length is None else self.query_max_length
 
     def __call__(self, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> list[Ids]:

@@ -131,7 +131,7 @@ def packed_flash(
         starts: where each sequence starts among the queries and among the keys, and the end, int32 ``[sequences + 1]``.
         longest: the most queries and the most keys of a sequence.
         scaling: factor of the logits.
-        window: most keys that a query sees; None for all before it.
+        window: the most keys that a query sees; None for all before it.
 
     Returns:
         The output, ``[queries, heads, width]``.
@@ -202,7 +202,7 @@ def causal_mask(queries: Tensor, length: int, real_keys: Tensor | None, window: 
         queries: their positions, ``[1 or pairs, n]``.
         length: how many keys there are.
         real_keys: which of them are real, ``[pairs, length]``; None for all.
-        window: most keys that a query sees, itself included; None for all before it.
+        window: the most keys that a query sees, itself included; None for all before it.
 
     Returns:
         Booleans, ``[1 or pairs, 1, n, length]``.

@@ -16,7 +16,7 @@ class Limits(NamedTuple):
 
     Args:
         vocabulary: the number of tokens that the model knows.
-        positions: most tokens of a pair; None for any number.
+        positions: the most tokens of a pair; None for any number.
     """
 
     vocabulary: int

@@ -56,7 +56,7 @@ def find_resumed(arguments: TrainingArguments, overwrite: bool = False) -> Path 
             )
     if resumed is not None and not any(list(resumed.glob(name)) for name in OPTIMIZER_FILES):
         raise ValueError(
-            f"resume_from_checkpoint={str(resumed)!r}: no state of the optimiser is there, without which the run would "
+            f"resume_from_checkpoint={str(resumed)!r}: the optimiser's state is missing, without which the run would "
             "not continue as it began; allowed: a checkpoint written without save_only_model."
         )
     if models := [path for name in ("config.json", "*.gguf", "model*.safetensors") for path in folder.glob(name)]:

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from ..checkpoints.checkpoint import Checkpoint
     from .batches import Inputs
 
-#: The projections of a decoder layer.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 

@@ -115,12 +115,12 @@ class SameSettings(TrainerCallback):
         if resumed is None:
             return
         if not (resumed / self.FILE).is_file():
-            logger.warning("%s has no %s: whether its settings were the same is not checked.", resumed, self.FILE)
+            logger.warning("%s has no %s: it cannot be checked whether its settings were the same.", resumed, self.FILE)
             return
         before = read_json(resumed / self.FILE)
         if unknown := [name for name in {**settings, **before} if not (name in settings and name in before)]:
             logger.warning(
-                "%s was written by another version, so that these settings are not compared: %s.",
+                "%s was written by another version, so these settings are not compared: %s.",
                 resumed / self.FILE, ", ".join(unknown),
             )  # fmt: skip
         free = {TRAINED_ON, *(LENGTH if has_constant_rate(settings) else ())}

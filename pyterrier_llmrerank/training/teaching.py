@@ -41,7 +41,7 @@ class Passage(NamedTuple):
 
     @property
     def docno(self) -> str:
-        """An id that is the same for equal passages only, as caches of scores need it."""
+        """An id that only equal passages share, as caches of scores need."""
         return sha256(repr((self.title, self.text)).encode()).hexdigest()[:32]
 
 
@@ -63,8 +63,8 @@ def teach(
 
     All lines are checked before the first one is scored. Memory does not grow with the file. Lines keep their order,
     and all other keys their values. ``<target>.journal`` records the progress in blocks of whole lines, and ``resume``
-    continues after the last complete block. It refuses changed lines, another transformer (by its ``repr``) and
-    another ``overwrite``; it does not notice that a model's files have changed.
+    continues after the last complete block. It refuses lines that have changed, a different transformer (by its
+    ``repr``) or a different ``overwrite``; it does not notice that a model's files have changed.
 
     Args:
         source: JSON lines in the form of the training data, compressed if the name ends in ``.gz``.

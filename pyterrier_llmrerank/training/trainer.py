@@ -262,7 +262,7 @@ class GroupTrainer(Trainer):
         finally:
             model.train()
         if failed is not None:
-            raise MemoryError(f"validation: no memory for the pair with query {asked[failed][0]!r} alone.")
+            raise MemoryError(f"validation: the pair with query {asked[failed][0]!r} alone does not fit in memory.")
         return scores
 
     def push_to_hub(self, commit_message: str | None = "End of training", *args: Any, **options: Any) -> Any:

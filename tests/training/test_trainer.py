@@ -263,7 +263,7 @@ def test_a_run_continues_with_the_same_settings_only(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "other").glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-of-mine"}
     assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 2
     (last / "optimizer.pt").unlink()
-    with pytest.raises(ValueError, match=f"resume_from_checkpoint='{last}': no state of the optimiser is there"):
+    with pytest.raises(ValueError, match=f"resume_from_checkpoint='{last}': the optimiser's state is missing"):
         run(tmp_path, resume_from_checkpoint=str(last), **constant)
 
 
