@@ -262,7 +262,7 @@ def single_query_logits(
         ``[pairs, key heads, heads per key head, length]``, in fp64 on the CPU, else in fp32.
     """
     _, kv_heads, length, width = key.shape
-    # The order in which kernels add depends on the batch. Double precision, where available, hides the difference.
+    # The order in which kernels add depends on the batch. On the CPU, double precision hides the difference.
     precise = torch.float64 if key.device.type == "cpu" else torch.float32
     query = query.view(len(query), kv_heads, -1, width).to(precise)
     with torch.autocast(key.device.type, enabled=False):
