@@ -385,9 +385,7 @@ TEACHERS: dict[str, type[LLMReranker]] = {"rankllama": RankLLaMAReranker, "matro
 def _teach(
     source: Annotated[Path, typer.Argument(metavar="TRAIN_FILE", help="JSON lines, optionally .gz.")],
     target: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The file to write; compressed if it ends in .gz.")],
-    reranker: Annotated[
-        Literal["rankllama", "matroyshka"], typer.Option(help="The kind of teacher.")
-    ] = "rankllama",
+    reranker: Annotated[Literal["rankllama", "matroyshka"], typer.Option(help="The kind of teacher.")] = "rankllama",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace scores that lines have already.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted output.")] = False,
     verbose: Verbose = False,

@@ -40,9 +40,7 @@ def empty_folder(folder: Path, argument: str = "folder") -> Path:
         FileExistsError: the folder is not empty.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(
-            f"{argument}={str(folder)!r} exists and is not empty; allowed: a new or an empty folder."
-        )
+        raise FileExistsError(f"{argument}={str(folder)!r} exists and is not empty; allowed: a new or an empty folder.")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
