@@ -302,11 +302,11 @@ Shard = Annotated[
     typer.Option(
         metavar="I/N",
         help="Rerank part I of N, for a job array. Parts have whole queries; their outputs, joined in order, equal the "
-        "output for the whole file. Needs --dtype, other than auto.",
+        "output for the whole file. Needs a --dtype other than auto.",
     ),
 ]
 Workers = Annotated[
-    int, typer.Option(min=1, help="Number of scoring processes, started with Ray. Each uses one GPU, if any.")
+    int, typer.Option(min=1, help="Number of scoring processes, started with Ray. Each uses one GPU, if there are any.")
 ]
 Address = Annotated[str | None, typer.Option(help="Address of a Ray cluster. By default, Ray starts on this machine.")]
 
@@ -385,10 +385,8 @@ TEACHERS: dict[str, type[LLMReranker]] = {"rankllama": RankLLaMAReranker, "matro
 def _teach(
     source: Annotated[Path, typer.Argument(metavar="TRAIN_FILE", help="JSON lines, optionally .gz.")],
     target: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The file to write; compressed if it ends in .gz.")],
-    reranker: Annotated[
-        Literal["rankllama", "matroyshka"], typer.Option(help="The kind of the teacher.")
-    ] = "rankllama",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the scores of lines that have some.")] = False,
+    reranker: Annotated[Literal["rankllama", "matroyshka"], typer.Option(help="The kind of teacher.")] = "rankllama",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace scores that lines have already.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted output.")] = False,
     verbose: Verbose = False,
     **arguments: Any,
@@ -397,7 +395,7 @@ def _teach(
 
     given, kind = _given(arguments), TEACHERS[reranker]
     if others := given.keys() - {option.name for option in options_of(kind)}:
-        raise ValueError(f"{flag(min(others))} is no option of --reranker={reranker}.")
+        raise ValueError(f"{flag(min(others))} is not an option of --reranker={reranker}.")
     with naming(flags(*arguments, "overwrite", "resume") | {"source": "TRAIN_FILE", "target": "OUTPUT"}):
         teacher = _made(kind, given)
         pipeline = teacher if isinstance(teacher, RankLLaMAReranker) else join_titles() >> teacher

@@ -21,7 +21,7 @@ from .engine.inputs import Encoding, MatroyshkaInputs, special_ids
 from .engine.weights import Weights, build_decoder
 from .reranker import require_layerwise
 
-#: Pairs whose ids show whether another program reads an exported tokenizer as it is meant.
+#: Pairs whose ids show whether another program reads an exported tokenizer as intended.
 PROBES = [("what is tea?", "Leaves, 42 of them."), (" two  spaces\n", "naïve 大熊猫</s> don't"), ("", "")]
 
 
@@ -54,7 +54,7 @@ def write_layer_wise(weights: Weights, parts: Description, folder: Path) -> None
 
 
 def write_depth(weights: Weights, layer: int, inputs: MatroyshkaInputs, base: str | None, folder: Path) -> None:
-    """Write a Matroyshka down to one layer as a plain classifier, with a tokenizer that makes the ids of pairs.
+    """Write a Matroyshka down to one layer as a plain classifier, with a tokenizer that turns pairs into ids.
 
     Args:
         weights: the model.
@@ -65,8 +65,8 @@ def write_depth(weights: Weights, layer: int, inputs: MatroyshkaInputs, base: st
 
     Raises:
         FileExistsError: the folder is not empty.
-        ValueError: the model does not support layer-wise execution, or transformers makes other ids with the
-            tokenizer.
+        ValueError: the model does not support layer-wise execution, or the tokenizer gives other ids in
+            transformers.
     """
     checkpoint = weights.checkpoint
     head = _heads(weights)[checkpoint.head_layers.index(layer)]

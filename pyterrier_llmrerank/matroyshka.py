@@ -114,10 +114,10 @@ class MatroyshkaReranker(LLMReranker):
         help="a cascade: after a layer (the key, counted as in ``cutoff``), only this many candidates of each query "
         "(the value) survive, the best by the layer's score. With ``prune={8: 50, 16: 20}``, all candidates run "
         "through 8 layers, 50 through 16, and 20 to the cutoff. Survivors reuse their hidden states and get the same "
-        "score as without a cascade. Dropped passages rank below all survivors, in order of their last score. It is "
-        "lowered for that, before ``normalize``: by the same amount for all passages that a query loses at the layer, "
-        "so that the best of them is 1 below the lowest passage that went deeper. The ``score`` of a cascade is "
-        "therefore for ranking only. The columns ``score_8`` and ``score_16`` have the scores as they were; "
+        "score as without a cascade. Dropped passages rank below all survivors, in order of their last score. To "
+        "that end, the score is lowered before ``normalize``, by the same amount for all passages that a query loses "
+        "at a layer, so that the best of them is 1 below the lowest passage that went deeper. The ``score`` of a "
+        "cascade is therefore for ranking only. The columns ``score_8`` and ``score_16`` have the scores as they were; "
         "``exit_layer`` is the last layer that a passage ran through, and its scores beyond are NaN. Layers are "
         "shallower than the cutoff and have heads; the numbers must not increase with depth. They are kept as a tuple "
         "of pairs.",
@@ -188,8 +188,8 @@ class MatroyshkaReranker(LLMReranker):
         self.shape.check_stages(self.deepest())
         if self.released and self.prune:
             raise ValueError(
-                f"prune={dict(self.prune)}: released=True reads heads of other layers than the cutoffs; allowed: no "
-                "cascade."
+                f"prune={dict(self.prune)}: released=True reads the heads of layers other than the cutoffs; "
+                "allowed: no cascade."
             )
         require(self.model, "model")
         for role, names in {"adapters": self.adapters, "token_adapters": dict(self.token_adapters).values()}.items():
@@ -488,7 +488,7 @@ class MatroyshkaReranker(LLMReranker):
         Args:
             folder: a new or an empty folder.
             merged: write one layer-wise model (``cost_wise_*``) with all adapters merged in, rather than the
-                PEFT adapters. Weights are in ``dtype``, not quantised, heads are fp32.
+                PEFT adapters. Weights are in ``dtype`` and not quantised; heads are in fp32.
             cutoff: the depth of a sequence classifier; None for the reranker's own, if it has one.
             form: ``"sequence-classification"`` writes one depth as a plain ``*ForSequenceClassification`` with one
                 label, which other programs open and serve; it needs ``merged=True``. Its tokenizer makes the ids of a
@@ -502,16 +502,16 @@ class MatroyshkaReranker(LLMReranker):
         Raises:
             FileExistsError: the folder is not empty.
             ValueError: there is no adapter to write, the depth has no head, or an argument needs another; or, for
-                ``merged``, the model does not support layer-wise execution; or, for ``form``, transformers makes other
-                ids with the model's tokenizer.
+                ``merged``, the model does not support layer-wise execution; or, for ``form``, the model's tokenizer
+                gives other ids in transformers.
         """
         one_of("sequence-classification")("form", form)
         if form is not None and not merged:
-            raise ValueError(f"form={form!r}: it is one model; allowed: merged=True too.")
+            raise ValueError(f"form={form!r} writes a merged model; give merged=True too.")
         if cutoff is not None and form is None:
             raise ValueError(f"cutoff={cutoff!r}: adapters and layer-wise models keep all depths; allowed: None.")
         if form is not None and cutoff is None and isinstance(self.cutoff, tuple) and len(self.cutoff) > 1:
-            raise ValueError(f"form={form!r}: it is one depth, and the cutoffs are {self.cutoff}; give one as cutoff.")
+            raise ValueError(f"form={form!r} writes one depth, but the cutoffs are {self.cutoff}; give one as cutoff.")
         target, parts = Path(folder).expanduser(), self._parts(fetch=True)
         parts = replace(parts, prompt=PROMPT if parts.prompt is None else parts.prompt)
         if not merged:

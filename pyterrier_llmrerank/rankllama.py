@@ -72,9 +72,9 @@ class RankLLaMAReranker(LLMReranker):
         default=None,
         check=optional(check_name),
         help='the form in which the model reads a pair. ``"tevatron-2023"`` is RankLLaMA\'s first form, and '
-        '``"tevatron-2024"`` the one string that Tevatron makes since 2024: ``<s> {query_prefix} {query} '
+        '``"tevatron-2024"`` the one string that Tevatron has made since 2024: ``<s> {query_prefix} {query} '
         '{passage_prefix} {title} {text}``. ``"qwen3-reranker"`` is the prompt of Qwen3-Reranker\'s sequence '
-        "classifiers. A template with ``{query}``, perhaps ``{title}``, and ``{text}`` is any other prompt. None is "
+        "classifiers. Any other prompt is a template with ``{query}``, perhaps ``{title}``, and ``{text}``. None is "
         'the format in the model\'s ``reranker.json``, or else ``"tevatron-2023"``.',
         shell="the form in which the model reads a pair: ``tevatron-2023``, ``tevatron-2024``, ``qwen3-reranker`` or a "
         "template, such as ``'Query: {query} Document: {text}'``; by default, the model's own, or else "
@@ -109,15 +109,15 @@ class RankLLaMAReranker(LLMReranker):
         "``reranker.json``, or 164. The whole input has at most "
         "``query_max_length + passage_max_length - 2`` tokens, counting both ``<s>``; the query is cut to fit. The "
         "document checkpoint was trained with 2048. In the other formats, query and passage share "
-        "``query_max_length + passage_max_length`` tokens, and the end of the passage is cut to fit: in "
-        "``tevatron-2024`` counting prefixes and special tokens, in a template without its own text.",
+        "``query_max_length + passage_max_length`` tokens, and the end of the passage is cut to fit. In "
+        "``tevatron-2024``, prefixes and special tokens count too; in a template, its own text does not.",
     )
     title_field: Option[str | None] = Option(
         default="title",
         check=optional(column),
         help="a column with titles; None to read no titles. Frames without the column, and rows in which it is None or "
-        "NaN, have no title. The default follows ``reranker.json``, if it names another column or none.",
-        shell="the field with titles. The default follows ``reranker.json``, if it names another.",
+        "NaN, have no title. If ``reranker.json`` names another column or none, that is the default.",
+        shell="the field with titles. If ``reranker.json`` names another, that is the default.",
     )
     url_field: Option[str | None] = Option(
         default=None,
@@ -326,8 +326,8 @@ class RankLLaMAReranker(LLMReranker):
         Args:
             folder: a new or an empty folder.
             merged: write one ``*ForSequenceClassification`` model, rather than the PEFT ``SEQ_CLS`` adapter
-                with its score head. Weights are in ``dtype``, not quantised, the head is fp32. Its model card says
-                how its input is made.
+                with its score head. Weights are in ``dtype`` and not quantised; the head is in fp32. Its model card
+                says how its input is made.
 
         Raises:
             FileExistsError: the folder is not empty.
@@ -345,7 +345,7 @@ class RankLLaMAReranker(LLMReranker):
         checkpoint = weights.checkpoint
         checkpoint.heads(checkpoint.tokenizer())  # raises where it is untrained
         if not self._is_adapter():
-            raise ValueError(f"model={self.model!r} is no adapter; allowed: merged=True.")
+            raise ValueError(f"model={self.model!r} is not an adapter; allowed: merged=True.")
         with all_or_nothing(target):
             copy_adapter(folder_of(self._source(), "model"), target, checkpoint.base, checkpoint.tokenizer())
             replace(checkpoint.description(), base=checkpoint.base, adapters=(".",), **described).write(target)

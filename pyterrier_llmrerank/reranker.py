@@ -128,7 +128,7 @@ class LLMReranker(ValueSemantics, pt.Estimator):
         default=False,
         check=flag,
         help="compile the layers with torch.compile on first use. New batch shapes do not trigger compilation. "
-        "On a CPU this needs a C++ compiler. (It is not named ``compile``, which PyTerrier's pipelines call.)",
+        "On a CPU this needs a C++ compiler. (Its name is not ``compile``: that is a method that pipelines call.)",
     )
     attn_implementation: Option[str | None] = Option(
         default=None,
@@ -255,7 +255,7 @@ class LLMReranker(ValueSemantics, pt.Estimator):
             prepared, (_, _, tokenizer) = self._prepared, self._weights().at_depth(0)
             with stopwatch:
                 prepared.add(texts, self._encode(tokenizer, texts))
-        except BaseException as error:  # a panic of the tokenizer is no Exception
+        except BaseException as error:  # a panic of the tokenizer is not an Exception
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
         finally:
@@ -389,9 +389,9 @@ class LLMReranker(ValueSemantics, pt.Estimator):
 
         Afterwards the reranker scores with the new adapter. It is in the recipe's ``output_dir``, beside the run's
         checkpoints; by default, alone in a new folder below ``~/.pyterrier/llmrerank/trained``, which stays until you
-        delete it. :meth:`save` writes a copy elsewhere. Another fit
-        starts from it: RankLLaMA continues to train the adapter, Matroyshka adds another one. Texts are cut to the
-        lengths in the recipe. A reranker that was fitted equals only itself.
+        delete it. :meth:`save` writes a copy elsewhere. Another fit starts from the new adapter: RankLLaMA continues
+        to train it, Matroyshka adds another one. Texts are cut to the lengths in the recipe. A reranker that was
+        fitted equals only itself.
 
         Args:
             topics_or_res_tr: results with texts, in the columns that :meth:`transform` takes. A column ``teacher``, if
@@ -454,7 +454,7 @@ class LLMReranker(ValueSemantics, pt.Estimator):
             The URL of the repository.
 
         Raises:
-            ValueError: the base is a folder of this machine, so that the adapter would open nowhere else; or as
+            ValueError: the base is a folder on this machine, so that the adapter could not be opened elsewhere; or as
                 :meth:`save`.
             huggingface_hub.errors.HfHubHTTPError: the hub refuses.
         """
@@ -472,7 +472,7 @@ class LLMReranker(ValueSemantics, pt.Estimator):
             api = HfApi(token=token)
             url = api.create_repo(repo_id, private=private, exist_ok=True)  # which completes the id
             complete_card(folder, url.repo_id, type(self).__name__, Stated(datasets or (), license=license))
-            api.upload_folder(  # in place of an earlier model, of which no file may stay
+            api.upload_folder(  # replaces an earlier model, no file of which may stay
                 repo_id=url.repo_id, folder_path=folder, commit_message="Upload a reranker", delete_patterns="*"
             )
         return str(url)

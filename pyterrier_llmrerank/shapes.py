@@ -49,7 +49,7 @@ class MatroyshkaShape:
         return self.compress_ratio > 1 and any(0 < layer < deepest for layer in self.compress_layers)
 
     def warn_without_effect(self) -> None:
-        """Warn of compression that does nothing. It is no error because grids set one argument at a time."""
+        """Warn of compression that does nothing. It is not an error, because grids set one argument at a time."""
         if self.compress_ratio > 1 and not self.pools():
             logger.warning("compress_ratio=%d has no effect without compress_layers from 1 on", self.compress_ratio)
         elif self.compress_ratio > 1 and not self.pools(self.deepest):

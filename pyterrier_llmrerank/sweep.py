@@ -175,7 +175,7 @@ def in_turns(rerankers: Sequence[MatroyshkaReranker], rows: pd.DataFrame) -> Flo
 
 
 def pareto(cost: Floats, value: Floats) -> NDArray[np.bool_]:
-    """Return which points are on the front: no other has at least their value for less cost, or more for the same."""
+    """Return which points are on the front: no other has the same value or more at less cost, or more at the same."""
     costs, place = np.unique(cost, return_inverse=True)
     best = np.full(len(costs), -np.inf)
     np.maximum.at(best, place, value)

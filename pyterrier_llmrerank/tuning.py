@@ -26,7 +26,7 @@ COSTS = {"share": "of the full shape's operations", "milliseconds": "millisecond
 
 
 class HeldOut(NamedTuple):
-    """The measure of shapes on queries that did not choose them, by :meth:`Tuning.held_out`.
+    """The measure of shapes on queries that were not used to choose them, by :meth:`Tuning.held_out`.
 
     Args:
         mean: the mean over all queries, each measured with the shape that the other folds chose.
@@ -53,7 +53,7 @@ class Tuning:
             ``operations`` (multiplications and additions per query), their ``share`` of the full shape's, and
             ``milliseconds`` per query are its cost. ``timed`` says whether the milliseconds were measured or are
             predicted from the operations. ``front`` says whether the shape is on the Pareto front: no other shape is
-            at least as good for less, or better for the same.
+            at least as good at a lower cost, or better at the same cost.
         measure: the name of the measure.
         budget: as given to :func:`tune`.
         first_stage: the measure of the candidates as given; None if they have neither score nor rank.
@@ -84,9 +84,9 @@ class Tuning:
     def held_out(self, folds: int = 5) -> HeldOut:
         """Estimate how effective :attr:`best` is on other queries, by cross-validation.
 
-        The best of many shapes looks better than it is on the queries that chose it. Here the queries are dealt into
-        folds at random, with a fixed seed. For each fold, the best shape within the budget is chosen on the queries of
-        all other folds, and measured on the queries of the fold.
+        On the queries used to choose it, the best of many shapes looks better than it is. Here the queries are dealt
+        into folds at random, with a fixed seed. For each fold, the best shape within the budget is chosen on the
+        queries of all other folds, and measured on the queries of the fold.
 
         Args:
             folds: number of folds, at most the number of queries.
@@ -225,8 +225,8 @@ def tune(
 
     Returns:
         The measurements. Intervals are percentiles of 1000 bootstrap samples of the queries, the same for all shapes.
-        The best of many shapes looks better than it is; :meth:`Tuning.held_out` measures it on queries that did not
-        choose it.
+        The best of many shapes looks better than it is; :meth:`Tuning.held_out` measures it on queries that were
+        not used to choose it.
 
     Raises:
         ValueError: an argument is not allowed; raised before anything is run.

@@ -39,7 +39,7 @@ def optional(check: Callable[[str, Any], Kept]) -> Callable[[str, Any], Kept | N
 
 
 def integer(name: str, value: object, allowed: str) -> int:
-    """Return an integer as an int; a bool is no integer."""
+    """Return an integer as an int; a bool is not allowed."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
         refuse(name, value, allowed)
     return int(value)
@@ -170,7 +170,7 @@ def problem_of_id(value: object) -> str | None:
 
 
 def is_finite(value: object) -> bool:
-    """Tell whether a value is a number that a float can hold; a bool is no number."""
+    """Tell whether a value is a number that a float can hold; a bool does not count."""
     try:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an integer of hundreds of digits
@@ -201,7 +201,7 @@ def as_pairs(pairs: Any) -> tuple[list[tuple[str, str]], bool]:
             f"pairs={short(pairs)} ({type(pairs).__name__}); allowed: a pair of strings, (query, passage), a list "
             "of pairs, or an array with a row for each."
         )
-    given = [pairs] if isinstance(pairs, str) else list(pairs)  # a string is no iterable of pairs
+    given = [pairs] if isinstance(pairs, str) else list(pairs)  # a string would be split into characters
     is_single = len(given) == 2 and all(isinstance(text, str) for text in given)
     checked = []
     for number, pair in enumerate([given] if is_single else map(as_list, given)):

@@ -371,12 +371,12 @@ def test_ctrl_c_says_how_far_the_output_is(
     [
         ("rerank rankllama in.jsonl --output begun.txt --model smollm2-135m", "to continue it, set --resume."),
         ("teach train.jsonl begun.txt --model smollm2-135m", "to continue it, set --resume."),
-        ("teach train.jsonl new.txt --model smollm2-135m", "neg_scores is there already; allowed with --overwrite."),
+        ("teach train.jsonl new.txt --model smollm2-135m", "neg_scores is already present; allowed with --overwrite."),
         ("teach none new.txt", "TRAIN_FILE='none': no such file; expected JSON lines."),
         ("rerank rankllama none --output o", "RERANK_FILE='none': no such file; allowed: a rerank file, as written by"
          " prepare."),
         ("rerank matroyshka in.jsonl --output o --prune 8:5 --released",
-         "--prune 8:5: --released reads heads of other layers than the cutoffs; allowed: no cascade."),
+         "--prune 8:5: --released reads the heads of layers other than the cutoffs; allowed: no cascade."),
         ("rerank matroyshka in.jsonl --output o --prune 8:5 --prune 9:7",
          "--prune 8:5 --prune 9:7: 7 cannot survive layer 9: only 5 are left there."),
         ("rerank matroyshka in.jsonl --output o --prune 0:5", "--prune 0:5; allowed: layers and the number of "

@@ -1,1 +1,1 @@
-"""Files to weights: folders, hub ids and GGUF files, adapters merged, nothing executed."""
+"""Turn folders, hub ids and GGUF files into weights, with adapters merged in and nothing in the files executed."""

@@ -1,4 +1,4 @@
-"""LoRA adapters as PEFT saves them, checked: the factors of their updates, and weights that they replace."""
+"""LoRA adapters as PEFT saves them: the factors of their updates and the weights that they replace, all checked."""
 
 from __future__ import annotations
 
@@ -100,15 +100,15 @@ class Adapter:
             elif (match := self._WHOLE.fullmatch(key)) and ".lora_" not in key:
                 same = self.whole.setdefault(canonical(match["module"]) + ".weight", key)
             else:
-                raise ValueError(f"{argument}: tensor {short(key)} is no part of a plain LoRA adapter.")
+                raise ValueError(f"{argument}: tensor {short(key)} is not part of a plain LoRA adapter.")
             if same != key:
                 raise ValueError(
                     f"{argument}: the adapter has both {short(same, 200)} and {short(key, 200)}; expected one."
                 )
         if untrained := sorted(set(originals) - set(self.whole)):
             raise ValueError(
-                f"{argument}: tensor {short(originals[untrained[0]])} is there without the trained "
-                f"{short(untrained[0])}."
+                f"{argument}: tensor {short(originals[untrained[0]])} is the original of a trained tensor, "
+                f"{short(untrained[0])}, which is missing."
             )
         for module, sides in self._sides.items():
             if set(sides) != {"A", "B"}:
@@ -217,8 +217,8 @@ class Adapter:
             fits = len(down) == len(up) == 2 and (up[0], down[1]) == shapes[module] and up[1] == down[0] > 0
             if not fits:
                 raise ValueError(
-                    f"{self.argument}: adapter of another shape: {module} is {list(shapes[module])} in the model, "
-                    f"the adapter has lora_A {list(down)} and lora_B {list(up)}."
+                    f"{self.argument}: the adapter has the wrong shape: {module} is {list(shapes[module])} in the "
+                    f"model, but the adapter has lora_A {list(down)} and lora_B {list(up)}."
                 )
 
     def factors(self, module: str) -> tuple[Tensor, Tensor]:
@@ -270,7 +270,7 @@ class Adapter:
 
     def _fits(self, field: str, pattern: str, module: str) -> bool:
         if len(pattern) > 1000 or len(WILDCARDS.findall(pattern)) > 2:  # a match could take forever
-            raise ValueError(f"{self.argument}: {field} {short(pattern)} is too intricate.")
+            raise ValueError(f"{self.argument}: {field} {short(pattern)} is too complex.")
         try:
             return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None
         except (re.error, OverflowError, RecursionError) as error:

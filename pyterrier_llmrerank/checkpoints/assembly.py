@@ -21,8 +21,9 @@ def assemble(given: Description, folder: Path | None, argument: str, *, fetch: b
         fetch: download adapters from the hub to read their descriptions.
 
     Raises:
-        ValueError: adapters were trained with another ``start_layer`` or ``layer_sep`` than is given, with other heads
-            or another prompt than each other or the model, or over other adapters; or as :func:`read_description`.
+        ValueError: adapters were trained with a ``start_layer`` or ``layer_sep`` that differs from the given one, with
+            heads or prompts that differ between them or from the model's, or on top of other adapters; or as
+            :func:`read_description`.
         FileNotFoundError: as :func:`read_description`.
     """
     model = str(given.base)

@@ -13,7 +13,6 @@ from pathlib import Path
 #: The folder with the models, each in ``<kind>-<name>``.
 MODELS = Path(__file__).parent.parent / "models"
 
-#: The name of the model.
 NAME = "smollm2-135m"
 
 #: Its base on the hub.
@@ -45,7 +44,7 @@ def base(reference: str) -> str:
 
 
 def name_of(base: str) -> str | None:
-    """Return the name by which another machine finds the wheel's base, None for any other base."""
+    """Return the name by which another machine finds the wheel's base; None for any other base."""
     return NAME if base == base_file() and Path(base).is_file() else None
 
 

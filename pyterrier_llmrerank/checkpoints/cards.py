@@ -72,7 +72,7 @@ def on_hub(base: str | None) -> str | None:
 
 
 def metadata(base: str | None, library: str, **more: Any) -> ModelCardData:
-    """Return the metadata of a reranker on a base, which may be a folder: that is left out."""
+    """Return the metadata of a reranker, with its base unless that is a folder."""
     tags = ["reranker", "pyterrier"]
     return ModelCardData(base_model=on_hub(base), library_name=library, pipeline_tag="text-ranking", tags=tags, **more)
 
@@ -127,7 +127,7 @@ def opening(name: str, folder: str) -> str:
         folder: its folder or hub id.
     """
     return (
-        "This folder, and a hub repository with its files, opens by its name alone:\n\n"
+        "This folder, or a hub repository with its files, opens by its name alone:\n\n"
         f'```python\nfrom pyterrier_llmrerank import {name}\n\n{name}("{folder}")\n```\n\n'
         "`reranker.json` holds its base, adapters and input format."
     )
@@ -213,7 +213,7 @@ def merged_classifier(
         architecture: the class of transformers that opens it.
         form: the format of its input.
         columns: whether it reads titles, and URLs.
-        limits: most tokens of query and of passage.
+        limits: the most tokens that are kept of a query and of a passage.
     """
     title, url = ("{title}" if columns[0] else None), ("{url}" if columns[1] else None)
     query, passage = form.head("{query}"), form.body("{text}", title, url) + form.tail
@@ -255,7 +255,7 @@ def exported(
         depth: its number of layers.
         pieces: ids before the query, between query and passage, and after the passage, which the tokenizer puts there.
         instructions: texts before query and passage.
-        limits: most tokens of query and of passage, with these texts.
+        limits: the most tokens that are kept of a query and of a passage, including these texts.
     """
     start, between, end = map(list, pieces)
     query, passage = instructions

@@ -63,9 +63,9 @@ class Checkpoint(MergedWeights, ABC):
         if not (folder / "config.json").is_file():
             adapter = (folder / "adapter_config.json").is_file()
             hint = (
-                "it is a LoRA adapter: give the model it belongs to, and this as one of adapters"
+                "it is a LoRA adapter: give the model it belongs to, and this folder among the adapters"
                 if adapter
-                else "it is no model"
+                else "it is not a model"
             )
             raise FileNotFoundError(f"{argument}: {folder} has no config.json; {hint}.")
         self.settings = read_json(folder / "config.json")

@@ -67,7 +67,7 @@ def described(model_type: object, argument: str) -> Iterator[None]:
     """Raise ValueError on any error inside, where transformers builds a model from a configuration."""
     try:
         yield
-    except Exception as error:  # it checks little, so that nonsense fails anywhere with any error
+    except Exception as error:  # few checks there: nonsense may fail anywhere, with any error
         raise ValueError(
             f"{argument}: config.json does not describe a model_type {short(model_type)}: {reason(error)}"
         ) from error
@@ -81,8 +81,8 @@ def decoder_config(settings: dict[str, Any], argument: str) -> PreTrainedConfig:
         argument: the caller's argument and its value, for messages.
 
     Raises:
-        ValueError: the model is of a family that is not supported, is quantised or no causal decoder, or a setting is
-            not allowed.
+        ValueError: the model is of a family that is not supported, is quantised or is not a causal decoder, or a
+            setting is not allowed.
     """
     family = _family(settings, argument)
     if settings.get("quantization_config"):

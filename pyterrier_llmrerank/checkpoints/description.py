@@ -18,7 +18,6 @@ from .input_format import InputFormat, check_name
 from .json_files import read_json
 from .locate import HUB_ID, below, is_hub_id, portable
 
-#: The name of the file.
 FILE = "reranker.json"
 
 #: The version of its format. A newer version is refused, because it may have settings that scores depend on.
@@ -28,17 +27,17 @@ FORMAT_VERSION = 1
 KINDS = {"rankllama": "RankLLaMAReranker", "matroyshka": "MatroyshkaReranker"}
 
 #: The kind of one depth of a Matroyshka that is exported as a plain classifier. No class here opens it: RankLLaMA would
-#: read another input than it was trained with, and Matroyshka needs heads.
+#: give it inputs that differ from those in training, and Matroyshka needs heads.
 EXPORTED = "exported-matroyshka"
 
 
-#: The fields that one kind of reranker has and the other has not, by the kind without them.
+#: The fields that only one kind of reranker has, by the kind that lacks them.
 NOT_OF = {
     "rankllama": {"start_layer", "layer_sep", "prompt", "token_adapters", "max_length"},
     "matroyshka": {"input_format", "passage_max_length", "title_field", "url_field"},
 }
 
-#: The fields that say which parts of a text are read, and how much of them. A file has them where they are not usual.
+#: The fields that say which parts of a text are read, and how much of them. A file has only the unusual ones.
 CUT = ("query_max_length", "passage_max_length", "max_length", "title_field", "url_field")
 
 
@@ -159,7 +158,7 @@ class Description:
             raise ValueError(f"{argument}: {FILE} says that the base has {self.layers} layers, but it has {layers}.")
 
     def check_place(self, place: int, base: str, argument: str) -> None:
-        """Raise ValueError if the adapter that is described here is to be merged in another place than in training.
+        """Raise ValueError if the adapter described here is to be merged in a different place than in training.
 
         Args:
             place: how many adapters are merged before it.
@@ -169,8 +168,8 @@ class Description:
         trained = self.adapters.index(".") if "." in self.adapters else len(self.adapters)
         if self.base == portable(base) and place != trained:
             raise ValueError(
-                f"{argument} was trained on this base with {trained} adapters before it, here it has {place}; give "
-                "all of them in order, or its folder as model."
+                f"{argument} was trained on this base with {trained} adapters before it, but here it has {place}; "
+                "give all of them in order, or its folder as model."
             )
 
     @property
@@ -201,7 +200,6 @@ class Description:
         (folder / FILE).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-#: The default of each field.
 _DEFAULTS = {name: field.default for name, field in Description.__dataclass_fields__.items()}
 
 #: All fields that a file may have.
@@ -230,7 +228,7 @@ def read_description(model: str, folder: Path, kind: str, argument: str) -> Desc
     for name in own.folders:
         if not (folder / name).resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{argument}: {folder / FILE} names {name!r}, a link to a folder outside its own.")
-        if not is_hub_id(model) and not (folder / name).is_dir():  # of a hub model it may not be downloaded yet
+        if not is_hub_id(model) and not (folder / name).is_dir():  # a hub model's may not be downloaded yet
             raise FileNotFoundError(f"{argument}: {folder / FILE} names the folder {name!r}, which is missing.")
     return replace(
         own,

@@ -96,11 +96,11 @@ class InputFormat:
 
     @classmethod
     def chosen(cls, given: Mapping[str, Any], own: InputFormat | None = None) -> InputFormat:
-        """Return the format that a user's arguments and the model's description make.
+        """Return the format that follows from a user's arguments and the model's description.
 
         Args:
             given: ``input_format``, ``query_prefix``, ``passage_prefix`` and ``append_eos``; each None for the model's
-                own or, in another format than the model's, for that format's default.
+                own or, in a format other than the model's, for that format's default.
             own: the format that the model was trained with; None if that is not known.
 
         Raises:

@@ -75,7 +75,7 @@ def shortest(reference: str, model: str | None = None) -> str:
 
 
 def portable(base: str) -> str:
-    """Return the reference to store for a base; for the bundled one its name, whose file differs between machines."""
+    """Return the reference to store for a base: for the bundled one its name, since its path depends on the machine."""
     return bundled.name_of(base) or absolute(base)
 
 

@@ -156,7 +156,7 @@ class MatroyshkaCheckpoint(Checkpoint):
             return torch.stack([self.merged_head(self.read_stored(name), name) for name in names])
         yes = tokenizer("Yes", add_special_tokens=False)["input_ids"]
         if not yes:
-            raise ValueError(f"{self.argument}: its tokenizer makes no token of 'Yes', whose row initialises heads.")
+            raise ValueError(f"{self.argument}: its tokenizer gives no token for 'Yes', whose row initialises heads.")
         row = self._lm_head_row(yes[-1])
         return torch.stack([self.merged_head(row, module) for module in modules])
 

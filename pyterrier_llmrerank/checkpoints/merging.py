@@ -103,7 +103,7 @@ class MergedWeights:
         return self.merge_updates(name.removesuffix(".weight"), self._stored(name))
 
     def place(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Read a weight as :meth:`tensor` does, and return a copy on a device, with no larger one on the way."""
+        """Read a weight as :meth:`tensor` does, and return a copy on a device, without making a larger one first."""
         module, stored = name.removesuffix(".weight"), self._stored(name)
         if updates := self._updates(module):
             return merged(stored, updates, dtype, device)

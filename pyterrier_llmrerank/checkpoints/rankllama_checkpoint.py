@@ -26,8 +26,8 @@ class RankLLaMACheckpoint(Checkpoint):
 
     Raises:
         FileNotFoundError, ConnectionError: as :func:`~pyterrier_llmrerank.checkpoints.locate.folder_of`.
-        ValueError: ``base_model`` is given but ``model`` is no adapter, ``reranker.json`` contradicts the files, or as
-            :class:`Checkpoint`.
+        ValueError: ``base_model`` is given but ``model`` is not an adapter, ``reranker.json`` contradicts the files, or
+            as :class:`Checkpoint`.
     """
 
     kind = "rankllama"
@@ -51,10 +51,10 @@ class RankLLaMACheckpoint(Checkpoint):
             folder = folder_of(base_model, "base_model") if base_model else adapter.base_folder()
             argument = f"base_model={base!r}"
         elif own is not None and own.adapters:
-            raise FileNotFoundError(f"{argument}: {folder / FILE} describes an adapter, but no adapter_config.json.")
+            raise FileNotFoundError(f"{argument}: {folder / FILE} describes an adapter without adapter_config.json.")
         elif base_model is not None:
             raise ValueError(
-                f"base_model={base_model!r} is given, but {argument} is no adapter (no adapter_config.json)."
+                f"base_model={base_model!r} is given, but {argument} is not an adapter (no adapter_config.json)."
             )
         super().__init__(folder, argument)
         self.base = portable(base)

@@ -40,9 +40,7 @@ def empty_folder(folder: Path, argument: str = "folder") -> Path:
         FileExistsError: the folder is not empty.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(
-            f"{argument}={str(folder)!r}: there is something in it; allowed: a new or an empty folder."
-        )
+        raise FileExistsError(f"{argument}={str(folder)!r} exists and is not empty; allowed: a new or an empty folder.")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -147,11 +145,11 @@ def describe_trained(
 
 
 def check_base(folder: Path, repo_id: str) -> None:
-    """Raise ValueError if the base of a saved reranker is a folder of this machine, so that it opens nowhere else."""
+    """Raise ValueError if a saved reranker opens on this machine alone, because its base is a folder here."""
     base = read_json(folder / FILE)["base"]
     if base is not None and not is_hub_id(base):
         raise ValueError(
-            f"repo_id={repo_id!r}: the base {base!r} is on this machine alone; allowed: a base on the hub, or "
+            f"repo_id={repo_id!r}: the base {base!r} exists only on this machine; allowed: a base on the hub, or "
             "merged=True."
         )
 
@@ -171,7 +169,7 @@ def complete_card(folder: Path, repo_id: str, name: str, stated: Stated) -> None
 
 
 def saved_files(folder: Path) -> list[str]:
-    """List the files of a trained adapter, as they are saved, without the files of its training run and others."""
+    """List the files that belong to a trained adapter as it is saved; those of its training run do not."""
     names = {"README.md", FILE, "adapter_config.json", "chat_template.jinja", *TOKENIZER_FILES}
     folders = [folder, *sorted(folder.glob("adapter-[0-9]*"))]
     return [
@@ -241,7 +239,7 @@ def write_merged(
     if "pad_token_id" in settings:
         tokenizer.pad_token_id = settings["pad_token_id"]
         tokenizer.padding_side = "right"
-        tokenizer.chat_template = None  # by which sentence-transformers would read a pair as messages
+        tokenizer.chat_template = None  # else sentence-transformers would read a pair as messages
     beyond = [f"layers.{layer}." for layer in range(description.layers or checkpoint.layers, checkpoint.layers)]
     shapes = {
         f"model.{name}": torch.empty(parameter.shape, dtype=dtype, device="meta")

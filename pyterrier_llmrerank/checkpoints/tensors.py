@@ -81,7 +81,7 @@ class TensorFiles:
 
     Raises:
         FileNotFoundError: the folder has no weights.
-        ValueError: a file is broken, or of another format than its name says.
+        ValueError: a file is broken, or not in the format that its name says.
     """
 
     def __init__(self, folder: Path, stem: str, argument: str) -> None:
@@ -139,7 +139,7 @@ class TensorFiles:
         return tensor
 
     def release(self) -> None:
-        """Let go of ``.bin`` files, which count as memory in use while they are mapped; the next read maps them."""
+        """Unmap ``.bin`` files, which count as memory in use while they are mapped; the next read maps them again."""
         self._mapped.clear()
 
 

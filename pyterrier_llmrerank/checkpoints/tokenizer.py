@@ -85,7 +85,7 @@ def open_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenize
     Raises:
         ValueError: there is no vocabulary, or none whose ids are certain to be right.
         ImportError: reading it needs a package that is missing.
-        Exception: transformers raises any exception on broken files.
+        Exception: transformers may raise any exception on broken files.
     """
     vocabulary = vocabulary_of(folder)
     if vocabulary is None:
@@ -183,7 +183,7 @@ def set_pair(
     """
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(
-            f"{argument}: in other programs, its tokenizer.model gives other ids; expected a model with tokenizer.json."
+            f"{argument}: other programs get other ids from its tokenizer.model; expected a model with tokenizer.json."
         )
     ids = dict(zip(("first", "last", "start", "between", "end"), (*alone, *together), strict=True))
     pieces = {name: {"id": name, "ids": list(own), "tokens": tokenizer.convert_ids_to_tokens(list(own))}
@@ -199,7 +199,7 @@ def set_pair(
 
 
 def check_pairs(folder: Path, pairs: Sequence[tuple[str, str]], ids: Sequence[list[int]], argument: str) -> None:
-    """Raise ValueError unless transformers opens a saved tokenizer that makes these ids of pairs of texts.
+    """Raise ValueError unless transformers opens a saved tokenizer, and it turns pairs of texts into these ids.
 
     Args:
         folder: where the tokenizer is saved.
@@ -211,8 +211,8 @@ def check_pairs(folder: Path, pairs: Sequence[tuple[str, str]], ids: Sequence[li
     for pair, wanted in zip(pairs, ids, strict=True):
         if (made := opened(*pair)["input_ids"]) != wanted:
             raise ValueError(
-                f"{argument}: of {pair!r} its tokenizer makes the ids {wanted}, but in transformers {made}; expected a "
-                "tokenizer.json that names no class of its own."
+                f"{argument}: for {pair!r} its tokenizer gives the ids {wanted}, but in transformers {made}; expected "
+                "a tokenizer.json that names no class of its own."
             )
 
 

@@ -108,7 +108,7 @@ class Layout:
         self._places = self._query_places = on_device(places.flatten(), device)
         self._sources = on_device(packing.pair_of_token * length + packing.positions, device)
         self._reuse_prefix, self._save_prefix, self._last_prefix = reuse_prefix, save_prefix, packing.last_prefix
-        if reuse_prefix is not None:  # its tokens have no queries in the row: any other fills their positions
+        if reuse_prefix is not None:  # its tokens have no queries in the row: any other token stands in for them
             in_row = np.where(places < len(packing.positions), places, 0)
             self._query_places = on_device(in_row.flatten(), device)
 
@@ -176,8 +176,8 @@ def attention(
         value: of the row, with the heads of ``key``.
         attention_mask: unused; ``layout`` has the masks.
         scaling: factor of the logits.
-        dropout: probability to drop a weight; 0 outside training.
-        sliding_window: most keys that a query sees, itself included; None for all before it.
+        dropout: probability of dropping a weight; 0 outside training.
+        sliding_window: the most keys that a query sees, itself included; None for all before it.
         layout: which tokens form a pair.
         tap: filled with the attention of each pair's last position.
 
@@ -256,18 +256,18 @@ def single_query_logits(
         position: of each query in its pair, ``[pairs]``.
         real_keys: which keys are real, ``[pairs, length]``; None for all.
         scaling: factor of the logits.
-        window: most keys that a query sees; None for all before it.
+        window: the most keys that a query sees; None for all before it.
 
     Returns:
         ``[pairs, key heads, heads per key head, length]``, in fp64 on the CPU, else in fp32.
     """
     _, kv_heads, length, width = key.shape
-    # Twice the precision, where there is one, hides in which order kernels add, which depends on the batch.
+    # The order in which kernels add depends on the batch. On the CPU, double precision hides the difference.
     precise = torch.float64 if key.device.type == "cpu" else torch.float32
     query = query.view(len(query), kv_heads, -1, width).to(precise)
     with torch.autocast(key.device.type, enabled=False):
         logits = query @ key.to(precise).transpose(2, 3) * scaling
-    # Hidden keys get a finite logit. So its gradient stays finite, and a group of body tokens that lies wholly
+    # Hidden keys get a finite logit, so that its gradient is finite too, and so that a group of body tokens wholly
     # outside a sliding window is pooled to its plain mean.
     return logits.masked_fill(~causal_mask(position[:, None], length, real_keys, window), -1e30)
 

@@ -20,9 +20,9 @@ WIDTH = 4096
 #: How many times :data:`TOKENS` a narrower model may get on CUDA, where small batches leave a GPU idle.
 MOST_TIMES = 4
 
-#: Most positions of attention for each token of the budget. Attention lays out each pair with its prefix, at the length
-#: of the longest. On a CPU it takes fewer positions, but there larger batches are no faster, and with long queries
-#: they would take twice the memory.
+#: The most positions of attention for each token of the budget. Attention lays out each pair with its prefix, at the
+#: length of the longest. On a CPU it takes fewer positions, but there larger batches are no faster, and with long
+#: queries they would take twice the memory.
 SPREAD = 4
 
 
@@ -31,8 +31,8 @@ class Budget:
     """Limits the size of a batch. It shrinks when memory runs out, and stays small for all later batches.
 
     Args:
-        tokens: most tokens, a shared prefix counted once; None for any number. A longer pair is a batch of its own.
-        pairs: most pairs; None for any number.
+        tokens: the most tokens, a shared prefix counted once; None for any number. A longer pair is a batch of its own.
+        pairs: the most pairs; None for any number.
     """
 
     tokens: int | None = None
@@ -135,7 +135,7 @@ def query_chunks(queries: Sequence[Hashable], size: int) -> Iterator[list[int]]:
 
     Args:
         queries: the query of each index.
-        size: fewest indices in a chunk; the last may have fewer.
+        size: the fewest indices in a chunk; the last may have fewer.
     """
     by_query: dict[Hashable, list[int]] = {}
     for index, query in enumerate(queries):

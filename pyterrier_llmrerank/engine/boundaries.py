@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 #: A place to cut: between the two characters.
 CUT = re.compile(r"[^\W_] ")
 
-#: The same with marks that no word of a tokenizer that parts words includes: full stop, commas, and fullwidth ! ? ;
+#: The same, or before a mark that is never part of a word if the tokenizer splits words from punctuation: full stop,
+#: commas, and fullwidth ! ? ;
 CUT_AT_MARKS = re.compile(r"[^\W_][ \u3002\uff0c\u3001\uff01\uff1f\uff1b]")
 
 _CASED = (
@@ -115,7 +116,7 @@ def _steps(step: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
 
 
 def _space_mark(part: dict[str, Any]) -> str | None:
-    """Return the character that a step replaces spaces by; None if it keeps them."""
+    """Return the character that a step puts in place of spaces; None if it keeps them."""
     if part["type"] == "ByteLevel":
         return "Ġ"
     return "▁" if part["type"] in ("Replace", "Metaspace") else None

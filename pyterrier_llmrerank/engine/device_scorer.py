@@ -131,7 +131,7 @@ class DeviceScorer:
             message = "out of memory outside the model; rerank fewer queries at a time."
         else:
             pairs = self._latest
-            others = f" or one of {len(pairs) - 1} more pairs in its batch" if len(pairs) > 1 else ""
+            others = f" or one of {len(pairs) - 1} other pairs in its batch" if len(pairs) > 1 else ""
             at = f" at {self.call.label(pairs[0])}{others}" if pairs else ""
             message = f"scoring failed on {self._weights.device}{at}: {type(error).__name__}: {reason(error)}"
         raise self.call.error(message) from error
@@ -148,7 +148,7 @@ class DeviceScorer:
                 raise self.call.error(
                     f"out of memory on {self._weights.device} with one pair alone: "
                     f"{self.call.label(chunk.pairs[alive[too_large]])}, {ids[too_large].length} tokens; "
-                    "allow fewer tokens a passage, a 16-bit dtype, or a device with more memory."
+                    "use fewer tokens per passage, a 16-bit dtype, or a device with more memory."
                 )
             if not stage.is_last and self.call.cascade is not None:
                 alive = self._survivors(chunk, stage, self.call.cascade)

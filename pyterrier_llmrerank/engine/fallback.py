@@ -55,7 +55,6 @@ class FallbackDecoder(nn.Module):
         self.model: PreTrainedModel = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
         self.argument = checkpoint.argument
         self.layers = checkpoint.layers
-        #: The size of the vocabulary.
         self.vocabulary = len(cast(nn.Embedding, self.model.get_input_embeddings()).weight)
         #: The longest sequence that the model has positions for; None for any length.
         self.positions = _positions(self.model)

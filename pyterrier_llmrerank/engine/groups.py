@@ -31,10 +31,10 @@ STEP = 16
 #: Queries in a block. Later keys are left out of a block, and the block's weights stay in the cache.
 BLOCK = 32
 
-#: The same for products in bf16.
+#: Queries in a block for products in bf16.
 PRODUCT_BLOCK = 64
 
-#: Narrowest heads for products in bf16. For few narrow heads, torch uses another kernel, which rounds differently.
+#: The narrowest heads for products in bf16. For few narrow heads, torch uses another kernel, which rounds differently.
 NARROWEST = 32
 
 
@@ -102,7 +102,7 @@ class Groups:
             key: of the row and of a prefix computed earlier, ``[1, key heads, tokens, width]``.
             value: of the shape of ``key``.
             scaling: factor of the logits.
-            window: most keys that a query sees; None for all before it.
+            window: the most keys that a query sees; None for all before it.
             large_logits: logits may be large, as with biases of queries and keys. Products would round them to bf16
                 before the softmax, so they are not used.
 
@@ -156,7 +156,7 @@ def _products(
         keys: ``[pairs * key heads, length, width]``.
         values: of the shape of ``keys``.
         scaling: factor of the logits.
-        window: most keys that a query sees; None for all before it.
+        window: the most keys that a query sees; None for all before it.
 
     Returns:
         The output by pairs, heads and positions, ``[pairs * heads * length, width]``.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 #: Characters of a long text to tokenise at first for each id wanted; more are seldom needed.
 CHARACTERS_AN_ID = 8
 
-#: Most characters in one call of the tokenizer; a longer text gets a call of its own.
+#: The most characters in one call of the tokenizer; a longer text gets a call of its own.
 CHARACTERS_A_CALL = 2**20
 
 #: Matroyshka's prompt.
@@ -58,7 +58,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: i
     """Return the first ``limit`` ids of each text (all by default), without special tokens.
 
     Equal texts are tokenised once. To save time and memory, long texts are cut before they are tokenised, and few of
-    them go into one call: on the way, an id takes a few hundred bytes.
+    them go into one call: there, an id takes a few hundred bytes.
     """
     ids: dict[str, list[int]] = {}
     length = None if limit is None else CHARACTERS_AN_ID * limit
@@ -80,7 +80,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: i
 
 
 def _calls(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Yield the numbers of texts to tokenise in one call."""
+    """Yield the indices of the texts to tokenise in each call."""
     part: list[int] = []
     characters = 0
     for number, length in enumerate(lengths):
@@ -101,9 +101,9 @@ class RankLLaMAInputs:
     that of its document.
 
     Args:
-        query_max_length: most ids of ``query: {query}``, without ``<s>``.
-        passage_max_length: most ids of the document, without ``<s>``.
-        margin: how many ids fewer a document keeps; 3 in training, as in the released code.
+        query_max_length: the most ids of ``query: {query}``, without ``<s>``.
+        passage_max_length: the most ids of the document, without ``<s>``.
+        margin: how many fewer ids a document keeps; 3 in training, as in the released code.
         form: the format of query and document.
     """
 
@@ -177,7 +177,7 @@ class StringInputs:
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Count the ids with which both begin."""
+    """Count the ids at the start that both have in common."""
     differing = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     return next(differing, min(len(one), len(other)))
 
@@ -192,7 +192,7 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int
     for start in range(len(whole) - len(bare) + 1):
         if whole[start : start + len(bare)] == bare:
             return list(whole[:start]), list(whole[start + len(bare) :])
-    raise ValueError(f"tokenizer: with special tokens, 'a' is {whole}; without, it is {bare}, which is no part of it.")
+    raise ValueError(f"tokenizer: with special tokens, 'a' is {whole}; without, it is {bare}, which is not part of it.")
 
 
 #: The encodings of RankLLaMA's formats.
@@ -212,12 +212,12 @@ class MatroyshkaInputs:
 
     Args:
         prompt: the question to the model after the passage; never truncated.
-        query_max_length: most ids of ``A: {query}``; None for three quarters of ``max_length``.
-        max_length: most ids of ``B: {passage}``, and most ids of ``<s>``, query and passage together.
+        query_max_length: the most ids of ``A: {query}``; None for three quarters of ``max_length``.
+        max_length: the most ids of ``B: {passage}``, and the most ids of ``<s>``, query and passage together.
         query_instruction: text before the query.
         passage_instruction: text before the passage.
-        total: most ids of the whole input, suffix included; replaces ``max_length`` as the limit. The released training
-            code sets it to query and passage length together.
+        total: the most ids of the whole input, suffix included; replaces ``max_length`` as the limit. The released
+            training code sets it to query and passage length together.
     """
 
     prompt: str = PROMPT
@@ -236,7 +236,7 @@ class MatroyshkaInputs:
 
     @property
     def query_limit(self) -> int:
-        """Most ids of ``A: {query}``."""
+        """The most ids of ``A: {query}``."""
         return self.max_length * 3 // 4 if self.query_max_length is None else self.query_max_length
 
     def __call__(self, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> list[Ids]:

@@ -73,8 +73,8 @@ def check_packed(device: torch.device, dtype: torch.dtype) -> None:
     """Raise ValueError if torch has no FlashAttention for a device and dtype."""
     if device.type != "cuda" or not has_flash(device, dtype):
         raise ValueError(
-            f"attn_implementation={VARLEN!r} cannot be used on {device} in {dtype}; wanted CUDA of capability 8.0, in "
-            "bfloat16 or float16."
+            f"attn_implementation={VARLEN!r} cannot be used on {device} in {dtype}; it needs CUDA of capability 8.0 or "
+            "higher, in bfloat16 or float16."
         )
 
 
@@ -95,10 +95,10 @@ _scoring_lock = threading.Lock()
 
 @contextmanager
 def without_cudnn() -> Iterator[None]:
-    """Let SDPA choose among all kernels but cuDNN's, in the whole process, until the last of several calls leaves.
+    """Let SDPA choose among all kernels but cuDNN's, in the whole process, until the last overlapping call is over.
 
     On Hopper and later GPUs, torch prefers cuDNN's kernel, which plans for tens of milliseconds whenever it meets a
-    shape for the first time. Nearly every batch of pairs has a shape of its own. The setting is one for all threads.
+    shape for the first time. Nearly every batch of pairs has a shape of its own. All threads share the setting.
     """
     global _scoring, _cudnn_before
     with _scoring_lock:
@@ -131,7 +131,7 @@ def packed_flash(
         starts: where each sequence starts among the queries and among the keys, and the end, int32 ``[sequences + 1]``.
         longest: the most queries and the most keys of a sequence.
         scaling: factor of the logits.
-        window: most keys that a query sees; None for all before it.
+        window: the most keys that a query sees; None for all before it.
 
     Returns:
         The output, ``[queries, heads, width]``.
@@ -202,7 +202,7 @@ def causal_mask(queries: Tensor, length: int, real_keys: Tensor | None, window: 
         queries: their positions, ``[1 or pairs, n]``.
         length: how many keys there are.
         real_keys: which of them are real, ``[pairs, length]``; None for all.
-        window: most keys that a query sees, itself included; None for all before it.
+        window: the most keys that a query sees, itself included; None for all before it.
 
     Returns:
         Booleans, ``[1 or pairs, 1, n, length]``.

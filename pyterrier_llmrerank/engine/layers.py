@@ -14,7 +14,7 @@ from .linears import linear_plus, mlp_plus
 def call_layer(
     layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor], layout: Layout, tap: AttentionTap | None = None
 ) -> Tensor:
-    """Run a layer on all tokens of a row by its own ``forward``; as :func:`run_layer`."""
+    """Run a layer on all tokens of a row by its own ``forward``; arguments and result as for :func:`run_layer`."""
     positions = layout.positions[None]
     output: Tensor = layer(
         hidden, attention_mask=None, position_ids=positions, position_embeddings=rotary, layout=layout, tap=tap
@@ -55,13 +55,13 @@ def run_layer(
 
 
 def run_last(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
-    """Run a layer on the last token of each pair, ``[pairs, width]``; others only give keys and values.
+    """Run a layer on the last token of each pair, ``[pairs, width]``; other tokens only give keys and values.
 
     Args are those of :func:`run_layer`.
     """
     parts: Any = layer
     heads = parts.self_attn
-    # A matrix of one row uses another kernel than one of several rows, which rounds differently.
+    # For a matrix of one row, torch uses another kernel, which rounds differently.
     last = layout.last.repeat(2) if len(layout.last) == 1 else layout.last
     normed = parts.input_layernorm(hidden)
     key = _rotated(_project(heads, "k", normed), rotary).transpose(1, 2)

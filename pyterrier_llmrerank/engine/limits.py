@@ -16,7 +16,7 @@ class Limits(NamedTuple):
 
     Args:
         vocabulary: the number of tokens that the model knows.
-        positions: most tokens of a pair; None for any number.
+        positions: the most tokens of a pair; None for any number.
     """
 
     vocabulary: int
@@ -33,14 +33,14 @@ class Limits(NamedTuple):
         """Say why the model cannot read a pair; None if it can.
 
         >>> Limits(vocabulary=8, positions=2).problem(Ids([1, 5], [7], []))
-        'has 3 tokens, but the model has 2 positions; allow fewer tokens a passage.'
+        'has 3 tokens, but the model has 2 positions; use fewer tokens per passage.'
         """
         if not ids.length:
-            return "has no tokens, so that there is nothing to score."
+            return "has no tokens, so there is nothing to score."
         if (largest := max(ids.flat())) >= self.vocabulary:
             return f"holds token {largest} of the tokenizer, but the model knows {self.vocabulary} tokens."
         if self.positions is not None and ids.length > self.positions:
             return (
-                f"has {ids.length} tokens, but the model has {self.positions} positions; allow fewer tokens a passage."
+                f"has {ids.length} tokens, but the model has {self.positions} positions; use fewer tokens per passage."
             )
         return None

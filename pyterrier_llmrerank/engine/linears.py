@@ -28,7 +28,7 @@ class PackedLinear(nn.Linear):
     """
 
     def pack(self) -> None:
-        """Rearrange the weight, unless it is packed already; the plain one is let go."""
+        """Rearrange the weight, unless it is packed already; the plain one is dropped."""
         if not self.weight.is_mkldnn:
             reorder: Any = torch.ops.mkldnn._reorder_linear_weight
             self.weight = nn.Parameter(reorder(self.weight.detach(), None), requires_grad=False)

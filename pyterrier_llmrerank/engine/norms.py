@@ -11,7 +11,7 @@ from torch.nn.functional import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """Compute the same as a decoder's norm, with less work, also for the gradient while its weight is frozen.
+    """Compute a decoder's norm with less work, and its gradient too while the weight is frozen.
 
     Args:
         norm: the norm; its weight is shared.

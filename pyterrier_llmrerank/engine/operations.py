@@ -24,7 +24,7 @@ class Layer(NamedTuple):
         matrices: weights in its matrices.
         keys_values: weights in the key and value projections, part of ``matrices``.
         attended: width of all heads' queries together.
-        window: most keys that a token sees; None for all before it.
+        window: the most keys that a token sees; None for all before it.
     """
 
     matrices: int

@@ -40,7 +40,8 @@ class Packing:
     Args:
         prefix, body, suffix: tokens in the parts of each pair, ``[pairs]``.
         owner: for each pair the first one with the same prefix, ``[pairs]``; -1 if its prefix is not in the row.
-        padding: tokens after the suffix that others do not see as keys, ``[pairs]``; only the released code has some.
+        padding: tokens after the suffix that others do not see as keys, ``[pairs]``; 0 unless the released code is
+            reproduced.
     """
 
     def __init__(self, prefix: Indices, body: Indices, suffix: Indices, owner: Indices, padding: Indices) -> None:
@@ -156,7 +157,7 @@ class PackedPairs(Packing):
         self.ids: Indices = np.array(ids, dtype=np.int64)
 
     def check_ids(self, vocabulary: int) -> None:
-        """Check the ids against the rows of an embedding; beyond its end a GPU fails for good.
+        """Check that all ids are rows of an embedding; one beyond its end would break the GPU for the whole process.
 
         Raises:
             ValueError: an id is not below ``vocabulary``.

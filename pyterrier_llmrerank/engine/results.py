@@ -69,7 +69,7 @@ class PendingResults:
                 with suppress(ScoringError):
                     self.collect()
                 pair, dtype = batch.pairs[int(finite.argmin())], self._dtype
-                advice = "is the checkpoint sound?" if dtype == torch.float32 else "try dtype='float32'."
+                advice = "the checkpoint may be damaged." if dtype == torch.float32 else "try dtype='float32'."
                 raise call.error(f"the score of {call.label(pair)} is not finite in {dtype}; {advice}")
             if batch.cutoffs.stop == len(call.scores):
                 call.progress(len(batch.pairs))

@@ -29,10 +29,10 @@ from .weights import Weights
 #: Pairs that are tokenised and sorted into batches together. A chunk holds whole queries, so it may be larger.
 CHUNK = 1024
 
-#: The same for cascades, which keep the hidden states of a whole chunk until its survivors are known.
+#: Pairs in a chunk of a cascade, which keeps the hidden states of a whole chunk until its survivors are known.
 CASCADE_CHUNK = 256
 
-#: Pairs from which a call on a CPU is worth a measurement of the fastest number of threads.
+#: The fewest pairs for which a call on a CPU first measures which number of threads is fastest.
 LARGE = 256
 
 #: Chunks for each of several devices, if there are enough queries, so that no device waits long for the last one.

@@ -32,7 +32,7 @@ SIZES = 512, 576, 1536
 
 @contextmanager
 def fastest_threads(device: torch.device, seconds: Callable[[int], float] | None = None) -> Iterator[None]:
-    """Run a block on the number of threads that is fastest; threads that share a core wait for each other.
+    """Run a block on the fastest number of threads, which may not be the most: threads on one core wait for each other.
 
     Numbers from one to torch's own are tried, in powers of two, at the beginning of a block. Other programs come and
     go, so the result holds for ten minutes at most; later blocks measure again. A block that begins while another runs
@@ -40,14 +40,14 @@ def fastest_threads(device: torch.device, seconds: Callable[[int], float] | None
     a measurement. torch's number is restored after the block.
 
     Args:
-        device: where the block computes; other devices than the CPU are left alone.
+        device: where the block computes; nothing is done for devices other than the CPU.
         seconds: measures some work on a number of threads; None for a piece of a decoder layer.
     """
     if device.type != "cpu" or os.environ.get("OMP_NUM_THREADS"):
         yield
         return
     with _lock:
-        if _blocks:  # they would disturb a measurement, and it them
+        if _blocks:  # they and a measurement would disturb each other
             before, chosen = _blocks[0]
         else:
             before = chosen = torch.get_num_threads()

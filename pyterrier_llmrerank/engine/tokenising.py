@@ -84,4 +84,4 @@ def is_failure(error: BaseException) -> bool:
     """Return whether a tokenizer failed, rather than memory ran out or the process is to end."""
     if isinstance(error, Exception):
         return not isinstance(error, MemoryError)
-    return type(error).__module__ == "pyo3_runtime"  # a panic in Rust is no Exception, and cannot be imported
+    return type(error).__module__ == "pyo3_runtime"  # a panic in Rust is not an Exception, and cannot be imported

@@ -22,7 +22,7 @@ from .quantization import quantization_of
 
 
 class Sharer(Protocol):
-    """Describes a reranker as far as its weights know it."""
+    """Describes what weights need to know of a reranker that shares them."""
 
     def deepest(self) -> int | None:
         """Return the deepest layer that it runs; None for the model's last."""
@@ -147,7 +147,7 @@ class Weights:
                         part.compile(dynamic=True)
 
     def _load(self, part: str, depth: int = 0) -> nn.Module:
-        """Load a part of the decoder, or share it with the weights below, which are first taken to ``depth``."""
+        """Load a part of the decoder, or share it with the weights below, which first load ``depth`` layers."""
         module = cast(nn.Module, self._model).get_submodule(part)
         if self._below is None:
             fill(module, self.checkpoint, f"{part}.", self.device, self.dtype)

@@ -71,7 +71,7 @@ class JournaledFile:
             undo.callback(self._file.close)
             if self._created:
                 undo.callback(path.unlink)
-            # An empty file without a complete journal is left by a kill: begin it again.
+            # A killed process leaves an empty file without a complete journal: begin it again.
             self._resumed = os.fstat(self._file.fileno()).st_size > 0 or _is_finished(self.journal)
             self._log = self._open_journal("r+" if self._resumed else "w")
             undo.callback(self._log.close)

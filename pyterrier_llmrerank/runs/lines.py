@@ -95,7 +95,7 @@ def whitespace_columns(path: Path, allowed: dict[int, str]) -> Iterator[tuple[in
         allowed: the names of the columns by their number, for the error message.
 
     Raises:
-        ValueError: a line has another number of columns than allowed, or than the first line.
+        ValueError: the number of columns in a line is not allowed, or differs from the first line's.
         OSError: the file cannot be read.
     """
     words = ((line, _WORD.findall(text)) for line, text in numbered_lines(path))

@@ -33,7 +33,7 @@ def rerank_rows(run: Path, topics: str, texts: str, depth: int, columns: str | N
         run: the run, as read by :func:`~pyterrier_llmrerank.runs.formats.read_run`.
         topics: name of the queries, as for :func:`queries`.
         texts: name of the documents, as for :func:`documents`.
-        depth: number of documents of each query, from the top.
+        depth: number of top documents to keep for each query.
         columns: the run's columns, as for :func:`~pyterrier_llmrerank.runs.formats.read_run`.
 
     Yields:

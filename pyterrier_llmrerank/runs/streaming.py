@@ -175,7 +175,7 @@ def _check_arguments(source: Path, target: Path, form: str, tag: str, resume: bo
 
 
 def _open_shard(reranker: LLMReranker, shard: str, source: Path) -> Shard:
-    """Return a shard; ValueError if there is no such shard, or machines could score their shards in several dtypes."""
+    """Return a shard; ValueError if there is none, or if machines could score their shards in different dtypes."""
     part = open_shard(shard, source)
     if reranker.dtype == "auto":
         raise ValueError(

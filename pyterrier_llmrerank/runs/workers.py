@@ -162,7 +162,7 @@ class WorkerPool:
         except self._ray.exceptions.RayTaskError as error:
             task.result = error.cause
             error.cause.__cause__ = error  # has the worker's traceback
-        except self._ray.exceptions.RayError as error:  # Ray has tried in vain
+        except self._ray.exceptions.RayError as error:  # Ray has given up
             task.result = ConnectionError(f"{MAX_LOSSES} workers were lost while {task}; the last error: {error}")
             task.result.__cause__ = error
         if task.chunk is None and isinstance(task.result, Exception):

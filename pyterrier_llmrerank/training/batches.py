@@ -22,12 +22,12 @@ Inputs = Callable[["PreTrainedTokenizerBase", Sequence[tuple[str, str]]], list[I
 
 
 def draw_seed(arguments: TrainingArguments) -> int:
-    """Return the seed of the draw of groups."""
+    """Return the seed for drawing groups."""
     return arguments.seed if arguments.data_seed is None else arguments.data_seed
 
 
 class Groups(torch.utils.data.Dataset[Group]):
-    """Draw a group for each record, anew in each epoch.
+    """Draw a group for each record, and a new one in each epoch.
 
     The draw depends on seed, epoch and the record's index alone, so that it is the same in every process and worker,
     and in a resumed run.
@@ -35,7 +35,7 @@ class Groups(torch.utils.data.Dataset[Group]):
     Args:
         records: rows for :func:`~pyterrier_llmrerank.training.examples.read_example`.
         size: passages in a group.
-        seed: the seed of the draw.
+        seed: the seed for drawing groups.
         body: formats the passages.
     """
 
@@ -88,7 +88,7 @@ class Collator:
 
     Args:
         tokenizer: the model's tokenizer.
-        inputs: returns the encoding for a group's prompt, which is None for the recipe's.
+        inputs: returns the encoding for a group's prompt; None stands for the recipe's prompt.
     """
 
     tokenizer: PreTrainedTokenizerBase

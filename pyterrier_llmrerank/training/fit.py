@@ -124,7 +124,7 @@ def _without_teacher(recipe: Recipe) -> Recipe:
 
 
 def as_is(text: str, title: str | None) -> str:
-    """Return a text that is formatted already."""
+    """Return a text unchanged, since it is formatted already."""
     return text
 
 

@@ -30,8 +30,8 @@ def check_qrels(qrels: pd.DataFrame, argument: str) -> pd.DataFrame:
         argument: the caller's name for them, used in errors.
 
     Raises:
-        ValueError: a column is missing or repeated, there are no rows, an id or label is missing, a label is no
-            number, or a pair has two different labels.
+        ValueError: a column is missing or repeated, there are no rows, an id or label is missing, a label is not
+            a number, or a pair has two different labels.
     """
     wanted = ["qid", "docno", "label"]
     for name in wanted:
@@ -56,7 +56,7 @@ def numbers(rows: pd.DataFrame, name: str, argument: str) -> pd.Series[Any]:
     """Return a column as finite numbers.
 
     Raises:
-        ValueError: a value is no finite number; names its qid and docno.
+        ValueError: a value is not a finite number; names its qid and docno.
     """
     for qid, docno, value in zip(rows["qid"], rows["docno"], rows[name], strict=True):
         try:

@@ -82,7 +82,7 @@ class LowRankLinear(lora.Linear):
 
 
 #: Settings kept from the configuration of an adapter that is trained further. Others could change the base's weights
-#: or the computation, where inference does not.
+#: or the computation in ways that inference does not follow.
 KEPT_FIELDS = (
     "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern",
     "layers_to_transform", "layers_pattern",
@@ -109,7 +109,7 @@ def with_lora(checkpoint: Checkpoint, heads: Tensor, recipe: Recipe, dtype: torc
     config = _config(recipe) if continued is None else _continued_config(continued)
     _, config.revision = without_revision(checkpoint.base)
     config.modules_to_save = ["score"] if checkpoint.head_module(0) is None else None
-    # With a task type, PEFT would wrap the model for inputs that it does not have.
+    # There is no task type: with one, PEFT would wrap the model for inputs that it does not have.
     config._register_custom_module({nn.Linear: LowRankLinear})
     checkpoint.adapters = [adapter for adapter in checkpoint.adapters if adapter is not continued]
     ranking = RankingModel(checkpoint, heads, dtype)

@@ -84,8 +84,8 @@ class MatroyshkaTraining(Recipe):
 
         Raises:
             ValueError: the model has too few layers for ``start_layer`` or ``compress_layers``, or it was trained with
-                another ``start_layer``, ``layer_sep`` or ``prompt`` than the recipe has. A default of the recipe
-                contradicts nothing.
+                a ``start_layer``, ``layer_sep`` or ``prompt`` that differs from the recipe's. The recipe's defaults
+                never conflict.
         """
         from ..checkpoints.adapters import Adapter
         from ..checkpoints.description import read_description

@@ -95,9 +95,9 @@ class RankingModel(nn.Module):
         return torch.stack([head(state) for head, state in zip(self.lm_head, states, strict=True)]).float()
 
     def runs_whole_layers(self) -> bool:
-        """Return whether the deepest layer has to run for all tokens, although its last states alone are read.
+        """Return whether the deepest layer has to run for all tokens, although only its last states are read.
 
-        Parallel wrappers may gather a layer's weights in its own forward alone, which also draws its dropout.
+        Parallel wrappers may gather a layer's weights only in its own forward, which also draws its dropout.
         """
         return torch.distributed.is_initialized() or bool(getattr(self.config, "attention_dropout", 0.0))
 
@@ -116,11 +116,11 @@ class RankingModel(nn.Module):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **options: Any
     ) -> None:
-        """Do the same, under the name in older versions of transformers."""
+        """Call :meth:`activation_checkpointing_enable`; older versions of transformers use this name."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Do the same, under the name in older versions of transformers."""
+        """Call :meth:`activation_checkpointing_disable`; older versions of transformers use this name."""
         self.activation_checkpointing_disable()
 
     def _checkpointing(self, action: str) -> Callable[..., None]:

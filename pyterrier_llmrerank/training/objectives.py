@@ -54,8 +54,8 @@ def cross_entropy(scores: Tensor, target: Tensor | None = None) -> Tensor:
 def likely_positives(teacher: Tensor, margin: float | None) -> Tensor | None:
     """Mark the negatives that the teacher scores above their positive minus a margin.
 
-    Collections have few judged passages for each query, so that many of these are unjudged positives. The argument is
-    like ``absolute_margin`` in the hard negatives of sentence-transformers.
+    Collections have few judged passages for each query, so many of these are unjudged positives. ``margin`` is like
+    ``absolute_margin`` in the hard negatives of sentence-transformers.
 
     Args:
         teacher: the teacher's scores, ``[groups, size]``, the positive first.

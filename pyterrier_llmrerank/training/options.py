@@ -83,7 +83,7 @@ def make_tuple(recipe: Any, name: str, kind: type) -> None:
     """Replace the list in an option by a tuple, which can be hashed.
 
     Raises:
-        ValueError: it is no list of this kind.
+        ValueError: it is not a list of this kind.
     """
     value = getattr(recipe, name)
     if not isinstance(value, list | tuple) or not all_are(value, kind):
@@ -92,5 +92,5 @@ def make_tuple(recipe: Any, name: str, kind: type) -> None:
 
 
 def all_are(values: Sequence[Any], kind: type) -> bool:
-    """Tell whether all values are of this kind; a bool is no integer."""
+    """Tell whether all values are of this kind; a bool does not count as an integer."""
     return all(isinstance(value, kind) and not isinstance(value, bool) for value in values)

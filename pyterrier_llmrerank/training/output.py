@@ -56,7 +56,7 @@ def find_resumed(arguments: TrainingArguments, overwrite: bool = False) -> Path 
             )
     if resumed is not None and not any(list(resumed.glob(name)) for name in OPTIMIZER_FILES):
         raise ValueError(
-            f"resume_from_checkpoint={str(resumed)!r}: no state of the optimiser is there, without which the run would "
+            f"resume_from_checkpoint={str(resumed)!r}: the optimiser's state is missing, without which the run would "
             "not continue as it began; allowed: a checkpoint written without save_only_model."
         )
     if models := [path for name in ("config.json", "*.gguf", "model*.safetensors") for path in folder.glob(name)]:
@@ -74,7 +74,7 @@ def find_resumed(arguments: TrainingArguments, overwrite: bool = False) -> Path 
 def refuse_own_inputs(folder: Path, inputs: Sequence[Path]) -> None:
     """Raise FileExistsError if the run would remove a model or adapter that it starts from."""
     if inside := [path for path in inputs if path.resolve().is_relative_to(folder.resolve())]:
-        raise FileExistsError(f"overwrite_output_dir: {str(inside[0])!r}, which is trained on, is in output_dir.")
+        raise FileExistsError(f"overwrite_output_dir would remove {str(inside[0])!r}, from which the run starts.")
 
 
 def remove_runs(folder: Path) -> None:

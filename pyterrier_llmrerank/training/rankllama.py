@@ -54,7 +54,7 @@ class RankLLaMATraining(Recipe):
     passage_prefix: str | None = option(None, "text before a passage in Tevatron's formats; None for the format's own")
     append_eos: bool | None = option(
         None,
-        "append the end token, in other formats than tevatron-2023; None as for input_format, or False",
+        "append the end token, in formats other than tevatron-2023; None as for input_format, or False",
         "append_eos_token",
     )
 

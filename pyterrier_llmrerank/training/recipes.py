@@ -1,4 +1,4 @@
-"""The settings that all trainings share; their defaults are the values of the original programs."""
+"""The settings that all recipes share; their defaults are the values of the original programs."""
 
 from __future__ import annotations
 
@@ -23,14 +23,13 @@ if TYPE_CHECKING:
     from ..checkpoints.checkpoint import Checkpoint
     from .batches import Inputs
 
-#: The projections of a decoder layer.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @document_options
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Recipe(Declared, ABC):
-    """Hold the settings of a training.
+    """Hold the settings of a training run.
 
     Raises:
         ValueError: a value is not allowed.
@@ -171,9 +170,9 @@ class Recipe(Declared, ABC):
         """Write the model card of an adapter, without access tokens of the hub and paths of this machine.
 
         Args:
-            checkpoint: the start of the training.
-            steps: the steps of the adapter.
-            stated: the user's statements on it.
+            checkpoint: the model that training started from.
+            steps: the number of steps that the adapter was trained for.
+            stated: the user's facts about it.
             measured: the measure and its value on the validation data; None if there are none.
             repo_id: the repository that it is for; None if that is not known.
         """

@@ -27,24 +27,24 @@ FINGERPRINTS, TRAINED_ON = "fingerprints of what is trained on", "trained_on"
 
 #: The settings that a resumed run may change. All others are compared, options of newer transformers too.
 MAY_CHANGE = frozenset({
-    # The places of the run, and the way back to it.
+    # Where the run is written and uploaded, and where it resumes from.
     "output_dir", "resume_from_checkpoint", "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id",
     "hub_strategy", "hub_always_push", "hub_revision", "do_train", "do_eval", "do_predict",
     # Logs.
     "logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "log_on_each_node",
     "log_level", "log_level_replica", "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id",
     "trackio_bucket_id", "trackio_static_space_id", "include_num_input_tokens_seen", "skip_memory_metrics", "debug",
-    # The steps that are saved and measured, and the one to stop early at. No step computes anything else.
+    # At which steps the run saves, measures or stops early. What a step computes stays the same.
     "save_strategy", "save_steps", "save_total_limit", "save_only_model", "save_on_each_node", "enable_jit_checkpoint",
     "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size", "patience",
     "restore_callback_states_from_checkpoint",
-    # The way in which the same numbers are computed, up to rounding and, on another kind of device, dropout.
+    # How the same numbers are computed, up to rounding and, on another kind of device, dropout.
     "use_cpu", "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing",
     "gradient_checkpointing_kwargs", "torch_compile", "torch_compile_backend", "torch_compile_mode",
     "torch_empty_cache_steps", "local_rank", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
     "ddp_static_graph", "ddp_backend", "ddp_timeout", "dataloader_num_workers", "dataloader_pin_memory",
     "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
-    # Settings of fit: their effect is in the data and in the other settings.
+    # Settings of fit: the data and the other settings, which are compared, show their effect.
     "min_label", "text", "arguments",
     # Set by our Trainer.
     "remove_unused_columns",
@@ -64,7 +64,7 @@ def fixed_settings(
     """Return the settings, in JSON types, that must not change when a run is resumed.
 
     Models, adapters and data are compared by digests of their contents, since files may have moved. Validation data
-    choose the best checkpoint, and the number of processes is a factor of the batch.
+    are included because they choose the best checkpoint, and the number of processes because it multiplies the batch.
     """
     adapters = [*checkpoint.adapters, *([checkpoint.adapter] if checkpoint.adapter else [])]
     folders = dict.fromkeys([checkpoint.folder, *(adapter.folder for adapter in adapters)])
@@ -115,12 +115,12 @@ class SameSettings(TrainerCallback):
         if resumed is None:
             return
         if not (resumed / self.FILE).is_file():
-            logger.warning("%s has no %s: whether its settings were the same is not checked.", resumed, self.FILE)
+            logger.warning("%s has no %s: it cannot be checked whether its settings were the same.", resumed, self.FILE)
             return
         before = read_json(resumed / self.FILE)
         if unknown := [name for name in {**settings, **before} if not (name in settings and name in before)]:
             logger.warning(
-                "%s was written by another version, so that these settings are not compared: %s.",
+                "%s was written by another version, so these settings are not compared: %s.",
                 resumed / self.FILE, ", ".join(unknown),
             )  # fmt: skip
         free = {TRAINED_ON, *(LENGTH if has_constant_rate(settings) else ())}

@@ -41,7 +41,7 @@ class Passage(NamedTuple):
 
     @property
     def docno(self) -> str:
-        """An id that is the same for equal passages only, as caches of scores need it."""
+        """An id that only equal passages share, as caches of scores need."""
         return sha256(repr((self.title, self.text)).encode()).hexdigest()[:32]
 
 
@@ -63,8 +63,8 @@ def teach(
 
     All lines are checked before the first one is scored. Memory does not grow with the file. Lines keep their order,
     and all other keys their values. ``<target>.journal`` records the progress in blocks of whole lines, and ``resume``
-    continues after the last complete block. It refuses changed lines, another transformer (by its ``repr``) and
-    another ``overwrite``; it does not notice that a model's files have changed.
+    continues after the last complete block. It refuses lines that have changed, a different transformer (by its
+    ``repr``) or a different ``overwrite``; it does not notice that a model's files have changed.
 
     Args:
         source: JSON lines in the form of the training data, compressed if the name ends in ``.gz``.
@@ -80,7 +80,7 @@ def teach(
     Raises:
         ValueError: a line is malformed or has scores already, or a score is missing or not finite; names the line and
             the passage. Or the target was begun with another source or teacher.
-        FileExistsError: the target exists, and ``resume`` is False or there is no journal of it.
+        FileExistsError: the target exists, and ``resume`` is False or the target has no journal.
         OSError: a file cannot be read or written.
 
     >>> from pyterrier_llmrerank import RankLLaMAReranker
@@ -144,7 +144,7 @@ def _records(source: Path, overwrite: bool) -> Iterator[tuple[int, dict[str, Any
     for line, record in objects(source):
         present = [key for key in SCORES if record.get(key) is not None]
         if present and not overwrite:
-            raise malformed(source, line, f"{present[0]} is there already; allowed with overwrite=True")
+            raise malformed(source, line, f"{present[0]} is already present; allowed with overwrite=True")
         try:
             read_example({**record, **dict.fromkeys(SCORES)}, lambda text, title: text)
         except ValueError as error:

@@ -64,7 +64,7 @@ def train(
         arguments: the Trainer's; ``resume_from_checkpoint`` resumes from a folder, or from the last checkpoint.
         validation: measured for nDCG@10; with ``load_best_model_at_end`` the best adapter is kept.
         overwrite: remove an earlier run from the output folder first, unless it is the one to resume.
-        stated: the user's statements on the model, for its card.
+        stated: the user's facts about the model, for its card.
 
     Returns:
         The output folder.
@@ -104,15 +104,15 @@ def train(
 
 
 def _check_upload(checkpoint: Checkpoint, arguments: TrainingArguments) -> None:
-    """Raise ValueError if the result would open nowhere else, or if more is to be uploaded than the result."""
+    """Raise ValueError if only this machine could open the result, or if more than the result is to be uploaded."""
     if not is_hub_id(checkpoint.base):
         raise ValueError(
-            f"push_to_hub: the base {checkpoint.base!r} is on this machine alone; allowed: a base on the hub."
+            f"push_to_hub: the base {checkpoint.base!r} exists only on this machine; allowed: a base on the hub."
         )
     if arguments.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
         raise ValueError(
-            f"hub_strategy={HubStrategy(arguments.hub_strategy).value!r}: checkpoints are not uploaded, the result "
-            "alone; allowed: 'end'."
+            f"hub_strategy={HubStrategy(arguments.hub_strategy).value!r}: only the result is uploaded, no checkpoints; "
+            "allowed: 'end'."
         )
 
 
@@ -152,7 +152,7 @@ class GroupTrainer(Trainer):
         checkpoint: the start of the model; its tokenizer is saved with adapters, and their card names it.
         groups: the training data.
         validation: measured with the scores of the deepest head whenever the Trainer evaluates.
-        stated: the user's statements on the model, for its card.
+        stated: the user's facts about the model, for its card.
 
     Raises:
         FloatingPointError: in training, if the loss is not finite; in saving, if a weight is not finite. Earlier
@@ -198,7 +198,7 @@ class GroupTrainer(Trainer):
         batch: Batch = inputs["batch"]
         step = self.state.global_step
         teacher = None
-        if batch.teacher is not None:  # copied first: behind the model, the host would wait for it
+        if batch.teacher is not None:  # copied first: a copy queued behind the model would make the host wait
             teacher = on_device(batch.teacher.numpy(), self.args.device)
         self._batch = (step, self._batch[1] + 1 if self._batch[0] == step else 0)
         layers, ratio = self.widths.draw(*self._batch)
@@ -220,10 +220,10 @@ class GroupTrainer(Trainer):
         return (loss, {"scores": scores}) if return_outputs else loss
 
     def check_losses(self, leave: int = 0) -> None:
-        """Check that losses are finite. On CUDA, the last one is left until the next has been asked for.
+        """Check that losses are finite. On CUDA, the last one is left until the next batch has been launched.
 
         Raises:
-            FloatingPointError: one is not.
+            FloatingPointError: a loss is not finite.
         """
         while len(self.unchecked_losses) > leave:
             result, place = self.unchecked_losses.popleft()
@@ -262,7 +262,7 @@ class GroupTrainer(Trainer):
         finally:
             model.train()
         if failed is not None:
-            raise MemoryError(f"validation: no memory for the pair with query {asked[failed][0]!r} alone.")
+            raise MemoryError(f"validation: the pair with query {asked[failed][0]!r} alone does not fit in memory.")
         return scores
 
     def push_to_hub(self, commit_message: str | None = "End of training", *args: Any, **options: Any) -> Any:

@@ -32,7 +32,7 @@ class Validation:
     Args:
         pairs: candidates: columns ``qid``, ``docno``, ``query``, ``body`` (the passage as the model reads it) and
             ``prompt``, None for the recipe's.
-        qrels: columns ``qid``, ``docno`` and ``label``. A relevant passage that is no candidate lowers nDCG; a query
+        qrels: columns ``qid``, ``docno`` and ``label``. A relevant passage that is not a candidate lowers nDCG; a query
             without candidates is ignored.
 
     Raises:

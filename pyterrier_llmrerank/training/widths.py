@@ -1,4 +1,4 @@
-"""Widths of passages in training."""
+"""The widths that training draws: after which layers passages are pooled, and by which ratio."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Widths:
     Args:
         layers: layers after which passages may be pooled, each with probability one half.
         ratios: ratios to draw from.
-        seed: the seed of the draw.
+        seed: the seed for drawing widths.
     """
 
     layers: tuple[int, ...] = ()
@@ -24,8 +24,8 @@ class Widths:
         """Draw layers and ratio by the batch's place in the run, so that all processes draw the same.
 
         Args:
-            step: number of optimizer steps before.
-            part: index of the batch in the step, which accumulates several.
+            step: number of optimizer steps before this one.
+            part: index of the batch in the step, which may accumulate several.
         """
         generator = random.Random(f"{self.seed}/{step}/{part}")
         return tuple(layer for layer in self.layers if generator.random() < 0.5), generator.choice(self.ratios)

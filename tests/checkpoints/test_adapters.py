@@ -174,7 +174,7 @@ def test_the_original_weight_beside_a_trained_one_is_passed_over(change: Callabl
     stored = load_file(folder / "adapter_model.safetensors")
     save_file({key: tensor for key, tensor in stored.items() if key != trained}, folder / "adapter_model.safetensors")
     with pytest.raises(
-        ValueError, match=r"'base_model.model.score.original_module.weight' is there without the trained"
+        ValueError, match=r"'base_model.model.score.original_module.weight' is the original of a trained tensor"
     ):
         Adapter(folder, "adapters")
 
@@ -204,7 +204,7 @@ def test_a_tensor_by_two_names_is_refused(change: Callable[..., Path], key: str,
 
 
 def test_a_foreign_tensor_is_named(change: Callable[..., Path]) -> None:
-    with pytest.raises(ValueError, match="'lora_embedding_A' is no part"):
+    with pytest.raises(ValueError, match="'lora_embedding_A' is not part"):
         Adapter(change(lora_embedding_A=torch.ones(2, 2)), "adapters")
 
 
@@ -218,7 +218,7 @@ def test_another_shape_is_named(change: Callable[..., Path]) -> None:
     folder = change(**{"layers.0.mlp.up_proj.lora_A.weight": torch.ones(8, 63)})
     adapter = Adapter(folder, "adapters: 'mine'")
     shapes = dict.fromkeys(adapter.modules, (160, 64))
-    with pytest.raises(ValueError, match="adapters: 'mine': adapter of another shape"):
+    with pytest.raises(ValueError, match="adapters: 'mine': the adapter has the wrong shape"):
         adapter.check(shapes)
 
 
@@ -253,9 +253,9 @@ MODULE = "layers.0.mlp.up_proj"
             "lora_alpha of .*up_proj' is 'x', by lora_alpha or alpha_pattern; expected a number",
         ),
         ({"alpha_pattern": {"(": 1}}, r"alpha_pattern '\('.*unterminated subpattern"),
-        ({"alpha_pattern": {"(a+)+$": 1, "(l|l|l)*": 1}}, "too intricate"),
-        ({"alpha_pattern": {"(.*)(.*)(.*)x": 1}}, "too intricate"),
-        ({"alpha_pattern": {"x" * 2000: 1}}, r"alpha_pattern 'x+\.\.\. is too intricate"),
+        ({"alpha_pattern": {"(a+)+$": 1, "(l|l|l)*": 1}}, "too complex"),
+        ({"alpha_pattern": {"(.*)(.*)(.*)x": 1}}, "too complex"),
+        ({"alpha_pattern": {"x" * 2000: 1}}, r"alpha_pattern 'x+\.\.\. is too complex"),
     ],
 )
 def test_a_scale_that_is_no_number_is_named(

@@ -73,7 +73,7 @@ def test_adapters_that_disagree_are_refused(described: Path, tmp_path: Path) -> 
 def test_an_adapter_over_fewer_adapters_than_in_its_training_is_refused(described: Path) -> None:
     change(described, adapters=["adapter-1", "."])
     with pytest.raises(
-        ValueError, match=r"described' was trained on this base with 1 adapters before it, here it has 0"
+        ValueError, match=r"described' was trained on this base with 1 adapters before it, but here it has 0"
     ):
         MatroyshkaReranker(BASE, adapters=described)
     opened = MatroyshkaReranker(BASE, adapters=[ADAPTERS[1], described], dtype="float32")

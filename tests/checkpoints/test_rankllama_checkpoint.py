@@ -68,7 +68,7 @@ def test_a_head_of_two_labels(changed: Callable[..., str]) -> None:
 
 
 def test_base_model_without_an_adapter() -> None:
-    with pytest.raises(ValueError, match="base_model='.*' is given, but model='.*' is no adapter"):
+    with pytest.raises(ValueError, match="base_model='.*' is given, but model='.*' is not an adapter"):
         RankLLaMACheckpoint(BASE, BASE)
 
 

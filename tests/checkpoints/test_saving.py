@@ -69,7 +69,7 @@ def test_the_file_that_makes_it_a_model_is_written_last(
 
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("kept")
-    with pytest.raises(FileExistsError, match="there is something in it"), all_or_nothing(tmp_path):
+    with pytest.raises(FileExistsError, match="exists and is not empty"), all_or_nothing(tmp_path):
         pass
     assert (tmp_path / "mine").read_text() == "kept"
 
@@ -196,7 +196,7 @@ def test_a_repository_of_ones_own_is_named_with_its_owner(hub: dict[str, Any]) -
 
 
 def test_an_adapter_of_a_local_base_is_not_pushed(hub: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="repo_id='owner/model': the base '.*' is on this machine alone; allowed"):
+    with pytest.raises(ValueError, match="repo_id='owner/model': the base '.*' exists only on this machine; allowed"):
         RANKLLAMA.push_to_hub("owner/model")
     assert hub == {}
 
@@ -246,10 +246,10 @@ def test_every_depth_is_a_plain_classifier(heads: str, tmp_path: Path) -> None:
 def test_a_tokenizer_with_other_ids_elsewhere_is_not_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export = {"merged": True, "cutoff": 4, "form": "sequence-classification"}
     folder = folder_of(tmp_path / "slow", MODELS / "costwise_full", NAMED, tokenizer__model=sentencepiece())
-    with pytest.raises(ValueError, match=r"slow': in other programs, its tokenizer.model gives other ids"):
+    with pytest.raises(ValueError, match=r"slow': other programs get other ids from its tokenizer.model"):
         MatroyshkaReranker(folder, dtype="float32").save(tmp_path / "new", **export)
     monkeypatch.setattr(tokenizer, "set_pair", lambda *args: None)  # as if a class made its own template
-    with pytest.raises(ValueError, match=r"of \('A: what is tea.* makes the ids \[1, .*, but in transformers \[1, "):
+    with pytest.raises(ValueError, match=r"for \('A: what is tea.* gives the ids \[1, .*, but in transformers \[1, "):
         MATROYSHKA.save(tmp_path / "new", **export)
     assert not (tmp_path / "new").exists()
 
@@ -274,7 +274,7 @@ def test_byte_level_tokenizers_are_exported(named: str | None, tmp_path: Path) -
     ("given", "message"),
     [
         ({"merged": True, "cutoff": 1, "form": "sequence-classification"}, "cutoff=1: .* has heads at layers 2 to 8"),
-        ({"form": "sequence-classification"}, "form='sequence-classification': it is one model; allowed: merged=True"),
+        ({"form": "sequence-classification"}, "form='sequence-classification' writes a merged model; give merged=True"),
         ({"cutoff": 4}, "cutoff=4: adapters and layer-wise models keep all depths"),
         ({"merged": True, "form": "onnx"}, "form='onnx'; allowed: sequence-classification"),
     ],
@@ -287,7 +287,7 @@ def test_exports_that_make_no_sense_are_refused(given: dict[str, Any], message: 
 
 def test_an_export_of_several_depths_needs_one_cutoff(tmp_path: Path) -> None:
     several, form = MATROYSHKA.at(cutoff=[3, 5]), "sequence-classification"
-    with pytest.raises(ValueError, match=r"it is one depth, and the cutoffs are \(3, 5\); give one as cutoff"):
+    with pytest.raises(ValueError, match=r"writes one depth, but the cutoffs are \(3, 5\); give one as cutoff"):
         several.save(tmp_path / "new", merged=True, form=form)
     assert not (tmp_path / "new").exists()
     several.save(tmp_path / "new", merged=True, form=form, cutoff=3)

@@ -318,7 +318,7 @@ def test_a_pair_longer_than_the_models_positions_is_named(tmp_path: Path, name: 
 
     scorer = replace(scorer, encode=encode)
     assert np.isfinite(scorer.score([("a", "38"), ("a", "9")])).all()  # 40 tokens
-    said = r"^pairs\[1\] has 41 tokens, but the model has 40 positions; allow fewer"
+    said = r"^pairs\[1\] has 41 tokens, but the model has 40 positions; use fewer"
     with pytest.raises(ScoringError, match=said) as info:
         scorer.score([("a", "9"), ("a", "39")])
     assert np.isnan(info.value.scores).all()

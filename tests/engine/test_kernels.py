@@ -123,7 +123,7 @@ def test_scores_over_the_packed_row_with_known_prefixes_and_cascades(
 def test_attention_over_the_packed_row_is_refused_where_torch_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_capability", lambda device: (7, 5))
     for device, dtype in ((CPU, torch.bfloat16), (CUDA, torch.float32), (CUDA, torch.float16)):
-        with pytest.raises(ValueError, match=f"'varlen' cannot be used on {device} in {dtype}; wanted CUDA of"):
+        with pytest.raises(ValueError, match=f"'varlen' cannot be used on {device} in {dtype}; it needs CUDA of"):
             kernels.kernel_of(kernels.VARLEN, device, dtype)
 
 

@@ -15,7 +15,7 @@ FULL = str(MODELS / "costwise_full")
 
 
 @pytest.mark.parametrize(
-    ("dtype", "advice"), [("float16", "try dtype='float32'"), ("float32", "is the checkpoint sound")]
+    ("dtype", "advice"), [("float16", "try dtype='float32'"), ("float32", "the checkpoint may be damaged")]
 )
 def test_a_score_that_is_not_finite_is_named(monkeypatch: pytest.MonkeyPatch, dtype: str, advice: str) -> None:
     reranker = MatroyshkaReranker(FULL, dtype=dtype)

@@ -412,7 +412,7 @@ def test_any_exception_names_its_pairs_and_keeps_the_scores(monkeypatch: pytest.
         return real(*args, **options)
 
     monkeypatch.setattr(device_scorer, "run_layers", fails_at_the_second)
-    said = rf"^scoring failed on {DEVICE} at pairs\[2\] or one of 1 more pairs in its batch: {type(error).__name__}: "
+    said = rf"^scoring failed on {DEVICE} at pairs\[2\] or one of 1 other pairs in its batch: {type(error).__name__}: "
     with pytest.raises(ScoringError, match=said) as info:
         MatroyshkaReranker(FULL, dtype="float32", batch_size=2).compute_score(pairs)
     assert info.value.__cause__ is error

@@ -70,7 +70,7 @@ def test_a_pair_that_cannot_be_tokenised_is_named(
 @pytest.mark.parametrize(
     ("ids", "said"),
     [
-        (Ids([], [], []), "has no tokens, so that there is nothing to score"),
+        (Ids([], [], []), "has no tokens, so there is nothing to score"),
         (Ids([1], [700], [2]), "holds token 700 of the tokenizer, but the model knows 700 tokens"),
     ],
 )

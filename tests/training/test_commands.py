@@ -405,5 +405,5 @@ def test_uploads_that_would_open_nowhere_are_refused(
     assert "push_to_hub: the base " in capsys.readouterr().err
     command = [word.replace(MISTRAL, "someone/mistral_base") for word in distill(data, tmp_path / "run", *push)]
     assert main(["train", *command, "--hub_strategy", "checkpoint"]) == 1
-    assert "hub_strategy='checkpoint': checkpoints are not uploaded" in capsys.readouterr().err
+    assert "hub_strategy='checkpoint': only the result is uploaded" in capsys.readouterr().err
     assert uploads == {}

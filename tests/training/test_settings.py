@@ -125,7 +125,7 @@ def test_settings_without_a_record_are_named(
     begun_with = settings()
     del begun_with["optim"]
     SameSettings(settings(optim="adafactor"), recorded(tmp_path / "checkpoint-2", begun_with))
-    assert ["so that these settings are not compared: optim." in message for message in caplog.messages] == [True]
+    assert ["so these settings are not compared: optim." in message for message in caplog.messages] == [True]
     caplog.clear()
     (checkpoint / "begun_with.json").unlink()
     SameSettings(settings(), checkpoint)

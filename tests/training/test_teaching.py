@@ -146,7 +146,7 @@ def test_another_source_or_teacher_is_not_resumed(source: Path) -> None:
 def test_earlier_scores_are_replaced_only_with_overwrite(source: Path) -> None:
     source.write_text(json.dumps(LINES[3]) + "\n" + json.dumps({"neg_scores": ["old"], **LINES[3]}) + "\n")
     target, teacher = source.with_name("taught.jsonl"), Teacher()
-    with pytest.raises(ValueError, match=r"train\.jsonl, line 2: neg_scores is there already; allowed with overwrite"):
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 2: neg_scores is already present; allowed with"):
         teach(source, target, teacher)
     assert teacher.asked == []
     assert not target.exists()
@@ -231,4 +231,4 @@ def test_the_command_teaches_by_a_reranker(kind: str, source: Path, capsys: pyte
     assert main(command) == 1
     assert "already exists and is not overwritten" in capsys.readouterr().err
     assert main(["teach", str(source), "x.jsonl", "--compress-ratio", "2"]) == 1
-    assert "error: --compress-ratio is no option of --reranker=rankllama" in capsys.readouterr().err
+    assert "error: --compress-ratio is not an option of --reranker=rankllama" in capsys.readouterr().err

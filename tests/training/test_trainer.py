@@ -224,7 +224,7 @@ def test_a_model_that_is_trained_on_is_not_removed(tmp_path: Path) -> None:
     first = run(tmp_path / "first", RANKLLAMA, base=str(MODELS / "rankllama_base"), save_strategy="no")
     before = (first / "adapter_model.safetensors").read_bytes()
     with pytest.raises(
-        FileExistsError, match=f"overwrite_output_dir: '{first}', which is trained on, is in output_dir"
+        FileExistsError, match=f"overwrite_output_dir would remove '{first}', from which the run starts"
     ):
         run(first, RANKLLAMA, overwrite=True, base=str(first))
     assert (first / "adapter_model.safetensors").read_bytes() == before
@@ -263,7 +263,7 @@ def test_a_run_continues_with_the_same_settings_only(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "other").glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-of-mine"}
     assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 2
     (last / "optimizer.pt").unlink()
-    with pytest.raises(ValueError, match=f"resume_from_checkpoint='{last}': no state of the optimiser is there"):
+    with pytest.raises(ValueError, match=f"resume_from_checkpoint='{last}': the optimiser's state is missing"):
         run(tmp_path, resume_from_checkpoint=str(last), **constant)
 
 
