@@ -32,7 +32,7 @@ STEP = 16
 BLOCK = 32
 
 #: Queries in a block for products in bf16.
-PRODUCT_BLOCK = 64
+PRODUCT_BLOCK = 128
 
 #: The narrowest heads for products in bf16. For few narrow heads, torch uses another kernel, which rounds differently.
 NARROWEST = 32
@@ -164,14 +164,15 @@ def _products(
     heads, width = len(keys) // len(group.places), keys.shape[-1]
     repeats = len(queries) // len(keys)
     queries = queries.view(len(keys), -1, group.length, width)
-    output = torch.empty_like(queries)
+    outputs = []
     for start in range(0, group.length, PRODUCT_BLOCK):
         end = min(start + PRODUCT_BLOCK, group.length)
         asked = queries[:, :, start:end].flatten(1, 2)
         bias = _bias(group, start, end, window, repeats, heads)
         logits = torch.baddbmm(bias, asked, keys[:, :end].mT, alpha=scaling)
         mixed = torch.bmm(logits.softmax(-1), values[:, :end])  # in fp32 inside, of logits rounded to bf16
-        output[:, :, start:end] = mixed.view(len(keys), -1, end - start, width)
+        outputs.append(mixed.view(len(keys), -1, end - start, width))
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
     return output.view(-1, width)
 
 
