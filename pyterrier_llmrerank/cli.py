@@ -21,8 +21,8 @@ from .rankllama import RankLLaMAReranker
 from .reranker import LLMReranker
 from .runs.evaluation import compare, parse_measure
 from .runs.formats import RunRow, best_first, by_query, read_run, rerank_line, run_line
-from .runs.lines import writing
 from .runs.sources import judgements, rerank_rows
+from .runs.text_files import writing
 
 logger = logging.getLogger(__name__)
 
@@ -391,7 +391,7 @@ def _teach(
     verbose: Verbose = False,
     **arguments: Any,
 ) -> None:
-    from .training.teaching import join_titles, teach
+    from .training.teacher_scores import join_titles, teach
 
     given, kind = _given(arguments), TEACHERS[reranker]
     if others := given.keys() - {option.name for option in options_of(kind)}:

@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
-from .arguments import ValueSemantics
 from .checkpoints.locate import absolute, shortest
 from .engine.cascade import Cascade
 from .engine.prefetch import Encode, PreparedIds
@@ -26,6 +25,7 @@ from .errors import ScoringError
 from .frames import check_columns, check_rows, distinct, row_name, warn_of_ties, with_ranks
 from .options import Converted, Option, constructor_signature, with_options
 from .scores import RowObserver, Scores
+from .value_semantics import ValueSemantics
 from .values import as_pairs, column, devices, flag, one_of, optional, path_like, positive, refuse
 
 # Torch and transformers take seconds to import; they are imported when weights are needed.

@@ -67,7 +67,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 def written(path: Path, *lines: str) -> Path:
     """Write lines to a file, compressed if its name ends in ``.gz``, and return its path."""
-    from pyterrier_llmrerank.runs.lines import writing
+    from pyterrier_llmrerank.runs.text_files import writing
 
     with writing(path) as file:
         file.writelines(lines)

@@ -27,7 +27,7 @@ from pyterrier.measures import nDCG
 from safetensors.torch import load_file, save_file
 
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker, ScoringError
-from pyterrier_llmrerank.engine import device_scorer, results, scoring
+from pyterrier_llmrerank.engine import device_scorer, pending, scoring
 from pyterrier_llmrerank.engine.packing import Row
 from pyterrier_llmrerank.options import options_of
 
@@ -241,7 +241,7 @@ def test_ctrl_c_leaves_the_ranked_rows_on_the_exception(monkeypatch: pytest.Monk
     reranker = type(reranker)(**{**reranker.arguments(), "batch_size": 1})
     monkeypatch.setattr(scoring, "CHUNK", 3)
     monkeypatch.setattr(scoring, "CASCADE_CHUNK", 3)
-    rows, calls, real = frame(2, 3).assign(extra=range(6)), [], results.to_host
+    rows, calls, real = frame(2, 3).assign(extra=range(6)), [], pending.to_host
 
     def interrupted_in_the_second_query(computed: torch.Tensor) -> object:
         calls.append(1)
@@ -249,7 +249,7 @@ def test_ctrl_c_leaves_the_ranked_rows_on_the_exception(monkeypatch: pytest.Monk
             signal.default_int_handler(signal.SIGINT, None)
         return real(computed)
 
-    monkeypatch.setattr(results, "to_host", interrupted_in_the_second_query)
+    monkeypatch.setattr(pending, "to_host", interrupted_in_the_second_query)
     with pytest.raises(KeyboardInterrupt) as info:
         reranker.transform(rows)
     monkeypatch.undo()

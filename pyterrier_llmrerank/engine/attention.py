@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from .groups import Groups
 from .kernels import Kernel, causal_mask, has_flash, packed_flash
+from .length_groups import LengthGroups
 from .packing import Packing, on_device
 
 #: The name under which transformers finds :func:`attention`.
@@ -67,7 +67,7 @@ class Layout:
     Args:
         packing: which tokens of the row form a pair.
         device: the device of the hidden states.
-        in_groups: compute attention in :class:`Groups`, unless ``kernel`` does; for inference on a CPU.
+        in_groups: compute attention in :class:`LengthGroups`, unless ``kernel`` does; for inference on a CPU.
         kernel: computes attention if every key is real; None for SDPA, which also serves where some are masked.
         reuse_prefix: the prefix that pairs with owner -1 begin with, which is not in the row.
         save_prefix: filled with the last pair's prefix, which is in the row.
@@ -97,7 +97,7 @@ class Layout:
         if packing.padding.any():
             self.real_keys = on_device(np.arange(length) < packing.real[:, None], device)
         self.kernel = kernel if self.real_keys is None else None
-        self.groups = Groups(packing) if in_groups and self.kernel is None else None
+        self.groups = LengthGroups(packing) if in_groups and self.kernel is None else None
         #: Where each pair starts among the queries and the keys of :func:`packed_flash`; None for other kernels.
         self.starts: tuple[Tensor, Tensor] | None = None
         if cast(Any, self.kernel) is packed_flash:

@@ -20,13 +20,13 @@ from .call import Call, Stopped
 from .cascade import Cascade
 from .decoder import Decoder, embedded, run_layers
 from .fallback import FallbackDecoder
-from .groups import STEP
 from .inputs import Ids
 from .kernels import Kernel, kernel_of, packed_flash
+from .length_groups import STEP
 from .limits import Limits
 from .packing import PackedPairs, Packing, Row, regrouped
+from .pending import PendingResults
 from .prefetch import prefetch
-from .results import PendingResults
 from .shape import Shape
 from .tokenising import ChunkTokenizer, TokenizedPairs
 from .usage import Stopwatch, Usage

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..checkpoints.input_format import TEVATRON_2023, TEVATRON_2024, InputFormat
-from .boundaries import cut_after
+from .text_cuts import cut_after
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

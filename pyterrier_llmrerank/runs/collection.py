@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from .lines import (
+from .text_files import (
     check_id,
     id_in,
     is_json_lines,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
 from ..values import is_finite
-from .lines import (
+from .text_files import (
     MAX_LINE,
     id_in,
     id_problem,

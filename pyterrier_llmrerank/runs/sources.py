@@ -14,7 +14,7 @@ import pyterrier as pt
 
 from .collection import Judgement, Text, read_qrels, read_texts, read_topics
 from .formats import RerankRow, RunRow, best_first, by_query, read_run
-from .lines import malformed
+from .text_files import malformed
 
 #: The fields that form the text of documents for which ir_datasets defines no ``default_text()``.
 TEXTS = {

@@ -2,6 +2,6 @@
 
 from .matroyshka import CompensateTraining, DistillTraining
 from .rankllama import RankLLaMATraining
-from .teaching import join_titles, teach
+from .teacher_scores import join_titles, teach
 
 __all__ = ["CompensateTraining", "DistillTraining", "RankLLaMATraining", "join_titles", "teach"]

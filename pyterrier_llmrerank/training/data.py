@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.locate import HUB_ID
-from ..runs.lines import malformed, objects
+from ..runs.text_files import malformed, objects
 from .examples import read_example
 
 if TYPE_CHECKING:

@@ -34,7 +34,7 @@ from ..checkpoints.saving import describe_trained, saved_files
 from ..engine.batching import Budget, run_in_batches
 from ..engine.kernels import without_cudnn
 from ..engine.packing import PackedPairs, on_device
-from ..engine.results import to_host
+from ..engine.pending import to_host
 from ..engine.threads import fastest_threads
 from .batches import Batch, Collator, Groups
 from .callbacks import LogLines, NewEpoch, ProgressBar
@@ -42,7 +42,7 @@ from .examples import Group
 from .lora import with_lora
 from .output import find_resumed, is_in, refuse_own_inputs, remove_runs
 from .recipes import Recipe
-from .settings import SameSettings, fixed_settings
+from .resuming import SameSettings, fixed_settings
 from .validation import MEASURE, Validation
 
 

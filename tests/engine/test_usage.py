@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker, ScoringError
-from pyterrier_llmrerank.engine import device_scorer, groups, kernels
+from pyterrier_llmrerank.engine import device_scorer, kernels, length_groups
 from pyterrier_llmrerank.engine.batching import packed_size
 from pyterrier_llmrerank.engine.device_scorer import attended_positions
 from pyterrier_llmrerank.engine.inputs import Ids
@@ -121,7 +121,9 @@ def test_positions_are_counted_where_attention_computes_them(kernel: str, monkey
 
         return call
 
-    monkeypatch.setattr(groups, "scaled_dot_product_attention", watched(groups.scaled_dot_product_attention))
+    monkeypatch.setattr(
+        length_groups, "scaled_dot_product_attention", watched(length_groups.scaled_dot_product_attention)
+    )
     monkeypatch.setattr(kernels, "eager", watched(kernels.eager))
     # Two layers: the second asks for the last tokens alone.
     reranker = matroyshka(device="cpu", attn_implementation=kernel, cutoff=2, batch_size=5)

@@ -24,7 +24,7 @@ from pyterrier_llmrerank.runs.formats import (
     rerank_line,
     run_line,
 )
-from pyterrier_llmrerank.runs.lines import MAX_LINE
+from pyterrier_llmrerank.runs.text_files import MAX_LINE
 
 READERS: dict[str, tuple[str, Callable[[Path], Iterator[Any]]]] = {
     "run": ("run.txt", read_run),

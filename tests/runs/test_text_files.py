@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import written
 
-from pyterrier_llmrerank.runs import lines
-from pyterrier_llmrerank.runs.lines import writing
+from pyterrier_llmrerank.runs import text_files
+from pyterrier_llmrerank.runs.text_files import writing
 
 
 def test_a_file_appears_once_it_is_complete(tmp_path: Path) -> None:
@@ -30,7 +30,7 @@ def test_a_full_disk_keeps_the_previous_file(tmp_path: Path, monkeypatch: pytest
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(lines.os, "fsync", full)
+    monkeypatch.setattr(text_files.os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         written(path, "after")
     assert gzip.decompress(path.read_bytes()) == b"before"

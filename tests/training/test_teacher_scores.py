@@ -15,8 +15,8 @@ from conftest import MODELS
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
 from pyterrier_llmrerank.cli import main
-from pyterrier_llmrerank.training import data, teaching
-from pyterrier_llmrerank.training.teaching import join_titles, teach
+from pyterrier_llmrerank.training import data, teacher_scores
+from pyterrier_llmrerank.training.teacher_scores import join_titles, teach
 
 LINES: list[dict[str, Any]] = [
     {"note": {"b": [1, None], "a": "大"}, "query": "panda", "pos": ["a panda"], "neg": ["tea", "tide", "tea"]},
@@ -67,7 +67,7 @@ def taught() -> list[dict[str, Any]]:
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(teaching, "CHUNK", 6)  # lines 1 and 2; 3 and 4
+    monkeypatch.setattr(teacher_scores, "CHUNK", 6)  # lines 1 and 2; 3 and 4
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in LINES))
     return path

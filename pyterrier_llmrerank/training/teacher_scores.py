@@ -19,7 +19,7 @@ import pyterrier as pt
 
 from ..errors import short
 from ..runs.journal import Block, JournaledFile, refuse_existing
-from ..runs.lines import MAX_LINE, malformed, objects
+from ..runs.text_files import MAX_LINE, malformed, objects
 from ..values import is_finite
 from .examples import read_example
 

@@ -15,7 +15,7 @@ from pyterrier_llmrerank.training import DistillTraining, RankLLaMATraining
 from pyterrier_llmrerank.training.batches import Groups
 from pyterrier_llmrerank.training.data import open_data
 from pyterrier_llmrerank.training.recipes import Recipe
-from pyterrier_llmrerank.training.settings import LENGTH, MAY_CHANGE, SameSettings, fixed_settings
+from pyterrier_llmrerank.training.resuming import LENGTH, MAY_CHANGE, SameSettings, fixed_settings
 from pyterrier_llmrerank.training.validation import Validation
 
 BASE = str(MODELS / "mistral_base")

@@ -14,9 +14,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers import GemmaConfig, LlamaConfig, MistralConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pyterrier_llmrerank.checkpoints.tokenizer import open_tokenizer
-from pyterrier_llmrerank.engine import boundaries, inputs
-from pyterrier_llmrerank.engine.boundaries import CUT, CUT_AT_MARKS, cut_after, places_to_cut
+from pyterrier_llmrerank.engine import inputs, text_cuts
 from pyterrier_llmrerank.engine.inputs import RankLLaMAInputs, token_ids
+from pyterrier_llmrerank.engine.text_cuts import CUT, CUT_AT_MARKS, cut_after, places_to_cut
 
 QWEN_3_5 = QWEN.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"^\s\p{L}\p{N}", r"^\s\p{L}\p{M}\p{N}")
 LLAMA3 = QWEN.replace(r"\p{N}|", r"\p{N}{1,3}|")
@@ -244,7 +244,7 @@ def test_long_texts_that_cannot_be_cut_go_into_calls_of_limited_size() -> None:
 
 def test_a_tokenizer_is_examined_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(boundaries, "places_to_cut", lambda tokenizer: asked.append(tokenizer) or CUT)
+    monkeypatch.setattr(text_cuts, "places_to_cut", lambda tokenizer: asked.append(tokenizer) or CUT)
     tokenizer = fast(byte_level())
     for _ in range(3):
         assert cut_after(tokenizer, "panda tide coffee", 7) == 10

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from pyterrier_llmrerank.engine import groups
-from pyterrier_llmrerank.engine.groups import Groups
+from pyterrier_llmrerank.engine import length_groups
+from pyterrier_llmrerank.engine.length_groups import LengthGroups
 from pyterrier_llmrerank.engine.packing import Packing
 
 HEADS, KEY_HEADS, WIDTH = 6, 2, 32
@@ -45,7 +45,7 @@ def naive(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, real: int
 def test_equals_attention_pair_by_pair(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, close: float, window: int | None, padded: bool, products: bool
 ) -> None:
-    monkeypatch.setattr(groups, "_has_products", lambda: products)
+    monkeypatch.setattr(length_groups, "_has_products", lambda: products)
     packed = packing(padded)
     generator = torch.Generator().manual_seed(1)
     tokens = len(packed.positions)
@@ -54,7 +54,7 @@ def test_equals_attention_pair_by_pair(
         for count, heads in ((tokens, HEADS), (tokens + PREFIX, KEY_HEADS), (tokens + PREFIX, KEY_HEADS))
     )
     row = [states.transpose(0, 1)[None] for states in (query, key, value)]
-    got = Groups(packed).attend(*row, 0.3, window)[0]
+    got = LengthGroups(packed).attend(*row, 0.3, window)[0]
     assert (got.shape, got.dtype) == (query.shape, dtype)
     for pair, length in enumerate(packed.lengths):
         places = packed.places[pair, :length]
@@ -67,15 +67,15 @@ def test_equals_attention_pair_by_pair(
 @torch.inference_mode()
 def test_large_logits_are_not_rounded_before_the_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys with a large part in common give logits around 18, which bf16 rounds to steps of an eighth."""
-    monkeypatch.setattr(groups, "_has_products", lambda: True)
+    monkeypatch.setattr(length_groups, "_has_products", lambda: True)
     packed, generator = packing(False), torch.Generator().manual_seed(1)
     tokens = len(packed.positions)
     query = torch.randn(tokens, HEADS, WIDTH, generator=generator) + 1.0
     key, value = (torch.randn(tokens + PREFIX, KEY_HEADS, WIDTH, generator=generator) for _ in range(2))
     row = [states.bfloat16().transpose(0, 1)[None] for states in (query, key + 2.0, value)]
-    wanted = Groups(packed).attend(*(states.float() for states in row), 0.3, None)
+    wanted = LengthGroups(packed).attend(*(states.float() for states in row), 0.3, None)
 
     def error(**options: bool) -> float:
-        return float((Groups(packed).attend(*row, 0.3, None, **options).float() - wanted).norm() / wanted.norm())
+        return float((LengthGroups(packed).attend(*row, 0.3, None, **options).float() - wanted).norm() / wanted.norm())
 
     assert error(large_logits=True) < 0.005 < error()

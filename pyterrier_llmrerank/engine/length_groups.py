@@ -38,7 +38,7 @@ PRODUCT_BLOCK = 128
 NARROWEST = 32
 
 
-class Group(NamedTuple):
+class LengthGroup(NamedTuple):
     """Pairs of one rounded length.
 
     Args:
@@ -54,7 +54,7 @@ class Group(NamedTuple):
     real_keys: Tensor | None
 
 
-class Groups:
+class LengthGroups:
     """Divides a packed row into groups, and computes attention in them.
 
     Args:
@@ -66,7 +66,7 @@ class Groups:
         rounded = -(-packing.lengths // STEP) * STEP
         places = np.pad(packing.places, ((0, 0), (0, int(rounded.max()) - packing.longest)))
         queries = np.where(places < tokens, places, 0)  # others are keys of a prefix computed earlier
-        self._groups: list[Group] = []
+        self._groups: list[LengthGroup] = []
         start, first = 0, np.empty(len(packing), int)
         for length in np.unique(rounded).tolist():
             members = np.flatnonzero(rounded == length)
@@ -74,7 +74,7 @@ class Groups:
             if packing.padding[members].any():
                 real = torch.from_numpy(np.arange(length) < packing.real[members, None])
             keys, asked = (torch.from_numpy(np.ascontiguousarray(of[members, :length])) for of in (places, queries))
-            self._groups.append(Group(length, keys, asked, real))
+            self._groups.append(LengthGroup(length, keys, asked, real))
             first[members] = start + length * np.arange(len(members))
             start += length * len(members)
         pair = packing.pair_of_token
@@ -146,7 +146,7 @@ def gather(states: Tensor, rows: Tensor, length: int) -> Tensor:
 
 
 def _products(
-    group: Group, queries: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int | None
+    group: LengthGroup, queries: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int | None
 ) -> Tensor:
     """Compute a group by two products for each block, with all query heads of a key head in one matrix.
 
@@ -176,7 +176,7 @@ def _products(
     return output.view(-1, width)
 
 
-def _bias(group: Group, start: int, end: int, window: int | None, repeats: int, heads: int) -> Tensor:
+def _bias(group: LengthGroup, start: int, end: int, window: int | None, repeats: int, heads: int) -> Tensor:
     """Return zeros for the keys that the queries of a block see, and a low number for all others."""
     if group.real_keys is None:
         return _causal_bias(start, end, window, repeats)
@@ -195,7 +195,9 @@ def _causal_bias(start: int, end: int, window: int | None, repeats: int) -> Tens
 _HIDDEN = torch.finfo(torch.bfloat16).min / 2
 
 
-def _sdpa(group: Group, queries: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int | None) -> Tensor:
+def _sdpa(
+    group: LengthGroup, queries: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int | None
+) -> Tensor:
     """Compute a group by torch's attention, block by block; arguments and output are those of :func:`_products`."""
     shape = len(group.places), -1, group.length, queries.shape[-1]
     queries, keys, values = (states.view(shape) for states in (queries, keys, values))

@@ -8,7 +8,7 @@ import torch
 from conftest import MODELS, words
 
 from pyterrier_llmrerank import MatroyshkaReranker, ScoringError
-from pyterrier_llmrerank.engine import device_scorer, results
+from pyterrier_llmrerank.engine import device_scorer, pending
 from pyterrier_llmrerank.engine.packing import Row
 
 FULL = str(MODELS / "costwise_full")
@@ -51,7 +51,7 @@ def test_the_batch_that_runs_when_a_score_fails_is_kept(monkeypatch: pytest.Monk
 def test_a_result_that_cannot_be_copied_is_computed_again(monkeypatch: pytest.MonkeyPatch, failure: Exception) -> None:
     reranker = MatroyshkaReranker(FULL, dtype="float32", batch_size=2)
     pairs = [(words(i % 2, 4), words(i, 9 * i)) for i in range(8)]
-    wanted, real, calls = reranker.compute_score(pairs), results.to_host, []
+    wanted, real, calls = reranker.compute_score(pairs), pending.to_host, []
 
     def brought_back(computed: torch.Tensor) -> Callable[[], np.ndarray]:
         def result() -> np.ndarray:
@@ -62,5 +62,5 @@ def test_a_result_that_cannot_be_copied_is_computed_again(monkeypatch: pytest.Mo
 
         return result
 
-    monkeypatch.setattr(results, "to_host", brought_back)
+    monkeypatch.setattr(pending, "to_host", brought_back)
     np.testing.assert_allclose(reranker.compute_score(pairs), wanted, atol=1e-4)
