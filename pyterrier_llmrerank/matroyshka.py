@@ -18,7 +18,7 @@ from .checkpoints.assembly import assemble, token_adapter_for
 from .checkpoints.description import FILE, Description, amend
 from .checkpoints.identity import identity
 from .checkpoints.locate import absolute, folder_of, is_hub_id, require, shortest
-from .engine.inputs import PROMPT, Ids, MatroyshkaInputs
+from .engine.inputs import PROMPT, MatroyshkaInputs
 from .features import PAPER, AtDepth, MatroyshkaFeatures
 from .frames import sigmoid
 from .options import Converted, Option, with_options
@@ -427,9 +427,6 @@ class MatroyshkaReranker(LLMReranker):
         return Shape(
             read, heads, self.compress_layers, self.compress_ratio, pad_id, self.prune, self.attn_implementation
         )
-
-    def _encode(self, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Ids]:
-        return self._inputs()(tokenizer, pairs)
 
     def _inputs(self) -> MatroyshkaInputs:
         """Return the encoding: its settings are the arguments, the model's own or the original ones."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from dataclasses import KW_ONLY, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from .checkpoints.description import FILE, Description, amend, read_description
 from .checkpoints.identity import identity
 from .checkpoints.input_format import TEVATRON_2023, InputFormat, check_name
 from .checkpoints.locate import absolute, folder_of, is_hub_id, named_base, portable, require, shortest
-from .engine.inputs import Encoding, Ids, RankLLaMAInputs, inputs_of
+from .engine.inputs import Encoding, RankLLaMAInputs, inputs_of
 from .frames import row_name
 from .options import Option, with_options
 from .reranker import LLMReranker, model_path, recipe
@@ -242,9 +242,6 @@ class RankLLaMAReranker(LLMReranker):
     def deepest(self) -> int | None:
         """Return None: all layers are run."""
         return None
-
-    def _encode(self, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Ids]:
-        return self._inputs()(tokenizer, pairs)
 
     def _inputs(self) -> Encoding:
         cut = self._cut()

@@ -19,7 +19,7 @@ import pyterrier as pt
 
 from .checkpoints.locate import absolute, shortest
 from .engine.cascade import Cascade
-from .engine.prefetch import Encode, PreparedIds
+from .engine.prefetch import PreparedIds
 from .engine.usage import Stopwatch, Usage
 from .errors import ScoringError
 from .frames import check_columns, check_rows, distinct, row_name, warn_of_ties, with_ranks
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from .checkpoints.checkpoint import Checkpoint
-    from .engine.inputs import Ids
+    from .engine.inputs import Encoding, Ids, MatroyshkaInputs
     from .engine.scoring import Scorer
     from .engine.shape import Shape
     from .engine.weights import Weights
@@ -167,8 +167,8 @@ class LLMReranker(ValueSemantics, pt.Estimator):
         """Return the part of a checkpoint to run; ValueError if it does not allow the arguments."""
 
     @abstractmethod
-    def _encode(self, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Ids]:
-        """Return the token ids of ``(query, passage)`` pairs."""
+    def _inputs(self) -> Encoding | MatroyshkaInputs:
+        """Return the encoding of pairs. Equal encodings give equal ids with the same tokenizer."""
 
     @abstractmethod
     def deepest(self) -> int | None:
@@ -240,26 +240,37 @@ class LLMReranker(ValueSemantics, pt.Estimator):
     def tokenise(self, inp: pd.DataFrame) -> None:
         """Tokenise a frame before it is given to :meth:`transform`; a thread may do so while another frame is scored.
 
-        The token ids are kept until then, and are not used if an argument or the model has changed. Errors are left
-        to :meth:`transform`, which names the row.
+        The token ids are kept until then, and are not used if an argument or the model has changed. Before the first
+        :meth:`transform`, which opens the model, nothing is done. Errors are left to :meth:`transform`, which names the
+        row.
 
         Args:
             inp: the frame.
         """
+        held = self._held
+        if held is None:  # transform opens the model
+            return
         stopwatch = Stopwatch()
         try:
             texts, _ = distinct(list(zip(inp["query"], self._bodies(inp), strict=True)))
-            settings = (self._replicas(), self.equality_key())
-            if self._prepared is None or self._prepared.settings != settings:
-                self._prepared = PreparedIds(settings)
-            prepared, (_, _, tokenizer) = self._prepared, self._weights().at_depth(0)
+            inputs, (_, _, tokenizer) = self._inputs(), held.weights[0].at_depth(0)
+            prepared = self._prepared
+            if prepared is None or prepared.settings != (held.key, inputs):
+                prepared = self._prepared = PreparedIds((held.key, inputs))
             with stopwatch:
-                prepared.add(texts, self._encode(tokenizer, texts))
-        except BaseException as error:  # a panic of the tokenizer is not an Exception
+                prepared.add(texts, inputs(tokenizer, texts))
+        except BaseException as error:  # a panic of the tokenizer is no Exception
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
         finally:
             self.add_usage(Usage(tokenising_seconds=stopwatch.seconds))
+
+    def _encode(self, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> list[Ids]:
+        """Return the ids of distinct pairs, which :meth:`tokenise` may have prepared."""
+        inputs, held, prepared = self._inputs(), self._held, self._prepared
+        if prepared is None or held is None or prepared.settings != (held.key, inputs):
+            return inputs(tokenizer, pairs)
+        return prepared.take(partial(inputs, tokenizer), pairs)
 
     def compute_score(self, pairs: Iterable[Any]) -> float | np.ndarray:
         """Score pairs without a frame.
@@ -486,10 +497,7 @@ class LLMReranker(ValueSemantics, pt.Estimator):
         """
         from .engine.scoring import Scorer
 
-        replicas, encode = self._replicas(), cast("Encode", self._encode)
-        if self._prepared is not None and self._prepared.settings == (replicas, self.equality_key()):
-            encode = partial(self._prepared.take, encode)
-        return Scorer(replicas, self._shape, encode, self.batch_size)
+        return Scorer(self._replicas(), self._shape, self._encode, self.batch_size)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -120,6 +120,10 @@ def test_a_frame_that_was_tokenised_before_has_the_same_scores() -> None:
     """Token ids are used once, and only with the arguments that they were made with."""
     rows, reranker = frame(), MatroyshkaReranker(FULL, dtype="float32")
     reranker.tokenise(rows)
+    assert reranker.take_usage().tokenising_seconds == 0  # nothing is open yet
+    reranker.transform(rows)
+    reranker.take_usage()
+    reranker.tokenise(rows)
     assert reranker.take_usage().tokenising_seconds > 0
     pd.testing.assert_frame_equal(reranker.transform(rows), MATROYSHKA.transform(rows))
     reranker.tokenise(rows)

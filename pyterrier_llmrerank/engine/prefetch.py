@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from .usage import Stopwatch
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 
-#: Returns the token ids of ``(query, passage)`` pairs for a tokenizer.
-Encode = Callable[[Any, Sequence[tuple[str, str]]], "list[Ids]"]
+#: Returns the token ids of ``(query, passage)`` pairs.
+Encode = Callable[[Sequence[tuple[str, str]]], "list[Ids]"]
 
 
 def prefetch(items: Iterable[Item], waiting: Stopwatch | None = None) -> Iterator[Item]:
@@ -55,9 +55,9 @@ class PreparedIds:
         """Keep the ids of pairs."""
         self._ids.update(zip(pairs, ids, strict=True))
 
-    def take(self, encode: Encode, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Ids]:
+    def take(self, encode: Encode, pairs: Sequence[tuple[str, str]]) -> list[Ids]:
         """Return the ids of distinct pairs and forget them; encode the pairs that have none."""
         found = {pair: ids for pair in pairs if (ids := self._ids.pop(pair, None)) is not None}
         if missing := [pair for pair in pairs if pair not in found]:
-            found.update(zip(missing, encode(tokenizer, missing), strict=True))
+            found.update(zip(missing, encode(missing), strict=True))
         return [found[pair] for pair in pairs]

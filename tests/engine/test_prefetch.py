@@ -39,14 +39,14 @@ def test_an_error_comes_after_the_items_before_it() -> None:
 def test_ids_are_taken_once_and_pairs_without_any_are_encoded() -> None:
     asked: list[tuple[str, str]] = []
 
-    def encode(tokenizer: object, pairs: Sequence[tuple[str, str]]) -> list[Ids]:
+    def encode(pairs: Sequence[tuple[str, str]]) -> list[Ids]:
         asked.extend(pairs)
         return [Ids([], list(map(ord, passage)), []) for _, passage in pairs]
 
     one, two, three = pairs = [("q", "a"), ("q", "b"), ("q", "c")]
     wanted, prepared = [Ids([], [number], []) for number in (97, 98, 99)], PreparedIds(None)
     prepared.add([three, one], [wanted[2], wanted[0]])
-    assert prepared.take(encode, None, pairs) == wanted
+    assert prepared.take(encode, pairs) == wanted
     assert asked == [two]
-    assert prepared.take(encode, None, [three]) == wanted[2:]
+    assert prepared.take(encode, [three]) == wanted[2:]
     assert asked == [two, three]
