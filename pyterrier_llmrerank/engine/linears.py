@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from .devices import has_bf16
 
@@ -68,7 +68,10 @@ def _operations(states: Sequence[int], *_: Any, out_shape: Sequence[int], **__: 
     return 2 * math.prod(states) * out_shape[-1]
 
 
-if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # builds for some platforms have no oneDNN
+if (
+    hasattr(torch.ops.mkldnn, "_linear_pointwise")  # builds for some platforms have no oneDNN
+    and torch.ops.mkldnn._linear_pointwise not in flop_registry
+):
     register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_operations)
 
 
