@@ -240,15 +240,14 @@ class LLMReranker(ValueSemantics, pt.Estimator):
     def tokenise(self, inp: pd.DataFrame) -> None:
         """Tokenise a frame before it is given to :meth:`transform`; a thread may do so while another frame is scored.
 
-        The token ids are kept until then, and are not used if an argument or the model has changed. Before the first
-        :meth:`transform`, which opens the model, nothing is done. Errors are left to :meth:`transform`, which names the
-        row.
+        The token ids are kept until then, and are not used if an argument or the model has changed. Nothing is done
+        while the reranker has no weights. Errors are left to :meth:`transform`, which names the row.
 
         Args:
             inp: the frame.
         """
         held = self._held
-        if held is None:  # transform opens the model
+        if held is None:  # transform finds them
             return
         stopwatch = Stopwatch()
         try:
