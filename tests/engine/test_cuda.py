@@ -36,13 +36,13 @@ from pyterrier_llmrerank.engine import (
     devices,
     kernels,
     packing,
+    pending,
     pooling,
-    results,
     weights,
 )
 from pyterrier_llmrerank.errors import ScoringError
 from pyterrier_llmrerank.training import DistillTraining, RankLLaMATraining, trainer
-from pyterrier_llmrerank.training.batches import Batch, Collator, LengthGroups
+from pyterrier_llmrerank.training.batches import Batch, Collator, Groups
 from pyterrier_llmrerank.training.lora import with_lora
 from pyterrier_llmrerank.training.recipes import Recipe
 from pyterrier_llmrerank.training.trainer import GroupTrainer
@@ -320,7 +320,7 @@ def batch_of(recipe: Recipe, base: Path) -> Batch:
     tokenizer = recipe.open(str(base)).tokenizer()
     records = [{**record, "pos_scores": [1.0], "neg_scores": [0.5] * len(record["neg"])} for record in RECORDS]
     with unset_fake_temporarily():
-        groups = LengthGroups(records, recipe.group_size, 0, recipe.body)
+        groups = Groups(records, recipe.group_size, 0, recipe.body)
         return Collator(tokenizer, recipe.inputs)([groups[0], groups[1]])
 
 
@@ -420,7 +420,7 @@ FAULTS: dict[str, tuple[str, Fault]] = {
     "indices that stay on the host": (MIXED, _of_copies(lambda t, device: t)),
     "a blocking copy of the scores": (
         "blocking copy",
-        lambda patch: patch.setattr(results, "to_host", lambda made: lambda: made.cpu().numpy()),
+        lambda patch: patch.setattr(pending, "to_host", lambda made: lambda: made.cpu().numpy()),
     ),
     "a value that is asked for": ("DataDependentOutput", _of_kernel(lambda query: query.max().item())),
     "a condition": ("DataDependentOutput", _of_kernel(lambda query: bool(query.isfinite().all()))),

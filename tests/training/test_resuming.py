@@ -129,7 +129,7 @@ def test_settings_without_a_record_are_named(
     caplog.clear()
     (checkpoint / "begun_with.json").unlink()
     SameSettings(settings(), checkpoint)
-    assert ["has no begun_with.json: whether its settings" in message for message in caplog.messages] == [True]
+    assert ["has no begun_with.json: it cannot be checked" in message for message in caplog.messages] == [True]
 
 
 def test_the_contents_of_a_deepspeed_file_are_recorded(tmp_path: Path) -> None:
