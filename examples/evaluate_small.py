@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=50, help="how many of BM25's results are reranked")
     parser.add_argument("--rankllama", default="smollm2-135m", help="a RankLLaMA: folder or hub id")
     parser.add_argument("--matroyshka", default="smollm2-135m", help="a Matroyshka: folder or hub id")
-    parser.add_argument("--compress_layer", type=int, default=8, help="the layer before which ratios pool")
+    parser.add_argument("--compress_layer", type=int, default=8, help="the layer after which ratios pool")
     parser.add_argument("--device")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--batch_size", type=int, help="pairs in a batch; default as many as fit a token budget")

@@ -39,7 +39,7 @@ def main() -> None:
     if trained:
         rerankers["RankLLaMA"] = RankLLaMAReranker("smollm2-135m", verbose=True)
     for reranker in rerankers.values():
-        reranker.quiet().compute_score([("a query", f"passage {i}") for i in range(50)])  # loads before times are taken
+        reranker.scorer().open()  # loads before times are taken
 
     corpus, with_text, topics, qrels = little_collection() if small else irds_collection(arguments.dataset)
     with bm25_of(corpus, arguments.candidates) as bm25:

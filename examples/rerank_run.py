@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--start_layer", type=int, help="shallowest layer with a head, for a plain language model")
     parser.add_argument("--depths", type=int, nargs="+", default=[10, 20, 30], help="decoder layers")
     parser.add_argument("--ratios", type=int, nargs="+", default=[1], help="passage states pooled into one state")
-    parser.add_argument("--compress_layer", type=int, default=8, help="layer before which they are pooled")
+    parser.add_argument("--compress_layer", type=int, default=8, help="layer after which they are pooled")
     parser.add_argument("--rankllama", help="a RankLLaMA to compare with, for example smollm2-135m")
     arguments = parser.parse_args()
 

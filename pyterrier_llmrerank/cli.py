@@ -424,11 +424,8 @@ _teach_command()
 def _train_command(recipe: str, help: str) -> None:
     def command(context: typer.Context) -> None:
         _set_hub_environment(context.args)
-        try:
-            from .training import commands
-        except ImportError as error:
-            message = f"training needs more packages (pip install 'pyterrier-llmrerank[train]'): {error}"
-            raise ImportError(message) from error
+        from .training import commands
+
         options = (commands.RECIPES[recipe], commands.Sources, commands.TrainerOptions)
         names = {field.name: f"--{field.name}" for each in options for field in dataclasses.fields(each)}
         with naming(names, repeat=False):

@@ -154,6 +154,8 @@ def in_shell(message: str, names: Mapping[str, str], *, repeat: bool = True) -> 
             several = ast.literal_eval(value)
         except (ValueError, SyntaxError):  # a remark, not a literal
             return f"{name}={value}"
+        if not isinstance(several, dict | list | tuple):
+            return f"{name}={value}"
         each = several.items() if isinstance(several, dict) else several
         words = [shlex.quote(":".join(map(str, one)) if isinstance(one, tuple) else str(one)) for one in each]
         if not words:

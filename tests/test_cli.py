@@ -417,6 +417,9 @@ def test_arguments_and_values_are_spelled_as_in_a_shell(message: str, wanted: st
 
 def test_lists_of_training_follow_one_option() -> None:
     names = {"compress_ratios": "--compress_ratios"}
+    assert cli_options.in_shell("qid 'a compress_ratios=(1)' is missing", names) == (
+        "qid 'a --compress_ratios=(1)' is missing"
+    )
     assert cli_options.in_shell("compress_ratios=[2, 3]", names, repeat=False) == "--compress_ratios 2 3"
 
 

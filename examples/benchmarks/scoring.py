@@ -336,7 +336,7 @@ def main() -> None:
         "--random_layers", type=int, help="instead of --rankllama, random weights in Mistral-7B's shape, so many layers"
     )
     parser.add_argument("--cutoff", type=int, default=20, help="layers of the Matroyshka in another shape")
-    parser.add_argument("--compress_layer", type=int, default=8, help="before which that one pools by two")
+    parser.add_argument("--compress_layer", type=int, default=8, help="after which that one pools by two")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--peers", nargs="*", default=["a", "b", "c"], choices=["a", "b", "c"], help="only these")

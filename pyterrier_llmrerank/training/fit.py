@@ -20,7 +20,7 @@ from ..engine.devices import resolve_device, resolve_dtype
 from .batches import Groups, draw_seed
 from .frames import check_qrels, records_of, validation_of
 from .matroyshka import MatroyshkaTraining
-from .output import remove_checkpoints
+from .output import adapter_alone
 from .recipes import Recipe
 from .trainer import train
 from .validation import MEASURE
@@ -96,10 +96,10 @@ def fit(
     passages = sum(len(record["pos"]) + len(record["neg"]) for record in records)
     logger.info("Training on %d queries with %d passages; result in %s", len(records), passages, arguments.output_dir)
     groups = Groups(records, recipe.group_size, draw_seed(arguments), as_is)
-    folder = train(recipe, checkpoint, groups, arguments, measured)
-    if recipe.output_dir is None and "output_dir" not in recipe.arguments:
-        remove_checkpoints(folder)  # nobody asked for them, and they are several times as large as the adapter
-    return folder
+    if recipe.output_dir is not None or "output_dir" in recipe.arguments:
+        return train(recipe, checkpoint, groups, arguments, measured)
+    with adapter_alone(Path(str(arguments.output_dir))):
+        return train(recipe, checkpoint, groups, arguments, measured)
 
 
 def _one_device(device: str | tuple[str, ...] | None) -> torch.device:
@@ -115,8 +115,8 @@ def _one_device(device: str | tuple[str, ...] | None) -> torch.device:
 
 
 def _without_teacher(recipe: Recipe) -> Recipe:
-    """Return the recipe that learns from labels alone; ValueError if the recipe cannot do without a teacher."""
-    if not isinstance(recipe, MatroyshkaTraining):
+    """Return the recipe that learns from labels alone; ValueError if it was asked to learn from a teacher."""
+    if not isinstance(recipe, MatroyshkaTraining) or recipe.train_method != type(recipe).train_method:
         raise ValueError(f"training={recipe!r}: the results have no column teacher, which it needs.")
     method = recipe.train_method.removesuffix("_teacher")
     logger.info("The results have no column 'teacher': train_method=%r learns from their labels.", method)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -83,10 +84,24 @@ def remove_runs(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def remove_checkpoints(folder: Path) -> None:
-    """Remove the checkpoints of the run in a folder, and keep its result."""
-    for path in folder.glob(CHECKPOINTS):
-        shutil.rmtree(path)
+@contextmanager
+def adapter_alone(folder: Path) -> Iterator[None]:
+    """Run a training into a folder that nobody named, and keep the adapter alone.
+
+    After an error, checkpoints stay if there are any, and a note of the error names the folder.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if any(folder.glob(CHECKPOINTS)):
+            error.add_note(f"The checkpoints of the training are in {str(folder)!r}.")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    for checkpoint in folder.glob(CHECKPOINTS):
+        shutil.rmtree(checkpoint)
+    for name in ("trainer_state.json", "training_args.bin"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def files_of_runs(folder: Path) -> list[Path]:

@@ -257,9 +257,11 @@ def test_token_and_cache_reach_the_hubs_client() -> None:
     """The client reads them from the environment when it is imported."""
     options = ["--token", "hf_x", "--cache-dir", "somewhere"]  # the command's other options have underscores
     code = "import sys, types\n"
-    code += "sys.modules['pyterrier_llmrerank.training'] = types.SimpleNamespace(commands=types.SimpleNamespace())\n"
+    code += "import dataclasses; Options = dataclasses.make_dataclass('Options', [])\n"
+    code += "commands = types.SimpleNamespace(RECIPES={'distill': Options}, Sources=Options, TrainerOptions=Options)\n"
+    code += "commands.main = lambda *arguments: None\n"
+    code += "sys.modules['pyterrier_llmrerank.training'] = types.SimpleNamespace(commands=commands)\n"
     code += "from pyterrier_llmrerank.__main__ import main\n"
-    code += "sys.modules['pyterrier_llmrerank.training'].commands.main = lambda *arguments: None\n"
     code += f"main(['train', 'distill', *{options}])\n"
     code += "from huggingface_hub import constants, get_token; print(constants.HF_HUB_CACHE, get_token())"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)

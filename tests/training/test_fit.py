@@ -13,7 +13,7 @@ import pyterrier as pt
 import pytest
 import torch
 from conftest import MODELS, RECORDS
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, Trainer
 
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker
 from pyterrier_llmrerank.checkpoints.input_format import InputFormat
@@ -90,7 +90,9 @@ def test_fit_keeps_the_adapter_alone_and_says_where(
         reranker.fit(results, qrels)
     (folder,) = (tmp_path / "llmrerank" / "trained").iterdir()
     assert reranker.adapters == (str(folder),)
-    assert not list(folder.glob("checkpoint-*"))
+    kept = {path.name for path in folder.iterdir()}
+    assert {"adapter_config.json", "reranker.json"} <= kept
+    assert not any(name.startswith(("checkpoint-", "trainer_state", "training_args")) for name in kept)
     ours = [record for record in caplog.records if record.name.startswith("pyterrier_llmrerank.training.fit")]
     assert {record.levelname for record in ours} == {"INFO"}
     assert [record.getMessage() for record in ours] == [
@@ -106,6 +108,36 @@ def test_fit_keeps_the_adapter_alone_and_says_where(
     kept = untrained("matroyshka", tmp_path / "run", max_steps=2, save_steps=1)
     kept.fit(results, qrels)
     assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 2
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_an_interrupted_fit_keeps_checkpoints_alone_and_names_their_folder(
+    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pt.io, "pyterrier_home", lambda: str(tmp_path))
+    _, results, qrels = candidates()
+    reranker = untrained("matroyshka", tmp_path, max_steps=2, save_steps=1, output_dir=None, train_method="normal")
+    real = Trainer.training_step
+
+    def interrupted(self: Trainer, *arguments: Any, **options: Any) -> Any:
+        if self.state.global_step == step:
+            raise KeyboardInterrupt
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(Trainer, "training_step", interrupted)
+    with pytest.raises(KeyboardInterrupt) as info:
+        reranker.fit(results, qrels)
+    folders = list((tmp_path / "llmrerank" / "trained").iterdir())
+    notes = getattr(info.value, "__notes__", [])
+    assert len(folders) == len(notes) == step
+    assert all(str(folder) in note for folder, note in zip(folders, notes, strict=True))
+
+
+def test_a_loss_that_was_asked_for_is_not_replaced(tmp_path: Path) -> None:
+    _, results, qrels = candidates()
+    reranker = untrained("matroyshka", tmp_path / "run", max_steps=1, train_method="distill_final_layer_teacher")
+    with pytest.raises(ValueError, match="the results have no column teacher, which it needs"):
+        reranker.fit(results, qrels)
 
 
 def test_rankllama_learns_from_a_teacher(tmp_path: Path) -> None:
