@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import pandas as pd
 
 from .checkpoints import bundled
-from .checkpoints.description import FILE, Description, amend, read_description
+from .checkpoints.description import FILE, Description, read_description
 from .checkpoints.identity import identity
 from .checkpoints.input_format import TEVATRON_2023, InputFormat, check_name
 from .checkpoints.locate import absolute, folder_of, is_hub_id, named_base, portable, require, shortest
@@ -170,7 +170,7 @@ class RankLLaMAReranker(LLMReranker):
             self._known_description = (source, state), own
         return self._known_description[1]
 
-    def _lengths(self) -> dict[str, int | None]:
+    def _lengths(self) -> dict[str, Any]:
         """Return the lengths in use by their arguments; None for the usual ones."""
         own = self._description() or Description(kind="rankllama")
         return {name: getattr(self, name) or getattr(own, name) for name in LENGTHS}
@@ -271,13 +271,12 @@ class RankLLaMAReranker(LLMReranker):
         from .training.fit import fit
 
         model, base_model = self._checkpoint_arguments()
-        folder = fit(
-            self._recipe(), model, (), training, validation,
-            device=self.device, dtype=self.dtype, verbose=self.verbose, base_model=base_model,
+        recipe = self._recipe()
+        return fit(
+            recipe, lambda: recipe.open(model, base_model=base_model), training, validation,
+            device=self.device, dtype=self.dtype, verbose=self.verbose,
+            described={name: length for name in LENGTHS if (length := getattr(self, name)) is not None},
         )  # fmt: skip
-        given = {name: length for name in LENGTHS if (length := getattr(self, name)) is not None}
-        amend(folder, "rankllama", **given)
-        return folder
 
     def _base(self) -> str:
         """Return the base of the adapter, or the model itself before training."""

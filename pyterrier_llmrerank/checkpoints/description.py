@@ -16,7 +16,7 @@ from ..errors import short
 from ..values import RATIOS
 from .input_format import InputFormat, check_name
 from .json_files import read_json
-from .locate import HUB_ID, below, is_hub_id, portable
+from .locate import HUB_ID, below, is_hub_id
 
 FILE = "reranker.json"
 
@@ -39,6 +39,9 @@ NOT_OF = {
 
 #: The fields that say how much of a text is read. A file has only the unusual ones.
 LENGTHS = ("query_max_length", "passage_max_length", "max_length")
+
+#: The usual number of tokens of a Matroyshka's pair; a query usually has three quarters of it.
+MAX_LENGTH = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,21 +154,6 @@ class Description:
         if self.layers not in (None, layers):
             raise ValueError(f"{argument}: {FILE} says that the base has {self.layers} layers, but it has {layers}.")
 
-    def check_place(self, place: int, base: str, argument: str) -> None:
-        """Raise ValueError if the adapter described here is to be merged in a different place than in training.
-
-        Args:
-            place: how many adapters are merged before it.
-            base: the base that they are merged into; over another base, their number may differ.
-            argument: the caller's argument and its value, for messages.
-        """
-        trained = self.adapters.index(".") if "." in self.adapters else len(self.adapters)
-        if self.base == portable(base) and place != trained:
-            raise ValueError(
-                f"{argument} was trained on this base with {trained} adapters before it, but here it has {place}; "
-                "give all of them in order, or its folder as model."
-            )
-
     @property
     def folders(self) -> tuple[str, ...]:
         """The names of all adapters' folders."""
@@ -230,12 +218,6 @@ def read_description(model: str, folder: Path, kind: str, argument: str) -> Desc
         adapters=tuple(below(model, name) for name in own.adapters),
         token_adapters=tuple((ratio, below(model, name)) for ratio, name in own.token_adapters),
     )
-
-
-def amend(folder: Path, kind: str, **fields: Any) -> None:
-    """Change fields in the description of a newly trained adapter, if its folder has one."""
-    if (own := Description.read(folder, kind, str(folder))) is not None:
-        replace(own, **fields).write(folder)
 
 
 class _Reader:
