@@ -41,9 +41,7 @@ class RankLLaMACheckpoint(Checkpoint):
         self._adapter_folder = folder
         #: The format of its input, if its description names one.
         self.input_format = None if own is None else own.input_format
-        self._lengths: dict[str, Any] = {
-            name: getattr(own, name, None) for name in ("query_max_length", "passage_max_length")
-        }
+        self._described = Description(kind=self.kind) if own is None else own
         if (folder / "adapter_config.json").is_file():
             adapter = Adapter(folder, argument)
             if own is not None and own.base != adapter.base:
@@ -73,7 +71,7 @@ class RankLLaMACheckpoint(Checkpoint):
 
     def description(self) -> Description:
         """Describe the model with all its adapters merged in, with the lengths in its own description."""
-        lengths = {name: getattr(self._own, name) for name in ("query_max_length", "passage_max_length")}
+        lengths = {name: getattr(self._described, name) for name in ("query_max_length", "passage_max_length")}
         return replace(super().description(), **lengths)
 
     @property

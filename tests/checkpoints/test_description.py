@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import MODELS, Cache, frame, ids_of, words
+from conftest import MODELS, RECORDS, Cache, frame, ids_of, words, written
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
 from pyterrier_llmrerank.checkpoints import description
 from pyterrier_llmrerank.checkpoints.json_files import read_json
 from pyterrier_llmrerank.training import CompensateTraining, DistillTraining, RankLLaMATraining
+from pyterrier_llmrerank.training.commands import main
 
 BASE = str(MODELS / "mistral_base")
 PAIRS = [("panda food", "a panda eats bamboo"), ("panda food", "coffee beans")]
@@ -335,3 +336,32 @@ def test_a_fitted_reranker_keeps_its_own_lengths(kind: Any, tmp_path: Path) -> N
     np.testing.assert_allclose(opened.transform(rows)["score"], ours.transform(rows)["score"], atol=1e-5)
     ours.save(tmp_path / "saved")
     assert ids_of(kind(tmp_path / "saved", dtype="float32"), LONG) == ids_of(ours, LONG)
+
+
+@pytest.mark.parametrize("way", ["fit", "command"])
+def test_a_rankllama_that_is_trained_further_keeps_its_lengths(way: str, tmp_path: Path) -> None:
+    lengths = {"query_max_length": 64, "passage_max_length": 512}
+    rankllama(**lengths).save(tmp_path / "saved")
+    if way == "fit":
+        recipe = RankLLaMATraining(**SETTINGS, output_dir=str(tmp_path / "run"))
+        ours = RankLLaMAReranker(tmp_path / "saved", training=recipe, dtype="float32")
+        train(ours)
+        assert ids_of(ours, LONG) == ids_of(rankllama(**lengths), LONG)
+    else:
+        data = written(tmp_path / "train.jsonl", *(json.dumps(record) + "\n" for record in RECORDS))
+        main("rankllama", (
+            f"--model_name_or_path {tmp_path / 'saved'} --train_data {data} --output_dir {tmp_path / 'run'} "
+            "--train_group_size 2 --max_steps 1 --report_to none --use_cpu --disable_tqdm 1"
+        ).split())  # fmt: skip
+    opened = RankLLaMAReranker(tmp_path / "run", dtype="float32")
+    assert ids_of(opened, LONG) == ids_of(rankllama(**lengths), LONG)
+
+
+def test_given_lengths_win_over_the_recipes_in_fit(tmp_path: Path) -> None:
+    recipe = RankLLaMATraining(**SETTINGS, passage_max_length=120, output_dir=str(tmp_path / "run"))
+    ours = RankLLaMAReranker.untrained(
+        str(MODELS / "rankllama_base"), training=recipe, passage_max_length=90, dtype="float32"
+    )
+    train(ours)
+    assert read_json(tmp_path / "run" / "reranker.json")["passage_max_length"] == 90
+    assert ids_of(RankLLaMAReranker(tmp_path / "run", dtype="float32"), LONG) == ids_of(ours, LONG)
