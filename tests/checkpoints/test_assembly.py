@@ -189,7 +189,7 @@ def test_adapters_from_the_command_line_serve_any_mix_of_depth_and_width(tmp_pat
     data = written(tmp_path / "train.jsonl", *(json.dumps(record) + "\n" for record in RECORDS))
     settings = (
         f"--model_name_or_path {BASE} --train_data {data} --train_group_size 2 --max_steps 1 --compress_layers 2 "
-        "--per_device_train_batch_size 1 --lora_rank 2 --learning_rate 0.1 --report_to none --use_cpu --disable_tqdm 1"
+        "--per_device_train_batch_size 1 --lora_rank 2 --learning_rate 0.01 --warmup_steps 0 --report_to none --use_cpu"
     ).split()
 
     def run(command: str, name: str, *options: str) -> str:
