@@ -87,13 +87,16 @@ def write_depth(weights: Weights, layer: int, inputs: MatroyshkaInputs, base: st
         tokenizers.check_pairs(folder, texts, wanted, checkpoint.argument)
 
 
-def write_rankllama(weights: Weights, inputs: Encoding, description: Description, folder: Path) -> None:
+def write_rankllama(
+    weights: Weights, inputs: Encoding, columns: tuple[bool, bool], description: Description, folder: Path
+) -> None:
     """Write a RankLLaMA as one ``*ForSequenceClassification`` model.
 
     Args:
         weights: the model.
         inputs: makes its input.
-        description: describes the input, with the columns that it reads.
+        columns: whether it reads titles, and URLs.
+        description: describes the input.
         folder: a new or an empty folder.
 
     Raises:
@@ -103,7 +106,6 @@ def write_rankllama(weights: Weights, inputs: Encoding, description: Description
     checkpoint, form = weights.checkpoint, description.input_format or InputFormat()
     head = _heads(weights)
     settings = classifier_settings(checkpoint, inputs(checkpoint.tokenizer(), [("", "")])[0].suffix)
-    columns = description.title_field is not None, description.url_field is not None
     limits = inputs.query_max_length, inputs.passage_max_length
     card = merged_classifier(checkpoint.base, settings["architectures"][0], form, columns, limits)
     with all_or_nothing(folder):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, replace
 from functools import partial
 from pathlib import Path
@@ -14,10 +14,9 @@ import pyterrier as pt
 
 from . import shapes
 from .checkpoints import bundled
-from .checkpoints.assembly import assemble, token_adapter_for
-from .checkpoints.description import FILE, Description, amend
-from .checkpoints.identity import identity
-from .checkpoints.locate import absolute, folder_of, is_hub_id, require, shortest
+from .checkpoints.assembly import Assembly, token_adapter_for
+from .checkpoints.description import Description
+from .checkpoints.locate import absolute, is_hub_id, require, shortest
 from .engine.inputs import PROMPT, MatroyshkaInputs
 from .features import PAPER, AtDepth, MatroyshkaFeatures
 from .frames import sigmoid
@@ -177,7 +176,7 @@ class MatroyshkaReranker(LLMReranker):
     )
 
     # Without an annotation, which would make it an option.
-    _known_parts = cast("tuple[Hashable, Description] | None", None)
+    _known_assembly = cast("Assembly | None", None)
 
     def __post_init__(self) -> None:
         source = self._source()
@@ -285,7 +284,9 @@ class MatroyshkaReranker(LLMReranker):
         }
         changed = {name: value for name, value in shape.items() if value is not ...}
         self._replicas()  # opens nothing yet, but lets the shapes share one copy from now on
-        return type(self)(**{**self.arguments(), **changed})
+        other = type(self)(**{**self.arguments(), **changed})
+        other._known_assembly = self._assembly()  # the hub is asked once
+        return other
 
     def depths(self) -> dict[int, pt.Transformer]:
         """Return a pipeline for each cutoff; all start with the same pass. With a single cutoff, it is the reranker.
@@ -330,21 +331,21 @@ class MatroyshkaReranker(LLMReranker):
         return self.shape.deepest
 
     def _checkpoint(self) -> partial[Any]:
-        from .checkpoints.matroyshka_checkpoint import MatroyshkaCheckpoint
+        from .checkpoints.matroyshka_checkpoint import open_assembled
 
-        return partial(MatroyshkaCheckpoint, *self._checkpoint_arguments())
+        return partial(open_assembled, *self._named_weights(), assembly=self._assembly())
 
     def _overlay_checkpoint(self) -> partial[Any] | None:
-        from .checkpoints.matroyshka_checkpoint import MatroyshkaCheckpoint
+        from .checkpoints.matroyshka_checkpoint import open_assembled
 
-        parts = self._parts()
-        if overlay := self._token_adapter(parts):
-            return partial(MatroyshkaCheckpoint, *self._checkpoint_arguments(), overlay)
-        if self.shape.pools() and is_hub_id(self._source()) and not self.adapters and not self.token_adapters:
-            return partial(
-                MatroyshkaCheckpoint, *self._checkpoint_arguments(), (), self.compress_ratio
-            )  # if it has one of its own
-        return None
+        named: Any = self._token_adapter(self._parts())
+        if not named and self.shape.pools() and is_hub_id(self._source()) and not self.adapters:
+            named = self.compress_ratio  # the model may have an adapter of its own for it
+        if not named:
+            return None
+        return partial(
+            open_assembled, *self._named_weights(), named, assembly=self._assembly(), ratio=self.compress_ratio
+        )
 
     def _token_adapter(self, parts: Description) -> tuple[str, ...]:
         """Return the token adapter for the shape, if there is one.
@@ -375,32 +376,33 @@ class MatroyshkaReranker(LLMReranker):
         return bundled.reranker(self.model, "matroyshka")
 
     def _parts(self, *, fetch: bool = False) -> Description:
-        """Return the parts of this reranker, from its arguments and the model's own description.
+        """Return the parts of this reranker, from its arguments and from descriptions.
 
         Args:
-            fetch: download a hub model to read its description; otherwise the description of a hub model is left out.
+            fetch: download models and adapters from the hub to read their descriptions, which are left out otherwise.
         """
-        source = self._source()
-        folder: Path | None = Path(source).expanduser()
-        if is_hub_id(source):
-            folder = folder_of(source, "model") if fetch else None
+        return self._assembly().parts(fetch=fetch, full_width=not self.shape.pools())
+
+    def _assembly(self) -> Assembly:
+        """Return what assembles the parts, the same until an argument changes."""
         given = Description(
-            kind="matroyshka", base=source, start_layer=self.start_layer, layer_sep=self.layer_sep, prompt=self.prompt,
-            adapters=self.adapters, token_adapters=self.token_adapters,
+            kind="matroyshka", base=self._source(), adapters=self.adapters, token_adapters=self.token_adapters,
+            start_layer=self.start_layer, layer_sep=self.layer_sep, prompt=self.prompt,
             query_max_length=self.query_max_length, max_length=self.max_length,
         )  # fmt: skip
-        files = [
-            path / FILE for path in (folder, *(Path(source).expanduser() / name for name in given.folders)) if path
-        ]
-        key = given, folder, tuple(identity(str(file), source) for file in files)
-        if self._known_parts is None or self._known_parts[0] != key:  # read again only where something has changed
-            self._known_parts = key, assemble(given, folder, f"model={self.model!r}")
-        return self._known_parts[1]
+        if self._known_assembly is None or self._known_assembly.given != given:
+            self._known_assembly = Assembly(given, f"model={self.model!r}")
+        return self._known_assembly
 
-    def _checkpoint_arguments(self) -> tuple[str, tuple[str, ...], int | None, int | None]:
-        """Return the base model, the adapters to merge, and ``start_layer`` and ``layer_sep`` if known."""
+    def _named_weights(self) -> tuple[Any, ...]:
+        """Return values that are equal for equal weights, as far as these are known without a download.
+
+        They are the base model, the adapters to merge, ``start_layer`` and ``layer_sep``, and the token adapters on the
+        hub, whose descriptions may say where heads are.
+        """
         parts = self._parts()
-        return cast(str, parts.base), parts.adapters, parts.start_layer, parts.layer_sep
+        unknown = tuple(name for _, name in parts.token_adapters if is_hub_id(name))
+        return cast(str, parts.base), parts.adapters, parts.start_layer, parts.layer_sep, unknown
 
     def _is_local(self, parts: Description) -> bool:
         """Return whether the checkpoint can be opened without downloading or converting anything."""
@@ -410,7 +412,7 @@ class MatroyshkaReranker(LLMReranker):
     def _shape(self, checkpoint: Checkpoint) -> Shape:
         from .engine.shape import Shape
 
-        self._parts().check_layers(checkpoint.layers, f"model={self.model!r}")
+        self._parts(fetch=True).check_layers(checkpoint.layers, f"model={self.model!r}")
         self._check_layerwise(checkpoint)
         with_head = checkpoint.head_layers
         cutoffs = self.shape.check_layers(checkpoint.argument, with_head, checkpoint.layers)
@@ -429,18 +431,10 @@ class MatroyshkaReranker(LLMReranker):
         )
 
     def _inputs(self) -> MatroyshkaInputs:
-        """Return the encoding: its settings are the arguments, the model's own or the original ones."""
-        parts, own = self._parts(), None
-        if is_hub_id(self._source()) or any(map(is_hub_id, parts.folders)):  # opening them has read their descriptions
-            own = cast("MatroyshkaCheckpoint", self._weights().checkpoint)
-
-        def value(name: str, usual: Any) -> Any:
-            given = getattr(parts, name)
-            found = getattr(own, name, None) if given is None else given
-            return usual if found is None else found
-
-        longest = value("max_length", MatroyshkaInputs.max_length)
-        return MatroyshkaInputs(value("prompt", PROMPT), value("query_max_length", None), longest)
+        """Return the encoding: its settings are the arguments, the described ones or the original ones."""
+        parts = self._parts(fetch=True)
+        prompt = PROMPT if parts.prompt is None else parts.prompt
+        return MatroyshkaInputs(prompt, parts.query_max_length, parts.max_length or MatroyshkaInputs.max_length)
 
     def _recipe(self) -> MatroyshkaTraining:
         """Return the recipe in ``training``, with this reranker's heads and prompt."""
@@ -456,13 +450,12 @@ class MatroyshkaReranker(LLMReranker):
     def _train(self, training: Frames, validation: Frames | None) -> Path:
         from .training.fit import fit
 
-        parts = self._parts(fetch=True)
-        folder = fit(
-            self._recipe(), cast(str, parts.base), (*parts.adapters, *self._token_adapter(parts)), training, validation,
+        recipe, parts = self._recipe(), self._parts(fetch=True)
+        merged = replace(parts, adapters=(*parts.adapters, *self._token_adapter(parts)), token_adapters=())
+        return fit(
+            recipe, lambda: recipe.open_parts(merged, f"model={self.model!r}"), training, validation,
             device=self.device, dtype=self.dtype, verbose=self.verbose,
         )  # fmt: skip
-        amend(folder, "matroyshka", query_max_length=parts.query_max_length, max_length=parts.max_length)
-        return folder
 
     def _switch_to(self, adapter: str) -> None:
         from .checkpoints.matroyshka_checkpoint import is_layer_wise

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import pandas as pd
 
 from .checkpoints import bundled
-from .checkpoints.description import FILE, Description, amend, read_description
+from .checkpoints.description import FILE, Description, read_description
 from .checkpoints.identity import identity
 from .checkpoints.input_format import TEVATRON_2023, InputFormat, check_name
 from .checkpoints.locate import absolute, folder_of, is_hub_id, named_base, portable, require, shortest
@@ -116,15 +116,15 @@ class RankLLaMAReranker(LLMReranker):
         default="title",
         check=optional(column),
         help="a column with titles; None to read no titles. Frames without the column, and rows in which it is None or "
-        "NaN, have no title. If ``reranker.json`` names another column or none, that is the default.",
-        shell="the field with titles. If ``reranker.json`` names another, that is the default.",
+        "NaN, have no title.",
+        shell="the field with titles.",
     )
     url_field: Option[str | None] = Option(
         default=None,
         check=optional(column),
         help="a column with URLs, which precede the title; None to read no URLs. The document checkpoint reads them. "
-        "Missing values are treated as in ``title_field``, and so is the default.",
-        shell="a field with URLs, which precede the title; by default, the one in ``reranker.json``, or none.",
+        "Missing values are treated as in ``title_field``.",
+        shell="a field with URLs, which precede the title; by default, none.",
     )
     training: Option[RankLLaMATraining | None] = Option(
         default=None,
@@ -170,13 +170,10 @@ class RankLLaMAReranker(LLMReranker):
             self._known_description = (source, state), own
         return self._known_description[1]
 
-    def _cut(self) -> dict[str, Any]:
-        """Return the fields of the description for lengths and columns, with the values in use."""
+    def _lengths(self) -> dict[str, Any]:
+        """Return the lengths in use by their arguments; None for the usual ones."""
         own = self._description() or Description(kind="rankllama")
-        lengths = {name: getattr(self, name) or getattr(own, name) for name in LENGTHS}
-        title = own.title_field if self.title_field == "title" else self.title_field
-        url = self.url_field or (own.url_field if self._form().name == TEVATRON_2023 else None)
-        return {**lengths, "title_field": title, "url_field": url}
+        return {name: getattr(self, name) or getattr(own, name) for name in LENGTHS}
 
     def _given_format(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in FORMAT}
@@ -244,12 +241,12 @@ class RankLLaMAReranker(LLMReranker):
         return None
 
     def _inputs(self) -> Encoding:
-        cut = self._cut()
-        return inputs_of(self._form(), *(cut[name] or usual for name, usual in LENGTHS.items()))
+        lengths = self._lengths()
+        return inputs_of(self._form(), *(lengths[name] or usual for name, usual in LENGTHS.items()))
 
     def _bodies(self, frame: pd.DataFrame) -> list[str]:
-        form, cut = self._form(), self._cut()
-        titles, urls = (_optional_texts(frame, cut[field]) for field in ("title_field", "url_field"))
+        form = self._form()
+        titles, urls = (_optional_texts(frame, field) for field in (self.title_field, self.url_field))
         return [form.body(*parts) for parts in zip(frame[self.text_field], titles, urls, strict=True)]
 
     def _bare(self, texts: list[str]) -> list[str]:
@@ -273,14 +270,13 @@ class RankLLaMAReranker(LLMReranker):
     def _train(self, training: Frames, validation: Frames | None) -> Path:
         from .training.fit import fit
 
-        (model, base_model), cut = self._checkpoint_arguments(), self._cut()
-        folder = fit(
-            self._recipe(), model, (), training, validation,
-            device=self.device, dtype=self.dtype, verbose=self.verbose, base_model=base_model,
+        model, base_model = self._checkpoint_arguments()
+        recipe = self._recipe()
+        return fit(
+            recipe, lambda: recipe.open(model, base_model=base_model), training, validation,
+            device=self.device, dtype=self.dtype, verbose=self.verbose,
+            described={name: length for name in LENGTHS if (length := getattr(self, name)) is not None},
         )  # fmt: skip
-        given = {name: length for name in LENGTHS if (length := getattr(self, name)) is not None}
-        amend(folder, "rankllama", **{**given, "title_field": cut["title_field"], "url_field": cut["url_field"]})
-        return folder
 
     def _base(self) -> str:
         """Return the base of the adapter, or the model itself before training."""
@@ -335,9 +331,11 @@ class RankLLaMAReranker(LLMReranker):
         from .exports import write_rankllama
 
         weights, target = self._weights(), Path(folder).expanduser()
-        described = {"input_format": self._form(), **self._cut()}
+        described = {"input_format": self._form(), **self._lengths()}
         if merged:
-            write_rankllama(weights, self._inputs(), replace(weights.checkpoint.description(), **described), target)
+            columns = self.title_field is not None, self.url_field is not None
+            description = replace(weights.checkpoint.description(), **described)
+            write_rankllama(weights, self._inputs(), columns, description, target)
             return
         checkpoint = weights.checkpoint
         checkpoint.heads(checkpoint.tokenizer())  # raises where it is untrained

@@ -16,7 +16,7 @@ from ..errors import short
 from ..values import RATIOS
 from .input_format import InputFormat, check_name
 from .json_files import read_json
-from .locate import HUB_ID, below, is_hub_id, portable
+from .locate import HUB_ID, below, is_hub_id
 
 FILE = "reranker.json"
 
@@ -34,11 +34,14 @@ EXPORTED = "exported-matroyshka"
 #: The fields that only one kind of reranker has, by the kind that lacks them.
 NOT_OF = {
     "rankllama": {"start_layer", "layer_sep", "prompt", "token_adapters", "max_length"},
-    "matroyshka": {"input_format", "passage_max_length", "title_field", "url_field"},
+    "matroyshka": {"input_format", "passage_max_length"},
 }
 
-#: The fields that say which parts of a text are read, and how much of them. A file has only the unusual ones.
-CUT = ("query_max_length", "passage_max_length", "max_length", "title_field", "url_field")
+#: The fields that say how much of a text is read. A file has only the unusual ones.
+LENGTHS = ("query_max_length", "passage_max_length", "max_length")
+
+#: The usual number of tokens of a Matroyshka's pair; a query usually has three quarters of it.
+MAX_LENGTH = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +60,6 @@ class Description:
         query_max_length: tokens kept of a query; None for the usual number.
         passage_max_length: tokens kept of a RankLLaMA's passage; None for the usual number, and for Matroyshka.
         max_length: tokens kept of a Matroyshka's pair; None for the usual number, and for RankLLaMA.
-        title_field: the column from which a RankLLaMA reads titles; None for none.
-        url_field: the column from which a RankLLaMA reads URLs; None for none.
         adapters: folders of the adapters to merge, in this order; ``.`` is the folder itself.
         token_adapters: folders of token adapters by ratio, ascending.
     """
@@ -73,8 +74,6 @@ class Description:
     query_max_length: int | None = None
     passage_max_length: int | None = None
     max_length: int | None = None
-    title_field: str | None = "title"
-    url_field: str | None = None
     adapters: tuple[str, ...] = ()
     token_adapters: tuple[tuple[int, str], ...] = ()
 
@@ -130,8 +129,6 @@ class Description:
             query_max_length=reader.get("query_max_length", int, least=1),
             passage_max_length=reader.get("passage_max_length", int, least=1),
             max_length=reader.get("max_length", int, least=1),
-            title_field=reader.column("title_field"),
-            url_field=reader.column("url_field"),
             adapters=reader.adapters(),
             token_adapters=reader.token_adapters(),
         ).check_fields(path, argument)
@@ -157,21 +154,6 @@ class Description:
         if self.layers not in (None, layers):
             raise ValueError(f"{argument}: {FILE} says that the base has {self.layers} layers, but it has {layers}.")
 
-    def check_place(self, place: int, base: str, argument: str) -> None:
-        """Raise ValueError if the adapter described here is to be merged in a different place than in training.
-
-        Args:
-            place: how many adapters are merged before it.
-            base: the base that they are merged into; over another base, their number may differ.
-            argument: the caller's argument and its value, for messages.
-        """
-        trained = self.adapters.index(".") if "." in self.adapters else len(self.adapters)
-        if self.base == portable(base) and place != trained:
-            raise ValueError(
-                f"{argument} was trained on this base with {trained} adapters before it, but here it has {place}; "
-                "give all of them in order, or its folder as model."
-            )
-
     @property
     def folders(self) -> tuple[str, ...]:
         """The names of all adapters' folders."""
@@ -192,7 +174,7 @@ class Description:
             "layer_sep": self.layer_sep,
             "prompt": self.prompt,
             **({} if self.input_format is None else self.input_format.settings()),
-            **{name: getattr(self, name) for name in CUT if getattr(self, name) != _DEFAULTS[name]},
+            **{name: value for name in LENGTHS if (value := getattr(self, name)) is not None},
             "adapters": list(self.adapters),
             "token_adapters": {str(ratio): name for ratio, name in self.token_adapters},
             "package_version": importlib.metadata.version("pyterrier-llmrerank"),
@@ -238,12 +220,6 @@ def read_description(model: str, folder: Path, kind: str, argument: str) -> Desc
     )
 
 
-def amend(folder: Path, kind: str, **fields: Any) -> None:
-    """Change fields in the description of a newly trained adapter, if its folder has one."""
-    if (own := Description.read(folder, kind, str(folder))) is not None:
-        replace(own, **fields).write(folder)
-
-
 class _Reader:
     """The fields of a description, each read with its checks."""
 
@@ -260,12 +236,6 @@ class _Reader:
             kinds = {str: "a string", bool: "true or false"}
             raise self.refusal(name, kinds.get(kind, f"an integer of at least {least}"))
         return value
-
-    def column(self, name: str) -> str | None:
-        """Read the name of a column; the default where the file has no such field."""
-        if name in self.content and self.get(name, str) == "":
-            raise self.refusal(name, "the name of a column or null")
-        return cast("str | None", self.content.get(name, _DEFAULTS[name]))
 
     def base(self) -> str | None:
         base: str | None = self.get("base", str)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from ..errors import short
 from .adapters import Adapter
-from .assembly import assemble, token_adapter_for
+from .assembly import Assembly, token_adapter_for
 from .checkpoint import EMBEDDINGS, Checkpoint, silence_warnings
 from .config import LAYER_WISE
 from .description import Description
@@ -34,8 +34,8 @@ class MatroyshkaCheckpoint(Checkpoint):
     """Read a layer-wise checkpoint (``cost_wise_*``) or a plain causal LM, with adapters merged in order.
 
     A plain causal LM gets a head for each layer from ``start_layer`` on, each a copy of the row of ``Yes`` in its LM
-    head. Without ``start_layer`` it has one such head, at its deepest layer. A model with ``reranker.json`` opens by
-    its description, in which arguments replace its values.
+    head. Without ``start_layer`` it has one such head, at its deepest layer. No ``reranker.json`` is read:
+    ``parts`` hold what descriptions say.
 
     Args:
         model: folder, ``.gguf`` file or hub id.
@@ -44,12 +44,13 @@ class MatroyshkaCheckpoint(Checkpoint):
         layer_sep: layers from one head to the next; 1 by default.
         overlay: folders of token adapters, to run over the weights with ``adapters`` merged in. The weights can serve
             without them too.
-        ratio: use the model's own token adapter for this ratio, if it has one.
+        parts: the assembled parts, with the prompt, the lengths and the number of layers; None if there are none.
+        named: the model as the user names it, if it was resolved to the base ``model``; for messages.
 
     Raises:
         FileNotFoundError, ConnectionError: as :func:`~pyterrier_llmrerank.checkpoints.locate.folder_of`.
-        ValueError: ``start_layer`` or ``layer_sep`` does not fit the model, ``reranker.json`` contradicts the files, or
-            as :class:`Checkpoint`.
+        ValueError: ``start_layer`` or ``layer_sep`` does not fit the model, ``parts`` contradict the files, or as
+            :class:`Checkpoint`.
     """
 
     kind = "matroyshka"
@@ -61,28 +62,21 @@ class MatroyshkaCheckpoint(Checkpoint):
         start_layer: int | None,
         layer_sep: int | None = None,
         overlay: Sequence[str] = (),
-        ratio: int | None = None,
+        *,
+        parts: Description | None = None,
+        named: str | None = None,
     ) -> None:
-        folder, argument = folder_of(model, "model"), f"model={model!r}"
-        given = Description(
-            kind=self.kind, base=model, adapters=tuple(adapters), start_layer=start_layer, layer_sep=layer_sep,
-            token_adapters=tuple(enumerate(overlay)),
-        )  # fmt: skip
-        parts = assemble(given, folder, argument, fetch=True)
-        if (base := cast(str, parts.base)) != model:
-            folder, argument = folder_of(base, f"base of {argument}"), f"base={base!r}"
-        super().__init__(folder, argument)
-        parts.check_layers(self.layers, f"model={model!r}")
-        self.base = portable(base)
-        #: The question that the model's description names; None if it names none.
-        self.prompt = parts.prompt
-        #: The tokens that it keeps of a query, and of a pair; None for the usual numbers.
-        self.query_max_length, self.max_length = parts.query_max_length, parts.max_length
-        adapters, start_layer = parts.adapters, parts.start_layer
-        overlay = (*overlay, *(token_adapter_for(parts.token_adapters, ratio) if ratio else ()))
-        self.start_layer, self.layer_sep = self._heads_at(start_layer, parts.layer_sep)
+        argument, folder_argument = f"model={model!r}", "model"
+        if named not in (None, model):
+            argument, folder_argument = f"base={model!r}", f"base of model={named!r}"
+        super().__init__(folder_of(model, folder_argument), argument)
+        #: What descriptions and the user say of its prompt and lengths.
+        self.parts = Description(kind=self.kind) if parts is None else parts
+        self.parts.check_layers(self.layers, f"model={named or model!r}")
+        self.base = portable(model)
+        self.start_layer, self.layer_sep = self._heads_at(start_layer, layer_sep)
         names = [("adapters", name) for name in adapters] + [("token_adapters", name) for name in overlay]
-        self.adapters = [Adapter(adapter_folder(name, base), f"{role}: {name!r}", name) for role, name in names]
+        self.adapters = [Adapter(adapter_folder(name, model), f"{role}: {name!r}", name) for role, name in names]
         self.overlay = self.adapters[len(adapters) :]
         for adapter in self.adapters:
             if adapter.whole:
@@ -117,8 +111,12 @@ class MatroyshkaCheckpoint(Checkpoint):
         return start, step
 
     def description(self) -> Description:
-        """Describe the model with all its adapters merged in; the prompt is the caller's."""
-        return replace(super().description(), start_layer=self.start_layer, layer_sep=self.layer_sep)
+        """Describe the model with all its adapters merged in, as it was opened."""
+        own = self.parts
+        return replace(
+            super().description(), start_layer=self.start_layer, layer_sep=self.layer_sep, prompt=own.prompt,
+            query_max_length=own.query_max_length, max_length=own.max_length,
+        )  # fmt: skip
 
     def pad_id(self) -> int:
         """Return the tokenizer's pad token, on which the released code's scores depend.
@@ -184,3 +182,20 @@ class MatroyshkaCheckpoint(Checkpoint):
         if token >= len(table):
             raise ValueError(f"{self.argument}: 'Yes' is token {token}, beyond the {len(table)} of its LM head.")
         return table[token]
+
+
+def open_assembled(*named: Any, assembly: Assembly, ratio: int | None = None) -> MatroyshkaCheckpoint:
+    """Open the checkpoint of assembled parts; files are downloaded.
+
+    Args:
+        named: values that are equal for equal weights, as far as these are known without a download. They only
+            identify the call.
+        assembly: the parts.
+        ratio: lay the token adapter for this ratio over the weights, if there is one; None for no token adapter.
+    """
+    parts = assembly.parts(fetch=True)
+    overlay = () if ratio is None else token_adapter_for(parts.token_adapters, ratio)
+    return MatroyshkaCheckpoint(
+        str(parts.base), parts.adapters, parts.start_layer, parts.layer_sep, overlay,
+        parts=parts, named=str(assembly.given.base),
+    )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from ..errors import short
 from .adapters import Adapter
 from .checkpoint import EMBEDDINGS, SCORE, Checkpoint
 from .config import check_sizes
-from .description import FILE, read_description
+from .description import FILE, Description, read_description
 from .locate import folder_of, portable
 from .tokenizer import vocabulary_of
 
@@ -40,6 +41,7 @@ class RankLLaMACheckpoint(Checkpoint):
         self._adapter_folder = folder
         #: The format of its input, if its description names one.
         self.input_format = None if own is None else own.input_format
+        self._described = Description(kind=self.kind) if own is None else own
         if (folder / "adapter_config.json").is_file():
             adapter = Adapter(folder, argument)
             if own is not None and own.base != adapter.base:
@@ -66,6 +68,11 @@ class RankLLaMACheckpoint(Checkpoint):
                 tokens = next(iter(adapter.whole_shape(EMBEDDINGS)), 0)
                 check_sizes({"vocab_size": tokens}, {}, adapter.argument)
                 self.config.vocab_size = self.settings["vocab_size"] = tokens
+
+    def description(self) -> Description:
+        """Describe the model with all its adapters merged in, with the lengths in its own description."""
+        lengths = {name: getattr(self._described, name) for name in ("query_max_length", "passage_max_length")}
+        return replace(super().description(), **lengths)
 
     @property
     def head_layers(self) -> Sequence[int]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..checkpoints.description import MAX_LENGTH
 from ..checkpoints.input_format import TEVATRON_2023, TEVATRON_2024, InputFormat
 from .text_cuts import cut_after
 
@@ -222,7 +223,7 @@ class MatroyshkaInputs:
 
     prompt: str = PROMPT
     query_max_length: int | None = None
-    max_length: int = 512
+    max_length: int = MAX_LENGTH
     query_instruction: str = "A: "
     passage_instruction: str = "B: "
     total: int | None = None

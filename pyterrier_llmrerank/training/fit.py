@@ -6,7 +6,7 @@ import dataclasses
 import datetime
 import logging
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import pyterrier as pt
 import torch
 from transformers import TrainingArguments
 
+from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.saving import empty_folder
 from ..engine.devices import resolve_device, resolve_dtype
 from .batches import Groups, draw_seed
@@ -46,30 +47,28 @@ class Frames(NamedTuple):
 
 def fit(
     recipe: Recipe,
-    model: str,
-    adapters: Sequence[str],
+    start: Callable[[], Checkpoint],
     training: Frames,
     validation: Frames | None,
     *,
     device: str | tuple[str, ...] | None,
     dtype: str,
     verbose: bool,
-    **opening: Any,
+    described: Mapping[str, Any] | None = None,
 ) -> Path:
     """Train by a recipe on results with judgements.
 
     Args:
         recipe: the settings. Without an ``output_dir``, the adapter alone is kept, in a new folder of PyTerrier's home;
             with one, the run's checkpoints too.
-        model: the model to start from.
-        adapters: adapters to merge into it first.
+        start: opens the checkpoint to start from.
         training: the training data. A column ``teacher`` holds another model's scores; they are used if the recipe's
             loss has a teacher.
         validation: data to measure nDCG@10 on; the best checkpoint is kept.
         device: as for a reranker, but one device only.
         dtype: the dtype of frozen weights and of computation, as for a reranker.
         verbose: show a progress bar.
-        opening: further arguments of the recipe's ``open``.
+        described: as for :func:`~pyterrier_llmrerank.training.trainer.train`.
 
     Returns:
         The folder with the trained adapter.
@@ -90,16 +89,16 @@ def fit(
     elif recipe.patience is not None:
         raise ValueError(f"patience={recipe.patience} needs validation results to measure nDCG@10 on.")
     arguments = _arguments(recipe, place, resolve_dtype(dtype, place), measured is not None, verbose)
-    checkpoint = recipe.open(model, adapters, **opening)
+    checkpoint = start()
     if not arguments.resume_from_checkpoint:
         empty_folder(Path(str(arguments.output_dir)), "output_dir")
     passages = sum(len(record["pos"]) + len(record["neg"]) for record in records)
     logger.info("Training on %d queries with %d passages; result in %s", len(records), passages, arguments.output_dir)
     groups = Groups(records, recipe.group_size, draw_seed(arguments), as_is)
     if recipe.output_dir is not None or "output_dir" in recipe.arguments:
-        return train(recipe, checkpoint, groups, arguments, measured)
+        return train(recipe, checkpoint, groups, arguments, measured, described=described)
     with adapter_alone(Path(str(arguments.output_dir))):
-        return train(recipe, checkpoint, groups, arguments, measured)
+        return train(recipe, checkpoint, groups, arguments, measured, described=described)
 
 
 def _one_device(device: str | tuple[str, ...] | None) -> torch.device:

@@ -79,8 +79,8 @@ class MatroyshkaTraining(Recipe):
             adapters: adapters to merge into the base first.
 
         Returns:
-            The checkpoint. Its heads and prompt are from the description of the model, or else of the last adapter;
-            where there is none, from the recipe.
+            The checkpoint. Its heads and prompt are from the descriptions of the model and its adapters, or else from
+            the recipe; its lengths are from descriptions.
 
         Raises:
             ValueError: the model has too few layers for ``start_layer`` or ``compress_layers``, or it was trained with
@@ -88,28 +88,47 @@ class MatroyshkaTraining(Recipe):
                 never conflict.
         """
         from ..checkpoints.adapters import Adapter
+        from ..checkpoints.assembly import Assembly
         from ..checkpoints.description import read_description
-        from ..checkpoints.locate import adapter_folder, folder_of
+        from ..checkpoints.locate import folder_of
+
+        trained, folder, argument = None, folder_of(model, "model"), f"model={model!r}"
+        if (folder / "adapter_config.json").is_file():
+            own = read_description(model, folder, "matroyshka", argument)
+            trained = Adapter(folder, argument)
+            trained.base_folder()  # if it is missing, the error names the adapter
+            earlier = [name for name in own.adapters if name != model] if own is not None else []
+            model, adapters = trained.base, [*(adapters or earlier), str(folder)]
+        elif adapters:
+            argument = f"raw_peft={list(adapters)}"
+        given = Description(kind="matroyshka", base=model, adapters=tuple(adapters))
+        checkpoint = self.open_parts(Assembly(given, f"model={model!r}").parts(fetch=True), argument)
+        if trained is not None:  # checked with the others, but trained rather than merged
+            checkpoint.adapters, checkpoint.adapter = checkpoint.adapters[:-1], checkpoint.adapters[-1]
+        return checkpoint
+
+    def open_parts(self, parts: Description, argument: str) -> MatroyshkaCheckpoint:
+        """Open the checkpoint of assembled parts to train; without heads or a prompt, they are the recipe's.
+
+        Args:
+            parts: the base and the adapters to merge.
+            argument: the caller's argument and its value, for messages.
+
+        Raises:
+            ValueError: as :meth:`open`.
+        """
         from ..checkpoints.matroyshka_checkpoint import MatroyshkaCheckpoint, is_layer_wise
 
-        continued, folder, argument = None, folder_of(model, "model"), f"model={model!r}"
-        own = read_description(model, folder, "matroyshka", argument)
-        if (folder / "adapter_config.json").is_file():
-            continued = Adapter(folder, argument)
-            continued.base_folder()  # if it is missing, the error names the adapter
-            earlier = [name for name in own.adapters if name != model] if own is not None else []
-            model, adapters = continued.base, [*(adapters or earlier), str(folder)]
-        for name in reversed(adapters):
-            if own is None:
-                argument = f"raw_peft={name!r}"
-                own = Description.read(adapter_folder(name, model), "matroyshka", argument)
-        agreed = self._agreed(own, argument)
-        if is_layer_wise(model):  # it has its own heads, which a default does not contradict
+        base, agreed = str(parts.base), {}
+        for name in ("start_layer", "layer_sep", "prompt"):
+            given, trained = getattr(self, name), getattr(parts, name)
+            if trained is not None and given not in (trained, self._default(name)):
+                raise ValueError(f"{name}={given!r}, but {argument} was trained with {trained!r}; the two must agree.")
+            agreed[name] = given if trained is None else trained
+        if is_layer_wise(base):  # it has its own heads, which a default does not contradict
             agreed |= {name: None for name in ("start_layer", "layer_sep") if agreed[name] == self._default(name)}
-        checkpoint = MatroyshkaCheckpoint(model, adapters, agreed["start_layer"], agreed["layer_sep"])
-        checkpoint.prompt = agreed["prompt"]
-        if continued is not None:  # checked with the others, but trained rather than merged
-            checkpoint.adapters, checkpoint.adapter = checkpoint.adapters[:-1], checkpoint.adapters[-1]
+        parts = replace(parts, **agreed)
+        checkpoint = MatroyshkaCheckpoint(base, parts.adapters, parts.start_layer, parts.layer_sep, parts=parts)
         if max(self.compress_ratios) > 1 and not any(0 < layer < checkpoint.layers for layer in self.compress_layers):
             raise ValueError(
                 f"compress_layers={list(self.compress_layers)}: nothing would be compressed; allowed: layers "
@@ -117,28 +136,15 @@ class MatroyshkaTraining(Recipe):
             )
         return checkpoint
 
-    def _agreed(self, own: Description | None, argument: str) -> dict[str, Any]:
-        """Return ``start_layer``, ``layer_sep`` and ``prompt`` of a description, or where it has none, the recipe's.
-
-        Raises:
-            ValueError: the recipe has another value, which is not its default.
-        """
-        agreed = {}
-        for name, usual in (("start_layer", None), ("layer_sep", None), ("prompt", PROMPT)):
-            given = getattr(self, name)
-            trained = given if own is None else getattr(own, name) or usual or given
-            if given not in (trained, self._default(name)):
-                raise ValueError(f"{name}={given!r}, but {argument} was trained with {trained!r}; the two must agree.")
-            agreed[name] = trained
-        return agreed
-
     def _default(self, name: str) -> Any:
         return default_of(type(self).__dataclass_fields__[name])
 
     def following(self, checkpoint: Checkpoint) -> MatroyshkaTraining:
         """Return the recipe with the heads and the prompt of the checkpoint."""
         own = cast("MatroyshkaCheckpoint", checkpoint)
-        return replace(self, start_layer=own.start_layer, layer_sep=own.layer_sep, prompt=own.prompt or self.prompt)
+        return replace(
+            self, start_layer=own.start_layer, layer_sep=own.layer_sep, prompt=own.parts.prompt or self.prompt
+        )
 
     def heads(self, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, seed: int) -> Tensor:
         """Return the checkpoint's heads."""

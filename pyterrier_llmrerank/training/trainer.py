@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +54,7 @@ def train(
     validation: Validation | None = None,
     overwrite: bool = False,
     stated: Stated | None = None,
+    described: Mapping[str, Any] | None = None,
 ) -> Path:
     """Train by a recipe, and write the adapter with its tokenizer into the output folder.
 
@@ -65,6 +66,7 @@ def train(
         validation: measured for nDCG@10; with ``load_best_model_at_end`` the best adapter is kept.
         overwrite: remove an earlier run from the output folder first, unless it is the one to resume.
         stated: the user's facts about the model, for its card.
+        described: fields of its description that the user set, such as the lengths to score with.
 
     Returns:
         The output folder.
@@ -90,7 +92,7 @@ def train(
     heads = recipe.heads(checkpoint, checkpoint.tokenizer(), arguments.seed)
     with _without_sharding(arguments):
         model = with_lora(checkpoint, heads, recipe, dtype)
-    trainer = GroupTrainer(model, arguments, recipe, checkpoint, groups, validation, stated)
+    trainer = GroupTrainer(model, arguments, recipe, checkpoint, groups, validation, stated, described)
     if recipe.patience is not None:
         trainer.add_callback(EarlyStoppingCallback(recipe.patience))
     trainer.add_callback(same_settings)
@@ -153,6 +155,7 @@ class GroupTrainer(Trainer):
         groups: the training data.
         validation: measured with the scores of the deepest head whenever the Trainer evaluates.
         stated: the user's facts about the model, for its card.
+        described: fields of its description that the user set.
 
     Raises:
         FloatingPointError: in training, if the loss is not finite; in saving, if a weight is not finite. Earlier
@@ -168,9 +171,11 @@ class GroupTrainer(Trainer):
         groups: Groups,
         validation: Validation | None = None,
         stated: Stated | None = None,
+        described: Mapping[str, Any] | None = None,
     ) -> None:
         self.recipe = recipe
         self.stated = stated or Stated()
+        self.described = described or {}
         self.checkpoint = checkpoint
         self.collate = Collator(checkpoint.tokenizer(), recipe.inputs)
         self.widths = recipe.widths(args.seed)
@@ -326,7 +331,7 @@ class GroupTrainer(Trainer):
             describe_trained(
                 self.checkpoint,
                 folder,
-                self.recipe.described_inputs(),
+                {**self.recipe.described_inputs(), **self.described},
                 ratio=self.recipe.token_ratio,
                 whole=folder == Path(cast(str, self.args.output_dir)),
             )

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import MODELS, Cache, frame, ids_of, words
+from conftest import MODELS, RECORDS, Cache, frame, ids_of, words, written
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
 from pyterrier_llmrerank.checkpoints import description
 from pyterrier_llmrerank.checkpoints.json_files import read_json
 from pyterrier_llmrerank.training import CompensateTraining, DistillTraining, RankLLaMATraining
+from pyterrier_llmrerank.training.commands import main
 
 BASE = str(MODELS / "mistral_base")
 PAIRS = [("panda food", "a panda eats bamboo"), ("panda food", "coffee beans")]
@@ -142,26 +143,19 @@ def test_a_hub_models_lengths_are_its_own(cached: Cache, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_a_saved_rankllama_keeps_the_columns_that_it_reads(merged: bool, tmp_path: Path) -> None:
+def test_columns_are_the_users_and_not_the_models(merged: bool, tmp_path: Path) -> None:
     rows = frame(2, 3).assign(title="A title", url="u.org", headline="Other")
-    for number, given in enumerate(({"url_field": "url"}, {"title_field": None}, {"title_field": "headline"})):
-        ours = rankllama(**given)
-        ours.save(tmp_path / str(number), merged=merged)
-        opened = RankLLaMAReranker(tmp_path / str(number), dtype="float32")
-        np.testing.assert_allclose(opened.transform(rows)["score"], ours.transform(rows)["score"], atol=1e-5)
-        assert np.abs(opened.transform(rows)["score"] - rankllama().transform(rows)["score"]).max() > 1e-3
-    other = RankLLaMAReranker(tmp_path / "2", title_field="text", dtype="float32")  # an argument wins
-    wanted = rankllama(title_field="text").transform(rows)
-    np.testing.assert_allclose(other.transform(rows)["score"], wanted["score"], atol=1e-5)
-    with_url = RankLLaMAReranker(tmp_path / "0", input_format="tevatron-2024", dtype="float32")  # which reads no URLs
-    wanted = rankllama(input_format="tevatron-2024").transform(rows)
-    np.testing.assert_allclose(with_url.transform(rows)["score"], wanted["score"], atol=1e-5)
+    rankllama(url_field="url", title_field=None).save(tmp_path / "saved", merged=merged)
+    for given in ({}, {"title_field": "title"}, {"title_field": None}, {"url_field": None}, {"url_field": "url"}):
+        opened = RankLLaMAReranker(tmp_path / "saved", dtype="float32", **given)
+        wanted = rankllama(**given).transform(rows)
+        np.testing.assert_allclose(opened.transform(rows)["score"], wanted["score"], atol=1e-5)
 
 
-def test_the_usual_lengths_and_columns_are_not_written(tmp_path: Path) -> None:
+def test_the_usual_lengths_are_not_written(tmp_path: Path) -> None:
     """Earlier releases open the folder."""
     rankllama().save(tmp_path / "saved")
-    assert set(read_json(tmp_path / "saved" / "reranker.json")) & set(description.CUT) == set()
+    assert set(read_json(tmp_path / "saved" / "reranker.json")) & set(description.LENGTHS) == set()
 
 
 def test_arguments_win_over_the_file(saved: Path) -> None:
@@ -211,8 +205,6 @@ def change(folder: Path, **fields: Any) -> None:
         ({"start_layer": 3}, r"updates \d layer-wise heads"),
         ({"max_length": 0}, r"max_length in .* is 0; allowed: an integer of at least 1"),
         ({"passage_max_length": 9}, "has passage_max_length, which no matroyshka model has"),
-        ({"url_field": "url"}, "has url_field, which no matroyshka model has"),
-        ({"title_field": None}, "has title_field, which no matroyshka model has"),
     ],
 )  # fmt: skip
 def test_a_description_that_cannot_be_trusted_is_refused(saved: Path, fields: dict[str, Any], message: str) -> None:
@@ -238,8 +230,7 @@ def test_a_link_out_of_the_folder_is_refused(saved: Path) -> None:
         ({"layers": 77}, "the base has 77 layers, but it has"),
         ({"max_length": 512}, "has max_length, which no rankllama model has"),
         ({"query_max_length": "9"}, "query_max_length in .* is '9'; allowed: an integer of at least 1"),
-        ({"url_field": ""}, "url_field in .* is ''; allowed: the name of a column or null"),
-        ({"title_field": 3}, "title_field in .* is 3; allowed: a string"),
+        ({"title_field": "title"}, "has an unknown field 'title_field'"),
         ({"kind": "matroyshka"}, "describes a matroyshka model; open it with MatroyshkaReranker"),
     ],
 )
@@ -332,7 +323,7 @@ def test_a_trained_rankllama_opens_by_its_folder(tmp_path: Path) -> None:
 def test_a_fitted_reranker_keeps_its_own_lengths(kind: Any, tmp_path: Path) -> None:
     settings = {**SETTINGS, "output_dir": str(tmp_path / "run")}
     if kind is RankLLaMAReranker:
-        recipe, given = RankLLaMATraining(**settings), {"passage_max_length": 90, "url_field": "url"}
+        recipe, given = RankLLaMATraining(**settings), {"passage_max_length": 90}
         base = str(MODELS / "rankllama_base")
     else:
         recipe = DistillTraining(**settings, compress_layers=(1,), compress_ratios=(1,), train_method="distill")
@@ -341,7 +332,36 @@ def test_a_fitted_reranker_keeps_its_own_lengths(kind: Any, tmp_path: Path) -> N
     train(ours)
     opened = kind(tmp_path / "run", dtype="float32")
     assert ids_of(opened, LONG) == ids_of(ours, LONG)
-    rows = frame(2, 3).assign(url="u.org")
+    rows = frame(2, 3)
     np.testing.assert_allclose(opened.transform(rows)["score"], ours.transform(rows)["score"], atol=1e-5)
     ours.save(tmp_path / "saved")
     assert ids_of(kind(tmp_path / "saved", dtype="float32"), LONG) == ids_of(ours, LONG)
+
+
+@pytest.mark.parametrize("way", ["fit", "command"])
+def test_a_rankllama_that_is_trained_further_keeps_its_lengths(way: str, tmp_path: Path) -> None:
+    lengths = {"query_max_length": 64, "passage_max_length": 512}
+    rankllama(**lengths).save(tmp_path / "saved")
+    if way == "fit":
+        recipe = RankLLaMATraining(**SETTINGS, output_dir=str(tmp_path / "run"))
+        ours = RankLLaMAReranker(tmp_path / "saved", training=recipe, dtype="float32")
+        train(ours)
+        assert ids_of(ours, LONG) == ids_of(rankllama(**lengths), LONG)
+    else:
+        data = written(tmp_path / "train.jsonl", *(json.dumps(record) + "\n" for record in RECORDS))
+        main("rankllama", (
+            f"--model_name_or_path {tmp_path / 'saved'} --train_data {data} --output_dir {tmp_path / 'run'} "
+            "--train_group_size 2 --max_steps 1 --report_to none --use_cpu --disable_tqdm 1"
+        ).split())  # fmt: skip
+    opened = RankLLaMAReranker(tmp_path / "run", dtype="float32")
+    assert ids_of(opened, LONG) == ids_of(rankllama(**lengths), LONG)
+
+
+def test_given_lengths_win_over_the_recipes_in_fit(tmp_path: Path) -> None:
+    recipe = RankLLaMATraining(**SETTINGS, passage_max_length=120, output_dir=str(tmp_path / "run"))
+    ours = RankLLaMAReranker.untrained(
+        str(MODELS / "rankllama_base"), training=recipe, passage_max_length=90, dtype="float32"
+    )
+    train(ours)
+    assert read_json(tmp_path / "run" / "reranker.json")["passage_max_length"] == 90
+    assert ids_of(RankLLaMAReranker(tmp_path / "run", dtype="float32"), LONG) == ids_of(ours, LONG)
