@@ -68,7 +68,9 @@ class Assembly:
         described: dict[str, list[Described]] = {"adapters": [], "token_adapters": []}
         for role, name, place in places:
             argument = f"{role}: {name!r}"
-            found = self._fetch(name) if fetch and self._local(name) is None else self._local(name)
+            found = self._local(name)
+            if found is None and fetch:
+                found = self._fetch(name)
             if found is not None and (found / "adapter_config.json").is_file():
                 adapter = Description.read(found, "matroyshka", argument)
                 if adapter is not None:
@@ -169,7 +171,7 @@ class Assembly:
                     f"{len(before)}; give all of them in order, or its folder as model."
                 )
             return
-        merged = iter([self._local(name) for name in before])
+        merged = iter([self._local(name) or self._fetched.get(name) for name in before])
         if not all(any(_may_be_same(folder / name, other) for other in merged) for name in own.adapters):
             raise ValueError(
                 f"{argument} was trained on this base over {len(own.adapters)} adapters, which are not in order among "
@@ -177,9 +179,9 @@ class Assembly:
             )
 
     def _local(self, name: str) -> Path | None:
-        """Return the folder of an adapter: below the model's own, at its path, or fetched before; None without one."""
+        """Return the folder of an adapter: below the model's own, or at its path; None if it is on the hub."""
         paths = Path(self._model).expanduser() / name, Path(name).expanduser()
-        return next((path for path in paths if path.is_dir()), self._fetched.get(name))
+        return next((path for path in paths if path.is_dir()), None)
 
     def _fetch(self, name: str) -> Path:
         if name not in self._fetched:

@@ -218,3 +218,12 @@ def test_adapters_from_the_command_line_serve_any_mix_of_depth_and_width(tmp_pat
     for wrong in ([], [plain[1]], [plain[1], plain[2]]):
         with pytest.raises(ValueError, match=r"token2' was trained on this base over 1 adapters, which are not in"):
             MatroyshkaReranker(BASE, adapters=wrong, token_adapters={2: token}, start_layer=2)
+
+
+def test_a_description_from_the_hub_does_not_open_the_weights_again(described: Path, cached: Cache) -> None:
+    cached.add("owner/adapter", described, "a" * 40, "main")
+    ours = MatroyshkaReranker(BASE, adapters="owner/adapter", dtype="float32")
+    opened = ours._weights()
+    _ = ours.compute_score(PAIRS)
+    assert ours._weights() is opened
+    assert ours.at(cutoff=4)._weights() is opened
