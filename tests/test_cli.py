@@ -12,7 +12,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -511,13 +510,6 @@ def test_errors_are_one_line(folder: Path, command: str, problem: str, capfd: py
 def test_malformed_commands_are_named(command: str, problem: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command) == 2
     assert re.match(f"error: .*{problem}", capsys.readouterr().err)
-
-
-def test_training_names_missing_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(sys.modules, "pyterrier_llmrerank.training", types.ModuleType("pyterrier_llmrerank.training"))
-    monkeypatch.delitem(sys.modules, "pyterrier_llmrerank.training.commands", raising=False)  # other tests import it
-    assert run("train distill --train_data x") == 1
-    assert capsys.readouterr().err.startswith("error: training needs more packages (pip install 'pyterrier-llmrerank[")
 
 
 # -- help

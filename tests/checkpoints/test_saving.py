@@ -184,7 +184,8 @@ def test_the_card_of_a_merged_rankllama_says_how_its_input_is_made(given: dict[s
         with torch.inference_mode():
             wanted.append(model.eval()(input_ids=torch.tensor([ids])).logits.item())
     np.testing.assert_allclose(ours.transform(rows)["score"], wanted, atol=1e-4)
-    opened = RankLLaMAReranker(folder, dtype="float32")
+    columns = {name: given[name] for name in ("title_field", "url_field") if name in given}
+    opened = RankLLaMAReranker(folder, dtype="float32", **columns)
     np.testing.assert_allclose(opened.transform(rows)["score"], wanted, atol=1e-4)
 
 

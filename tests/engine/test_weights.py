@@ -76,7 +76,9 @@ def test_shapes_of_a_hub_model_open_it_once(cached: Cache, monkeypatch: pytest.M
     cached.add("owner/model", MODELS / "mistral_base", "a" * 40, "main")
     opened = []
     real = MatroyshkaCheckpoint.__init__
-    monkeypatch.setattr(MatroyshkaCheckpoint, "__init__", lambda self, *args: opened.append(1) or real(self, *args))
+    monkeypatch.setattr(
+        MatroyshkaCheckpoint, "__init__", lambda self, *a, **named: opened.append(1) or real(self, *a, **named)
+    )
     rows = frame(1, 2)
     template = MatroyshkaReranker("owner/model", start_layer=3, dtype="float16")
     for cutoff in (3, 8, 5):
