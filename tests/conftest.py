@@ -65,6 +65,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{system}: {scores} scores, {worst:.1e} from the original program's at most")
 
 
+def checkpointing() -> str:
+    """The installed transformers' name for recomputing activations: the newer one came with 5.23."""
+    from transformers import TrainingArguments
+
+    newer = "activation_checkpointing"
+    return newer if hasattr(TrainingArguments, newer) else "gradient_checkpointing"
+
+
 def written(path: Path, *lines: str) -> Path:
     """Write lines to a file, compressed if its name ends in ``.gz``, and return its path."""
     from pyterrier_llmrerank.runs.text_files import writing

@@ -223,7 +223,7 @@ def test_a_link_out_of_the_folder_is_refused(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"base": "someone/else"}, r"base is 'someone/else' in reranker.json, but '.*' in adapter_config.json"),
+        ({"base": "someone/else"}, r"base is 'someone/else' in reranker.json, but '.* in adapter_config.json"),
         ({"prompt": "Is it?"}, "has prompt, which no rankllama model has"),
         ({"adapters": []}, r"adapters in .* is \[\]; a rankllama model with a base has \['\.'\]"),
         ({"base": None}, r"adapters in .* is \['\.'\]; a rankllama model without a base has \[\]"),

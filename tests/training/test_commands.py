@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import MODELS, RECORDS, Cache
+from conftest import MODELS, RECORDS, Cache, checkpointing
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
@@ -29,7 +29,6 @@ from pyterrier_llmrerank.training.commands import parse
 from pyterrier_llmrerank.training.trainer import GroupTrainer
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
-CHECKPOINTING = "activation_checkpointing"  # which gradient_checkpointing sets
 MISTRAL = str(MODELS / "mistral_base")
 
 
@@ -88,7 +87,7 @@ def test_the_original_command_of_rankllama_keeps_its_meaning(tmp_path: Path, cap
     assert (arguments.learning_rate, arguments.warmup_steps, arguments.num_train_epochs) == (1e-4, 0.1, 1)
     assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (4, 8)
     assert arguments.bf16
-    assert getattr(arguments, CHECKPOINTING)
+    assert getattr(arguments, checkpointing())
     assert any("--dataset_proc_num has no effect" in message for message in caplog.messages)
 
 
@@ -103,7 +102,7 @@ def test_the_original_commands_of_matroyshka_keep_their_meaning(tmp_path: Path) 
         assert (recipe.passage_max_length, recipe.compress_layers[-1], recipe.start_layer) == (192, 28, 4)
         assert arguments.dataloader_drop_last
         assert arguments.bf16
-        assert getattr(arguments, CHECKPOINTING)
+        assert getattr(arguments, checkpointing())
         assert recipe.train_method == ("distill_fix_layer_teacher" if name == "distill" else "normal")
         assert sources.raw_peft == (None if name == "distill" else ["result_self_distillation"])
     assert parsed == [

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MODELS, RECORDS
+from conftest import MODELS, RECORDS, checkpointing
 from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments
 
@@ -82,7 +82,7 @@ def test_a_changed_setting_is_named(change: dict[str, Any], difference: str, che
 def test_settings_that_change_no_weight_may_change(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
     harmless: dict[str, Any] = {
         "output_dir": "elsewhere", "logging_steps": 7, "save_steps": 3, "save_total_limit": 1, "report_to": "none",
-        "activation_checkpointing": True, "dataloader_num_workers": 2, "disable_tqdm": True, "run_name": "again",
+        checkpointing(): True, "dataloader_num_workers": 2, "disable_tqdm": True, "run_name": "again",
     }  # fmt: skip
     patient = dataclasses.replace(DISTILL, patience=3, min_label=2)
     SameSettings(settings(patient, **harmless), checkpoint)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import MODELS, RECORDS, ids_of, words
+from conftest import MODELS, RECORDS, checkpointing, ids_of, words
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, TrainingArguments
@@ -40,7 +40,7 @@ def arguments(folder: Path, **options: Any) -> TrainingArguments:
     settings = {
         "output_dir": str(folder), "max_steps": 6, "per_device_train_batch_size": 2, "learning_rate": 5e-3,
         "logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True, "seed": 3,
-        "activation_checkpointing": False,
+        checkpointing(): False,
     }  # fmt: skip
     return TrainingArguments(**(settings | options))
 
@@ -60,8 +60,8 @@ def losses(run: GroupTrainer) -> list[float]:
 
 @pytest.mark.parametrize("method", ["normal", "distill_fix_layer"])
 def test_training_lowers_the_loss_and_the_saved_adapter_scores_the_same(tmp_path: Path, method: str) -> None:
-    recipe, checkpointing = dataclasses.replace(DISTILL, train_method=method), method == "normal"
-    run = trainer(tmp_path, recipe, max_steps=15, learning_rate=1e-2, activation_checkpointing=checkpointing)
+    recipe = dataclasses.replace(DISTILL, train_method=method)
+    run = trainer(tmp_path, recipe, max_steps=15, learning_rate=1e-2, **{checkpointing(): method == "normal"})
     run.train()
     assert np.mean(losses(run)[-3:]) < 0.7 * np.mean(losses(run)[:3])
     run.save_model(str(tmp_path / "adapter"))
