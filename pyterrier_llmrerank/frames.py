@@ -110,8 +110,8 @@ def warn_of_ties(reranker: object, qids: pd.Series[Any], scores: np.ndarray, log
     count = int((same_query & same_score & ~same_logit).sum())
     if count:
         logger.warning(
-            "%r: normalize=True makes %d scores equal to another score of their query in single precision, in which "
+            "%s: normalize=True makes %d scores equal to another score of their query in single precision, in which "
             "trec_eval compares them, though their logits differ. Ranks follow the logits; for measures by score use "
-            "normalize=False.", reranker, count,
+            "normalize=False.", repr(reranker), count,
         )  # fmt: skip
     return bool(count)

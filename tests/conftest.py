@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import random
 import resource
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,34 @@ def pytest_testnodedown(node: Any) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for system, (scores, worst) in sorted(_WORST.items()):
         terminalreporter.write_line(f"{system}: {scores} scores, {worst:.1e} from the original program's at most")
+
+
+@pytest.fixture(autouse=True)
+def log_levels_and_records(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Restore the levels of the loggers, which commands set, and assert that records hold nothing but plain values.
+
+    A handler may keep records, and a reranker or an error in one would keep weights in memory.
+    """
+    from pyterrier_llmrerank.cli import IMPORTED
+
+    loggers = [logging.getLogger(name) for name in ("", "pyterrier_llmrerank", *IMPORTED)]
+    before = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+    for record in caplog.get_records("call"):
+        if record.name.startswith("pyterrier_llmrerank"):
+            assert is_plain(record.args), (record.args, record.getMessage())
+            assert record.exc_info is None, record.getMessage()
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value holds no object but texts, numbers and paths."""
+    if isinstance(value, Mapping):
+        return all(is_plain(part) for item in value.items() for part in item)
+    if isinstance(value, list | tuple | set):
+        return all(map(is_plain, value))
+    return value is None or isinstance(value, str | int | float | Path)
 
 
 def checkpointing() -> str:

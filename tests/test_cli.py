@@ -34,16 +34,6 @@ RANKLLAMA = ["--model", str(MODELS / "rankllama_adapter"), "--base-model", str(M
 KINDS = {"rankllama": RankLLaMAReranker, "matroyshka": MatroyshkaReranker}
 
 
-@pytest.fixture(autouse=True)
-def levels() -> Iterator[None]:
-    """Restore the levels of the loggers."""
-    loggers = [logging.getLogger(name) for name in ("", "pyterrier_llmrerank", *cli.IMPORTED)]
-    before = [logger.level for logger in loggers]
-    yield
-    for logger, level in zip(loggers, before, strict=True):
-        logger.setLevel(level)
-
-
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Run commands in a folder with a run of three queries, six documents each, and its texts."""

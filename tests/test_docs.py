@@ -10,7 +10,6 @@ import importlib
 import inspect
 import io
 import json
-import logging
 import os
 import pkgutil
 import re
@@ -168,16 +167,6 @@ def test_imports_point_down() -> None:
 
 
 # -- Python
-
-
-@pytest.fixture(autouse=True)
-def restored_log_levels() -> Iterator[None]:
-    """Restore the levels of the loggers, which pages and commands set."""
-    loggers = [logging.getLogger(), logging.getLogger("pyterrier_llmrerank")]
-    before = [logger.level for logger in loggers]
-    yield
-    for logger, level in zip(loggers, before, strict=True):
-        logger.setLevel(level)
 
 
 class Everything(pt.Transformer):

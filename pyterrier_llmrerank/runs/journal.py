@@ -147,7 +147,7 @@ class JournaledFile:
         except BlockingIOError as error:
             raise BlockingIOError(error.errno, "another process is writing this file", str(self.path)) from None
         except OSError as error:  # on some network file systems
-            logger.info("Cannot lock %s: %s", self.path, error)
+            logger.info("Cannot lock %s: %s", self.path, str(error))
 
     def _open_journal(self, mode: str) -> FileIO:
         try:

@@ -209,7 +209,7 @@ def _log(report: Report, source: Path, part: Shard | None) -> None:
         logger.warning("%s is already finished; nothing was scored.", report.target)
     if part is not None and not report.resumed_from + report.pairs:
         logger.warning("%s is empty: %s has fewer blocks of %d pairs than shards.", report.target, source, CHUNK)
-    logger.info("%s", report)
+    logger.info("%s", str(report))
 
 
 def _add_note(error: BaseException, target: Path, pairs: int, block: int) -> None:

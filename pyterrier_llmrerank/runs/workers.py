@@ -158,7 +158,7 @@ class WorkerPool:
             if found is not None:
                 task.result, is_replacement = found
                 if is_replacement:
-                    logger.warning("A worker was lost while %s and is replaced.", task)
+                    logger.warning("A worker was lost while %s and is replaced.", str(task))
         except self._ray.exceptions.RayTaskError as error:
             task.result = error.cause
             error.cause.__cause__ = error  # has the worker's traceback

@@ -155,7 +155,7 @@ def _fetch_positives(
         try:
             found = cast(pd.DataFrame, text(asked))
         except LookupError as error:
-            logger.warning("text failed to load %d passages: %r", len(unseen), error)
+            logger.warning("text failed to load %d passages: %s", len(unseen), repr(error))
         else:
             if text_field not in found.columns:
                 raise ValueError(f"text returns columns {list(found.columns)}; missing: {text_field}.")
