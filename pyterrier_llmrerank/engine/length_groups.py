@@ -1,14 +1,20 @@
 """Compute attention on a CPU, in groups of pairs of similar length.
 
 A batch that is laid out at the length of its longest pair computes attention over much padding. Here each pair is laid
-out at its own length, rounded up to 16. Pairs of one rounded length form a group, which is computed together::
+out at its own length, rounded up to 16, and asked for the tokens after its prefix only. A prefix is a sequence of its
+own, which is computed once. Sequences with as many keys and queries form a group, which is computed together::
 
-    row       A A b b b b b S c c S B d d S
-    groups    A A b b b b b S        A A c c S . . .        one group of two pairs: the lengths 8 and 5 round up to 8
-              A A c c S . . .        B d d S . . . .        (a picture with 8 in place of 16)
+    row       A A A A A b b b b b S c c S B B B B B B d d S
+    keys      A A A A A b b b b b S .        one group of two pairs: 11 and 9 keys round up to 12,
+              B B B B B B d d S . . .        and prefixes of 5 and 6 tokens are left out up to position 4
+    queries           A b b b b b S .
+                      B B d d S . . .
+    keys      A A A A A c c S                another of the pair that shares the prefix A, and one of both prefixes
+              A A A A A . . .                (a picture with 4 in place of 16)
+              B B B B B B . .
 
-So the shape of each pair's computation depends on its own length, never on its batch. That matters in bf16, where
-layers amplify a different rounding until it reorders candidates.
+So the shape of each computation depends on the lengths of a pair and of its prefix, never on its batch. That matters in
+bf16, where layers amplify a different rounding until it reorders candidates.
 """
 
 from __future__ import annotations
@@ -39,15 +45,18 @@ NARROWEST = 32
 
 
 class LengthGroup(NamedTuple):
-    """Pairs of one rounded length.
+    """Sequences with the same rounded length and first query.
 
     Args:
+        start: position of the first query.
         length: the rounded length.
-        places: index in the row of each token of each pair, ``[pairs, length]``; any index after a pair's end.
-        queries: the same for queries. A prefix that is not in the row has none, so any other token takes its place.
-        real_keys: which keys are real, ``[pairs, length]``; None if causality hides all others.
+        places: index in the row of each token of each sequence, ``[sequences, length]``; any index after its end.
+        queries: the same from ``start`` on, ``[sequences, length - start]``. A prefix that is not in the row has no
+            queries, so any other token takes its place.
+        real_keys: which keys are real, ``[sequences, length]``; None if causality hides all others.
     """
 
+    start: int
     length: int
     places: Tensor
     queries: Tensor
@@ -62,26 +71,38 @@ class LengthGroups:
     """
 
     def __init__(self, packing: Packing) -> None:
-        tokens = len(packing.pair_of_token)
-        rounded = -(-packing.lengths // STEP) * STEP
+        pairs, pair_of_token, tokens = len(packing), packing.pair_of_token, len(packing.positions)
+        owners = np.flatnonzero(packing.owns & (packing.prefix > 0))
+        # The sequences are all pairs, then the prefixes in the row.
+        lengths = np.concatenate([packing.lengths, packing.prefix[owners]])
+        rounded = -(-lengths // STEP) * STEP
+        starts = np.concatenate([packing.prefix // STEP * STEP, np.zeros_like(owners)])
         places = np.pad(packing.places, ((0, 0), (0, int(rounded.max()) - packing.longest)))
+        places = np.concatenate([places, places[owners]])
+        real = np.concatenate([packing.real, packing.prefix[owners]])
+        is_padded = np.concatenate([packing.padding > 0, np.zeros(len(owners), bool)])
         queries = np.where(places < tokens, places, 0)  # others are keys of a prefix computed earlier
         self._groups: list[LengthGroup] = []
-        start, first = 0, np.empty(len(packing), int)
-        for length in np.unique(rounded).tolist():
-            members = np.flatnonzero(rounded == length)
-            real = None
-            if packing.padding[members].any():
-                real = torch.from_numpy(np.arange(length) < packing.real[members, None])
-            keys, asked = (torch.from_numpy(np.ascontiguousarray(of[members, :length])) for of in (places, queries))
-            self._groups.append(LengthGroup(length, keys, asked, real))
-            first[members] = start + length * np.arange(len(members))
-            start += length * len(members)
-        pair = packing.pair_of_token
-        #: For each token of the row, where its pair starts when all groups follow each other, its pair's rounded
-        #: length, and its position in the pair.
-        self._first, self._length, self._position = (
-            torch.from_numpy(of) for of in (first[pair], rounded[pair], packing.positions)
+        ends, end = np.empty(len(lengths), int), 0
+        for start, length in np.unique(np.stack([starts, rounded], axis=1), axis=0).tolist():
+            if start == length:  # pairs that are nothing but a prefix
+                continue
+            members = np.flatnonzero((starts == start) & (rounded == length))
+            keys = None
+            if is_padded[members].any():
+                keys = torch.from_numpy(np.arange(length) < real[members, None])
+            of, asked = places[members, :length], queries[members, start:length]
+            self._groups.append(LengthGroup(start, length, torch.from_numpy(of), torch.from_numpy(asked), keys))
+            ends[members] = end + (length - start) * np.arange(1, len(members) + 1)
+            end += (length - start) * len(members)
+        sequence = pair_of_token.copy()
+        in_prefix = packing.positions < packing.prefix[pair_of_token]
+        sequence[in_prefix] = pairs + np.searchsorted(owners, pair_of_token[in_prefix])
+        asked_of = (rounded - starts)[sequence]
+        #: For each token of the row, where its sequence's queries start when all groups follow each other, the number
+        #: of these queries, and the token's place among them.
+        self._first, self._asked, self._place = (
+            torch.from_numpy(of) for of in (ends[sequence] - asked_of, asked_of, packing.positions - starts[sequence])
         )
         self._sources: Tensor | None = None
         self._rows: list[tuple[Tensor, Tensor]] = []
@@ -121,7 +142,7 @@ class LengthGroups:
             ]
         outputs = []
         for group, (asked, kept) in zip(self._groups, self._rows, strict=True):
-            queries = gather(query, asked, group.length)
+            queries = gather(query, asked, group.length - group.start)
             keys, values = (gather(states, kept, group.length) for states in (key, value))
             seen = window if window is None or window < group.length else None
             outputs.append(kernel(group, queries, keys, values, scaling, seen))
@@ -130,17 +151,17 @@ class LengthGroups:
 
     def _find_sources(self, heads: int) -> Tensor:
         """Return the index of each head of each token in the groups' outputs, ``[tokens * heads]``."""
-        first, length = self._first[:, None] * heads, self._length[:, None]
-        return (first + torch.arange(heads) * length + self._position[:, None]).flatten()
+        first, asked = self._first[:, None] * heads, self._asked[:, None]
+        return (first + torch.arange(heads) * asked + self._place[:, None]).flatten()
 
 
 def rows_by_head(places: Tensor, heads: int) -> Tensor:
-    """Return the index of each head of each token, ``[pairs * heads * length]``, for places ``[pairs, length]``."""
+    """Return the index of each head of each token, ``[sequences * heads * length]``; places ``[sequences, length]``."""
     return (places[:, None] * heads + torch.arange(heads)[None, :, None]).flatten()
 
 
 def gather(states: Tensor, rows: Tensor, length: int) -> Tensor:
-    """Gather ``[tokens, heads, width]`` to ``[pairs * heads, length, width]`` in one pass."""
+    """Gather ``[tokens, heads, width]`` to ``[sequences * heads, length, width]`` in one pass."""
     width = states.shape[-1]
     return states.reshape(-1, width).index_select(0, rows).view(-1, length, width)
 
@@ -151,23 +172,23 @@ def _products(
     """Compute a group by two products for each block, with all query heads of a key head in one matrix.
 
     Args:
-        group: the pairs.
-        queries: ``[pairs * heads, length, width]``.
-        keys: ``[pairs * key heads, length, width]``.
+        group: the sequences.
+        queries: ``[sequences * heads, length - start, width]``.
+        keys: ``[sequences * key heads, length, width]``.
         values: of the shape of ``keys``.
         scaling: factor of the logits.
         window: the most keys that a query sees; None for all before it.
 
     Returns:
-        The output by pairs, heads and positions, ``[pairs * heads * length, width]``.
+        The output by sequences, heads and positions, ``[sequences * heads * (length - start), width]``.
     """
     heads, width = len(keys) // len(group.places), keys.shape[-1]
     repeats = len(queries) // len(keys)
-    queries = queries.view(len(keys), -1, group.length, width)
+    queries = queries.view(len(keys), repeats, -1, width)
     outputs = []
-    for start in range(0, group.length, PRODUCT_BLOCK):
+    for start in range(group.start, group.length, PRODUCT_BLOCK):
         end = min(start + PRODUCT_BLOCK, group.length)
-        asked = queries[:, :, start:end].flatten(1, 2)
+        asked = queries[:, :, start - group.start : end - group.start].flatten(1, 2)
         bias = _bias(group, start, end, window, repeats, heads)
         logits = torch.baddbmm(bias, asked, keys[:, :end].mT, alpha=scaling)
         mixed = torch.bmm(logits.softmax(-1), values[:, :end])  # in fp32 inside, of logits rounded to bf16
@@ -199,14 +220,16 @@ def _sdpa(
     group: LengthGroup, queries: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int | None
 ) -> Tensor:
     """Compute a group by torch's attention, block by block; arguments and output are those of :func:`_products`."""
-    shape = len(group.places), -1, group.length, queries.shape[-1]
-    queries, keys, values = (states.view(shape) for states in (queries, keys, values))
+    queries, keys, values = (
+        states.view(len(group.places), -1, *states.shape[1:]) for states in (queries, keys, values)
+    )
     output = torch.empty_like(queries)
-    for start in range(0, group.length, BLOCK):
+    for start in range(group.start, group.length, BLOCK):
         end = min(start + BLOCK, group.length)
         real = None if group.real_keys is None else group.real_keys[:, :end]
-        output[:, :, start:end] = scaled_dot_product_attention(
-            queries[:, :, start:end],
+        block = slice(start - group.start, end - group.start)
+        output[:, :, block] = scaled_dot_product_attention(
+            queries[:, :, block],
             keys[:, :, :end],
             values[:, :, :end],
             attn_mask=causal_mask(torch.arange(start, end)[None], end, real, window),

@@ -20,9 +20,9 @@ class Usage:
         pairs: distinct pairs of query and text that were scored.
         tokens: tokens that entered the model's first layer. A query's prefix counts once for all its passages (once
             per pair for models that run by their own forward). Savings of pooling and cascades are not subtracted.
-        positions: positions over which attention ran in the first layer. Each pair takes as many as the longest in its
-            batch. On a CPU it takes its own length, rounded up to a multiple of 16, unless ``attn_implementation`` is
-            a kernel other than SDPA, or the model runs by its own forward.
+        positions: keys of all pairs over which attention ran in the first layer. Each pair takes as many as the
+            longest in its batch. On a CPU it takes its own length, rounded up to a multiple of 16, unless
+            ``attn_implementation`` is a kernel other than SDPA, or the model runs by its own forward.
         filled: positions that hold a token; a prefix counts in each of its pairs.
         tokenising_seconds: time spent on tokenisation.
         model_seconds: time spent on running the model.

@@ -9,13 +9,13 @@ from pyterrier_llmrerank.engine.length_groups import LengthGroups
 from pyterrier_llmrerank.engine.packing import Packing
 
 HEADS, KEY_HEADS, WIDTH = 6, 2, 32
-PREFIX = 9
+PREFIX = 25
 
 
 def packing(padded: bool) -> Packing:
-    """Pairs of 10 to 140 tokens: one whose prefix is not in the row, two that share one, and others."""
+    """Pairs of 10 to 151 tokens: one whose prefix is not in the row, two that share one, and others."""
     body = np.array([30, 0, 3, 120, 88, 30, 4])
-    prefix, suffix = np.full(len(body), PREFIX), np.ones(len(body), int)
+    prefix, suffix = np.array([PREFIX, PREFIX, PREFIX, 30, 40, 16, 3]), np.ones(len(body), int)
     padding = -(prefix + body + suffix) % 8 if padded else np.zeros_like(body)
     return Packing(prefix, body, suffix, np.array([-1, 1, 1, 3, 4, 5, 6]), padding)
 
@@ -79,3 +79,35 @@ def test_large_logits_are_not_rounded_before_the_softmax(monkeypatch: pytest.Mon
         return float((LengthGroups(packed).attend(*row, 0.3, None, **options).float() - wanted).norm() / wanted.norm())
 
     assert error(large_logits=True) < 0.005 < error()
+
+
+@pytest.mark.parametrize(("dtype", "products"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
+@torch.inference_mode()
+def test_a_pair_and_its_prefix_do_not_depend_on_the_batch(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, products: bool
+) -> None:
+    """Bit for bit."""
+    monkeypatch.setattr(length_groups, "_has_products", lambda: products)
+    body, length = np.array([100, 30, 0]), 24
+    prefix, suffix = np.full(3, length), np.ones(3, int)
+    together = Packing(prefix, body, suffix, np.zeros(3, int), np.zeros(3, int))
+    tokens, generator = len(together.positions), torch.Generator().manual_seed(1)
+    row = [
+        torch.randn(1, heads, tokens, WIDTH, generator=generator).to(dtype) for heads in (HEADS, KEY_HEADS, KEY_HEADS)
+    ]
+    got = LengthGroups(together).attend(*row, 0.3, None)[0]
+    for pair in range(3):
+        places = together.places[pair, : together.lengths[pair]]
+        alone = Packing(*(part[[pair]] for part in (prefix, body, suffix)), np.zeros(1, int), np.zeros(1, int))
+        own = LengthGroups(alone).attend(*(states[:, :, places] for states in row), 0.3, None)[0]
+        assert torch.equal(own, got[places])
+
+
+@torch.inference_mode()
+def test_pairs_that_are_nothing_but_a_prefix() -> None:
+    """Two of them share one prefix of a whole block, so neither has a query of its own."""
+    lengths, none = np.full(2, 16), np.zeros(2, int)
+    packed = Packing(lengths, none, none, none, none)
+    query, key, value = (torch.randn(16, heads, WIDTH) for heads in (HEADS, KEY_HEADS, KEY_HEADS))
+    got = LengthGroups(packed).attend(*(states.transpose(0, 1)[None] for states in (query, key, value)), 0.3, None)[0]
+    torch.testing.assert_close(got, naive(query, key, value, 16, None), atol=1e-5, rtol=1e-5)

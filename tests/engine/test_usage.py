@@ -112,15 +112,18 @@ def test_truncated_texts_are_counted(make: Callable[[], LLMReranker], queries: i
 
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 def test_positions_are_counted_where_attention_computes_them(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    computed = []
+    """A prefix counts in each of its pairs. In groups it is also a sequence of its own, which does not count again."""
+    computed, prefix = [], 16  # of the frame's prefixes, rounded up; all pairs are longer
 
     def watched(real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def call(query: torch.Tensor, *rest: object, **options: object) -> torch.Tensor:
-            computed.append(query.shape[0] * query.shape[2])
-            return real(query, *rest, **options)
+        def call(query: torch.Tensor, key: torch.Tensor, *rest: object, **options: object) -> torch.Tensor:
+            if key.shape[2] > prefix:
+                computed.append(query.shape[0] * key.shape[2])
+            return real(query, key, *rest, **options)
 
         return call
 
+    monkeypatch.setattr(length_groups, "BLOCK", 10**6)
     monkeypatch.setattr(
         length_groups, "scaled_dot_product_attention", watched(length_groups.scaled_dot_product_attention)
     )
