@@ -339,7 +339,7 @@ def test_the_token_in_which_every_input_ends_does_not_pad(end: str, tmp_path: Pa
 
 @pytest.mark.parametrize("first", ["<s>", ""])
 def test_other_programs_make_the_ids_of_a_merged_rankllama(first: str, tmp_path: Path) -> None:
-    """From the strings that the page on serving names, whether the tokenizer puts its first token or the caller does."""
+    """From the strings that the page on serving names, with the first token from the tokenizer or from the caller."""
     base = shutil.copytree(MODELS / "rankllama_base", tmp_path / "base")
     made = AutoTokenizer.from_pretrained(base)
     own = "" if first else "<s> "
