@@ -306,16 +306,43 @@ def commands(path: Path) -> Iterator[list[str]]:
     """The commands of a page, split into words."""
     for language in ("bash", "console"):
         for _, code in blocks(path, language):
-            for line in code.replace("\\\n", " ").splitlines():
-                for command in line.split("&&"):
-                    if words := shlex.split(command, comments=True):
-                        yield words
+            yield from words_of(code)
+
+
+def words_of(code: str) -> Iterator[list[str]]:
+    """The commands of a block, split into words."""
+    for line in code.replace("\\\n", " ").splitlines():
+        for command in line.split("&&"):
+            if words := shlex.split(command, comments=True):
+                yield words
 
 
 def test_readme_commands_run(in_world: Path) -> None:
     """They need no files but those of the project, and of the lines before."""
     ours = [words[1:] for words in commands(ROOT / "README.md") if words[0] == "llmrerank"]
     assert [main(words) for words in ours] == [0, 0, 0, 0]
+
+
+def test_the_job_array_gives_the_run_of_one_job(in_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the tasks of the Slurm script one by one, then the command that joins their outputs."""
+    script, submission = (
+        code for _, code in blocks(PAGES / "command-line.rst", "bash") if "#SBATCH" in code or "sbatch" in code
+    )
+    monkeypatch.setattr("pyterrier_llmrerank.engine.scoring.CHUNK", 3)
+    rows = frame(20, 2).rename(columns={"qid": "query_id", "docno": "docid"})
+    rows.to_json("rerank.jsonl.gz", orient="records", lines=True)
+    (last,) = re.findall(r"#SBATCH --array=1-(\d+)", script)
+    for task in range(1, int(last) + 1):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(task))
+        ((_, *words),) = words_of(os.path.expandvars(script))
+        assert main(words) == 0
+        assert os.path.getsize(f"run.{task}.txt") > 0
+    subprocess.run(["bash", "-c", submission.partition("&&")[2]], check=True)
+    at = words.index("--shard")
+    words[at : at + 2] = []
+    words[words.index("--output") + 1] = "whole.txt"
+    assert main(words) == 0
+    assert Path("run.txt").read_bytes() == Path("whole.txt").read_bytes()
 
 
 TYPED = [(path.name, words) for path in TEXTS for words in commands(path)]
@@ -342,8 +369,10 @@ def test_shell_commands_parse(words: list[str]) -> None:
             assert set(extra.split(",")) <= set(PROJECT["optional-dependencies"])
     elif words[0] == "pytest":
         assert [word for word in words[1:] if word.endswith(".py") and not (ROOT / word).is_file()] == []
+    elif words[0] == "curl":
+        json.loads(words[words.index("-d") + 1])
     else:
-        assert words[0] in ("mypy", "ruff")
+        assert words[0] in ("cat", "mypy", "ruff", "sbatch", "vllm")
 
 
 def parse_command(words: list[str]) -> None:

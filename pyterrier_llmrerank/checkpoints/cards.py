@@ -54,8 +54,8 @@ def score(pairs):
     return model.predict([("{query}" + query, "{passage}" + passage) for query, passage in pairs])
 ```
 
-In transformers, `tokenizer("{query}" + query, "{passage}" + passage)` makes the ids. Send vLLM `"{query}..."` as
-`text_1` and `"{passage}..."` as `text_2` of `/score`, and Text Embeddings Inference the same as `query` and `texts` of
+In transformers, `tokenizer("{query}" + query, "{passage}" + passage)` makes the ids. vLLM serves the model with
+`vllm serve {folder} --runner pooling`. Send `"{query}..."` as `query` and `"{passage}..."` as `documents` of its
 `/rerank`.
 """
 

@@ -11,6 +11,7 @@ import torch
 from conftest import MODELS, Cache, frame, no_file_above, words
 from huggingface_hub import HfApi, ModelCard, RepoUrl
 from test_tokenizer import NAMED, QWEN, byte_level, folder_of, sentencepiece
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
@@ -334,6 +335,29 @@ def test_the_token_in_which_every_input_ends_does_not_pad(end: str, tmp_path: Pa
     deep = MatroyshkaReranker(layered, dtype="float32", cutoff=4, prompt=f"Is it?{end}")
     deep.save(tmp_path / "export", merged=True, form="sequence-classification")
     np.testing.assert_allclose(score_of(tmp_path / "export")(pairs), deep.compute_score(pairs), atol=ROUNDING)
+
+
+@pytest.mark.parametrize("first", ["<s>", ""])
+def test_other_programs_make_the_ids_of_a_merged_rankllama(first: str, tmp_path: Path) -> None:
+    """From the strings that the page on serving names, with the first token from the tokenizer or from the caller."""
+    base = shutil.copytree(MODELS / "rankllama_base", tmp_path / "base")
+    made = AutoTokenizer.from_pretrained(base)
+    own = "" if first else "<s> "
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{own}$A", pair=f"{own}$A {own}$B", special_tokens=[("<s>", made.bos_token_id)]
+    )
+    made.save_pretrained(base)
+    for form in ("tevatron-2023", "tevatron-2024"):
+        ours = RankLLaMAReranker(MODELS / "rankllama_adapter", base_model=base, dtype="float32", input_format=form)
+        ours.save(tmp_path / form, merged=True)
+        opened = AutoTokenizer.from_pretrained(tmp_path / form)
+        for title, passage in ((None, "Bamboo."), ("", " Bamboo."), ("Pandas", "Pandas Bamboo.")):
+            if form == "tevatron-2023":
+                ids = opened(f"{first}query: panda", f"{first}document: {passage}")["input_ids"]
+            else:
+                ids = opened(f"query:  panda document:  {title or ''} Bamboo.")["input_ids"]
+            body = InputFormat(form).body("Bamboo.", title)
+            assert ids == ours.scorer().ids([("panda", body)])[0].flat()
 
 
 @pytest.mark.parametrize("eos", ["</s>", None])
