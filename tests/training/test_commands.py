@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -27,6 +28,7 @@ from pyterrier_llmrerank.engine.inputs import inputs_of
 from pyterrier_llmrerank.training import RankLLaMATraining
 from pyterrier_llmrerank.training.commands import parse
 from pyterrier_llmrerank.training.trainer import GroupTrainer
+from pyterrier_llmrerank.training.validation import Validation
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 MISTRAL = str(MODELS / "mistral_base")
@@ -192,6 +194,36 @@ def test_rankllama_with_validation(tmp_path: Path, capsys: pytest.CaptureFixture
     assert card.data.metrics == ["nDCG@10"]
     assert str(tmp_path) not in card.text
     assert "@article{rankllama" in card.text
+
+
+@pytest.mark.parametrize("intervals", ["--eval_steps 2 --save_steps 4", "--eval_steps 2 --save_steps 3",
+                                       "--eval_steps 2 --save_strategy epoch"])  # fmt: skip
+def test_the_best_weights_are_kept_even_if_no_checkpoint_is_due(
+    intervals: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = iter([0.9, 0.5])
+    monkeypatch.setattr(Validation, "__call__", lambda *_: next(values))
+    assert main(["train", *distill(data, tmp_path / "run", "--eval_data", str(data), *intervals.split())]) == 0
+    kept, best, last = (
+        load_file(tmp_path / "run" / folder / "adapter_model.safetensors")
+        for folder in ("", "checkpoint-2", "checkpoint-4")
+    )
+    assert all(torch.equal(kept[name], tensor) for name, tensor in best.items())
+    assert not all(torch.equal(kept[name], tensor) for name, tensor in last.items())
+    assert "for 2 steps" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_a_card_names_the_best_step_only_if_its_weights_are_kept(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = iter([0.9, 0.5, 0.5, 0.5])
+    monkeypatch.setattr(Validation, "__call__", lambda *_: next(values))
+    command = ["train", *distill(data, tmp_path / "run", "--eval_data", str(data), "--save_steps", "2")]
+    command += ["--lr_scheduler_type", "constant"]
+    assert main(command) == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoint-2")
+    assert main([*command, "--resume_from_checkpoint", "True", "--max_steps", "6"]) == 0
+    assert "for 6 steps" in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_another_runs_output_is_left_alone(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from pyterrier_llmrerank.training import DistillTraining, RankLLaMATraining
 from pyterrier_llmrerank.training.batches import Groups
+from pyterrier_llmrerank.training.commands import parse
 from pyterrier_llmrerank.training.data import open_data
 from pyterrier_llmrerank.training.recipes import Recipe
 from pyterrier_llmrerank.training.resuming import LENGTH, MAY_CHANGE, SameSettings, fixed_settings
@@ -88,6 +89,30 @@ def test_settings_that_change_no_weight_may_change(checkpoint: Path, caplog: pyt
     SameSettings(settings(patient, **harmless), checkpoint)
     assert caplog.messages == []
     assert not MAY_CHANGE & {*LENGTH, "optim", "lr_scheduler_type", "per_device_train_batch_size", "seed", "bf16"}
+
+
+def of_command(*options: str, eval_data: bool = True) -> dict[str, Any]:
+    """The settings of a run from the shell."""
+    words = f"--model_name_or_path {BASE} --train_data x --output_dir run --use_cpu --compress_layers 4".split()
+    recipe, _, arguments = parse("compensate", [*words, *(["--eval_data", "x"] if eval_data else []), *options])
+    groups = Groups(RECORDS, 4, 0, recipe.body)
+    validation = Validation.of_records(RECORDS, recipe.body) if eval_data else None
+    return fixed_settings(recipe, recipe.open(BASE, ()), groups, arguments, validation)
+
+
+@pytest.mark.parametrize(
+    "now",
+    [
+        "--save_steps 120 --eval_steps 50", "--save_steps 100 --eval_steps 30", "--save_steps 120",
+        "--save_strategy epoch", "--eval_strategy epoch", "--save_strategy no", "--load_best_model_at_end False",
+    ],
+)  # fmt: skip
+def test_a_resumed_run_may_save_and_measure_at_other_steps(
+    now: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = recorded(tmp_path / "checkpoint-1", of_command("--save_steps", "100", "--eval_steps", "50"))
+    SameSettings(of_command(*now.split()), checkpoint)
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize("schedule", ["constant", "constant_with_warmup"])
