@@ -193,6 +193,8 @@ def _set_defaults_by_others(parser: HfArgumentParser, argv: Sequence[str]) -> No
     """Set the defaults that depend on other options."""
     given = parser.parse_args(argv)
     if given.warmup_ratio is not None:
+        if not 0 <= given.warmup_ratio < 1:
+            raise ValueError(f"warmup_ratio={given.warmup_ratio}; allowed: a number from 0 to less than 1.")
         parser.set_defaults(warmup_steps=given.warmup_ratio)
     if given.eval_data:
         every = given.save_steps if given.eval_steps is None else given.eval_steps

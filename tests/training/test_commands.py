@@ -249,6 +249,8 @@ def test_another_runs_output_is_left_alone(data: Path, tmp_path: Path, capsys: p
         (["--compress_ratios", "3"], "--compress_ratios 3; allowed: powers of two"),
         (["--start_layer", "9"], "start_layer=9"),
         (["--patience", "3"], "patience=3 needs eval_data"),
+        (["--warmup_ratio", "-0.1"], "--warmup_ratio=-0.1; allowed: a number from 0 to less than 1"),
+        (["--warmup_ratio", "1"], "--warmup_ratio=1.0; allowed: a number from 0 to less than 1"),
         (["--eval-data", "nothing.jsonl"], "eval_data='nothing.jsonl': no such file"),
         (["--model_name_or_path", "./none"], "no such model folder"),
     ],

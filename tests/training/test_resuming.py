@@ -59,7 +59,7 @@ def recorded(folder: Path, begun_with: dict[str, Any]) -> Path:
         ({"warmup_steps": 3}, "warmup_steps=0, not 3"),
         ({"per_device_train_batch_size": 2}, "per_device_train_batch_size=8, not 2"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps=1, not 2"),
-        ({"bf16": True}, "bf16=False, not True"),
+        ({"bf16": True}, "bf16=False, not True; in fit, it follows the reranker's dtype if the recipe leaves it out; "),
         ({"seed": 7}, "seed=42, not 7"),
         ({"data_seed": 7}, "data_seed=None, not 7"),
         ({"dataloader_drop_last": True}, "dataloader_drop_last=False, not True"),
@@ -113,6 +113,26 @@ def test_a_resumed_run_may_save_and_measure_at_other_steps(
     checkpoint = recorded(tmp_path / "checkpoint-1", of_command("--save_steps", "100", "--eval_steps", "50"))
     SameSettings(of_command(*now.split()), checkpoint)
     assert caplog.messages == []
+
+
+def test_measured_steps_stay_if_the_learning_rate_depends_on_them(tmp_path: Path) -> None:
+    plateau = ("--lr_scheduler_type", "reduce_lr_on_plateau", "--save_steps", "100")
+    checkpoint = recorded(tmp_path / "checkpoint-1", of_command(*plateau))
+    SameSettings(of_command(*plateau, "--eval_steps", "100", "--save_strategy", "epoch"), checkpoint)
+    for change, difference in {
+        "--eval_steps 50": "eval_steps=100, not 50",
+        "--save_steps 120": "eval_steps=100, not 120; it follows save_steps if",
+        "--eval_delay 5": "eval_delay=0, not 5",
+        "--eval_strategy epoch": "eval_strategy='steps', not 'epoch'",
+    }.items():
+        with pytest.raises(ValueError, match=difference):
+            SameSettings(of_command(*plateau, *change.split()), checkpoint)
+
+
+def test_a_setting_that_follows_another_names_it(tmp_path: Path) -> None:
+    checkpoint = recorded(tmp_path / "checkpoint-1", of_command("--warmup_ratio", "0.1"))
+    with pytest.raises(ValueError, match=r"warmup_steps=0.1, not 0.2; it follows warmup_ratio if that is given; "):
+        SameSettings(of_command("--warmup_ratio", "0.2"), checkpoint)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "constant_with_warmup"])
