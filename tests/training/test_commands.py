@@ -263,6 +263,16 @@ def test_errors_come_before_training(
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.parametrize("setting", [["--teacher_weight", "1"], ["--absolute_margin", "0"]])
+def test_rankllama_names_the_line_without_a_teachers_scores(
+    setting: list[str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ["--model_name_or_path", str(MODELS / "rankllama_base"), "--use_cpu"]
+    files = ["--train_data", str(data), "--output_dir", str(tmp_path / "run")]
+    assert main(["train", "rankllama", *base, *files, *setting]) == 1
+    assert "train.jsonl, line 1: no pos_scores and neg_scores, which training with a" in capsys.readouterr().err
+
+
 def test_options_have_one_name_in_full(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["train", *distill(data, tmp_path / "run", "--max_step", "2")])

@@ -133,19 +133,31 @@ def test_an_interrupted_fit_keeps_checkpoints_alone_and_names_their_folder(
     assert all(str(folder) in note for folder, note in zip(folders, notes, strict=True))
 
 
-def test_a_loss_that_was_asked_for_is_not_replaced(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "settings", "named"),
+    [
+        ("matroyshka", {"train_method": "distill_final_layer_teacher"}, "train_method='distill_final_layer_teacher'"),
+        ("matroyshka", {"absolute_margin": 1.5}, "absolute_margin=1.5"),  # with the default method
+        ("rankllama", {"absolute_margin": 1.5}, "absolute_margin=1.5"),
+        ("rankllama", {"teacher_weight": 2.0}, "teacher_weight=2.0"),
+        ("rankllama", {"teacher_weight": 2.0, "absolute_margin": 1.5}, "teacher_weight=2.0, absolute_margin=1.5"),
+    ],
+)
+def test_a_setting_that_needs_a_teacher_is_refused_without_one(
+    kind: str, settings: dict[str, Any], named: str, tmp_path: Path
+) -> None:
     _, results, qrels = candidates()
-    reranker = untrained("matroyshka", tmp_path / "run", max_steps=1, train_method="distill_final_layer_teacher")
-    with pytest.raises(ValueError, match="the results have no column teacher, which it needs"):
+    method = {"train_method": "distill_fix_layer_teacher"} if kind == "matroyshka" else {}
+    reranker = untrained(kind, tmp_path / "run", max_steps=1, **method | settings)
+    with pytest.raises(ValueError, match=f"^{named}: the results have no column 'teacher', which it needs"):
         reranker.fit(results, qrels)
+    assert not (tmp_path / "run").exists()
 
 
 def test_rankllama_learns_from_a_teacher(tmp_path: Path) -> None:
     """The model follows a teacher that ranks the relevant text last if its weight is high."""
     topics, results, qrels = candidates()
     reranker = untrained("rankllama", tmp_path / "run", teacher_weight=50.0, teacher_temperature=0.5)
-    with pytest.raises(ValueError, match=r"training=RankLLaMATraining\(.*the results have no column teacher"):
-        reranker.fit(results, qrels)
     relevant = results["docno"].isin(qrels["docno"])
     reranker.fit(results.assign(teacher=np.where(relevant, -2.0, 2.0)), qrels)
     ranked = ndcg(pt.Transformer.from_df(results) >> reranker, topics, qrels)
