@@ -21,6 +21,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from ..checkpoints.cards import Stated
+from ..checkpoints.description import KINDS
 from .batches import Groups, draw_seed
 from .data import open_data
 from .matroyshka import CompensateTraining, DistillTraining
@@ -235,6 +236,6 @@ def main(command: str, argv: Sequence[str]) -> Path:
     stated = Stated(sources.train_data, sources.eval_data or (), sources.license)
     folder = train(recipe, checkpoint, groups, arguments, validation, sources.overwrite_output_dir, stated)
     if arguments.should_save:  # one process of several
-        call = recipe.opening_call(checkpoint, str(folder))
+        call = f"{KINDS[checkpoint.kind]}({str(folder)!r})"  # the folder describes itself
         print(f"\nThe adapter is in {folder}; open it in Python with\n\n    {call}")
     return folder

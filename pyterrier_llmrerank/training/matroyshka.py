@@ -154,17 +154,6 @@ class MatroyshkaTraining(Recipe):
         """Return the prompt."""
         return {"prompt": self.prompt}
 
-    def opening_call(self, checkpoint: Checkpoint, folder: str) -> str:
-        """Write the Python call, with the merged adapters and the settings that no adapter stores."""
-        given: dict[str, Any] = {"adapters": [*(adapter.name for adapter in checkpoint.adapters), folder]}
-        if not cast("MatroyshkaCheckpoint", checkpoint).layer_wise:
-            given["start_layer"] = self.start_layer
-            if self.layer_sep != 1:
-                given["layer_sep"] = self.layer_sep
-        if self.prompt != PROMPT:
-            given["prompt"] = self.prompt
-        return f"MatroyshkaReranker({checkpoint.base!r}, {', '.join(f'{k}={v!r}' for k, v in given.items())})"
-
     def inputs(self, prompt: str | None) -> Inputs:
         """Return the encoding of inference, with one limit for query and passage together, as in the original."""
         total = self.query_max_length + self.passage_max_length

@@ -118,10 +118,6 @@ class RankLLaMATraining(Recipe):
         spread = getattr(checkpoint.config, "initializer_range", 0.02)
         return torch.randn(1, checkpoint.config.hidden_size, generator=generator) * spread
 
-    def opening_call(self, checkpoint: Checkpoint, folder: str) -> str:
-        """Write the Python call that opens the adapter, which names its base."""
-        return f"RankLLaMAReranker({folder!r})"
-
     def inputs(self, prompt: str | None) -> Inputs:
         """Return the encoding of inference; no prompt.
 

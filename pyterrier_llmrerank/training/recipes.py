@@ -155,10 +155,6 @@ class Recipe(Declared, ABC):
     def described_inputs(self) -> dict[str, Any]:
         """Return the fields of the model's description that say how inputs are made."""
 
-    @abstractmethod
-    def opening_call(self, checkpoint: Checkpoint, folder: str) -> str:
-        """Write the Python call that opens the adapter in a folder, trained on this checkpoint."""
-
     def card(
         self,
         checkpoint: Checkpoint,

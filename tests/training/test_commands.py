@@ -21,7 +21,7 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker
+from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
 from pyterrier_llmrerank.__main__ import main
 from pyterrier_llmrerank.checkpoints.input_format import InputFormat
 from pyterrier_llmrerank.engine.inputs import inputs_of
@@ -131,7 +131,7 @@ def test_losses_are_logged_without_a_progress_bar(data: Path, tmp_path: Path, ca
     ]
 
 
-def opened_as_said(capsys: pytest.CaptureFixture[str], folder: Path) -> LLMReranker:
+def opened_as_said(capsys: pytest.CaptureFixture[str], folder: Path) -> Any:
     """The reranker that a run's last lines open."""
     said = capsys.readouterr().out.split("\n\n")
     assert said[-2].endswith(f"The adapter is in {folder}; open it in Python with")
@@ -139,31 +139,50 @@ def opened_as_said(capsys: pytest.CaptureFixture[str], folder: Path) -> LLMReran
 
 
 def test_distil_and_compensate(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", *distill(data, tmp_path / "distilled")]) == 0
-    said = opened_as_said(capsys, tmp_path / "distilled")
-    assert said == MatroyshkaReranker(MISTRAL, adapters=[tmp_path / "distilled"], start_layer=4)
-    options = distill(data, tmp_path / "layer")[1:]
+    distilled, layer, token = (tmp_path / name for name in ("distilled", "layer", "token"))
+
+    def check(folder: Path, **parts: Any) -> None:
+        """Check the scores of the reranker that the printed call opens, in two shapes."""
+        said, wanted = opened_as_said(capsys, folder), MatroyshkaReranker(MISTRAL, **parts, dtype="float32")
+        said.set_parameter("dtype", "float32")
+        for shape in ({}, {"compress_layers": [4], "compress_ratio": 2}):
+            pair = ("panda", "x " * 9)
+            assert said.at(**shape).compute_score(pair) == pytest.approx(
+                wanted.at(**shape).compute_score(pair), abs=1e-4
+            )
+
+    assert main(["train", *distill(data, distilled)]) == 0
+    check(distilled, adapters=[distilled])
+    options = distill(data, layer)[1:]
     options[options.index("--compress_ratios") : options.index("--compress_ratios") + 3] = []
-    options += ["--raw_peft", str(tmp_path / "distilled"), "--train_method", "normal", "--finetune_type", "layer"]
+    options += ["--raw_peft", str(distilled), "--train_method", "normal", "--finetune_type", "layer"]
     assert main(["train", "compensate", *options]) == 0
-    options = [str(tmp_path / "token") if o == str(tmp_path / "layer") else o for o in options]
-    options += ["--raw_peft", str(tmp_path / "distilled"), str(tmp_path / "layer"), "--finetune_type", "token"]
+    check(layer, adapters=[distilled, layer])
+    options = [str(token) if o == str(layer) else o for o in options]
+    options += ["--raw_peft", str(distilled), str(layer), "--finetune_type", "token"]
     assert main(["train", "compensate", *options, "--compress_ratios", "2"]) == 0
-    reranker = MatroyshkaReranker(
-        MISTRAL, adapters=[tmp_path / name for name in ("distilled", "layer", "token")], start_layer=4
-    )
-    assert np.isfinite(reranker.compute_score(("panda", "a panda")))
-    assert opened_as_said(capsys, tmp_path / "token") == reranker
-    card = (tmp_path / "token" / "README.md").read_text()
+    check(token, adapters=[distilled, layer], token_adapters={2: token})
+    card = (token / "README.md").read_text()
     assert "# An adapter of mistral_base\n\nTrained by pyterrier_llmrerank for 4 steps" in card
     assert "CompensateTraining(group_size=4, " in card
     assert 'MatroyshkaReranker("path/to/this/folder")' in card
-    described = MatroyshkaReranker(tmp_path / "token", dtype="float32")  # its last adapter serves its ratio alone
-    reranker.set_parameter("dtype", "float32")
-    pooled = [each.at(compress_layers=[4], compress_ratio=2) for each in (described, reranker)]
-    scores = [each.compute_score(("panda", "x " * 9)) for each in pooled]
-    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
     assert "[More Information Needed]" not in card
+
+
+def test_the_printed_call_opens_a_base_of_a_relative_name(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(MISTRAL, tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    options = ["--model_name_or_path", "base", "--max_steps", "1", "--start_layer", "3", "--prompt", "Why 'this'?"]
+    assert main(["train", *distill(data, Path("it's"), *options)]) == 0
+    said, wanted = (
+        opened_as_said(capsys, Path("it's")),
+        MatroyshkaReranker("base", adapters="it's", start_layer=3, prompt="Why 'this'?", dtype="float32"),
+    )
+    said.set_parameter("dtype", "float32")
+    pair = ("panda", "a panda")
+    assert said.at(cutoff=3).compute_score(pair) == pytest.approx(wanted.at(cutoff=3).compute_score(pair), abs=1e-4)
 
 
 def test_rankllama_with_validation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
