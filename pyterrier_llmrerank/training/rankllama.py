@@ -77,7 +77,7 @@ class RankLLaMATraining(Recipe):
         own = cast("RankLLaMACheckpoint", checkpoint).input_format
         return self if own is None else replace(self, **InputFormat.chosen(self._given(), own).settings())
 
-    def described_inputs(self) -> dict[str, Any]:
+    def described_inputs(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Return the input format, and the lengths that are not the usual ones.
 
         The original program trains on passages of 196 tokens and reranks 164, so the usual length is not kept.

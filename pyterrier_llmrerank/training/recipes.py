@@ -152,8 +152,12 @@ class Recipe(Declared, ABC):
         return self
 
     @abstractmethod
-    def described_inputs(self) -> dict[str, Any]:
-        """Return the fields of the model's description that say how inputs are made."""
+    def described_inputs(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Return the fields of the model's description that say how inputs are made.
+
+        Args:
+            checkpoint: the model that training started from.
+        """
 
     def card(
         self,

@@ -338,7 +338,7 @@ class GroupTrainer(Trainer):
             describe_trained(
                 self.checkpoint,
                 folder,
-                {**self.recipe.described_inputs(), **self.described},
+                {**self.recipe.described_inputs(self.checkpoint), **self.described},
                 ratio=self.recipe.token_ratio,
                 whole=folder == Path(cast(str, self.args.output_dir)),
             )

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import MODELS, RECORDS, Cache, checkpointing
+from conftest import MODELS, RECORDS, Cache, checkpointing, ids_of
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
@@ -23,7 +23,9 @@ from transformers import AutoTokenizer
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
 from pyterrier_llmrerank.__main__ import main
+from pyterrier_llmrerank.checkpoints.description import LENGTHS
 from pyterrier_llmrerank.checkpoints.input_format import InputFormat
+from pyterrier_llmrerank.checkpoints.json_files import read_json
 from pyterrier_llmrerank.engine.inputs import inputs_of
 from pyterrier_llmrerank.training import RankLLaMATraining
 from pyterrier_llmrerank.training.commands import parse
@@ -183,6 +185,32 @@ def test_the_printed_call_opens_a_base_of_a_relative_name(
     said.set_parameter("dtype", "float32")
     pair = ("panda", "a panda")
     assert said.at(cutoff=3).compute_score(pair) == pytest.approx(wanted.at(cutoff=3).compute_score(pair), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("trained", "scored"),
+    [
+        ({"query_max_len": 32, "passage_max_len": 192}, {}),
+        ({"query_max_len": 8, "passage_max_len": 52}, {}),  # scores with 512, like the original
+        ({"query_max_len": 32, "passage_max_len": 600}, {"max_length": 632}),
+        ({"query_max_len": 400, "passage_max_len": 100}, {"query_max_length": 400}),
+        ({"query_max_len": 600, "passage_max_len": 100}, {"query_max_length": 600, "max_length": 700}),
+    ],
+)
+def test_a_matroyshka_scores_with_all_tokens_that_it_was_trained_on(
+    trained: dict[str, int], scored: dict[str, int], data: Path, tmp_path: Path
+) -> None:
+    lengths = [word for name, value in trained.items() for word in (f"--{name}", str(value))]
+    assert main(["train", *distill(data, tmp_path / "run", "--max_steps", "1", *lengths)]) == 0
+    described = read_json(tmp_path / "run" / "reranker.json")
+    assert {name: described[name] for name in LENGTHS if name in described} == scored
+    opened = MatroyshkaReranker(tmp_path / "run", dtype="float32")
+    wanted = MatroyshkaReranker(MISTRAL, start_layer=4, dtype="float32", **scored)
+    long = [("why " * 700, "panda " * 900), ("panda", "panda " * 900)]
+    assert ids_of(opened, long) == ids_of(wanted, long)
+    again = ["--model_name_or_path", str(tmp_path / "run"), "--query_max_len", "32", "--passage_max_len", "192"]
+    assert main(["train", *distill(data, tmp_path / "again", "--max_steps", "1", *again)]) == 0
+    assert ids_of(MatroyshkaReranker(tmp_path / "again", dtype="float32"), long) == ids_of(wanted, long)
 
 
 def test_rankllama_with_validation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
