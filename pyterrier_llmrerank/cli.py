@@ -7,6 +7,7 @@ import dataclasses
 import importlib.metadata
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -83,12 +84,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         Ctrl-C.
     """
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    words = sys.argv[1:] if argv is None else argv
     try:
-        return app(args=argv, standalone_mode=False) or 0
+        return app(args=words, standalone_mode=False) or 0
     except typer.TyperException as error:
         typer.echo(f"error: {error.format_message().rstrip('.')}. See --help.", err=True)
         return error.exit_code
-    except (*ERRORS, OptionError) as error:
+    except OptionError as error:
+        typer.echo(f"error: {error.in_shell(words)}", err=True)
+        return 1
+    except ERRORS as error:
         typer.echo(f"error: {one_line(error)}", err=True)
         return 1
 
@@ -336,7 +341,7 @@ def _rerank_command(name: str, kind: type[LLMReranker], summary: str, *examples:
                 )  # fmt: skip
         except KeyboardInterrupt as error:
             notes = " ".join(getattr(error, "__notes__", ()))
-            typer.echo(f"Interrupted. {in_shell(notes, names)}", err=True)
+            typer.echo(f"Interrupted. {in_shell(notes, names, [str(output)])}", err=True)
             raise
 
     set_options(command, command_options(**{name: kind}))

@@ -112,7 +112,20 @@ def set_options(command: Callable[..., None], options: list[inspect.Parameter]) 
 
 
 class OptionError(Exception):
-    """An error whose message names options in place of arguments."""
+    """An error that names options in place of arguments.
+
+    Args:
+        message: a message that names arguments.
+        names, repeat: as for :func:`in_shell`.
+    """
+
+    def __init__(self, message: str, names: Mapping[str, str], repeat: bool) -> None:
+        super().__init__(message)
+        self.names, self.repeat = names, repeat
+
+    def in_shell(self, words: Sequence[str]) -> str:
+        """Return the message as :func:`in_shell` spells it."""
+        return in_shell(str(self), self.names, words, repeat=self.repeat)
 
 
 @contextmanager
@@ -129,15 +142,23 @@ def naming(names: Mapping[str, str], *, repeat: bool = True) -> Iterator[None]:
     try:
         yield
     except ERRORS as error:
-        raise OptionError(in_shell(one_line(error), names, repeat=repeat)) from error
+        raise OptionError(one_line(error), names, repeat) from error
 
 
-def in_shell(message: str, names: Mapping[str, str], *, repeat: bool = True) -> str:
-    """Spell the arguments in a message, and their values, as a shell does.
+#: A quoted text; its closing quote is missing if it was shortened.
+QUOTED = r"""(?<!\w)(?:'(?:[^'\\]|\\.)*'(?!\w)|"(?:[^"\\]|\\.)*"(?!\w)|'[^']*?\.\.\.|"[^"]*?\.\.\.)"""
+
+#: A value in brackets, or True.
+VALUE = r"True\b|" + "|".join(rf"\{a}(?:{QUOTED}|[^\{a}\{z}'\"])*\{z}" for a, z in ("{}", "[]", "()"))
+
+
+def in_shell(message: str, names: Mapping[str, str], words: Sequence[str] = (), *, repeat: bool = True) -> str:
+    """Spell the arguments in a message, and their values, as a shell does. Quoted texts stay as they are.
 
     Args:
         message: the message.
         names: the name of each argument in the shell.
+        words: the words of the command line, which stay as they are too.
         repeat: name an option before each of several values, rather than once before all.
 
     >>> in_shell("prune={8: 50}: no layer 8; set resume=True", {"prune": "--prune", "resume": "--resume"})
@@ -145,28 +166,44 @@ def in_shell(message: str, names: Mapping[str, str], *, repeat: bool = True) -> 
     """
 
     def spelled(found: re.Match[str]) -> str:
-        name, value = names[found[1]], found[2]
-        if value is None:
-            return f"{name}="
-        if value == "True":
-            return name
-        try:
-            several = ast.literal_eval(value)
-        except (ValueError, SyntaxError):  # a remark, not a literal
-            return f"{name}={value}"
-        if not isinstance(several, dict | list | tuple):
-            return f"{name}={value}"
-        each = several.items() if isinstance(several, dict) else several
-        words = [shlex.quote(":".join(map(str, one)) if isinstance(one, tuple) else str(one)) for one in each]
-        if not words:
-            return f"{name}={value}"
-        return f"{name} " + (f" {name} " if repeat else " ").join(words)
+        if found["kept"]:
+            return found["kept"]
+        if found["pairs"]:
+            return found["pairs"][1:-1].replace(": ", ":").replace(",", "")
+        if found["name"]:
+            return _spelled(names[found["name"]], found["value"], repeat)
+        return "without it" if found["false"] else ""  # an option is omitted instead of False or None
 
-    values = r"True\b|\{[^{}]*\}|\[[^\[\]]*\]|\([^()]*\)"
-    message = re.sub(rf"(?<![\w/'\"-])({'|'.join(names)})=({values})?", spelled, message)
-    message = re.sub(r",? or None( for [^.;]*)?(?=[.;])", "", message)  # an option is omitted instead
-    message = message.replace("allowed: False", "allowed: without it")
-    return re.sub(r"\{(\d+: \w+(?:, \d+: \w+)*)\}", lambda pairs: pairs[1].replace(": ", ":").replace(",", ""), message)
+    own = [word.partition("=")[2] if word.startswith("--") else word for word in words]
+    own = [word for word in own if in_shell(word, names, repeat=repeat) != word]
+    kept = "|".join([QUOTED, *(rf"(?<!\w){re.escape(word)}(?!\w)" for word in sorted(own, key=len, reverse=True))])
+    parts = (
+        rf"(?P<kept>{kept})",
+        rf"(?<![\w/'\"-])(?P<name>{'|'.join(names)})=(?P<value>{VALUE})?",
+        r"(?P<pairs>\{\d+: \w+(?:, \d+: \w+)*\})",
+        r"(?<=allowed: )(?P<false>False)",
+        r",? or None(?: for [^.;]*)?(?=[.;])",
+    )
+    return re.sub("|".join(parts), spelled, message)
+
+
+def _spelled(option: str, value: str | None, repeat: bool) -> str:
+    """Spell an option with a value as Python writes it."""
+    if value is None:
+        return f"{option}="
+    if value == "True":
+        return option
+    try:
+        several = ast.literal_eval(value)
+    except (ValueError, SyntaxError):  # a remark, not a literal
+        return f"{option}={value}"
+    if not isinstance(several, dict | list | tuple):
+        return f"{option}={value}"
+    each = several.items() if isinstance(several, dict) else several
+    words = [shlex.quote(":".join(map(str, one)) if isinstance(one, tuple) else str(one)) for one in each]
+    if not words:
+        return f"{option}={value}"
+    return f"{option} " + (f" {option} " if repeat else " ").join(words)
 
 
 def one_line(error: BaseException) -> str:

@@ -138,8 +138,8 @@ class MatroyshkaReranker(LLMReranker):
     max_length: Option[int | None] = Option(
         default=None,
         check=optional(positive),
-        help="tokens kept of ``B: {passage}``; None for the value in ``reranker.json``, or 512. Prefix and passage "
-        "together have at most this length plus the prompt's tokens.",
+        help="tokens kept of ``B: {passage}``; None for the value in ``reranker.json``, or 512. Query and passage "
+        "together have at most this number of tokens plus the number of tokens after the passage.",
     )
     normalize: Option[bool] = Option(
         default=False,

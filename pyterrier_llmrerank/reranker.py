@@ -121,8 +121,8 @@ class LLMReranker(ValueSemantics, pt.Estimator):
         check=one_of(*QUANTIZATIONS),
         help='hold the linear projections of the layers in eight bits: ``"int8"`` or ``"float8"``; None for no '
         "quantization. It needs torchao (``pip install 'pyterrier-llmrerank[quantization]'``) and changes scores. "
-        "Activations are quantised too where that is fast: to int8 on CUDA, and on a CPU in fp32; to float8 in bf16 on "
-        "CUDA of capability 8.9 or higher. Training and merged models are not quantised.",
+        "Activations are quantised too where that is fast: to int8 on CUDA with ``torch_compile``, and on a CPU in "
+        "fp32; to float8 in bf16 on CUDA of capability 8.9 or higher. Training and merged models are not quantised.",
     )
     torch_compile: Option[bool] = Option(
         default=False,

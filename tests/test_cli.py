@@ -398,6 +398,7 @@ def test_errors_name_options(command: str, hint: str, folder: Path, capsys: pyte
         ("x/adapters=3/y and 'adapters=3'", "x/adapters=3/y and 'adapters=3'"),
         ("adapters=['a b', 'c']; allowed: one, or None.", "--adapters 'a b' --adapters c; allowed: one."),
         ("adapters=[(8, 50)] is {2: folder, 4: folder}", "--adapters 8:50 is 2:folder 4:folder"),
+        ("adapters=['a]', \"b's adapters=3\"]", "--adapters 'a]' --adapters 'b'\"'\"'s adapters=3'"),
     ],
 )
 def test_arguments_and_values_are_spelled_as_in_a_shell(message: str, wanted: str) -> None:
@@ -406,10 +407,30 @@ def test_arguments_and_values_are_spelled_as_in_a_shell(message: str, wanted: st
 
 def test_lists_of_training_follow_one_option() -> None:
     names = {"compress_ratios": "--compress_ratios"}
-    assert cli_options.in_shell("qid 'a compress_ratios=(1)' is missing", names) == (
-        "qid 'a --compress_ratios=(1)' is missing"
-    )
     assert cli_options.in_shell("compress_ratios=[2, 3]", names, repeat=False) == "--compress_ratios 2 3"
+
+
+@pytest.mark.parametrize(
+    "quoted",
+    [
+        "'a adapters=(1)'", '"it\'s adapters=3"', r"'\' adapters=3'", "'this, or None. allowed: False'",
+        "['x', 'adapters=3']", "'a {8: 50}'", "'cut off adapters=3...", "'adapters=True'",
+    ],
+)  # fmt: skip
+def test_quoted_texts_in_an_error_stay_as_they_are(quoted: str) -> None:
+    names = cli_options.flags("adapters")
+    message = f"the model's qid is {quoted}; set adapters=True"
+    assert cli_options.in_shell(message, names) == f"the model's qid is {quoted}; set --adapters"
+
+
+def test_names_of_files_in_an_error_stay_as_they_are(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("x").touch()
+    for name in ("cutoff=20.txt", "this or None. allowed: False {8: 50}"):
+        Path(name).write_text("not json\n")
+        assert main(["rerank", "matroyshka", name, "--model", "smollm2-135m", "--output", "o"]) == 1
+        assert capsys.readouterr().err.startswith(f"error: {name}, line 1: not JSON")
+        assert main(["rerank", "matroyshka", "x", "--model", "smollm2-135m", f"--output={name}"]) == 1
+        assert capsys.readouterr().err.startswith(f"error: {name} already exists and is not overwritten; ")
 
 
 def test_verbose_logs_each_step(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -214,7 +214,8 @@ class MatroyshkaInputs:
     Args:
         prompt: the question to the model after the passage; never truncated.
         query_max_length: the most ids of ``A: {query}``; None for three quarters of ``max_length``.
-        max_length: the most ids of ``B: {passage}``, and the most ids of ``<s>``, query and passage together.
+        max_length: the most ids of ``B: {passage}``; and, with the number of ids after the passage added, the most ids
+            before and in it.
         query_instruction: text before the query.
         passage_instruction: text before the passage.
         total: the most ids of the whole input, suffix included; replaces ``max_length`` as the limit. The released

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from ..checkpoints.cards import Stated
+from ..checkpoints.description import KINDS
 from .batches import Groups, draw_seed
 from .data import open_data
 from .matroyshka import CompensateTraining, DistillTraining
@@ -99,7 +101,7 @@ class Sources:
     train_data: list[str] = _argument(None, "JSON lines files, folders of them, or a dataset's hub id", "dataset_name")
     dataset_split: str = _argument("train", "split of a hub dataset")
     eval_data: list[str] = _argument(
-        None, "validation data of the same form, to measure nDCG@10 on; the best checkpoint is kept"
+        None, "validation data of the same form, to measure nDCG@10 on; the best weights measured are kept"
     )
     raw_peft: list[str] = _argument(None, "adapters to merge into the base first, in this order")
     use_lora: bool = _argument(True, "only true is allowed")
@@ -132,9 +134,11 @@ def parse(command: str, argv: Sequence[str]) -> tuple[Recipe, Sources, TrainingA
     }
     del defaults["gradient_checkpointing"]  # False, as in the original programs
     parser = _parser(command, recipe_type)
-    parser.set_defaults(**defaults)
+    parser.set_defaults(**defaults, load_best_model_at_end=None)
     _set_defaults_by_others(parser, argv)
     sources, chosen, arguments, ignored = parser.parse_args_into_dataclasses(args=argv)
+    if arguments.load_best_model_at_end is None:  # set here, since transformers refuses intervals that differ
+        arguments.load_best_model_at_end = bool(sources.eval_data) and arguments.save_strategy != SaveStrategy.NO
     recipe = recipe_type(**vars(chosen), **{name: getattr(arguments, name) for name in defaults})
     for name, value in vars(ignored).items():
         if value is not None:
@@ -190,14 +194,14 @@ def _set_defaults_by_others(parser: HfArgumentParser, argv: Sequence[str]) -> No
     """Set the defaults that depend on other options."""
     given = parser.parse_args(argv)
     if given.warmup_ratio is not None:
+        if not 0 <= given.warmup_ratio < 1:
+            raise ValueError(f"warmup_ratio={given.warmup_ratio}; allowed: a number from 0 to less than 1.")
         parser.set_defaults(warmup_steps=given.warmup_ratio)
     if given.eval_data:
         every = given.save_steps if given.eval_steps is None else given.eval_steps
         parser.set_defaults(
             eval_strategy="steps", eval_steps=every, metric_for_best_model=f"eval_{MEASURE}", greater_is_better=True
         )
-        if given.eval_strategy == "no" and given.save_strategy == "steps" and given.save_steps % every == 0:
-            parser.set_defaults(load_best_model_at_end=True)
 
 
 def main(command: str, argv: Sequence[str]) -> Path:
@@ -232,6 +236,6 @@ def main(command: str, argv: Sequence[str]) -> Path:
     stated = Stated(sources.train_data, sources.eval_data or (), sources.license)
     folder = train(recipe, checkpoint, groups, arguments, validation, sources.overwrite_output_dir, stated)
     if arguments.should_save:  # one process of several
-        call = recipe.opening_call(checkpoint, str(folder))
+        call = f"{KINDS[checkpoint.kind]}({str(folder)!r})"  # the folder describes itself
         print(f"\nThe adapter is in {folder}; open it in Python with\n\n    {call}")
     return folder

@@ -14,6 +14,7 @@ import pandas as pd
 import pyterrier as pt
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.saving import empty_folder
@@ -114,12 +115,13 @@ def _one_device(device: str | tuple[str, ...] | None) -> torch.device:
 
 
 def _without_teacher(recipe: Recipe) -> Recipe:
-    """Return the recipe that learns from labels alone; ValueError if it was asked to learn from a teacher."""
-    if not isinstance(recipe, MatroyshkaTraining) or recipe.train_method != type(recipe).train_method:
-        raise ValueError(f"training={recipe!r}: the results have no column teacher, which it needs.")
-    method = recipe.train_method.removesuffix("_teacher")
-    logger.info("The results have no column 'teacher': train_method=%r learns from their labels.", method)
-    return dataclasses.replace(recipe, train_method=method)
+    """Return the recipe that learns from labels alone; ValueError if a setting asks for a teacher."""
+    if isinstance(recipe, MatroyshkaTraining) and recipe.absolute_margin is None:
+        method = recipe.train_method.removesuffix("_teacher")
+        if recipe.train_method == type(recipe).train_method:
+            logger.info("The results have no column 'teacher': train_method=%r learns from their labels.", method)
+            return dataclasses.replace(recipe, train_method=method)
+    raise ValueError(f"{recipe.loss.teacher_settings}: the results have no column 'teacher', which it needs.")
 
 
 def as_is(text: str, title: str | None) -> str:
@@ -146,8 +148,9 @@ def _arguments(
         run = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
         settings["output_dir"] = str(Path(pt.io.pyterrier_home()) / "llmrerank" / "trained" / run)
     if measured:
-        every = recipe.eval_steps or recipe.save_steps
-        settings |= {"eval_strategy": "steps", "eval_steps": every, "save_steps": every}
-        settings |= {"load_best_model_at_end": True, "greater_is_better": True}
-        settings["metric_for_best_model"] = f"eval_{MEASURE}"
-    return TrainingArguments(**{**settings, **recipe.arguments})
+        settings |= {"eval_strategy": "steps", "eval_steps": recipe.eval_steps or recipe.save_steps}
+        settings |= {"metric_for_best_model": f"eval_{MEASURE}", "greater_is_better": True}
+    arguments = TrainingArguments(**{**settings, **recipe.arguments})
+    if measured and "load_best_model_at_end" not in recipe.arguments:  # transformers refuses intervals that differ
+        arguments.load_best_model_at_end = arguments.save_strategy != SaveStrategy.NO
+    return arguments

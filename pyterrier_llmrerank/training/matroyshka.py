@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from ..checkpoints.description import Description
+from ..checkpoints.description import MAX_LENGTH, Description
 from ..engine.inputs import PROMPT, MatroyshkaInputs
 from ..values import RATIOS
 from .objectives import METHODS, CascadeLoss
@@ -150,20 +150,21 @@ class MatroyshkaTraining(Recipe):
         """Return the checkpoint's heads."""
         return checkpoint.heads(tokenizer)
 
-    def described_inputs(self) -> dict[str, Any]:
-        """Return the prompt."""
-        return {"prompt": self.prompt}
+    def described_inputs(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Return the prompt, and the recipe's own lengths as far as the checkpoint's would cut texts read in training.
 
-    def opening_call(self, checkpoint: Checkpoint, folder: str) -> str:
-        """Write the Python call, with the merged adapters and the settings that no adapter stores."""
-        given: dict[str, Any] = {"adapters": [*(adapter.name for adapter in checkpoint.adapters), folder]}
-        if not cast("MatroyshkaCheckpoint", checkpoint).layer_wise:
-            given["start_layer"] = self.start_layer
-            if self.layer_sep != 1:
-                given["layer_sep"] = self.layer_sep
-        if self.prompt != PROMPT:
-            given["prompt"] = self.prompt
-        return f"MatroyshkaReranker({checkpoint.base!r}, {', '.join(f'{k}={v!r}' for k, v in given.items())})"
+        The original program trains on inputs of 224 tokens and reranks 512, so shorter lengths are not kept.
+        """
+        query, total = self.query_max_length, self.query_max_length + self.passage_max_length
+        if all(getattr(self, name) == self._default(name) for name in ("query_max_length", "passage_max_length")):
+            return {"prompt": self.prompt}
+        parts, lengths = cast("MatroyshkaCheckpoint", checkpoint).parts, dict[str, Any]()
+        scored = MatroyshkaInputs(self.prompt, parts.query_max_length, parts.max_length or MAX_LENGTH)
+        if total > scored.max_length:
+            lengths["max_length"] = total
+        if query > replace(scored, **lengths).query_limit:
+            lengths["query_max_length"] = query
+        return {"prompt": self.prompt, **lengths}
 
     def inputs(self, prompt: str | None) -> Inputs:
         """Return the encoding of inference, with one limit for query and passage together, as in the original."""

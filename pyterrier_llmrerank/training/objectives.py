@@ -30,6 +30,10 @@ class Loss(Protocol):
         """Whether the loss needs scores without compression."""
 
     @property
+    def teacher_settings(self) -> str:
+        """The settings that need a teacher's scores, with their values, for messages; empty if none does."""
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether the loss needs a teacher's scores."""
 
@@ -99,9 +103,16 @@ class DistilledLoss:
     needs_full_pass: ClassVar[bool] = False
 
     @property
+    def teacher_settings(self) -> str:
+        """The settings that need a teacher's scores, with their values, for messages; empty if none does."""
+        weight = [f"teacher_weight={self.teacher_weight}"] if self.teacher_weight > 0 else []
+        margin = [f"absolute_margin={self.absolute_margin}"] if self.absolute_margin is not None else []
+        return ", ".join(weight + margin)
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether the loss needs a teacher's scores."""
-        return self.teacher_weight > 0 or self.absolute_margin is not None
+        return bool(self.teacher_settings)
 
     def __call__(self, student: Tensor, full: Tensor | None = None, teacher: Tensor | None = None) -> Tensor:
         """Compute the loss.
@@ -118,10 +129,7 @@ class DistilledLoss:
         if not self.needs_teacher:
             return cross_entropy(scores)
         if teacher is None:
-            raise ValueError(
-                f"teacher_weight={self.teacher_weight:g}, absolute_margin={self.absolute_margin}: the data has no "
-                "teacher scores."
-            )
+            raise ValueError(f"{self.teacher_settings} needs teacher scores; the data has none.")
         teacher = teacher.to(scores.dtype)
         loss = cross_entropy(without(scores, likely_positives(teacher, self.absolute_margin)))
         if self.teacher_weight > 0:
@@ -173,6 +181,13 @@ class CascadeLoss:
         return self.method.startswith(TARGETS)
 
     @property
+    def teacher_settings(self) -> str:
+        """The setting that needs a teacher's scores, with its value, for messages; empty if none does."""
+        if self.absolute_margin is not None:
+            return f"absolute_margin={self.absolute_margin}"
+        return f"train_method={self.method!r}" if self.needs_teacher else ""
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether the loss needs a teacher's scores."""
         return self.method.endswith("_teacher")
@@ -192,7 +207,7 @@ class CascadeLoss:
 
         with_teacher = self.needs_teacher
         if with_teacher and teacher is None:
-            raise ValueError(f"train_method={self.method!r} needs teacher scores; the data has none.")
+            raise ValueError(f"{self.teacher_settings} needs teacher scores; the data has none.")
         if self.needs_full_pass and full is None:
             raise ValueError(f"train_method={self.method!r} needs the scores of a full pass.")
         kind = self.method.removesuffix("_teacher")

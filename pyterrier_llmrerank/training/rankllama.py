@@ -77,7 +77,7 @@ class RankLLaMATraining(Recipe):
         own = cast("RankLLaMACheckpoint", checkpoint).input_format
         return self if own is None else replace(self, **InputFormat.chosen(self._given(), own).settings())
 
-    def described_inputs(self) -> dict[str, Any]:
+    def described_inputs(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Return the input format, and the lengths that are not the usual ones.
 
         The original program trains on passages of 196 tokens and reranks 164, so the usual length is not kept.
@@ -117,10 +117,6 @@ class RankLLaMATraining(Recipe):
         generator = torch.Generator().manual_seed(seed)
         spread = getattr(checkpoint.config, "initializer_range", 0.02)
         return torch.randn(1, checkpoint.config.hidden_size, generator=generator) * spread
-
-    def opening_call(self, checkpoint: Checkpoint, folder: str) -> str:
-        """Write the Python call that opens the adapter, which names its base."""
-        return f"RankLLaMAReranker({folder!r})"
 
     def inputs(self, prompt: str | None) -> Inputs:
         """Return the encoding of inference; no prompt.

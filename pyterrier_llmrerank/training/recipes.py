@@ -152,12 +152,12 @@ class Recipe(Declared, ABC):
         return self
 
     @abstractmethod
-    def described_inputs(self) -> dict[str, Any]:
-        """Return the fields of the model's description that say how inputs are made."""
+    def described_inputs(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Return the fields of the model's description that say how inputs are made.
 
-    @abstractmethod
-    def opening_call(self, checkpoint: Checkpoint, folder: str) -> str:
-        """Write the Python call that opens the adapter in a folder, trained on this checkpoint."""
+        Args:
+            checkpoint: the model that training started from.
+        """
 
     def card(
         self,

@@ -34,9 +34,9 @@ MAY_CHANGE = frozenset({
     "logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "log_on_each_node",
     "log_level", "log_level_replica", "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id",
     "trackio_bucket_id", "trackio_static_space_id", "include_num_input_tokens_seen", "skip_memory_metrics", "debug",
-    # At which steps the run saves, measures or stops early. What a step computes stays the same.
+    # At which steps the run saves, measures or stops early, and which weights it keeps. A step computes the same.
     "save_strategy", "save_steps", "save_total_limit", "save_only_model", "save_on_each_node", "enable_jit_checkpoint",
-    "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size", "patience",
+    "eval_on_start", "per_device_eval_batch_size", "patience", "load_best_model_at_end",
     "restore_callback_states_from_checkpoint",
     # How the same numbers are computed, up to rounding and, on another kind of device, dropout.
     "use_cpu", "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing",
@@ -52,6 +52,19 @@ MAY_CHANGE = frozenset({
 
 #: The settings of a run's length, which may change too if the learning rate does not depend on it.
 LENGTH = ("max_steps", "num_train_epochs")
+
+#: The settings of the steps that are measured, which may change too unless the learning rate depends on measurements.
+MEASURED = ("eval_strategy", "eval_steps", "eval_delay")
+
+#: The schedules in which it does.
+SCHEDULES_BY_MEASUREMENT = ("reduce_lr_on_plateau", "greedy")
+
+#: Settings that are derived from another setting unless they are given, and how.
+DERIVED = {
+    "warmup_steps": "it follows warmup_ratio if that is given",
+    "eval_steps": "it follows save_steps if it is not given",
+    **dict.fromkeys(("bf16", "fp16"), "in fit, it follows the reranker's dtype if the recipe leaves it out"),
+}
 
 
 def fixed_settings(
@@ -75,6 +88,8 @@ def fixed_settings(
     options = own | arguments.to_dict()  # type: ignore[no-untyped-call]
     if isinstance(options.get("deepspeed"), str):
         options["deepspeed"] = read_json(Path(options["deepspeed"]))
+    measured_freely = options["lr_scheduler_type"] not in SCHEDULES_BY_MEASUREMENT
+    may_change = MAY_CHANGE.union(MEASURED if measured_freely else ())
     settings = {
         "recipe": type(recipe).__name__,
         TRAINED_ON: [checkpoint.base, *(str(adapter.name) for adapter in adapters)],
@@ -82,7 +97,7 @@ def fixed_settings(
         "train_data": digest(groups.records),
         "eval_data": measured,
         "processes": arguments.world_size,
-        **{name: value for name, value in options.items() if name not in MAY_CHANGE},
+        **{name: value for name, value in options.items() if name not in may_change},
     }
     as_recorded: dict[str, Any] = json.loads(json.dumps(settings, default=str))
     return as_recorded
@@ -133,6 +148,8 @@ class SameSettings(TrainerCallback):
         if name == FINGERPRINTS:
             begun = f"the contents of {before.get(TRAINED_ON)} (fingerprints {before[name]})"
             now = f"of {self.settings[TRAINED_ON]} (fingerprints {self.settings[name]})"
+        if name in DERIVED:
+            now += f"; {DERIVED[name]}"
         advice = "resume with the same, or begin in another output_dir"
         if name in LENGTH:
             advice += "; allowed where the learning rate does not depend on it: lr_scheduler_type='constant', or "

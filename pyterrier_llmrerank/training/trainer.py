@@ -245,6 +245,13 @@ class GroupTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Tell whether a measurement is the best so far; if so, save the weights, since only saved ones can be kept."""
+        best = super()._determine_best_metric(metrics, trial)
+        if best and self.args.load_best_model_at_end:
+            self.control.should_save = True
+        return best
+
     @torch.no_grad()
     def score_pairs(self, asked: Sequence[tuple[str, str, str | None]]) -> list[float]:
         """Score ``(query, body, prompt)`` by the deepest head, at full width."""
@@ -323,15 +330,15 @@ class GroupTrainer(Trainer):
         folder = Path(output_dir or cast(str, self.args.output_dir))
         self.collate.tokenizer.save_pretrained(folder)
         if self.args.should_save:
-            # After training, the best checkpoint is saved, which need not be the last.
-            best = self.args.load_best_model_at_end and not self.is_in_train
+            # After training, the best checkpoint is saved, which need not be the last, unless it has been removed.
+            best = self.args.load_best_model_at_end and self.state.best_model_checkpoint and not self.is_in_train
             steps = (best and self.state.best_global_step) or self.state.global_step
             card = self.recipe.card(self.checkpoint, steps, self.stated, self._measured(steps), self.hub_model_id)
             (folder / "README.md").write_text(card, encoding="utf-8")
             describe_trained(
                 self.checkpoint,
                 folder,
-                {**self.recipe.described_inputs(), **self.described},
+                {**self.recipe.described_inputs(self.checkpoint), **self.described},
                 ratio=self.recipe.token_ratio,
                 whole=folder == Path(cast(str, self.args.output_dir)),
             )

@@ -32,6 +32,37 @@ def described(tmp_path: Path) -> Path:
     return tmp_path / "described"
 
 
+@pytest.mark.parametrize(("name", "own", "other"), [("start_layer", 2, 3), ("layer_sep", 1, 2)])
+def test_heads_have_one_setting_on_which_descriptions_and_arguments_agree(
+    name: str, own: int, other: int, described: Path, tmp_path: Path
+) -> None:
+    change(described, start_layer=2, layer_sep=1)
+    token = shutil.copytree(described, tmp_path / "token")
+    change(token, adapters=[], token_adapters={"2": "."})
+    wanted = reranker(adapters=ADAPTERS[0], token_adapters={2: ADAPTERS[0]}, max_length=90)
+    both: dict[str, Any] = {"adapters": described, "token_adapters": {2: token}, "dtype": "float32"}
+    for given in ({}, {name: own}):
+        equal(MatroyshkaReranker(BASE, **both, **given), wanted)
+    for role in ("adapters", "token_adapters"):
+        message = rf"{name}={other}: {role}: '.*' was trained with {name} {own}; allowed: {own}\."
+        with pytest.raises(ValueError, match=message):
+            MatroyshkaReranker(BASE, **{role: both[role]}, **{name: other})
+
+    change(token, **{name: other})
+    message = rf"adapters: '.*described' was trained with {name} {own}, but token_adapters: '.*token' with {other}; the"
+    with pytest.raises(ValueError, match=message):
+        MatroyshkaReranker(BASE, **both)
+    for value, role in ((own, "token_adapters"), (other, "adapters")):  # an argument does not settle it
+        with pytest.raises(
+            ValueError, match=rf"{name}={value}: {role}: .* was trained with {name} {own + other - value};"
+        ):
+            MatroyshkaReranker(BASE, **both, **{name: value})
+    reranker(adapters=ADAPTERS[0], token_adapters={}, layer_sep=1).save(tmp_path / "model")
+    message = rf"token' was trained with {name} {other}, but model='.*model' with {own}; the two must agree"
+    with pytest.raises(ValueError, match=message):
+        MatroyshkaReranker(tmp_path / "model", token_adapters={2: token})
+
+
 @pytest.mark.parametrize("role", ["adapters", "token_adapters"])
 @pytest.mark.parametrize("place", ["local", "hub"])
 def test_an_adapter_over_a_base_keeps_its_own_description(

@@ -304,8 +304,10 @@ def test_a_trained_matroyshka_opens_by_its_folder(tmp_path: Path) -> None:
 
 
 def test_a_recipe_names_only_lengths_that_are_not_the_originals() -> None:
-    assert RankLLaMATraining().described_inputs().keys() == {"input_format"}  # 196 in training, 164 in reranking
-    own = RankLLaMATraining(query_max_length=20, passage_max_length=90).described_inputs()
+    checkpoint = RankLLaMATraining().open(str(MODELS / "rankllama_base"))
+    described = RankLLaMATraining().described_inputs(checkpoint)
+    assert described.keys() == {"input_format"}  # 196 in training, 164 in reranking
+    own = RankLLaMATraining(query_max_length=20, passage_max_length=90).described_inputs(checkpoint)
     assert (own["query_max_length"], own["passage_max_length"]) == (20, 90)
 
 

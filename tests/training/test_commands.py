@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -14,19 +15,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import MODELS, RECORDS, Cache, checkpointing
+from conftest import MODELS, RECORDS, Cache, checkpointing, ids_of
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker
+from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
 from pyterrier_llmrerank.__main__ import main
+from pyterrier_llmrerank.checkpoints.description import LENGTHS
 from pyterrier_llmrerank.checkpoints.input_format import InputFormat
+from pyterrier_llmrerank.checkpoints.json_files import read_json
 from pyterrier_llmrerank.engine.inputs import inputs_of
 from pyterrier_llmrerank.training import RankLLaMATraining
 from pyterrier_llmrerank.training.commands import parse
 from pyterrier_llmrerank.training.trainer import GroupTrainer
+from pyterrier_llmrerank.training.validation import Validation
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 MISTRAL = str(MODELS / "mistral_base")
@@ -129,7 +133,7 @@ def test_losses_are_logged_without_a_progress_bar(data: Path, tmp_path: Path, ca
     ]
 
 
-def opened_as_said(capsys: pytest.CaptureFixture[str], folder: Path) -> LLMReranker:
+def opened_as_said(capsys: pytest.CaptureFixture[str], folder: Path) -> Any:
     """The reranker that a run's last lines open."""
     said = capsys.readouterr().out.split("\n\n")
     assert said[-2].endswith(f"The adapter is in {folder}; open it in Python with")
@@ -137,31 +141,76 @@ def opened_as_said(capsys: pytest.CaptureFixture[str], folder: Path) -> LLMReran
 
 
 def test_distil_and_compensate(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", *distill(data, tmp_path / "distilled")]) == 0
-    said = opened_as_said(capsys, tmp_path / "distilled")
-    assert said == MatroyshkaReranker(MISTRAL, adapters=[tmp_path / "distilled"], start_layer=4)
-    options = distill(data, tmp_path / "layer")[1:]
+    distilled, layer, token = (tmp_path / name for name in ("distilled", "layer", "token"))
+
+    def check(folder: Path, **parts: Any) -> None:
+        """Check the scores of the reranker that the printed call opens, in two shapes."""
+        said, wanted = opened_as_said(capsys, folder), MatroyshkaReranker(MISTRAL, **parts, dtype="float32")
+        said.set_parameter("dtype", "float32")
+        for shape in ({}, {"compress_layers": [4], "compress_ratio": 2}):
+            pair = ("panda", "x " * 9)
+            assert said.at(**shape).compute_score(pair) == pytest.approx(
+                wanted.at(**shape).compute_score(pair), abs=1e-4
+            )
+
+    assert main(["train", *distill(data, distilled)]) == 0
+    check(distilled, adapters=[distilled])
+    options = distill(data, layer)[1:]
     options[options.index("--compress_ratios") : options.index("--compress_ratios") + 3] = []
-    options += ["--raw_peft", str(tmp_path / "distilled"), "--train_method", "normal", "--finetune_type", "layer"]
+    options += ["--raw_peft", str(distilled), "--train_method", "normal", "--finetune_type", "layer"]
     assert main(["train", "compensate", *options]) == 0
-    options = [str(tmp_path / "token") if o == str(tmp_path / "layer") else o for o in options]
-    options += ["--raw_peft", str(tmp_path / "distilled"), str(tmp_path / "layer"), "--finetune_type", "token"]
+    check(layer, adapters=[distilled, layer])
+    options = [str(token) if o == str(layer) else o for o in options]
+    options += ["--raw_peft", str(distilled), str(layer), "--finetune_type", "token"]
     assert main(["train", "compensate", *options, "--compress_ratios", "2"]) == 0
-    reranker = MatroyshkaReranker(
-        MISTRAL, adapters=[tmp_path / name for name in ("distilled", "layer", "token")], start_layer=4
-    )
-    assert np.isfinite(reranker.compute_score(("panda", "a panda")))
-    assert opened_as_said(capsys, tmp_path / "token") == reranker
-    card = (tmp_path / "token" / "README.md").read_text()
+    check(token, adapters=[distilled, layer], token_adapters={2: token})
+    card = (token / "README.md").read_text()
     assert "# An adapter of mistral_base\n\nTrained by pyterrier_llmrerank for 4 steps" in card
     assert "CompensateTraining(group_size=4, " in card
     assert 'MatroyshkaReranker("path/to/this/folder")' in card
-    described = MatroyshkaReranker(tmp_path / "token", dtype="float32")  # its last adapter serves its ratio alone
-    reranker.set_parameter("dtype", "float32")
-    pooled = [each.at(compress_layers=[4], compress_ratio=2) for each in (described, reranker)]
-    scores = [each.compute_score(("panda", "x " * 9)) for each in pooled]
-    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
     assert "[More Information Needed]" not in card
+
+
+def test_the_printed_call_opens_a_base_of_a_relative_name(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(MISTRAL, tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    options = ["--model_name_or_path", "base", "--max_steps", "1", "--start_layer", "3", "--prompt", "Why 'this'?"]
+    assert main(["train", *distill(data, Path("it's"), *options)]) == 0
+    said, wanted = (
+        opened_as_said(capsys, Path("it's")),
+        MatroyshkaReranker("base", adapters="it's", start_layer=3, prompt="Why 'this'?", dtype="float32"),
+    )
+    said.set_parameter("dtype", "float32")
+    pair = ("panda", "a panda")
+    assert said.at(cutoff=3).compute_score(pair) == pytest.approx(wanted.at(cutoff=3).compute_score(pair), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("trained", "scored"),
+    [
+        ({"query_max_len": 32, "passage_max_len": 192}, {}),
+        ({"query_max_len": 8, "passage_max_len": 52}, {}),  # scores with 512, like the original
+        ({"query_max_len": 32, "passage_max_len": 600}, {"max_length": 632}),
+        ({"query_max_len": 400, "passage_max_len": 100}, {"query_max_length": 400}),
+        ({"query_max_len": 600, "passage_max_len": 100}, {"query_max_length": 600, "max_length": 700}),
+    ],
+)
+def test_a_matroyshka_scores_with_all_tokens_that_it_was_trained_on(
+    trained: dict[str, int], scored: dict[str, int], data: Path, tmp_path: Path
+) -> None:
+    lengths = [word for name, value in trained.items() for word in (f"--{name}", str(value))]
+    assert main(["train", *distill(data, tmp_path / "run", "--max_steps", "1", *lengths)]) == 0
+    described = read_json(tmp_path / "run" / "reranker.json")
+    assert {name: described[name] for name in LENGTHS if name in described} == scored
+    opened = MatroyshkaReranker(tmp_path / "run", dtype="float32")
+    wanted = MatroyshkaReranker(MISTRAL, start_layer=4, dtype="float32", **scored)
+    long = [("why " * 700, "panda " * 900), ("panda", "panda " * 900)]
+    assert ids_of(opened, long) == ids_of(wanted, long)
+    again = ["--model_name_or_path", str(tmp_path / "run"), "--query_max_len", "32", "--passage_max_len", "192"]
+    assert main(["train", *distill(data, tmp_path / "again", "--max_steps", "1", *again)]) == 0
+    assert ids_of(MatroyshkaReranker(tmp_path / "again", dtype="float32"), long) == ids_of(wanted, long)
 
 
 def test_rankllama_with_validation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,6 +243,36 @@ def test_rankllama_with_validation(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "@article{rankllama" in card.text
 
 
+@pytest.mark.parametrize("intervals", ["--eval_steps 2 --save_steps 4", "--eval_steps 2 --save_steps 3",
+                                       "--eval_steps 2 --save_strategy epoch"])  # fmt: skip
+def test_the_best_weights_are_kept_even_if_no_checkpoint_is_due(
+    intervals: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = iter([0.9, 0.5])
+    monkeypatch.setattr(Validation, "__call__", lambda *_: next(values))
+    assert main(["train", *distill(data, tmp_path / "run", "--eval_data", str(data), *intervals.split())]) == 0
+    kept, best, last = (
+        load_file(tmp_path / "run" / folder / "adapter_model.safetensors")
+        for folder in ("", "checkpoint-2", "checkpoint-4")
+    )
+    assert all(torch.equal(kept[name], tensor) for name, tensor in best.items())
+    assert not all(torch.equal(kept[name], tensor) for name, tensor in last.items())
+    assert "for 2 steps" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_a_card_names_the_best_step_only_if_its_weights_are_kept(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = iter([0.9, 0.5, 0.5, 0.5])
+    monkeypatch.setattr(Validation, "__call__", lambda *_: next(values))
+    command = ["train", *distill(data, tmp_path / "run", "--eval_data", str(data), "--save_steps", "2")]
+    command += ["--lr_scheduler_type", "constant"]
+    assert main(command) == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoint-2")
+    assert main([*command, "--resume_from_checkpoint", "True", "--max_steps", "6"]) == 0
+    assert "for 6 steps" in (tmp_path / "run" / "README.md").read_text()
+
+
 def test_another_runs_output_is_left_alone(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     (folder / "checkpoint-2").mkdir(parents=True)
@@ -217,6 +296,8 @@ def test_another_runs_output_is_left_alone(data: Path, tmp_path: Path, capsys: p
         (["--compress_ratios", "3"], "--compress_ratios 3; allowed: powers of two"),
         (["--start_layer", "9"], "start_layer=9"),
         (["--patience", "3"], "patience=3 needs eval_data"),
+        (["--warmup_ratio", "-0.1"], "--warmup_ratio=-0.1; allowed: a number from 0 to less than 1"),
+        (["--warmup_ratio", "1"], "--warmup_ratio=1.0; allowed: a number from 0 to less than 1"),
         (["--eval-data", "nothing.jsonl"], "eval_data='nothing.jsonl': no such file"),
         (["--model_name_or_path", "./none"], "no such model folder"),
     ],
@@ -227,6 +308,16 @@ def test_errors_come_before_training(
     assert main(["train", *distill(data, tmp_path / "run", *change)]) == 1
     assert re.search(f"error: .*{message}", capsys.readouterr().err)
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("setting", [["--teacher_weight", "1"], ["--absolute_margin", "0"]])
+def test_rankllama_names_the_line_without_a_teachers_scores(
+    setting: list[str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ["--model_name_or_path", str(MODELS / "rankllama_base"), "--use_cpu"]
+    files = ["--train_data", str(data), "--output_dir", str(tmp_path / "run")]
+    assert main(["train", "rankllama", *base, *files, *setting]) == 1
+    assert "train.jsonl, line 1: no pos_scores and neg_scores, which training with a" in capsys.readouterr().err
 
 
 def test_options_have_one_name_in_full(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

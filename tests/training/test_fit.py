@@ -13,12 +13,14 @@ import pyterrier as pt
 import pytest
 import torch
 from conftest import MODELS, RECORDS
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, Trainer
 
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker
 from pyterrier_llmrerank.checkpoints.input_format import InputFormat
 from pyterrier_llmrerank.checkpoints.json_files import read_json
 from pyterrier_llmrerank.training import CompensateTraining, DistillTraining, RankLLaMATraining
+from pyterrier_llmrerank.training.validation import Validation
 
 RANKLLAMA_BASE, MISTRAL = str(MODELS / "rankllama_base"), str(MODELS / "mistral_base")
 SHORT: dict[str, Any] = {
@@ -133,19 +135,47 @@ def test_an_interrupted_fit_keeps_checkpoints_alone_and_names_their_folder(
     assert all(str(folder) in note for folder, note in zip(folders, notes, strict=True))
 
 
-def test_a_loss_that_was_asked_for_is_not_replaced(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "intervals", [{"save_steps": 4}, {"save_steps": 3}, {"arguments": {"save_steps": 3, "save_total_limit": 1}},
+                  {"arguments": {"save_strategy": "epoch"}}],
+)  # fmt: skip
+def test_fit_keeps_the_best_weights_at_any_intervals(
+    intervals: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = iter([0.9, 0.5])
+    monkeypatch.setattr(Validation, "__call__", lambda *_: next(values))
     _, results, qrels = candidates()
-    reranker = untrained("matroyshka", tmp_path / "run", max_steps=1, train_method="distill_final_layer_teacher")
-    with pytest.raises(ValueError, match="the results have no column teacher, which it needs"):
+    reranker = untrained("rankllama", tmp_path / "run", max_steps=4, eval_steps=2, **intervals)
+    reranker.fit(results, qrels, results, qrels)
+    kept, best = (load_file(tmp_path / "run" / folder / "adapter_model.safetensors") for folder in ("", "checkpoint-2"))
+    assert all(torch.equal(kept[name], tensor) for name, tensor in best.items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "named"),
+    [
+        ("matroyshka", {"train_method": "distill_final_layer_teacher"}, "train_method='distill_final_layer_teacher'"),
+        ("matroyshka", {"absolute_margin": 1.5}, "absolute_margin=1.5"),  # with the default method
+        ("rankllama", {"absolute_margin": 1.5}, "absolute_margin=1.5"),
+        ("rankllama", {"teacher_weight": 2.0}, "teacher_weight=2.0"),
+        ("rankllama", {"teacher_weight": 2.0, "absolute_margin": 1.5}, "teacher_weight=2.0, absolute_margin=1.5"),
+    ],
+)
+def test_a_setting_that_needs_a_teacher_is_refused_without_one(
+    kind: str, settings: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    _, results, qrels = candidates()
+    method = {"train_method": "distill_fix_layer_teacher"} if kind == "matroyshka" else {}
+    reranker = untrained(kind, tmp_path / "run", max_steps=1, **method | settings)
+    with pytest.raises(ValueError, match=f"^{named}: the results have no column 'teacher', which it needs"):
         reranker.fit(results, qrels)
+    assert not (tmp_path / "run").exists()
 
 
 def test_rankllama_learns_from_a_teacher(tmp_path: Path) -> None:
     """The model follows a teacher that ranks the relevant text last if its weight is high."""
     topics, results, qrels = candidates()
     reranker = untrained("rankllama", tmp_path / "run", teacher_weight=50.0, teacher_temperature=0.5)
-    with pytest.raises(ValueError, match=r"training=RankLLaMATraining\(.*the results have no column teacher"):
-        reranker.fit(results, qrels)
     relevant = results["docno"].isin(qrels["docno"])
     reranker.fit(results.assign(teacher=np.where(relevant, -2.0, 2.0)), qrels)
     ranked = ndcg(pt.Transformer.from_df(results) >> reranker, topics, qrels)
@@ -171,7 +201,7 @@ def test_a_merged_model_scores_the_same(kind: str, dtype: str, tmp_path: Path) -
 
 def test_validation_keeps_the_best_and_stops_early(tmp_path: Path) -> None:
     topics, results, qrels = candidates()
-    reranker = untrained("matroyshka", tmp_path, learning_rate=1e-9, eval_steps=1, patience=2, max_steps=15)
+    reranker = untrained("matroyshka", tmp_path, learning_rate=1e-9, save_steps=1, patience=2, max_steps=15)
     reranker.fit(results, qrels, results, qrels)
     # Nothing gets better at that rate: one measurement, and two more without an improvement.
     assert sorted(folder.name for folder in tmp_path.glob("checkpoint-*"))[-1] == "checkpoint-3"

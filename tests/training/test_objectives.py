@@ -114,8 +114,10 @@ def test_without_a_weight_the_distilled_loss_is_the_original() -> None:
     assert not DistilledLoss().needs_teacher
     assert DistilledLoss(1.0).needs_teacher
     assert DistilledLoss(absolute_margin=0.0).needs_teacher
-    with pytest.raises(ValueError, match="teacher_weight=1, absolute_margin=None: the data has no teacher scores"):
+    with pytest.raises(ValueError, match=r"^teacher_weight=1.0 needs teacher scores; the data has none"):
         DistilledLoss(1.0)(scores)
+    with pytest.raises(ValueError, match=r"^absolute_margin=0.0 needs teacher scores; the data has none"):
+        DistilledLoss(absolute_margin=0.0)(scores)
 
 
 def test_a_group_of_likely_positives_alone_teaches_by_its_teacher_only() -> None:

@@ -104,7 +104,7 @@ def test_further_training_keeps_the_described_heads_and_prompt(tmp_path: Path) -
         followed = DistillTraining(group_size=8).following(checkpoint)
         assert list(checkpoint.head_layers) == [2, 3, 4, 5, 6, 7, 8]
         assert followed == DistillTraining(group_size=8, start_layer=2, prompt="Is it?")
-        assert followed.described_inputs() == {"prompt": "Is it?"}
+        assert followed.described_inputs(checkpoint) == {"prompt": "Is it?"}
         for given in ({"start_layer": 5}, {"layer_sep": 2}, {"prompt": "Relevant?"}):
             with pytest.raises(ValueError, match=f"{next(iter(given))}=.*, but .*adapter.*; the two must agree"):
                 DistillTraining(**given).open(model, adapters)

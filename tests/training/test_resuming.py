@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from pyterrier_llmrerank.training import DistillTraining, RankLLaMATraining
 from pyterrier_llmrerank.training.batches import Groups
+from pyterrier_llmrerank.training.commands import parse
 from pyterrier_llmrerank.training.data import open_data
 from pyterrier_llmrerank.training.recipes import Recipe
 from pyterrier_llmrerank.training.resuming import LENGTH, MAY_CHANGE, SameSettings, fixed_settings
@@ -58,7 +59,7 @@ def recorded(folder: Path, begun_with: dict[str, Any]) -> Path:
         ({"warmup_steps": 3}, "warmup_steps=0, not 3"),
         ({"per_device_train_batch_size": 2}, "per_device_train_batch_size=8, not 2"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps=1, not 2"),
-        ({"bf16": True}, "bf16=False, not True"),
+        ({"bf16": True}, "bf16=False, not True; in fit, it follows the reranker's dtype if the recipe leaves it out; "),
         ({"seed": 7}, "seed=42, not 7"),
         ({"data_seed": 7}, "data_seed=None, not 7"),
         ({"dataloader_drop_last": True}, "dataloader_drop_last=False, not True"),
@@ -88,6 +89,50 @@ def test_settings_that_change_no_weight_may_change(checkpoint: Path, caplog: pyt
     SameSettings(settings(patient, **harmless), checkpoint)
     assert caplog.messages == []
     assert not MAY_CHANGE & {*LENGTH, "optim", "lr_scheduler_type", "per_device_train_batch_size", "seed", "bf16"}
+
+
+def of_command(*options: str, eval_data: bool = True) -> dict[str, Any]:
+    """The settings of a run from the shell."""
+    words = f"--model_name_or_path {BASE} --train_data x --output_dir run --use_cpu --compress_layers 4".split()
+    recipe, _, arguments = parse("compensate", [*words, *(["--eval_data", "x"] if eval_data else []), *options])
+    groups = Groups(RECORDS, 4, 0, recipe.body)
+    validation = Validation.of_records(RECORDS, recipe.body) if eval_data else None
+    return fixed_settings(recipe, recipe.open(BASE, ()), groups, arguments, validation)
+
+
+@pytest.mark.parametrize(
+    "now",
+    [
+        "--save_steps 120 --eval_steps 50", "--save_steps 100 --eval_steps 30", "--save_steps 120",
+        "--save_strategy epoch", "--eval_strategy epoch", "--save_strategy no", "--load_best_model_at_end False",
+    ],
+)  # fmt: skip
+def test_a_resumed_run_may_save_and_measure_at_other_steps(
+    now: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = recorded(tmp_path / "checkpoint-1", of_command("--save_steps", "100", "--eval_steps", "50"))
+    SameSettings(of_command(*now.split()), checkpoint)
+    assert caplog.messages == []
+
+
+def test_measured_steps_stay_if_the_learning_rate_depends_on_them(tmp_path: Path) -> None:
+    plateau = ("--lr_scheduler_type", "reduce_lr_on_plateau", "--save_steps", "100")
+    checkpoint = recorded(tmp_path / "checkpoint-1", of_command(*plateau))
+    SameSettings(of_command(*plateau, "--eval_steps", "100", "--save_strategy", "epoch"), checkpoint)
+    for change, difference in {
+        "--eval_steps 50": "eval_steps=100, not 50",
+        "--save_steps 120": "eval_steps=100, not 120; it follows save_steps if",
+        "--eval_delay 5": "eval_delay=0, not 5",
+        "--eval_strategy epoch": "eval_strategy='steps', not 'epoch'",
+    }.items():
+        with pytest.raises(ValueError, match=difference):
+            SameSettings(of_command(*plateau, *change.split()), checkpoint)
+
+
+def test_a_setting_that_follows_another_names_it(tmp_path: Path) -> None:
+    checkpoint = recorded(tmp_path / "checkpoint-1", of_command("--warmup_ratio", "0.1"))
+    with pytest.raises(ValueError, match=r"warmup_steps=0.1, not 0.2; it follows warmup_ratio if that is given; "):
+        SameSettings(of_command("--warmup_ratio", "0.2"), checkpoint)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "constant_with_warmup"])
