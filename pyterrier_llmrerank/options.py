@@ -4,9 +4,9 @@ A reranker declares its options as class attributes::
 
     @with_options
     class MyReranker(LLMReranker):
-        model: Option[str] = Option(default="owner/name", check=path_like, help="a folder or hub id.")
+        model: Option[str] = Option(default="owner/name", check=check_path, help="a folder or hub id.")
         _: KW_ONLY
-        cutoff: Converted[int | Sequence[int], tuple[int, ...]] = Converted(default=(), check=layers, help="...")
+        cutoff: Converted[int | Sequence[int], tuple[int, ...]] = Converted(default=(), check=check_layers, help="...")
 
 The constructor, its signature and the docstring's ``Args`` follow from them, and :func:`options_of` lists them for a
 command line. Values are checked whenever they are set.

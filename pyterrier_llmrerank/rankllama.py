@@ -18,8 +18,8 @@ from .checkpoints.locate import absolute, folder_of, is_hub_id, named_base, port
 from .engine.inputs import Encoding, RankLLaMAInputs, inputs_of
 from .frames import row_name
 from .options import Option, with_options
-from .reranker import LLMReranker, model_path, recipe
-from .values import column, flag, optional, positive, problem_of, string
+from .reranker import LLMReranker, check_model, recipe_of
+from .values import as_bool, check_column, check_positive, check_string, optional, problem_of
 
 if TYPE_CHECKING:
     from .checkpoints.checkpoint import Checkpoint
@@ -57,7 +57,7 @@ class RankLLaMAReranker(LLMReranker):
 
     model: Option[str] = Option(
         default="castorini/rankllama-v1-7b-lora-passage",
-        check=model_path,
+        check=check_model,
         help="a PEFT ``SEQ_CLS`` adapter with its score head, a merged ``*ForSequenceClassification`` model, or "
         "``smollm2-135m``, the small adapter that comes with this package. It is a folder or a hub id, which may "
         'include a revision (``"owner/name@v1"``); paths are kept absolute.',
@@ -65,7 +65,7 @@ class RankLLaMAReranker(LLMReranker):
     _: KW_ONLY
     base_model: Option[str | None] = Option(
         default=None,
-        check=optional(model_path),
+        check=optional(check_model),
         help="a base (folder, ``.gguf`` file or hub id) to use in place of the one that the adapter names.",
     )
     input_format: Option[str | None] = Option(
@@ -82,29 +82,29 @@ class RankLLaMAReranker(LLMReranker):
     )
     query_prefix: Option[str | None] = Option(
         default=None,
-        check=optional(string),
+        check=optional(check_string),
         help='text before the query in Tevatron\'s formats; None for the one in ``reranker.json``, or ``"query: "``.',
     )
     passage_prefix: Option[str | None] = Option(
         default=None,
-        check=optional(string),
+        check=optional(check_string),
         help="text before the passage in Tevatron's formats; None for the one in ``reranker.json``, or "
         '``"document: "``.',
     )
     append_eos: Option[bool | None] = Option(
         default=None,
-        check=optional(flag),
+        check=optional(as_bool),
         help="append the tokenizer's end token to the input, in all formats but ``tevatron-2023``; None for the value "
         "in ``reranker.json``, or else no end token.",
     )
     query_max_length: Option[int | None] = Option(
         default=None,
-        check=optional(positive),
+        check=optional(check_positive),
         help="tokens kept of ``query: {query}``, not counting ``<s>``; None for the value in ``reranker.json``, or 32.",
     )
     passage_max_length: Option[int | None] = Option(
         default=None,
-        check=optional(positive),
+        check=optional(check_positive),
         help="tokens kept of ``document: {title} {text}``, not counting ``<s>``; None for the value in "
         "``reranker.json``, or 164. The whole input has at most "
         "``query_max_length + passage_max_length - 2`` tokens, counting both ``<s>``; the query is cut to fit. The "
@@ -114,21 +114,21 @@ class RankLLaMAReranker(LLMReranker):
     )
     title_field: Option[str | None] = Option(
         default="title",
-        check=optional(column),
+        check=optional(check_column),
         help="a column with titles; None to read no titles. Frames without the column, and rows in which it is None or "
         "NaN, have no title.",
         shell="the field with titles.",
     )
     url_field: Option[str | None] = Option(
         default=None,
-        check=optional(column),
+        check=optional(check_column),
         help="a column with URLs, which precede the title; None to read no URLs. The document checkpoint reads them. "
         "Missing values are treated as in ``title_field``.",
         shell="a field with URLs, which precede the title; by default, none.",
     )
     training: Option[RankLLaMATraining | None] = Option(
         default=None,
-        check=recipe("RankLLaMATraining"),
+        check=recipe_of("RankLLaMATraining"),
         help="the recipe that :meth:`fit` trains by; None for the original settings.",
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .checkpoints.identity import identity
-from .engine.weights import Sharer, Weights, shared_weights
+from .engine.weights import Consumer, Weights, shared_weights
 
 #: The device, dtype, quantization and compilation of one copy.
 Setting = tuple[torch.device, torch.dtype, str | None, bool]
@@ -43,19 +43,19 @@ class Replicas:
         assert weights is not None
         return weights
 
-    def join(self, sharer: Sharer, earlier: Replicas | None) -> None:
+    def join(self, consumer: Consumer, earlier: Replicas | None) -> None:
         """Keep the weights that a reranker needs in memory, and drop earlier ones."""
         kept = self._stacks()
         for weights in kept:  # before leaving, so that layers needed by both are not dropped
-            weights.join(sharer)
+            weights.join(consumer)
         for weights in [] if earlier is None else earlier._stacks():
             if weights not in kept:
-                weights.leave(sharer)
+                weights.leave(consumer)
 
-    def leave(self, sharer: Sharer) -> None:
+    def leave(self, consumer: Consumer) -> None:
         """Drop the weights that only this reranker needs."""
         for weights in self._stacks():
-            weights.leave(sharer)
+            weights.leave(consumer)
 
     def _stacks(self) -> list[Weights]:
         """Return the weights on all devices, each token adapter with the weights below it."""

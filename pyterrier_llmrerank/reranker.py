@@ -26,7 +26,7 @@ from .frames import check_columns, check_rows, distinct, row_name, warn_of_ties,
 from .options import Converted, Option, constructor_signature, with_options
 from .scores import RowObserver, Scores
 from .value_semantics import ValueSemantics
-from .values import as_pairs, column, devices, flag, one_of, optional, path_like, positive, refuse
+from .values import as_bool, as_pairs, check_column, check_devices, check_path, check_positive, one_of, optional, refuse
 
 # Torch and transformers take seconds to import; they are imported when weights are needed.
 if TYPE_CHECKING:
@@ -50,12 +50,12 @@ QUANTIZATIONS = ("int8", "float8")
 ATTENTIONS = ("sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3")
 
 
-def model_path(name: str, value: object) -> str:
+def check_model(name: str, value: object) -> str:
     """Return a folder or file as an absolute path, or a hub id as it is."""
-    return absolute(path_like(name, value))
+    return absolute(check_path(name, value))
 
 
-def recipe(*kinds: str) -> Callable[[str, object], Any]:
+def recipe_of(*kinds: str) -> Callable[[str, object], Any]:
     """Return a check for a recipe of some classes of the training package, or None."""
 
     def check(name: str, value: object) -> Any:
@@ -69,7 +69,7 @@ def recipe(*kinds: str) -> Callable[[str, object], Any]:
     return check
 
 
-def _dtype(name: str, value: object) -> str:
+def _check_dtype(name: str, value: object) -> str:
     dtype = str(value).removeprefix("torch.")
     return dtype if dtype in DTYPES else refuse(name, value, ", ".join(DTYPES))
 
@@ -93,17 +93,17 @@ class LLMReranker(ValueSemantics, pt.Estimator):
     SHAPE: ClassVar[tuple[str, ...]] = ()
     __signature__: ClassVar[inspect.Signature]
 
-    model: Option[str] = Option(check=model_path, help="a folder, file or hub id. Paths are kept absolute.")
+    model: Option[str] = Option(check=check_model, help="a folder, file or hub id. Paths are kept absolute.")
     _: KW_ONLY
-    text_field: Option[str] = Option(default="text", check=column, help="the column with the text.")
+    text_field: Option[str] = Option(default="text", check=check_column, help="the column with the text.")
     batch_size: Option[int | None] = Option(
         default=None,
-        check=optional(positive),
+        check=optional(check_positive),
         help="pairs per batch; None for as many as fit a token budget.",
     )
     device: Converted[str | Sequence[str] | None, str | tuple[str, ...] | None] = Converted(
         default=None,
-        check=devices,
+        check=check_devices,
         help='for example ``"cuda:1"``; None for CUDA or MPS if available, else the CPU. With several devices, '
         '``["cuda:0", "cuda:1"]``, each holds a copy of the weights and takes some queries at a time, with all their '
         "candidates. They are kept as a tuple. :meth:`fit` trains on the CPU or the first GPU.",
@@ -112,7 +112,7 @@ class LLMReranker(ValueSemantics, pt.Estimator):
     )
     dtype: Option[str] = Option(
         default="auto",
-        check=_dtype,
+        check=_check_dtype,
         help='the dtype of weights and computation: ``"auto"`` for bfloat16 where the device computes in it natively, '
         'else float32; or ``"float32"``, ``"bfloat16"`` or ``"float16"``.',
     )
@@ -126,7 +126,7 @@ class LLMReranker(ValueSemantics, pt.Estimator):
     )
     torch_compile: Option[bool] = Option(
         default=False,
-        check=flag,
+        check=as_bool,
         help="compile the layers with torch.compile on first use. New batch shapes do not trigger compilation. "
         "On a CPU this needs a C++ compiler. (Its name is not ``compile``: that is a method that pipelines call.)",
     )
@@ -137,7 +137,7 @@ class LLMReranker(ValueSemantics, pt.Estimator):
         'CPUs), ``"flash_attention_2"`` or ``"flash_attention_3"`` (on CUDA in bf16 or fp16, if their packages are '
         'installed); None for ``"sdpa"``.',
     )
-    verbose: Option[bool] = Option(default=False, check=flag, help="show a progress bar.")
+    verbose: Option[bool] = Option(default=False, check=as_bool, help="show a progress bar.")
 
     # Without annotations, which would make them options.
     _usage = Usage()

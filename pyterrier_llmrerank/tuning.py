@@ -15,7 +15,7 @@ from .frames import check_columns, check_rows
 from .matroyshka import MatroyshkaReranker
 from .runs.evaluation import Evaluation
 from .sweep import Candidates, Choice, Measurement, choices, evenly_spaced, in_turns, interval, one_pass, pareto
-from .values import natural, positive, refuse
+from .values import check_natural, check_positive, refuse
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -95,7 +95,7 @@ class Tuning:
             ValueError: the number of folds is not allowed, or no shape is within the budget.
         """
         queries = len(self.values)
-        if not 2 <= positive("folds", folds) <= queries:
+        if not 2 <= check_positive("folds", folds) <= queries:
             refuse("folds", folds, f"from 2 to {queries}, the number of queries")
         fold_of = np.random.default_rng(0).permutation(np.arange(queries) % folds)
         own, rows = np.empty(queries), []
@@ -245,8 +245,8 @@ def tune(
     if not isinstance(reranker, MatroyshkaReranker) or reranker.released:
         refuse("reranker", reranker, "a MatroyshkaReranker, without released=True")
     limit_of(budget)
-    timed, stages = natural("timed", timed), natural("stages", stages)
-    kept = sorted({positive("keep", number) for number in np.atleast_1d(keep).tolist()}, reverse=True)
+    timed, stages = check_natural("timed", timed), check_natural("stages", stages)
+    kept = sorted({check_positive("keep", number) for number in np.atleast_1d(keep).tolist()}, reverse=True)
     rows = _judged_rows(reranker, res, qrels)
     evaluation = Evaluation(measure, rows, qrels)
     widths = _widths(reranker, cutoffs, compress_ratios, compress_layers)

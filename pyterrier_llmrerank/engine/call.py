@@ -16,7 +16,7 @@ class Stopped(Exception):  # noqa: N818
     """Raised between two batches because another device failed."""
 
 
-class Call:
+class ScoringCall:
     """Hands out the chunks of a call of :meth:`~pyterrier_llmrerank.engine.scoring.Scorer.score`, and holds its scores.
 
     Args:

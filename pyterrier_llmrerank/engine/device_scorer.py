@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import ScoringError, reason
 from .attention import PrefixCache
 from .batching import Budget, run_in_batches
-from .call import Call, Stopped
+from .call import ScoringCall, Stopped
 from .cascade import Cascade
 from .decoder import Decoder, embedded, run_layers
 from .fallback import FallbackDecoder
@@ -77,7 +77,7 @@ class DeviceScorer:
         shape: Shape,
         encode: Callable[[PreTrainedTokenizerBase, Sequence[tuple[str, str]]], list[Ids]],
         batch_size: int | None,
-        call: Call,
+        call: ScoringCall,
     ) -> None:
         self.call = call
         self._weights, self._shape = weights, shape

@@ -176,14 +176,14 @@ def _open_model(checkpoint: Checkpoint) -> tuple[Any, Sequence[str]]:
     Raises:
         ValueError: config.json does not describe a model, or the files do not fill it.
     """
-    with checkpoint.described(), torch.device("meta"):
+    with checkpoint.blame_config(), torch.device("meta"):
         wanted = sum(weight.numel() for weight in AutoModel.from_config(checkpoint.config).parameters())  # type: ignore[no-untyped-call]
     held = sum(math.prod(checkpoint.files.shape(name)) for name in checkpoint.files)
     if wanted > held:  # checked first, because transformers allocates missing weights
         raise ValueError(
             f"{checkpoint.argument}: config.json describes a model of {wanted} weights, its files hold {held}."
         )
-    with checkpoint.described(), silence_warnings():  # it would warn of the unused language model head
+    with checkpoint.blame_config(), silence_warnings():  # it would warn of the unused language model head
         model, loading = AutoModel.from_pretrained(
             checkpoint.folder,
             config=checkpoint.config,

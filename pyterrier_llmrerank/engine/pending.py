@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ScoringError
-from .call import Call
+from .call import ScoringCall
 
 
 class PendingBatch(NamedTuple):
@@ -37,7 +37,7 @@ class PendingResults:
         dtype: the dtype of the weights, for advice in errors.
     """
 
-    def __init__(self, call: Call, dtype: torch.dtype) -> None:
+    def __init__(self, call: ScoringCall, dtype: torch.dtype) -> None:
         self._call = call
         self._dtype = dtype
         self._batches: deque[PendingBatch] = deque()

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..checkpoints.checkpoint import Checkpoint
 from .batching import query_chunks
-from .call import Call
+from .call import ScoringCall
 from .cascade import Cascade
 from .decoder import Decoder
 from .device_scorer import DeviceScorer
@@ -36,7 +36,7 @@ CASCADE_CHUNK = 256
 LARGE = 256
 
 #: Chunks for each of several devices, if there are enough queries, so that no device waits long for the last one.
-SHARES = 4
+CHUNKS_PER_DEVICE = 4
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Scorer:
             KeyboardInterrupt: Ctrl-C, with ``scores`` as above.
         """
         observer = observer or Observer()
-        call = Call(pairs, self._chunks(pairs), len(self.shape.cutoffs), observer, cascade)
+        call = ScoringCall(pairs, self._chunks(pairs), len(self.shape.cutoffs), observer, cascade)
         # One by one: transformers builds models under settings of the whole process.
         devices = [DeviceScorer(weights, self.shape, self.encode, self.batch_size, call) for weights in self.weights]
         try:
@@ -149,5 +149,5 @@ class Scorer:
         """Split pairs, by index, into chunks of whole queries."""
         size = CHUNK if len(self.shape.stages) == 1 else CASCADE_CHUNK
         if len(self.weights) > 1:
-            size = min(size, -(-len(pairs) // (SHARES * len(self.weights))))
+            size = min(size, -(-len(pairs) // (CHUNKS_PER_DEVICE * len(self.weights))))
         return query_chunks([query for query, _ in pairs], max(size, self.batch_size or 0))

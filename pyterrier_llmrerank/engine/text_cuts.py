@@ -90,11 +90,11 @@ def _sentencepiece_may_cut(processor: Any) -> bool:
     )
 
 
-def _json_places(described: dict[str, Any]) -> re.Pattern[str] | None:
+def _json_places(description: dict[str, Any]) -> re.Pattern[str] | None:
     """Return where to cut for a tokenizer that ``tokenizer.json`` describes; None for nowhere."""
-    normalizers = _steps(described["normalizer"], "normalizers")
-    splits = _steps(described["pre_tokenizer"], "pretokenizers")
-    model = described["model"]
+    normalizers = _steps(description["normalizer"], "normalizers")
+    splits = _steps(description["pre_tokenizer"], "pretokenizers")
+    model = description["model"]
     spaces = set(filter(None, map(_space_mark, [*normalizers, *splits])))
     if not all(map(_is_local_normalizer, normalizers)) or model["type"] not in ("BPE", "Unigram") or len(spaces) != 1:
         return None

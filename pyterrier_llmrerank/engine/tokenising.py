@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ..errors import reason
-from .call import Call
+from .call import ScoringCall
 from .inputs import Ids
 from .limits import Limits
 from .usage import Stopwatch, Usage
@@ -33,7 +33,9 @@ class ChunkTokenizer:
         call: the call; its observer receives the numbers of truncated texts.
     """
 
-    def __init__(self, encode: Callable[[Sequence[tuple[str, str]]], list[Ids]], limits: Limits, call: Call) -> None:
+    def __init__(
+        self, encode: Callable[[Sequence[tuple[str, str]]], list[Ids]], limits: Limits, call: ScoringCall
+    ) -> None:
         self._encode = encode
         self._limits = limits
         self._call = call

@@ -21,7 +21,7 @@ from .norms import replace_norms
 from .quantization import quantization_of
 
 
-class Sharer(Protocol):
+class Consumer(Protocol):
     """Describes what weights need to know of a reranker that shares them."""
 
     def deepest(self) -> int | None:
@@ -64,23 +64,23 @@ class Weights:
         # Garbage collection may drop a reranker, and call _forget, while any lock of a stack is held. With one lock for
         # the whole stack, that cannot deadlock.
         self._lock: threading.RLock = threading.RLock() if below is None else below._lock
-        self._sharers: dict[int, weakref.finalize[..., Sharer]] = {}
+        self._consumers: dict[int, weakref.finalize[..., Consumer]] = {}
         self._checkpoint: Checkpoint | None = None
         self._model: Decoder | FallbackDecoder | None = None
         self._loaded = 0
 
-    def join(self, sharer: Sharer) -> None:
+    def join(self, consumer: Consumer) -> None:
         """Keep the layers that a reranker needs until it leaves or is garbage-collected."""
         with self._lock:
-            if id(sharer) not in self._sharers:
-                self._sharers[id(sharer)] = weakref.finalize(sharer, self._forget, id(sharer))
-                self._sharers[id(sharer)].atexit = False
+            if id(consumer) not in self._consumers:
+                self._consumers[id(consumer)] = weakref.finalize(consumer, self._forget, id(consumer))
+                self._consumers[id(consumer)].atexit = False
 
-    def leave(self, sharer: Sharer) -> None:
+    def leave(self, consumer: Consumer) -> None:
         """Drop the layers that only this reranker needs."""
         with self._lock:
-            self._sharers[id(sharer)].detach()
-            self._forget(id(sharer))
+            self._consumers[id(consumer)].detach()
+            self._forget(id(consumer))
 
     @property
     def stack(self) -> tuple[Weights, ...]:
@@ -89,11 +89,11 @@ class Weights:
 
     def _forget(self, identity: int) -> None:
         with self._lock:
-            self._sharers.pop(identity, None)
+            self._consumers.pop(identity, None)
             if self._model is None or isinstance(self._model, FallbackDecoder):
                 return
-            living = [alive[0] for finalizer in self._sharers.values() if (alive := finalizer.peek()) is not None]
-            depths = [sharer.deepest() for sharer in living]
+            living = [alive[0] for finalizer in self._consumers.values() if (alive := finalizer.peek()) is not None]
+            depths = [consumer.deepest() for consumer in living]
             needed = max((self.checkpoint.layers if depth is None else depth for depth in depths), default=0)
             while self._loaded > needed:
                 self._loaded -= 1
@@ -164,12 +164,12 @@ def build_decoder(checkpoint: Checkpoint) -> PreTrainedModel:
         ValueError: its configuration, files and adapters do not fit each other.
     """
     checkpoint.check_depth()
-    with checkpoint.described(), torch.device("meta"):
+    with checkpoint.blame_config(), torch.device("meta"):
         decoder: PreTrainedModel = AutoModel.from_config(checkpoint.config, attn_implementation=ATTENTION)  # type: ignore[no-untyped-call]
     weights = {name: tuple(weight.shape) for name, weight in decoder.named_parameters()}
     checkpoint.check_weights(weights)
     checkpoint.check_unused(set(checkpoint) - set(weights))
-    with checkpoint.described():
+    with checkpoint.blame_config():
         decoder.rotary_emb = type(decoder.rotary_emb)(checkpoint.config)  # computed, not stored
     replace_norms(decoder)
     checkpoint.check_adapters(

@@ -19,7 +19,7 @@ import pyterrier as pt
 
 from ..engine.prefetch import prefetch
 from ..engine.usage import Stopwatch, Usage
-from ..values import positive
+from ..values import check_positive
 from .chunks import Chunk, ScoredChunk, Shard, count_lines, open_shard, read_chunks, score_chunk
 from .formats import run_line
 from .journal import Block, JournaledFile, refuse_existing
@@ -162,7 +162,7 @@ def rerank_file(
 
 def _check_arguments(source: Path, target: Path, form: str, tag: str, resume: bool, workers: int) -> None:
     """Raise an error for invalid arguments, before Ray or a model starts."""
-    positive("workers", workers)
+    check_positive("workers", workers)
     run_line("q", "d", 1, 0.0, form, tag)
     if not source.exists():
         raise FileNotFoundError(f"source={str(source)!r}: no such file; allowed: a rerank file, as written by prepare.")

@@ -176,12 +176,12 @@ class Recipe(Declared, ABC):
             measured: the measure and its value on the validation data; None if there are none.
             repo_id: the repository that it is for; None if that is not known.
         """
-        from ..checkpoints.cards import trained
+        from ..checkpoints.cards import adapter_card
 
         settings = {name: value for name, value in self.arguments.items() if not name.endswith("_token")}
         recipe = replace(self, output_dir=None, text=None, arguments=settings)
         name = KINDS[checkpoint.kind]
-        return trained(checkpoint.kind, name, checkpoint.base, steps, repr(recipe), stated, measured, repo_id)
+        return adapter_card(checkpoint.kind, name, checkpoint.base, steps, repr(recipe), stated, measured, repo_id)
 
     @abstractmethod
     def body(self, text: str, title: str | None) -> str:
