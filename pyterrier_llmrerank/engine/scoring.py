@@ -35,7 +35,7 @@ CASCADE_CHUNK = 256
 #: The fewest pairs for which a call on a CPU first measures which number of threads is fastest.
 LARGE = 256
 
-#: Chunks for each of several devices, if there are enough queries, so that no device waits long for the last one.
+#: The fewest chunks for each of several devices, if there are enough queries: no device waits long for the last chunk.
 CHUNKS_PER_DEVICE = 4
 
 
@@ -106,7 +106,7 @@ class Scorer:
         threads of their own.
 
         Args:
-            pairs: query and passage of each.
+            pairs: pairs of query and passage.
             observer: names pairs in errors and receives progress and usage.
             cascade: decides which pairs survive each stage of a shape that prunes. Survivors keep their hidden states.
 
@@ -117,7 +117,7 @@ class Scorer:
             ValueError, ImportError: the attention kernel, a cutoff or the padding cannot be used with this model.
             ScoringError: a pair has no tokens, a token that the model does not know, or more tokens than the model has
                 positions (all checked before its chunk is scored); a score is not finite; memory runs out; or anything
-                else fails. The other devices finish their batch. ``scores`` holds all logits computed so far.
+                else fails. The other devices finish their batch. ``scores`` holds all logits so far.
             KeyboardInterrupt: Ctrl-C, with ``scores`` as above.
         """
         observer = observer or Observer()

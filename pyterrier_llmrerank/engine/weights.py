@@ -22,22 +22,22 @@ from .quantization import quantization_of
 
 
 class Consumer(Protocol):
-    """Describes what weights need to know of a reranker that shares them."""
+    """Describes a reranker to the weights that it shares with others."""
 
     def deepest(self) -> int | None:
-        """Return the deepest layer that it runs; None for the model's last."""
+        """Return the deepest layer that the reranker runs; None for the model's last."""
 
 
 class Weights:
-    """Holds a decoder with its heads and tokenizer. Files are opened on first use, layers are loaded on demand.
+    """Holds a decoder with its heads and tokenizer. Opens files on first use, and loads layers on demand.
 
     Args:
         open_checkpoint: opens the files; called once, on first use.
         device: the device of the weights.
-        dtype: the dtype that weights are converted to.
-        quantization: quantises linear layers to ``"int8"`` or ``"float8"``; None leaves them.
+        dtype: the dtype of the weights.
+        quantization: quantises linear layers to ``"int8"`` or ``"float8"``; None leaves them as they are.
         torch_compile: compile each layer when it first runs.
-        below: weights to share rather than load. The checkpoint's overlay adapters run on top of them, unmerged.
+        below: weights to share in place of loading them. The checkpoint's overlay adapters run on top, unmerged.
 
     Raises:
         ImportError: ``quantization`` is given, but torchao is not installed.
@@ -88,6 +88,7 @@ class Weights:
         return (self, *(() if self._below is None else self._below.stack))
 
     def _forget(self, identity: int) -> None:
+        """Remove a reranker, by its ``id``, and unload the layers that no other needs."""
         with self._lock:
             self._consumers.pop(identity, None)
             if self._model is None or isinstance(self._model, FallbackDecoder):
@@ -187,7 +188,7 @@ def fill(module: nn.Module, checkpoint: Checkpoint, prefix: str, device: torch.d
         checkpoint: the source of its weights.
         prefix: precedes the module's own names in the checkpoint.
         device: the device of the weights.
-        dtype: the dtype that they are converted to.
+        dtype: the dtype of the weights.
 
     Raises:
         ValueError: a tensor is missing or of an unsupported dtype.
@@ -214,10 +215,10 @@ def share(module: nn.Module, below: nn.Module, checkpoint: Checkpoint, prefix: s
 
     Args:
         module: a part of a decoder.
-        below: the same part of the decoder that has the weights.
+        below: the same part of the decoder with the weights.
         checkpoint: the source of the overlay.
         prefix: precedes the part's own names in the checkpoint.
-        dtype: the dtype that the overlay is computed in.
+        dtype: the dtype of the overlay.
     """
     for name, parameter in below.named_parameters():
         path, _, last = name.rpartition(".")
@@ -233,10 +234,10 @@ class LoRALinear(nn.Module):
     """Applies a linear layer and unmerged low-rank updates.
 
     Args:
-        weight: of the linear layer; shared, not copied.
-        bias: of the linear layer; None without one.
+        weight: the weight of the linear layer; shared, not copied.
+        bias: the bias of the linear layer; None without one.
         factors: each update's factors, ``[rank, inputs]`` and ``[outputs, rank]``.
-        dtype: the dtype that updates are computed in.
+        dtype: the dtype of the updates.
     """
 
     def __init__(
@@ -263,7 +264,7 @@ _shared_lock = threading.Lock()
 
 
 def shared_weights(key: Hashable, create: Callable[[], Weights]) -> Weights:
-    """Return the weights in use under a key, or create them."""
+    """Return the weights under a key if they are in use; else create them."""
     with _shared_lock:
         weights = _shared.get(key)
         if weights is None:
