@@ -73,7 +73,7 @@ class FallbackDecoder(nn.Module):
 
     @torch.no_grad()
     def _is_causal(self) -> bool:
-        """Return whether no token sees a later one. Also finds the layers, and whether each has one state a token."""
+        """Return whether no token sees a later one. Also finds the layers, and whether each gives one state."""
         ids = torch.tensor([[1, 2], [1, 3]], device=self.model.device)
         states = self._states(ids)
         self._one_state_per_layer = len(states) == self.layers + 1 and all(s.shape == states[-1].shape for s in states)
