@@ -360,13 +360,13 @@ class LLMReranker(ValueSemantics, pt.Estimator):
         shape = [text for text in self._options_shown() if text.partition("=")[0] in self.SHAPE]
         return type(self).__name__ + (f"({', '.join(shape)})" if shape else "")
 
-    def quiet(self) -> Self:
+    def silent_copy(self) -> Self:
         """Return a copy with zero usage and no progress bar, which logs at DEBUG level."""
-        quiet = copy.copy(self)
-        quiet._usage = Usage()
-        quiet.verbose = False
-        quiet._usage_level = logging.DEBUG
-        return quiet
+        silent = copy.copy(self)
+        silent._usage = Usage()
+        silent.verbose = False
+        silent._usage_level = logging.DEBUG
+        return silent
 
     # -- training
 

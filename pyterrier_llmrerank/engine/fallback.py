@@ -73,7 +73,7 @@ class FallbackDecoder(nn.Module):
 
     @torch.no_grad()
     def _is_causal(self) -> bool:
-        """Return whether no token sees a later one. Also finds the layers, and whether each gives one state."""
+        """Return whether no token sees a later one. Also finds the layers, for :meth:`forward`."""
         ids = torch.tensor([[1, 2], [1, 3]], device=self.model.device)
         states = self._states(ids)
         self._one_state_per_layer = len(states) == self.layers + 1 and all(s.shape == states[-1].shape for s in states)
@@ -154,8 +154,8 @@ class FallbackDecoder(nn.Module):
         """Check that each cutoff can be read.
 
         Raises:
-            ValueError: a cutoff is not the last layer, and the final norm has no known name or layers have more than one
-                state per token.
+            ValueError: a cutoff is not the last layer, and the final norm has no known name or layers have several
+                states per token.
         """
         for cutoff in cutoffs:
             if cutoff != self.layers:
