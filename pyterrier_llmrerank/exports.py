@@ -59,14 +59,13 @@ def write_depth(weights: Weights, layer: int, inputs: MatroyshkaInputs, base: st
     Args:
         weights: the model.
         layer: the layer, which has a head.
-        inputs: the inputs that the tokenizer makes and the model card describes.
+        inputs: the encoding that the tokenizer reproduces and the model card describes.
         base: the model that the card names.
         folder: a new or an empty folder.
 
     Raises:
         FileExistsError: the folder is not empty.
-        ValueError: the model does not support layer-wise execution, or the tokenizer gives other ids in
-            transformers.
+        ValueError: the model does not support layer-wise execution, or transformers gives other ids with the tokenizer.
     """
     checkpoint = weights.checkpoint
     head = _heads(weights)[checkpoint.head_layers.index(layer)]
@@ -94,7 +93,7 @@ def write_rankllama(
 
     Args:
         weights: the model.
-        inputs: makes its input.
+        inputs: the encoding of its input.
         columns: whether it reads titles, and URLs.
         description: describes the input.
         folder: a new or an empty folder.

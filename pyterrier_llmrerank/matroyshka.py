@@ -243,7 +243,7 @@ class MatroyshkaReranker(LLMReranker):
                 raise ValueError(f"{name}={own!r}, but training has {other!r}; the two must agree.")
 
     def _check_early(self, parts: Description) -> None:
-        """Raise ValueError if the model does not allow the shape, unless a check needs a download."""
+        """Raise ValueError if the model does not allow the shape, as far as this shows without a download."""
         if parts.layers is not None and parts.start_layer is not None:
             if parts.start_layer > parts.layers:
                 raise ValueError(f"start_layer={parts.start_layer}: model={self.model!r} has {parts.layers} layers.")
@@ -298,7 +298,7 @@ class MatroyshkaReranker(LLMReranker):
         return other
 
     def depths(self) -> dict[int, pt.Transformer]:
-        """Return a pipeline for each cutoff; all start with the same pass. With a single cutoff, it is the reranker.
+        """Return a pipeline for each cutoff; all start with the same pass. A single cutoff gives the reranker itself.
 
         An experiment that shares common prefixes of pipelines makes the pass once:
         ``pt.Experiment([bm25 >> depth for depth in m.at(cutoff=[8, 16, 24]).depths().values()], ..., plan="tree")``.
@@ -349,7 +349,7 @@ class MatroyshkaReranker(LLMReranker):
 
         named: Any = self._token_adapter(self._parts())
         if not named and self.shape.pools() and is_hub_id(self._source()) and not self.adapters:
-            named = self.compress_ratio  # the model may have an adapter of its own for it
+            named = self.compress_ratio  # the model may have its own adapter for this ratio
         if not named:
             return None
         return partial(
@@ -393,7 +393,7 @@ class MatroyshkaReranker(LLMReranker):
         return self._assembly().parts(fetch=fetch, full_width=not self.shape.pools())
 
     def _assembly(self) -> Assembly:
-        """Return what assembles the parts, the same until an argument changes."""
+        """Return the assembly of the parts, the same object until an argument changes."""
         given = Description(
             kind="matroyshka", base=self._source(), adapters=self.adapters, token_adapters=self.token_adapters,
             start_layer=self.start_layer, layer_sep=self.layer_sep, prompt=self.prompt,
@@ -440,7 +440,7 @@ class MatroyshkaReranker(LLMReranker):
         )
 
     def _inputs(self) -> MatroyshkaInputs:
-        """Return the encoding: its settings are the arguments, the described ones or the original ones."""
+        """Return the encoding, with settings from arguments, else descriptions, else the original program."""
         parts = self._parts(fetch=True)
         prompt = PROMPT if parts.prompt is None else parts.prompt
         return MatroyshkaInputs(prompt, parts.query_max_length, parts.max_length or MatroyshkaInputs.max_length)
@@ -522,7 +522,7 @@ class MatroyshkaReranker(LLMReranker):
         else:  # at full width, which has no token adapter
             layer = self.deepest() if cutoff is None else cutoff
             depth = self.at(cutoff=layer, compress_layers=(), compress_ratio=1, prune=())
-            _ = depth.scorer().shape  # raises where the depth has no head
+            _ = depth.scorer().shape  # raises if the depth has no head
             write_depth(depth._weights(), depth.cutoffs()[0], depth._inputs(), parts.base, target)
         return []
 

@@ -51,12 +51,12 @@ ATTENTIONS = ("sdpa", "eager", "flex_attention", "flash_attention_2", "flash_att
 
 
 def check_model(name: str, value: object) -> str:
-    """Return a folder or file as an absolute path, or a hub id as it is."""
+    """Check a folder, file or hub id. Return a path as an absolute path, a hub id as it is."""
     return absolute(check_path(name, value))
 
 
 def recipe_of(*kinds: str) -> Callable[[str, object], Any]:
-    """Return a check for a recipe of some classes of the training package, or None."""
+    """Return a check for a recipe of one of these classes, by their names in the training package, or None."""
 
     def check(name: str, value: object) -> Any:
         if value is not None:
@@ -76,16 +76,16 @@ def _check_dtype(name: str, value: object) -> str:
 
 @with_options
 class LLMReranker(ValueSemantics, pt.Estimator):
-    """A pointwise cross-encoder on a decoder-only language model, as a PyTerrier transformer.
+    """Rerank with a decoder-only language model as a pointwise cross-encoder.
 
-    Subclasses define the input format, the heads and how much of the model is run. Each constructor argument is kept
-    as an attribute of the same name. Weights are opened on first use, and rerankers over the same weights share one
-    copy in memory.
+    Subclasses define the input format, the heads and the part of the model that is run. Each constructor argument is
+    kept as an attribute of the same name. Weights are opened on first use, and rerankers over the same weights share
+    one copy in memory.
 
     Rerankers made with equal arguments are equal, so experiments share their work. A reranker that is changed later
     (:meth:`set_parameter`, :meth:`fit`, an attribute) equals only itself from then on and keeps its hash, so that it
-    can stay a key of a dict. A copy or pickle of it compares by its current values, like a new reranker. (Rerankers
-    that are equal from the start are one key of a dict: give one of them another ``batch_size``, for example.)
+    can stay a key of a dict. A copy or pickle of it compares by its current values, like a new reranker. (To a dict,
+    rerankers that are equal from the start are one key. To keep both, give one another ``batch_size``.)
     """
 
     schematic: ClassVar[Mapping[str, str]]
@@ -164,7 +164,7 @@ class LLMReranker(ValueSemantics, pt.Estimator):
 
     @abstractmethod
     def _shape(self, checkpoint: Checkpoint) -> Shape:
-        """Return the part of a checkpoint to run; ValueError if it does not allow the arguments."""
+        """Return the part of a checkpoint to run; ValueError if the checkpoint does not allow the arguments."""
 
     @abstractmethod
     def _inputs(self) -> Encoding | MatroyshkaInputs:
@@ -172,7 +172,7 @@ class LLMReranker(ValueSemantics, pt.Estimator):
 
     @abstractmethod
     def deepest(self) -> int | None:
-        """Return the deepest decoder layer that is run; None for the model's last layer."""
+        """Return the deepest layer that is run; None for the model's last layer."""
 
     def _bodies(self, frame: pd.DataFrame) -> list[str]:
         """Return the text of each row as the model reads it."""
@@ -238,10 +238,10 @@ class LLMReranker(ValueSemantics, pt.Estimator):
         return result
 
     def tokenise(self, inp: pd.DataFrame) -> None:
-        """Tokenise a frame before it is given to :meth:`transform`; a thread may do so while another frame is scored.
+        """Tokenise a frame ahead of :meth:`transform`; a thread may do so while another frame is scored.
 
-        The token ids are kept until then, and are not used if an argument or the model has changed. Nothing is done
-        while the reranker has no weights. Errors are left to :meth:`transform`, which names the row.
+        The token ids are kept for :meth:`transform`, which ignores them if an argument or the model has changed. It
+        does nothing while the reranker has no weights. Errors are left to :meth:`transform`, which names the row.
 
         Args:
             inp: the frame.
@@ -258,7 +258,7 @@ class LLMReranker(ValueSemantics, pt.Estimator):
                 prepared = self._prepared = PreparedIds((held.key, inputs))
             with stopwatch:
                 prepared.add(texts, inputs(tokenizer, texts))
-        except BaseException as error:  # a panic of the tokenizer is no Exception
+        except BaseException as error:  # a panic of the tokenizer is not an Exception
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
         finally:
@@ -283,7 +283,7 @@ class LLMReranker(ValueSemantics, pt.Estimator):
             shallowest: ``[cutoffs]`` and ``[cutoffs, n]``.
 
         Raises:
-            ValueError: something is not a pair of strings.
+            ValueError: a value is not a pair of strings.
             ScoringError: as for :meth:`transform`; ``scores`` is an array ``[cutoffs, n]``, NaN for missing scores.
             KeyboardInterrupt: Ctrl-C, with ``scores`` as above.
         """
@@ -428,7 +428,7 @@ class LLMReranker(ValueSemantics, pt.Estimator):
         validation = None
         if topics_or_res_va is not None and qrels_va is not None:
             validation = Frames(topics_or_res_va, qrels_va, self._bodies, self.text_field)
-        if self._held is not None:  # not needed while another copy is trained
+        if self._held is not None:  # its memory is free for the copy that is trained
             self._held.leave(self)
             self._held = None
         adapter = self._train(Frames(topics_or_res_tr, qrels_tr, self._bodies, self.text_field), validation)
@@ -480,9 +480,9 @@ class LLMReranker(ValueSemantics, pt.Estimator):
             self.save(folder, merged=merged)
             check_base(folder, repo_id)
             api = HfApi(token=token)
-            url = api.create_repo(repo_id, private=private, exist_ok=True)  # which completes the id
+            url = api.create_repo(repo_id, private=private, exist_ok=True)  # the URL has the full id
             complete_card(folder, url.repo_id, type(self).__name__, Stated(datasets or (), license=license))
-            api.upload_folder(  # replaces an earlier model, no file of which may stay
+            api.upload_folder(  # replaces an earlier model with all its files
                 repo_id=url.repo_id, folder_path=folder, commit_message="Upload a reranker", delete_patterns="*"
             )
         return str(url)
