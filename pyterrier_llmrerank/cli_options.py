@@ -112,7 +112,7 @@ def set_options(command: Callable[..., None], options: list[inspect.Parameter]) 
 
 
 class OptionError(Exception):
-    """Raised in place of an error that names arguments; names options.
+    """Replaces an error that names arguments by one that names options.
 
     Args:
         message: a message that names arguments.

@@ -407,7 +407,7 @@ class MatroyshkaReranker(LLMReranker):
         """Return values that are equal for equal weights, as far as these are known without a download.
 
         They are the base model, the adapters to merge, ``start_layer`` and ``layer_sep``, and the token adapters on the
-        hub, whose descriptions may say where heads are.
+        hub, since their descriptions may name the layers with heads.
         """
         parts = self._parts()
         unknown = tuple(name for _, name in parts.token_adapters if is_hub_id(name))

@@ -240,8 +240,8 @@ class LLMReranker(ValueSemantics, pt.Estimator):
     def tokenise(self, inp: pd.DataFrame) -> None:
         """Tokenise a frame ahead of :meth:`transform`; a thread may do so while another frame is scored.
 
-        The token ids are kept for :meth:`transform`, which ignores them if an argument or the model has changed. It
-        does nothing while the reranker has no weights. Errors are left to :meth:`transform`, which names the row.
+        The token ids are kept for :meth:`transform`, which ignores them if an argument or the model has changed. A
+        reranker without weights does nothing. Errors are left to :meth:`transform`, which names the row.
 
         Args:
             inp: the frame.

@@ -63,7 +63,7 @@ check_natural = at_least(0)
 
 
 def as_bool(name: str, value: object) -> bool:
-    """Return any value as a bool; allows all."""
+    """Return any value as a bool."""
     return bool(value)
 
 

@@ -176,7 +176,7 @@ class Assembly:
         if not all(any(_may_be_same(folder / name, other) for other in merged) for name in own.adapters):
             raise ValueError(
                 f"{argument} was trained on this base over {len(own.adapters)} adapters, which are not in order among "
-                f"the {len(before)} here: {list(before)}; allowed: at least copies of the ones in {str(folder)!r}."
+                f"the {len(before)} here: {list(before)}; allowed: at least copies of the adapters in {str(folder)!r}."
             )
 
     def _local(self, name: str) -> Path | None:

@@ -1,4 +1,4 @@
-"""Buffers that older releases of transformers stored beside the weights, and that it computes now."""
+"""Buffers that transformers computes now, and that its older releases stored beside the weights."""
 
 from __future__ import annotations
 

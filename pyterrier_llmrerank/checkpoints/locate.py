@@ -195,7 +195,7 @@ def _hub_folder(reference: str, argument: str) -> Path:
 
 
 def _snapshot(name: str, revision: str | None, wanted: list[str], skip: list[str]) -> Path:
-    """Return the local copy of a repository; if the hub is out of reach, the files of it that are in the cache."""
+    """Return the local copy of a repository; if the hub is out of reach, its files in the cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

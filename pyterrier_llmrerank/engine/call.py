@@ -13,7 +13,7 @@ from .usage import Observer
 
 
 class Stopped(Exception):  # noqa: N818
-    """Raised between two batches if another device has failed or the call was interrupted."""
+    """Ends a device's work between two batches, after another device has failed or the call was interrupted."""
 
 
 class ScoringCall:

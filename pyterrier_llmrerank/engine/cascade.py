@@ -65,8 +65,8 @@ class Cascade:
 
         Returns:
             The deepest layer's score for survivors. Rows that were dropped get their last score, lowered by the same
-            amount for all rows of a query that were dropped at the same layer. If one row of a
-            query has no score, all rows of the query get NaN.
+            amount for all rows of a query that were dropped at the same layer. If one row of a query has no score, all
+            rows of the query get NaN.
         """
         exits = {int(layer): self.exit_layer == layer for layer in np.unique(self.exit_layer)}
         own = np.full(len(self.exit_layer), np.nan)

@@ -34,7 +34,7 @@ from .pooling import Pooling
 
 
 class Decoder(Protocol):
-    """Describes a headless transformers model that supports layer-wise execution, with our attention in its layers."""
+    """Describes a headless transformers model with our attention, whose layers can be run one by one."""
 
     embed_tokens: nn.Module
     rotary_emb: nn.Module

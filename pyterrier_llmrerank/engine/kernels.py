@@ -22,7 +22,7 @@ FLASH = {
 }
 
 #: Causal attention over one sequence per pair: query, key, value, scaling and window to output. Query and output are
-#: ``[pairs, heads, length, width]``; key and value may have fewer heads. A position sees itself and those before it, at
+#: ``[pairs, heads, length, width]``; key and value may have fewer heads. A position sees itself and earlier ones, at
 #: most ``window`` in all.
 Kernel = Callable[[Tensor, Tensor, Tensor, float, int | None], Tensor]
 

@@ -198,7 +198,7 @@ _HIDDEN = torch.finfo(torch.bfloat16).min / 2
 def _sdpa(
     group: LengthGroup, queries: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int | None
 ) -> Tensor:
-    """Compute a group by torch's attention, block by block; arguments and output are those of :func:`_products`."""
+    """Compute a group by torch's attention, block by block; arguments and output as for :func:`_products`."""
     shape = len(group.places), -1, group.length, queries.shape[-1]
     queries, keys, values = (states.view(shape) for states in (queries, keys, values))
     output = torch.empty_like(queries)

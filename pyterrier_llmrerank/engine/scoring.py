@@ -41,7 +41,7 @@ CHUNKS_PER_DEVICE = 4
 
 @dataclass(frozen=True)
 class Scorer:
-    """Scores pairs with one model in one shape. Files are opened when their contents are first needed.
+    """Scores pairs with one model in one shape. Opens files when their contents are first needed.
 
     Args:
         weights: the model's weights, once for each device.

@@ -198,7 +198,7 @@ def _measure(
         found: Any = ir_measures.calc(measures, pt.model.to_ir_measures(judged), pt.model.to_ir_measures(ranked))
     except subprocess.CalledProcessError as error:  # from gdeval, which needs numeric qids
         raise _external_failure(measures, error) from error
-    except ZeroDivisionError as error:  # Accuracy of a query all of whose results are relevant
+    except ZeroDivisionError as error:  # Accuracy of a query with relevant results alone
         names = ", ".join(map(str, measures))
         raise ValueError(f"measure={names}: not defined for a query of the {name} ({error}).") from error
     values = {(str(metric.measure), metric.query_id): metric.value for metric in found.per_query}
