@@ -252,7 +252,7 @@ def test_no_family_waits(cuda: None, families: dict[str, Path], family: str) -> 
 def own_forward(cuda: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], LLMReranker]:
     """Make a reranker over a family that runs by its own ``forward``, opened on the CPU and placed without values.
 
-    To a fake tensor, transformers does not put its question whether a batch has padding. It waits for the answer.
+    Of tensors with values, transformers asks whether a batch has padding, and waits once. It does not ask fake ones.
     """
 
     class Placed(fallback.FallbackDecoder):
