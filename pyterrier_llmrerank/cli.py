@@ -39,7 +39,7 @@ class _Commands(TyperGroup):
 
 
 def _examples(*lines: str) -> str:
-    """Format the examples at the end of a command's help, keeping their line breaks."""
+    """Format the examples at the end of a command's help with their line breaks."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
@@ -110,7 +110,7 @@ def _root(
 # -- arguments shared by several commands
 
 
-#: Loggers of torchao, which transformers imports wherever it is installed. They log missing extras.
+#: Loggers of torchao, which transformers imports if it is installed. They log its missing extras.
 IMPORTED = ("torchao", "torch.utils._pytree")
 
 
@@ -265,7 +265,7 @@ def evaluate(
 
 
 def _runs_and_measures(words: Sequence[str]) -> tuple[list[str], list[Any]]:
-    """Tell measures from runs; the first is a run."""
+    """Split words into runs and measures; the first word is a run."""
     runs, measures = [words[0]], []
     for word in words[1:]:
         try:
@@ -281,6 +281,7 @@ def _runs_and_measures(words: Sequence[str]) -> tuple[list[str], list[Any]]:
 
 
 def _baseline(run: Path, columns: str | None) -> Iterator[RunRow]:
+    """Read the baseline, with errors that name its own option for columns."""
     with naming({"columns": "--baseline-columns"}):
         yield from read_run(run, columns)
 
@@ -306,8 +307,8 @@ Shard = Annotated[
     str | None,
     typer.Option(
         metavar="I/N",
-        help="Rerank part I of N, for a job array. Parts have whole queries; their outputs, joined in order, equal the "
-        "output for the whole file. Needs a --dtype other than auto.",
+        help="Rerank shard I of N, for a job array. Shards have whole queries; their outputs, joined in order, equal "
+        "the output for the whole file. Needs a --dtype other than auto.",
     ),
 ]
 Workers = Annotated[
@@ -355,8 +356,8 @@ def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _made(kind: type[LLMReranker], given: Mapping[str, Any], verbose: bool = False) -> LLMReranker:
-    """Make a reranker of the given options."""
-    if "quantization" in given:  # now the warnings of torchao matter
+    """Make a reranker from the given options."""
+    if "quantization" in given:  # the warnings of torchao matter now
         for name in IMPORTED:
             logging.getLogger(name).setLevel(logging.NOTSET)
     return kind(**given, verbose=verbose)

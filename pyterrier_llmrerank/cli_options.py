@@ -26,7 +26,7 @@ WITHOUT_OPTION = ("self", "text_field", "training", "verbose")
 
 
 def command_options(**kinds: type[LLMReranker]) -> list[inspect.Parameter]:
-    """Return the options of a command for a kind of reranker; without defaults if there are several kinds."""
+    """Return the options of a command for one kind of reranker, or for several kinds and then without defaults."""
     found: dict[str, dict[str, Any]] = {}
     for kind, reranker in kinds.items():
         for option in options_of(reranker):
@@ -60,12 +60,12 @@ def help_of(option: Converted[Any, Any], names: Container[str]) -> str:
 
 
 def flag(name: str) -> str:
-    """Return the option of an argument: ``--base-model`` of ``base_model``."""
+    """Return the option for an argument: ``--base-model`` for ``base_model``."""
     return f"--{name.replace('_', '-')}"
 
 
 def flags(*names: str) -> dict[str, str]:
-    """Return the options of several arguments."""
+    """Return the options for several arguments, by their names."""
     return {name: flag(name) for name in names}
 
 
@@ -112,7 +112,7 @@ def set_options(command: Callable[..., None], options: list[inspect.Parameter]) 
 
 
 class OptionError(Exception):
-    """An error that names options in place of arguments.
+    """Replaces an error that names arguments by one that names options.
 
     Args:
         message: a message that names arguments.
@@ -130,14 +130,14 @@ class OptionError(Exception):
 
 @contextmanager
 def naming(names: Mapping[str, str], *, repeat: bool = True) -> Iterator[None]:
-    """Let errors name options in place of arguments.
+    """Turn errors that name arguments into errors that name options.
 
     Args:
         names: as for :func:`in_shell`.
         repeat: as for :func:`in_shell`.
 
     Raises:
-        OptionError: in place of an error that a command reports in one line.
+        OptionError: in place of an error of :data:`ERRORS`.
     """
     try:
         yield
@@ -158,7 +158,7 @@ def in_shell(message: str, names: Mapping[str, str], words: Sequence[str] = (), 
     Args:
         message: the message.
         names: the name of each argument in the shell.
-        words: the words of the command line, which stay as they are too.
+        words: the words of the command line, which stay as they are, too.
         repeat: name an option before each of several values, rather than once before all.
 
     >>> in_shell("prune={8: 50}: no layer 8; set resume=True", {"prune": "--prune", "resume": "--resume"})

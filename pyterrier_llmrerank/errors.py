@@ -9,7 +9,7 @@ import pandas as pd
 
 
 class ScoringError(RuntimeError):
-    """Raised when scoring has to stop. It carries the scores computed so far.
+    """Signals that scoring has to stop, and carries the scores computed so far.
 
     A KeyboardInterrupt that stops scoring has the same attribute ``scores``.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .checkpoints import tokenizer as tokenizers
-from .checkpoints.cards import exported, merged_classifier
+from .checkpoints.cards import exported_card, merged_card
 from .checkpoints.description import EXPORTED, Description
 from .checkpoints.input_format import InputFormat
 from .checkpoints.matroyshka_checkpoint import MatroyshkaCheckpoint
@@ -59,14 +59,13 @@ def write_depth(weights: Weights, layer: int, inputs: MatroyshkaInputs, base: st
     Args:
         weights: the model.
         layer: the layer, which has a head.
-        inputs: the inputs that the tokenizer makes and the model card describes.
+        inputs: the encoding that the tokenizer reproduces and the model card describes.
         base: the model that the card names.
         folder: a new or an empty folder.
 
     Raises:
         FileExistsError: the folder is not empty.
-        ValueError: the model does not support layer-wise execution, or the tokenizer gives other ids in
-            transformers.
+        ValueError: the model does not support layer-wise execution, or transformers gives other ids with the tokenizer.
     """
     checkpoint = weights.checkpoint
     head = _heads(weights)[checkpoint.head_layers.index(layer)]
@@ -79,7 +78,7 @@ def write_depth(weights: Weights, layer: int, inputs: MatroyshkaInputs, base: st
     wanted = [ids.flat() for ids in MatroyshkaInputs(inputs.prompt)(tokenizer, PROBES)]  # of any length
     tokenizers.set_pair(tokenizer, special_ids(tokenizer), pieces, checkpoint.argument)
     limits = inputs.query_limit, inputs.max_length
-    card = exported(base, settings, weights.dtype, pieces, instructions, limits)
+    card = exported_card(base, settings, weights.dtype, pieces, instructions, limits)
     description = Description(kind=EXPORTED, layers=layer, prompt=inputs.prompt)
     with all_or_nothing(folder):
         _write(weights, {"score.weight": head[None]}, settings, description, folder, tokenizer, card)
@@ -94,7 +93,7 @@ def write_rankllama(
 
     Args:
         weights: the model.
-        inputs: makes its input.
+        inputs: the encoding of its input.
         columns: whether it reads titles, and URLs.
         description: describes the input.
         folder: a new or an empty folder.
@@ -107,7 +106,7 @@ def write_rankllama(
     head = _heads(weights)
     settings = classifier_settings(checkpoint, inputs(checkpoint.tokenizer(), [("", "")])[0].suffix)
     limits = inputs.query_max_length, inputs.passage_max_length
-    card = merged_classifier(checkpoint.base, settings["architectures"][0], form, columns, limits)
+    card = merged_card(checkpoint.base, settings["architectures"][0], form, columns, limits)
     with all_or_nothing(folder):
         _write(weights, {"score.weight": head}, settings, description, folder, card=card)
 

@@ -40,7 +40,7 @@ class MatroyshkaFeatures(pt.Transformer):
             ranks = first.transform(inp)["rank"]
         else:
             for reranker in self.rerankers:
-                reranker.scorer()  # keeps the layers that this one needs in memory for the next frame
+                reranker.scorer()  # keeps its layers in memory for the next frame
             layers = [reranker.cutoffs()[0] for reranker in self.rerankers]
             together = first.at(cutoff=layers, normalize=False)
             try:
@@ -60,7 +60,7 @@ class MatroyshkaFeatures(pt.Transformer):
         return MatroyshkaFeatures(cast(Any, rerankers)) if self._are_depths(rerankers) else None
 
     def _are_depths(self, rerankers: Sequence[pt.Transformer]) -> bool:
-        """Return whether one pass can give the scores of all rerankers."""
+        """Return whether one pass gives the scores of all rerankers."""
         first = self.rerankers[0]
         if first.released or first.prune:  # heads depend on all cutoffs, or some rows do not reach all depths
             return False

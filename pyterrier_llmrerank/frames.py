@@ -22,7 +22,7 @@ def check_rows(frame: pd.DataFrame, text_field: str) -> None:
     """Check the columns of a result frame that a reranker reads.
 
     Args:
-        frame: the frame; it has these columns.
+        frame: the frame; no such column is missing.
         text_field: the column with the text.
 
     Raises:
@@ -90,7 +90,7 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
 
 
 def warn_of_ties(reranker: object, qids: pd.Series[Any], scores: np.ndarray, logits: np.ndarray) -> bool:
-    """Warn if normalisation makes different logits of a query equal in single precision, as evaluators see them.
+    """Warn if normalisation makes different logits of a query equal in single precision, which evaluators use.
 
     Args:
         reranker: the transformer to name in the warning.

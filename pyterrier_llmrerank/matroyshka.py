@@ -21,10 +21,19 @@ from .engine.inputs import PROMPT, MatroyshkaInputs
 from .features import PAPER, AtDepth, MatroyshkaFeatures
 from .frames import sigmoid
 from .options import Converted, Option, with_options
-from .reranker import LLMReranker, model_path, recipe, require_layerwise
+from .reranker import LLMReranker, check_model, recipe_of, require_layerwise
 from .scores import Scores
 from .shapes import MatroyshkaShape
-from .values import flag, folders, folders_by_ratio, layers, one_of, optional, positive, string
+from .values import (
+    as_bool,
+    check_folders,
+    check_folders_by_ratio,
+    check_layers,
+    check_positive,
+    check_string,
+    one_of,
+    optional,
+)
 
 if TYPE_CHECKING:
     from .checkpoints.checkpoint import Checkpoint
@@ -57,7 +66,7 @@ class MatroyshkaReranker(LLMReranker):
 
     model: Option[str] = Option(
         default="BAAI/Matroyshka-ReRanker-passage",
-        check=model_path,
+        check=check_model,
         help="a layer-wise checkpoint (``cost_wise_*``), a causal language model with ``adapters`` and "
         "``start_layer``, or ``smollm2-135m``, the small model that comes with this package. It is a folder, "
         '``.gguf`` file or hub id, which may include a revision (``"owner/name@v1"``); paths are kept absolute. '
@@ -66,7 +75,7 @@ class MatroyshkaReranker(LLMReranker):
     _: KW_ONLY
     adapters: Converted[str | Sequence[str], tuple[str, ...]] = Converted(
         default=(),
-        check=folders,
+        check=check_folders,
         help="LoRA folders, merged in the order given. Each is a path, a folder below the model's own "
         '(``"compensate/layer/full"``) or a hub id. The default is the adapters in the model\'s '
         "``reranker.json``, if it has one. A ``reranker.json`` beside an adapter gives prompt, heads and lengths.",
@@ -74,7 +83,7 @@ class MatroyshkaReranker(LLMReranker):
     )
     token_adapters: Converted[Mapping[int, str] | Sequence[tuple[int, str]], tuple[tuple[int, str], ...]] = Converted(
         default=(),
-        check=folders_by_ratio,
+        check=check_folders_by_ratio,
         help="token adapters by ratio, ``{2: folder, 4: folder}``. In a shape with ``compress_layers``, "
         "the adapter for its ratio, or else for the next lower ratio, is laid over the shared weights. The default is "
         "the adapters in the model's ``reranker.json``, if it has one. They are kept as a tuple of pairs, and the "
@@ -83,7 +92,7 @@ class MatroyshkaReranker(LLMReranker):
     )
     cutoff: Converted[int | Sequence[int] | None, int | tuple[int, ...] | None] = Converted(
         default=None,
-        check=shapes.cutoff,
+        check=shapes.check_cutoff,
         help="the layer after which passages are scored, or several; None for the deepest layer with a head. Here and "
         "in all other arguments, layer ``n`` is the n-th layer, counted from 1: ``cutoff=16`` runs 16 layers. Deeper "
         "layers are not kept in memory unless another reranker needs them. With several, ``cutoff=[8, 16]``, ``score`` "
@@ -93,7 +102,7 @@ class MatroyshkaReranker(LLMReranker):
     )
     compress_layers: Converted[int | Sequence[int], tuple[int, ...]] = Converted(
         default=(),
-        check=lambda name, value: layers(name, value, 0),
+        check=lambda name, value: check_layers(name, value, 0),
         help="the layers after which the passage's hidden states are pooled, counted as in ``cutoff``: with "
         "``compress_layers=[8]``, 8 layers run at full width, and the ninth is the first on pooled states. (The "
         "original programs count layers from 0 and pool before a layer; their numbers are the same.) The score of the "
@@ -103,13 +112,13 @@ class MatroyshkaReranker(LLMReranker):
     )
     compress_ratio: Option[int] = Option(
         default=1,
-        check=shapes.compress_ratio,
+        check=shapes.check_compress_ratio,
         help="hidden states that are pooled into one each time: 1 (off), 2, 4 or 8. Larger powers of two, up to 64, "
         "work too, but models are not trained for them.",
     )
     prune: Converted[Mapping[int, int] | Sequence[tuple[int, int]], tuple[tuple[int, int], ...]] = Converted(
         default=(),
-        check=shapes.prune,
+        check=shapes.check_prune,
         help="a cascade: after a layer (the key, counted as in ``cutoff``), only this many candidates of each query "
         "(the value) survive, the best by the layer's score. With ``prune={8: 50, 16: 20}``, all candidates run "
         "through 8 layers, 50 through 16, and 20 to the cutoff. Survivors reuse their hidden states and get the same "
@@ -125,31 +134,31 @@ class MatroyshkaReranker(LLMReranker):
     )
     prompt: Option[str | None] = Option(
         default=None,
-        check=optional(string),
+        check=optional(check_string),
         help="the question that ends every input; None for the one in the model's ``reranker.json``, or else the "
         "original one.",
     )
     query_max_length: Option[int | None] = Option(
         default=None,
-        check=optional(positive),
+        check=optional(check_positive),
         help="tokens kept of ``A: {query}``; None for the value in ``reranker.json``, or three quarters of "
         "``max_length``.",
     )
     max_length: Option[int | None] = Option(
         default=None,
-        check=optional(positive),
+        check=optional(check_positive),
         help="tokens kept of ``B: {passage}``; None for the value in ``reranker.json``, or 512. Query and passage "
         "together have at most this number of tokens plus the number of tokens after the passage.",
     )
     normalize: Option[bool] = Option(
         default=False,
-        check=flag,
+        check=as_bool,
         help="return the sigmoid of the scores, between 0 and 1. Ranks still follow the logits. A warning "
         "says if different logits become equal in float32, which evaluators use.",
     )
     released: Option[bool] = Option(
         default=False,
-        check=flag,
+        check=as_bool,
         help="reproduce the released inference code as it runs on one pair at a time; for comparisons with published "
         "runs only. The i-th cutoff is read by the i-th head instead of the head trained for that layer, and the first "
         "pooling is weighted by a padding token. Where padding is masked, attention runs on SDPA whatever "
@@ -157,20 +166,20 @@ class MatroyshkaReranker(LLMReranker):
     )
     start_layer: Option[int | None] = Option(
         default=None,
-        check=optional(positive),
+        check=optional(check_positive),
         help="the shallowest layer with a head, for a causal language model without layer-wise heads; its heads start "
         "as the LM head's row for ``Yes``. None for the value in ``reranker.json`` or the checkpoint; a plain model "
         "then has one head, at its last layer.",
     )
     layer_sep: Option[int | None] = Option(
         default=None,
-        check=optional(positive),
+        check=optional(check_positive),
         help="the distance between consecutive layers with heads; None for the value in ``reranker.json`` or the "
         "checkpoint, or 1 for a plain model.",
     )
     training: Option[MatroyshkaTraining | None] = Option(
         default=None,
-        check=recipe("DistillTraining", "CompensateTraining"),
+        check=recipe_of("DistillTraining", "CompensateTraining"),
         help="the recipe that :meth:`fit` trains by: ``DistillTraining`` (the default, with the original settings) or "
         "``CompensateTraining``. The result is appended to ``adapters``.",
     )
@@ -234,7 +243,7 @@ class MatroyshkaReranker(LLMReranker):
                 raise ValueError(f"{name}={own!r}, but training has {other!r}; the two must agree.")
 
     def _check_early(self, parts: Description) -> None:
-        """Raise ValueError if the model does not allow the shape, unless a check needs a download."""
+        """Raise ValueError if the model does not allow the shape, as far as this shows without a download."""
         if parts.layers is not None and parts.start_layer is not None:
             if parts.start_layer > parts.layers:
                 raise ValueError(f"start_layer={parts.start_layer}: model={self.model!r} has {parts.layers} layers.")
@@ -289,7 +298,7 @@ class MatroyshkaReranker(LLMReranker):
         return other
 
     def depths(self) -> dict[int, pt.Transformer]:
-        """Return a pipeline for each cutoff; all start with the same pass. With a single cutoff, it is the reranker.
+        """Return a pipeline for each cutoff; all start with the same pass. A single cutoff gives the reranker itself.
 
         An experiment that shares common prefixes of pipelines makes the pass once:
         ``pt.Experiment([bm25 >> depth for depth in m.at(cutoff=[8, 16, 24]).depths().values()], ..., plan="tree")``.
@@ -340,7 +349,7 @@ class MatroyshkaReranker(LLMReranker):
 
         named: Any = self._token_adapter(self._parts())
         if not named and self.shape.pools() and is_hub_id(self._source()) and not self.adapters:
-            named = self.compress_ratio  # the model may have an adapter of its own for it
+            named = self.compress_ratio  # the model may have its own adapter for this ratio
         if not named:
             return None
         return partial(
@@ -384,7 +393,7 @@ class MatroyshkaReranker(LLMReranker):
         return self._assembly().parts(fetch=fetch, full_width=not self.shape.pools())
 
     def _assembly(self) -> Assembly:
-        """Return what assembles the parts, the same until an argument changes."""
+        """Return the assembly of the parts, the same object until an argument changes."""
         given = Description(
             kind="matroyshka", base=self._source(), adapters=self.adapters, token_adapters=self.token_adapters,
             start_layer=self.start_layer, layer_sep=self.layer_sep, prompt=self.prompt,
@@ -398,7 +407,7 @@ class MatroyshkaReranker(LLMReranker):
         """Return values that are equal for equal weights, as far as these are known without a download.
 
         They are the base model, the adapters to merge, ``start_layer`` and ``layer_sep``, and the token adapters on the
-        hub, whose descriptions may say where heads are.
+        hub, since their descriptions may name the layers with heads.
         """
         parts = self._parts()
         unknown = tuple(name for _, name in parts.token_adapters if is_hub_id(name))
@@ -431,7 +440,7 @@ class MatroyshkaReranker(LLMReranker):
         )
 
     def _inputs(self) -> MatroyshkaInputs:
-        """Return the encoding: its settings are the arguments, the described ones or the original ones."""
+        """Return the encoding, with settings from arguments, else descriptions, else the original program."""
         parts = self._parts(fetch=True)
         prompt = PROMPT if parts.prompt is None else parts.prompt
         return MatroyshkaInputs(prompt, parts.query_max_length, parts.max_length or MatroyshkaInputs.max_length)
@@ -513,7 +522,7 @@ class MatroyshkaReranker(LLMReranker):
         else:  # at full width, which has no token adapter
             layer = self.deepest() if cutoff is None else cutoff
             depth = self.at(cutoff=layer, compress_layers=(), compress_ratio=1, prune=())
-            _ = depth.scorer().shape  # raises where the depth has no head
+            _ = depth.scorer().shape  # raises if the depth has no head
             write_depth(depth._weights(), depth.cutoffs()[0], depth._inputs(), parts.base, target)
         return []
 

@@ -4,9 +4,9 @@ A reranker declares its options as class attributes::
 
     @with_options
     class MyReranker(LLMReranker):
-        model: Option[str] = Option(default="owner/name", check=path_like, help="a folder or hub id.")
+        model: Option[str] = Option(default="owner/name", check=check_path, help="a folder or hub id.")
         _: KW_ONLY
-        cutoff: Converted[int | Sequence[int], tuple[int, ...]] = Converted(default=(), check=layers, help="...")
+        cutoff: Converted[int | Sequence[int], tuple[int, ...]] = Converted(default=(), check=check_layers, help="...")
 
 The constructor, its signature and the docstring's ``Args`` follow from them, and :func:`options_of` lists them for a
 command line. Values are checked whenever they are set.
@@ -28,16 +28,16 @@ Class = TypeVar("Class", bound=type)
 
 
 class Converted(Generic[Given, Kept]):
-    """A constructor option that accepts values of one type and keeps them as another.
+    """Declares a constructor option that accepts values of one type and keeps them as another.
 
     Args:
         default: the value if none is given; an option without a default is required.
         check: takes the option's name and a value, and returns the value to keep or raises ValueError.
-        help: the effect of the option, in reStructuredText. The first sentence has to make sense alone.
-        shell: the help of the command-line option, where the first sentence of ``help`` is about Python alone.
+        help: the effect of the option, in reStructuredText. Its first sentence has to make sense alone.
+        shell: the help of the command-line option, if the first sentence of ``help`` is about Python alone.
     """
 
-    #: The name of the option, and the type of the values it accepts, as it is written in the source.
+    #: The name of the option, and the type of the values it accepts, as the source writes it.
     name: str
     accepts: str
 
@@ -76,7 +76,7 @@ class Converted(Generic[Given, Kept]):
 
 
 class Option(Converted[Value, Value], Generic[Value]):
-    """A constructor option that keeps values as the type it accepts."""
+    """Declares a constructor option that keeps values as the type it accepts."""
 
 
 @dataclass_transform(eq_default=False, field_specifiers=(Converted, Option))

@@ -18,8 +18,8 @@ from .checkpoints.locate import absolute, folder_of, is_hub_id, named_base, port
 from .engine.inputs import Encoding, RankLLaMAInputs, inputs_of
 from .frames import row_name
 from .options import Option, with_options
-from .reranker import LLMReranker, model_path, recipe
-from .values import column, flag, optional, positive, problem_of, string
+from .reranker import LLMReranker, check_model, recipe_of
+from .values import as_bool, check_column, check_positive, check_string, optional, problem_of
 
 if TYPE_CHECKING:
     from .checkpoints.checkpoint import Checkpoint
@@ -57,7 +57,7 @@ class RankLLaMAReranker(LLMReranker):
 
     model: Option[str] = Option(
         default="castorini/rankllama-v1-7b-lora-passage",
-        check=model_path,
+        check=check_model,
         help="a PEFT ``SEQ_CLS`` adapter with its score head, a merged ``*ForSequenceClassification`` model, or "
         "``smollm2-135m``, the small adapter that comes with this package. It is a folder or a hub id, which may "
         'include a revision (``"owner/name@v1"``); paths are kept absolute.',
@@ -65,7 +65,7 @@ class RankLLaMAReranker(LLMReranker):
     _: KW_ONLY
     base_model: Option[str | None] = Option(
         default=None,
-        check=optional(model_path),
+        check=optional(check_model),
         help="a base (folder, ``.gguf`` file or hub id) to use in place of the one that the adapter names.",
     )
     input_format: Option[str | None] = Option(
@@ -82,29 +82,29 @@ class RankLLaMAReranker(LLMReranker):
     )
     query_prefix: Option[str | None] = Option(
         default=None,
-        check=optional(string),
+        check=optional(check_string),
         help='text before the query in Tevatron\'s formats; None for the one in ``reranker.json``, or ``"query: "``.',
     )
     passage_prefix: Option[str | None] = Option(
         default=None,
-        check=optional(string),
+        check=optional(check_string),
         help="text before the passage in Tevatron's formats; None for the one in ``reranker.json``, or "
         '``"document: "``.',
     )
     append_eos: Option[bool | None] = Option(
         default=None,
-        check=optional(flag),
+        check=optional(as_bool),
         help="append the tokenizer's end token to the input, in all formats but ``tevatron-2023``; None for the value "
         "in ``reranker.json``, or else no end token.",
     )
     query_max_length: Option[int | None] = Option(
         default=None,
-        check=optional(positive),
+        check=optional(check_positive),
         help="tokens kept of ``query: {query}``, not counting ``<s>``; None for the value in ``reranker.json``, or 32.",
     )
     passage_max_length: Option[int | None] = Option(
         default=None,
-        check=optional(positive),
+        check=optional(check_positive),
         help="tokens kept of ``document: {title} {text}``, not counting ``<s>``; None for the value in "
         "``reranker.json``, or 164. The whole input has at most "
         "``query_max_length + passage_max_length - 2`` tokens, counting both ``<s>``; the query is cut to fit. The "
@@ -114,21 +114,21 @@ class RankLLaMAReranker(LLMReranker):
     )
     title_field: Option[str | None] = Option(
         default="title",
-        check=optional(column),
+        check=optional(check_column),
         help="a column with titles; None to read no titles. Frames without the column, and rows in which it is None or "
         "NaN, have no title.",
         shell="the field with titles.",
     )
     url_field: Option[str | None] = Option(
         default=None,
-        check=optional(column),
+        check=optional(check_column),
         help="a column with URLs, which precede the title; None to read no URLs. The document checkpoint reads them. "
         "Missing values are treated as in ``title_field``.",
         shell="a field with URLs, which precede the title; by default, none.",
     )
     training: Option[RankLLaMATraining | None] = Option(
         default=None,
-        check=recipe("RankLLaMATraining"),
+        check=recipe_of("RankLLaMATraining"),
         help="the recipe that :meth:`fit` trains by; None for the original settings.",
     )
 
@@ -145,7 +145,7 @@ class RankLLaMAReranker(LLMReranker):
 
     def _look_up_model(self) -> None:
         """Keep the base and the input format that a local model names."""
-        #: The base that the adapter names. If that is a relative path, it is resolved now, not when it is opened.
+        #: The base that the adapter names. A relative path is resolved now, not when the base is opened.
         self.named_base = named_base(self._source())
         #: The base in the form that is stored and compared.
         self.portable_base = None if self.named_base is None else portable(self.named_base)
@@ -153,13 +153,13 @@ class RankLLaMAReranker(LLMReranker):
         self.named_format = None if is_hub_id(self._source()) else self._described_format()
 
     def _described_format(self) -> InputFormat | None:
-        """Return the input format that the model names; a hub model is downloaded."""
+        """Return the input format in the model's description; a hub model is downloaded."""
         return own.input_format if (own := self._description()) is not None else None
 
     def _description(self) -> Description | None:
-        """Return the model's description, None if it has none; a hub model is downloaded.
+        """Return the model's description; None if it has none. A hub model is downloaded.
 
-        It is read again only where the file has changed. A hub model is looked up once, as its weights are.
+        The file is read again only if it has changed. A hub model is looked up once, like its weights.
         """
         source = self._source()
         state = None if is_hub_id(source) else identity(str(Path(source).expanduser() / FILE), source)
@@ -179,7 +179,7 @@ class RankLLaMAReranker(LLMReranker):
         return {name: getattr(self, name) for name in FORMAT}
 
     def _form(self) -> InputFormat:
-        """Return the input format in use; a hub model is downloaded to learn it."""
+        """Return the input format in use; a hub model is downloaded for its description."""
         return self._checked(self._chosen(self._described_format())[0])
 
     def _chosen(self, own: InputFormat | None) -> tuple[InputFormat, Mapping[str, Any]]:
@@ -191,6 +191,7 @@ class RankLLaMAReranker(LLMReranker):
         return _chosen(tuple(self._given_format().items()), own)
 
     def _checked(self, form: InputFormat) -> InputFormat:
+        """Return an input format; ValueError if it has no place for URLs that are to be read."""
         if self.url_field is not None and form.name != TEVATRON_2023:
             raise ValueError(f"url_field={self.url_field!r}: input_format {form.name!r} reads no URLs; allowed: None.")
         return form
@@ -300,7 +301,7 @@ class RankLLaMAReranker(LLMReranker):
         return {**self.arguments(), **named, **self._shown_format()}
 
     def _shown_format(self) -> Mapping[str, Any]:
-        """Return the arguments that name the input format; as given for a hub model, whose own format is unknown."""
+        """Return the arguments that name the input format; for a hub model, whose own format is unknown, as given."""
         return self._given_format() if is_hub_id(self._source()) else self._chosen(self.named_format)[1]
 
     def _repr_value(self, name: str) -> Any:
@@ -338,7 +339,7 @@ class RankLLaMAReranker(LLMReranker):
             write_rankllama(weights, self._inputs(), columns, description, target)
             return
         checkpoint = weights.checkpoint
-        checkpoint.heads(checkpoint.tokenizer())  # raises where it is untrained
+        checkpoint.heads(checkpoint.tokenizer())  # raises if the model is untrained
         if not self._is_adapter():
             raise ValueError(f"model={self.model!r} is not an adapter; allowed: merged=True.")
         with all_or_nothing(target):

@@ -1,4 +1,4 @@
-"""The weights of a reranker on each of its devices, shared with all rerankers that name the same."""
+"""The weights of a reranker on each of its devices, shared with all rerankers that name the same weights."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from .checkpoints.identity import identity
-from .engine.weights import Sharer, Weights, shared_weights
+from .engine.weights import Consumer, Weights, shared_weights
 
 #: The device, dtype, quantization and compilation of one copy.
 Setting = tuple[torch.device, torch.dtype, str | None, bool]
 
 
 class Replicas:
-    """Finds one copy of the weights for each device. No file is opened before it is needed.
+    """Finds one copy of the weights for each device. Opens no file before it is needed.
 
     Args:
         openers: a call that opens the checkpoint, and perhaps a second that opens it with a token adapter over it.
@@ -27,7 +27,7 @@ class Replicas:
     def __init__(self, openers: Sequence[partial[Any]], settings: Sequence[Setting]) -> None:
         self._openers = [(opener.func, identity(opener.args, opener.args[0]), opener) for opener in openers]
         self._settings = settings
-        #: Replicas with equal keys are the same.
+        #: Equal for replicas of equal weights in equal settings.
         self.key = tuple((*named, *setting) for setting in settings for *named, _ in self._openers)
 
     @cached_property
@@ -43,19 +43,19 @@ class Replicas:
         assert weights is not None
         return weights
 
-    def join(self, sharer: Sharer, earlier: Replicas | None) -> None:
+    def join(self, consumer: Consumer, earlier: Replicas | None) -> None:
         """Keep the weights that a reranker needs in memory, and drop earlier ones."""
         kept = self._stacks()
-        for weights in kept:  # before leaving, so that layers needed by both are not dropped
-            weights.join(sharer)
+        for weights in kept:  # joined first, so that layers in both are not dropped
+            weights.join(consumer)
         for weights in [] if earlier is None else earlier._stacks():
             if weights not in kept:
-                weights.leave(sharer)
+                weights.leave(consumer)
 
-    def leave(self, sharer: Sharer) -> None:
+    def leave(self, consumer: Consumer) -> None:
         """Drop the weights that only this reranker needs."""
         for weights in self._stacks():
-            weights.leave(sharer)
+            weights.leave(consumer)
 
     def _stacks(self) -> list[Weights]:
         """Return the weights on all devices, each token adapter with the weights below it."""

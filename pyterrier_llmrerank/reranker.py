@@ -26,7 +26,7 @@ from .frames import check_columns, check_rows, distinct, row_name, warn_of_ties,
 from .options import Converted, Option, constructor_signature, with_options
 from .scores import RowObserver, Scores
 from .value_semantics import ValueSemantics
-from .values import as_pairs, column, devices, flag, one_of, optional, path_like, positive, refuse
+from .values import as_bool, as_pairs, check_column, check_devices, check_path, check_positive, one_of, optional, refuse
 
 # Torch and transformers take seconds to import; they are imported when weights are needed.
 if TYPE_CHECKING:
@@ -50,13 +50,13 @@ QUANTIZATIONS = ("int8", "float8")
 ATTENTIONS = ("sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3")
 
 
-def model_path(name: str, value: object) -> str:
-    """Return a folder or file as an absolute path, or a hub id as it is."""
-    return absolute(path_like(name, value))
+def check_model(name: str, value: object) -> str:
+    """Check a folder, file or hub id. Return a path as an absolute path, a hub id as it is."""
+    return absolute(check_path(name, value))
 
 
-def recipe(*kinds: str) -> Callable[[str, object], Any]:
-    """Return a check for a recipe of some classes of the training package, or None."""
+def recipe_of(*kinds: str) -> Callable[[str, object], Any]:
+    """Return a check for a recipe of one of these classes, by their names in the training package, or None."""
 
     def check(name: str, value: object) -> Any:
         if value is not None:
@@ -69,23 +69,23 @@ def recipe(*kinds: str) -> Callable[[str, object], Any]:
     return check
 
 
-def _dtype(name: str, value: object) -> str:
+def _check_dtype(name: str, value: object) -> str:
     dtype = str(value).removeprefix("torch.")
     return dtype if dtype in DTYPES else refuse(name, value, ", ".join(DTYPES))
 
 
 @with_options
 class LLMReranker(ValueSemantics, pt.Estimator):
-    """A pointwise cross-encoder on a decoder-only language model, as a PyTerrier transformer.
+    """Rerank with a decoder-only language model as a pointwise cross-encoder.
 
-    Subclasses define the input format, the heads and how much of the model is run. Each constructor argument is kept
-    as an attribute of the same name. Weights are opened on first use, and rerankers over the same weights share one
-    copy in memory.
+    Subclasses define the input format, the heads and the part of the model that is run. Each constructor argument is
+    kept as an attribute of the same name. Weights are opened on first use, and rerankers over the same weights share
+    one copy in memory.
 
     Rerankers made with equal arguments are equal, so experiments share their work. A reranker that is changed later
     (:meth:`set_parameter`, :meth:`fit`, an attribute) equals only itself from then on and keeps its hash, so that it
-    can stay a key of a dict. A copy or pickle of it compares by its current values, like a new reranker. (Rerankers
-    that are equal from the start are one key of a dict: give one of them another ``batch_size``, for example.)
+    can stay a key of a dict. A copy or pickle of it compares by its current values, like a new reranker. (To a dict,
+    rerankers that are equal from the start are one key. To keep both, give one another ``batch_size``.)
     """
 
     schematic: ClassVar[Mapping[str, str]]
@@ -93,17 +93,17 @@ class LLMReranker(ValueSemantics, pt.Estimator):
     SHAPE: ClassVar[tuple[str, ...]] = ()
     __signature__: ClassVar[inspect.Signature]
 
-    model: Option[str] = Option(check=model_path, help="a folder, file or hub id. Paths are kept absolute.")
+    model: Option[str] = Option(check=check_model, help="a folder, file or hub id. Paths are kept absolute.")
     _: KW_ONLY
-    text_field: Option[str] = Option(default="text", check=column, help="the column with the text.")
+    text_field: Option[str] = Option(default="text", check=check_column, help="the column with the text.")
     batch_size: Option[int | None] = Option(
         default=None,
-        check=optional(positive),
+        check=optional(check_positive),
         help="pairs per batch; None for as many as fit a token budget.",
     )
     device: Converted[str | Sequence[str] | None, str | tuple[str, ...] | None] = Converted(
         default=None,
-        check=devices,
+        check=check_devices,
         help='for example ``"cuda:1"``; None for CUDA or MPS if available, else the CPU. With several devices, '
         '``["cuda:0", "cuda:1"]``, each holds a copy of the weights and takes some queries at a time, with all their '
         "candidates. They are kept as a tuple. :meth:`fit` trains on the CPU or the first GPU.",
@@ -112,7 +112,7 @@ class LLMReranker(ValueSemantics, pt.Estimator):
     )
     dtype: Option[str] = Option(
         default="auto",
-        check=_dtype,
+        check=_check_dtype,
         help='the dtype of weights and computation: ``"auto"`` for bfloat16 where the device computes in it natively, '
         'else float32; or ``"float32"``, ``"bfloat16"`` or ``"float16"``.',
     )
@@ -126,7 +126,7 @@ class LLMReranker(ValueSemantics, pt.Estimator):
     )
     torch_compile: Option[bool] = Option(
         default=False,
-        check=flag,
+        check=as_bool,
         help="compile the layers with torch.compile on first use. New batch shapes do not trigger compilation. "
         "On a CPU this needs a C++ compiler. (Its name is not ``compile``: that is a method that pipelines call.)",
     )
@@ -137,7 +137,7 @@ class LLMReranker(ValueSemantics, pt.Estimator):
         'CPUs), ``"flash_attention_2"`` or ``"flash_attention_3"`` (on CUDA in bf16 or fp16, if their packages are '
         'installed); None for ``"sdpa"``.',
     )
-    verbose: Option[bool] = Option(default=False, check=flag, help="show a progress bar.")
+    verbose: Option[bool] = Option(default=False, check=as_bool, help="show a progress bar.")
 
     # Without annotations, which would make them options.
     _usage = Usage()
@@ -164,7 +164,7 @@ class LLMReranker(ValueSemantics, pt.Estimator):
 
     @abstractmethod
     def _shape(self, checkpoint: Checkpoint) -> Shape:
-        """Return the part of a checkpoint to run; ValueError if it does not allow the arguments."""
+        """Return the part of a checkpoint to run; ValueError if the checkpoint does not allow the arguments."""
 
     @abstractmethod
     def _inputs(self) -> Encoding | MatroyshkaInputs:
@@ -172,7 +172,7 @@ class LLMReranker(ValueSemantics, pt.Estimator):
 
     @abstractmethod
     def deepest(self) -> int | None:
-        """Return the deepest decoder layer that is run; None for the model's last layer."""
+        """Return the deepest layer that is run; None for the model's last layer."""
 
     def _bodies(self, frame: pd.DataFrame) -> list[str]:
         """Return the text of each row as the model reads it."""
@@ -238,10 +238,10 @@ class LLMReranker(ValueSemantics, pt.Estimator):
         return result
 
     def tokenise(self, inp: pd.DataFrame) -> None:
-        """Tokenise a frame before it is given to :meth:`transform`; a thread may do so while another frame is scored.
+        """Tokenise a frame ahead of :meth:`transform`; a thread may do so while another frame is scored.
 
-        The token ids are kept until then, and are not used if an argument or the model has changed. Nothing is done
-        while the reranker has no weights. Errors are left to :meth:`transform`, which names the row.
+        The token ids are kept for :meth:`transform`, which ignores them if an argument or the model has changed. A
+        reranker without weights does nothing. Errors are left to :meth:`transform`, which names the row.
 
         Args:
             inp: the frame.
@@ -258,7 +258,7 @@ class LLMReranker(ValueSemantics, pt.Estimator):
                 prepared = self._prepared = PreparedIds((held.key, inputs))
             with stopwatch:
                 prepared.add(texts, inputs(tokenizer, texts))
-        except BaseException as error:  # a panic of the tokenizer is no Exception
+        except BaseException as error:  # a panic of the tokenizer is not an Exception
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
         finally:
@@ -283,7 +283,7 @@ class LLMReranker(ValueSemantics, pt.Estimator):
             shallowest: ``[cutoffs]`` and ``[cutoffs, n]``.
 
         Raises:
-            ValueError: something is not a pair of strings.
+            ValueError: a value is not a pair of strings.
             ScoringError: as for :meth:`transform`; ``scores`` is an array ``[cutoffs, n]``, NaN for missing scores.
             KeyboardInterrupt: Ctrl-C, with ``scores`` as above.
         """
@@ -360,13 +360,13 @@ class LLMReranker(ValueSemantics, pt.Estimator):
         shape = [text for text in self._options_shown() if text.partition("=")[0] in self.SHAPE]
         return type(self).__name__ + (f"({', '.join(shape)})" if shape else "")
 
-    def quiet(self) -> Self:
+    def silent_copy(self) -> Self:
         """Return a copy with zero usage and no progress bar, which logs at DEBUG level."""
-        quiet = copy.copy(self)
-        quiet._usage = Usage()
-        quiet.verbose = False
-        quiet._usage_level = logging.DEBUG
-        return quiet
+        silent = copy.copy(self)
+        silent._usage = Usage()
+        silent.verbose = False
+        silent._usage_level = logging.DEBUG
+        return silent
 
     # -- training
 
@@ -428,7 +428,7 @@ class LLMReranker(ValueSemantics, pt.Estimator):
         validation = None
         if topics_or_res_va is not None and qrels_va is not None:
             validation = Frames(topics_or_res_va, qrels_va, self._bodies, self.text_field)
-        if self._held is not None:  # not needed while another copy is trained
+        if self._held is not None:  # its memory is free for the copy that is trained
             self._held.leave(self)
             self._held = None
         adapter = self._train(Frames(topics_or_res_tr, qrels_tr, self._bodies, self.text_field), validation)
@@ -480,9 +480,9 @@ class LLMReranker(ValueSemantics, pt.Estimator):
             self.save(folder, merged=merged)
             check_base(folder, repo_id)
             api = HfApi(token=token)
-            url = api.create_repo(repo_id, private=private, exist_ok=True)  # which completes the id
+            url = api.create_repo(repo_id, private=private, exist_ok=True)  # the URL has the full id
             complete_card(folder, url.repo_id, type(self).__name__, Stated(datasets or (), license=license))
-            api.upload_folder(  # replaces an earlier model, no file of which may stay
+            api.upload_folder(  # replaces an earlier model with all its files
                 repo_id=url.repo_id, folder_path=folder, commit_message="Upload a reranker", delete_patterns="*"
             )
         return str(url)

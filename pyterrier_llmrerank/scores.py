@@ -14,7 +14,7 @@ from .engine.usage import Observer, Usage
 
 
 class Scores(NamedTuple):
-    """Scores of some rows.
+    """Holds scores of some rows.
 
     Args:
         final: score of each row, ``[rows]``; NaN for rows that were not scored.
@@ -42,7 +42,7 @@ class Scores(NamedTuple):
         cascade: Cascade | None,
         finish: Callable[[np.ndarray], np.ndarray],
     ) -> Scores:
-        """Return the scores that logits become.
+        """Turn logits into scores.
 
         Args:
             logits: a row for each cutoff, ``[cutoffs, rows]``.
@@ -67,7 +67,7 @@ class Scores(NamedTuple):
 
 
 class RowObserver(Observer):
-    """Name the rows of a call in errors, move its progress bar, and collect its usage.
+    """Names the rows of a call in errors, moves its progress bar, and collects its usage.
 
     Args:
         name: names a row.

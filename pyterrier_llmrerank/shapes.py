@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from .values import RATIOS, integer, items, layers, positive, refuse
+from .values import RATIOS, check_integer, check_items, check_layers, check_positive, refuse
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class MatroyshkaShape:
-    """A shape, by the arguments that name it, after their checks.
+    """Holds a shape: the arguments that name it, after their checks.
 
     Args:
         cutoff: one layer, several, or None for the deepest layer with a head.
@@ -59,7 +59,7 @@ class MatroyshkaShape:
             )  # fmt: skip
 
     def check_stages(self, deepest: int | None) -> None:
-        """Raise ValueError unless all stages of the cascade are above the deepest cutoff, which may be unknown."""
+        """Raise ValueError unless all stages of the cascade are shallower than the deepest cutoff, if that is known."""
         if deepest is not None and self.prune and (layer := self.prune[-1][0]) >= deepest:
             raise ValueError(f"prune={dict(self.prune)}: layer {layer} is not shallower than the cutoff, {deepest}.")
 
@@ -92,7 +92,7 @@ class MatroyshkaShape:
 
 
 def _in_words(layers: Sequence[int]) -> str:
-    """Describe the layers with a head."""
+    """Describe the layers with a head, for messages."""
     if len(layers) == 1:
         return f"{layers[0]} only; start_layer gives a plain language model more"
     step = layers[1] - layers[0]
@@ -102,28 +102,28 @@ def _in_words(layers: Sequence[int]) -> str:
 # -- checks of arguments
 
 
-def cutoff(name: str, value: object) -> int | tuple[int, ...] | None:
-    """Return one layer as an int, several as an ascending tuple."""
+def check_cutoff(name: str, value: object) -> int | tuple[int, ...] | None:
+    """Check cutoffs. Return one layer as an int, several as an ascending tuple."""
     if value is None:
         return None
-    cutoffs = layers(name, value, 1)
+    cutoffs = check_layers(name, value, 1)
     if not cutoffs:
         refuse(name, value, "a layer, several layers, or None")
     return cutoffs[0] if len(cutoffs) == 1 else cutoffs
 
 
-def compress_ratio(name: str, value: object) -> int:
-    """Return a ratio in which hidden states can be pooled."""
-    if (ratio := positive(name, value)) not in RATIOS:
+def check_compress_ratio(name: str, value: object) -> int:
+    """Check a ratio in which hidden states can be pooled."""
+    if (ratio := check_positive(name, value)) not in RATIOS:
         refuse(name, value, "1, 2, 4, 8 (or a power of two up to 64)")
     return ratio
 
 
-def prune(name: str, value: object) -> tuple[tuple[int, int], ...]:
-    """Return a cascade's layers and the number of candidates that survive each, ascending by layer."""
+def check_prune(name: str, value: object) -> tuple[tuple[int, int], ...]:
+    """Check a cascade, and return pairs of a layer and the number of its survivors, ascending by layer."""
     allowed = "layers and the number of candidates that survive each, {8: 50, 16: 20}"
-    stages = items(name, value, allowed)
-    checked = sorted((integer(name, layer, allowed), integer(name, keep, allowed)) for layer, keep in stages)
+    given = check_items(name, value, allowed)
+    checked = sorted((check_integer(name, layer, allowed), check_integer(name, keep, allowed)) for layer, keep in given)
     if any(layer < 1 or keep < 1 for layer, keep in checked):
         refuse(name, value, f"{allowed}, integers of at least 1")
     if len(dict(checked)) < len(checked):

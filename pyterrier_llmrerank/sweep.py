@@ -19,7 +19,7 @@ from .runs.evaluation import Evaluation, Floats
 if TYPE_CHECKING:
     from .engine.operations import Operations
 
-#: The number of cutoffs to try if none are named.
+#: The most cutoffs to try if the user names none.
 CUTOFFS = 8
 
 #: Bootstrap samples of the queries for an interval.
@@ -33,7 +33,7 @@ ROUNDS = 2
 
 
 class Choice(NamedTuple):
-    """A shape, by the arguments of :meth:`~pyterrier_llmrerank.MatroyshkaReranker.at`."""
+    """Holds a shape, by the arguments of :meth:`~pyterrier_llmrerank.MatroyshkaReranker.at`."""
 
     cutoff: int
     compress_layers: tuple[int, ...]
@@ -78,7 +78,7 @@ def evenly_spaced(with_head: Sequence[int], deepest: int) -> list[int]:
 
 
 class Candidates:
-    """Rows to rank, and their distinct pairs.
+    """Holds rows to rank, and their distinct pairs.
 
     Args:
         rows: a result frame.
@@ -86,7 +86,7 @@ class Candidates:
     """
 
     def __init__(self, rows: pd.DataFrame, text_field: str) -> None:
-        #: The columns that a reranker needs.
+        #: The rows, with the columns that a reranker needs.
         self.rows = rows[["qid", "query", "docno", text_field]]
         #: The query of each row, by qid and text, ``[rows]``.
         self.queries = list(zip(rows["qid"], rows["query"], strict=True))
@@ -106,13 +106,13 @@ class Candidates:
 
 
 class Measurement(NamedTuple):
-    """The measurements of one shape.
+    """Holds the measurements of one shape.
 
     Args:
         choice: the shape.
-        values: the measure, ``[queries]``.
-        operations: multiplications and additions, ``[queries]``.
-        milliseconds: predicted, per query.
+        values: the measure of each query, ``[queries]``.
+        operations: multiplications and additions of each query, ``[queries]``.
+        milliseconds: the predicted milliseconds per query.
     """
 
     choice: Choice
@@ -162,7 +162,7 @@ def one_pass(
 
 
 def in_turns(rerankers: Sequence[MatroyshkaReranker], rows: pd.DataFrame) -> Floats:
-    """Return each reranker's median seconds for some rows. They take turns, so that other load affects all alike."""
+    """Return each reranker's median seconds for some rows; rerankers take turns, so other load affects all alike."""
     for reranker in rerankers:
         reranker.scorer().open()
     taken = np.empty((ROUNDS, len(rerankers)))
@@ -175,7 +175,10 @@ def in_turns(rerankers: Sequence[MatroyshkaReranker], rows: pd.DataFrame) -> Flo
 
 
 def pareto(cost: Floats, value: Floats) -> NDArray[np.bool_]:
-    """Return which points are on the front: no other has the same value or more at less cost, or more at the same."""
+    """Return a mask of the points on the Pareto front.
+
+    On the front, no other point has at least the value at a lower cost, or a higher value at the same cost.
+    """
     costs, place = np.unique(cost, return_inverse=True)
     best = np.full(len(costs), -np.inf)
     np.maximum.at(best, place, value)

@@ -15,7 +15,7 @@ from .frames import check_columns, check_rows
 from .matroyshka import MatroyshkaReranker
 from .runs.evaluation import Evaluation
 from .sweep import Candidates, Choice, Measurement, choices, evenly_spaced, in_turns, interval, one_pass, pareto
-from .values import natural, positive, refuse
+from .values import check_natural, check_positive, refuse
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +26,7 @@ COSTS = {"share": "of the full shape's operations", "milliseconds": "millisecond
 
 
 class HeldOut(NamedTuple):
-    """The measure of shapes on queries that were not used to choose them, by :meth:`Tuning.held_out`.
+    """Holds the measure of shapes on queries that were not used to choose them, by :meth:`Tuning.held_out`.
 
     Args:
         mean: the mean over all queries, each measured with the shape that the other folds chose.
@@ -44,7 +44,7 @@ class HeldOut(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Tuning:
-    """The measurements of :func:`tune`.
+    """Holds the measurements of :func:`tune`.
 
     Args:
         base: the reranker whose shapes were measured.
@@ -56,8 +56,8 @@ class Tuning:
             at least as good at a lower cost, or better at the same cost.
         measure: the name of the measure.
         budget: as given to :func:`tune`.
-        first_stage: the measure of the candidates as given; None if they have neither score nor rank.
-        values: the measure of each query, a row by qid, for each shape, a column by its index in ``shapes``.
+        first_stage: the measure of the candidates by their own score or rank; None if they have neither.
+        values: the measure of each query (a row, by qid) in each shape (a column, by its index in ``shapes``).
     """
 
     base: MatroyshkaReranker
@@ -95,7 +95,7 @@ class Tuning:
             ValueError: the number of folds is not allowed, or no shape is within the budget.
         """
         queries = len(self.values)
-        if not 2 <= positive("folds", folds) <= queries:
+        if not 2 <= check_positive("folds", folds) <= queries:
             refuse("folds", folds, f"from 2 to {queries}, the number of queries")
         fold_of = np.random.default_rng(0).permutation(np.arange(queries) % folds)
         own, rows = np.empty(queries), []
@@ -213,10 +213,11 @@ def tune(
             per query (``"150ms"``); None for no limit. The full shape is the deepest cutoff, without compression and
             without a cascade.
         cutoffs: layers for cutoffs and the stages of cascades; None for up to 8 evenly spaced layers with heads.
-        compress_ratios: the widths. Only 1 is used for models whose layers cannot be run one by one.
-        compress_layers: layers after which widths above 1 pool passages; None for the reranker's own, or if it has
+        compress_ratios: ratios in which passages are pooled, one for each width. Models whose layers cannot be run one
+            by one get 1 alone.
+        compress_layers: layers after which ratios above 1 pool passages; None for the reranker's own or, if it has
             none, the layer at a quarter of the depth.
-        keep: numbers of candidates that survive a stage. Numbers below the longest candidate list are tried.
+        keep: numbers of candidates that survive a stage; only numbers below the longest list of candidates are tried.
         stages: the most stages in a cascade, each of which keeps fewer candidates; 0 for no cascades. Models whose
             layers cannot be run one by one get none.
         timed: number of queries, counted from the first, on which the shapes on the front are timed. The shapes take
@@ -245,8 +246,8 @@ def tune(
     if not isinstance(reranker, MatroyshkaReranker) or reranker.released:
         refuse("reranker", reranker, "a MatroyshkaReranker, without released=True")
     limit_of(budget)
-    timed, stages = natural("timed", timed), natural("stages", stages)
-    kept = sorted({positive("keep", number) for number in np.atleast_1d(keep).tolist()}, reverse=True)
+    timed, stages = check_natural("timed", timed), check_natural("stages", stages)
+    kept = sorted({check_positive("keep", number) for number in np.atleast_1d(keep).tolist()}, reverse=True)
     rows = _judged_rows(reranker, res, qrels)
     evaluation = Evaluation(measure, rows, qrels)
     widths = _widths(reranker, cutoffs, compress_ratios, compress_layers)
@@ -271,7 +272,7 @@ def _widths(
     compress_ratios: int | Sequence[int],
     compress_layers: int | Sequence[int] | None,
 ) -> list[MatroyshkaReranker]:
-    """Return a reranker for each ratio that reads logits at all cutoffs; ValueError if the model does not allow it."""
+    """Return a reranker for each ratio that reads logits at all cutoffs; ValueError if the model does not allow one."""
     checkpoint = reranker.scorer().checkpoint
     if not checkpoint.supports_layerwise:
         compress_ratios = 1
@@ -287,14 +288,14 @@ def _widths(
         for ratio in sorted(set(np.atleast_1d(compress_ratios).tolist()))
     ]  # fmt: skip
     for width in widths:
-        _ = width.scorer().shape  # raises now rather than after other widths have been measured
+        _ = width.scorer().shape  # raises now, not after other widths have been measured
     return widths
 
 
 def _grid(
     widths: Sequence[MatroyshkaReranker], rows: pd.DataFrame, kept: Sequence[int], stages: int
 ) -> list[list[Choice]]:
-    """Return the shapes to measure, for each width; ValueError if there are none."""
+    """Return the shapes to measure, for each width; ValueError if there is none."""
     if not widths or not widths[0].scorer().checkpoint.supports_layerwise:
         stages = 0
     longest = rows["qid"].value_counts().max()

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 
 class ValueSemantics:
-    """Make objects equal if their constructor arguments are; each argument is an attribute of the same name.
+    """Makes objects equal if their constructor arguments are; each argument is an attribute of the same name.
 
     An object that is changed later equals only itself from then on, and keeps its hash. Private attributes, with an
     underscore in front, are neither compared nor pickled.
@@ -22,7 +22,7 @@ class ValueSemantics:
         return {name: getattr(self, name) for name in list(inspect.signature(type(self).__init__).parameters)[1:]}
 
     def equality_key(self) -> dict[str, Any]:
-        """Return the values that equality compares: the arguments, and in subclasses other values that scores need."""
+        """Return the values that equality compares: the arguments and, in subclasses, others that affect scores."""
         return self.arguments()
 
     def set_parameter(self, name: str, value: Any) -> None:

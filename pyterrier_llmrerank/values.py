@@ -1,7 +1,7 @@
 """Check values from outside: constructor arguments, and the cells of a frame.
 
-A check of an argument takes its name and value. It returns the value to keep, or raises a ValueError that names the
-argument, the value and the allowed values.
+A check of an argument takes the argument's name and value. It returns the value to keep, or raises a ValueError that
+names the argument, the value and the allowed values.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def refuse(name: str, value: object, allowed: str) -> NoReturn:
 
 
 def optional(check: Callable[[str, Any], Kept]) -> Callable[[str, Any], Kept | None]:
-    """Allow None in addition to the values that pass a check."""
+    """Return a check that also allows None."""
     return lambda name, value: None if value is None else check(name, value)
 
 
-def integer(name: str, value: object, allowed: str) -> int:
-    """Return an integer as an int; a bool is not allowed."""
+def check_integer(name: str, value: object, allowed: str) -> int:
+    """Check an integer, and return it as an int; a bool is not allowed."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
         refuse(name, value, allowed)
     return int(value)
@@ -50,7 +50,7 @@ def at_least(least: int) -> Callable[[str, object], int]:
     allowed = f"an integer of at least {least}"
 
     def check(name: str, value: object) -> int:
-        if (number := integer(name, value, allowed)) < least:
+        if (number := check_integer(name, value, allowed)) < least:
             refuse(name, value, allowed)
         return number
 
@@ -58,17 +58,17 @@ def at_least(least: int) -> Callable[[str, object], int]:
 
 
 #: Checks for an integer of at least 1, and of at least 0.
-positive = at_least(1)
-natural = at_least(0)
+check_positive = at_least(1)
+check_natural = at_least(0)
 
 
-def flag(name: str, value: object) -> bool:
+def as_bool(name: str, value: object) -> bool:
     """Return any value as a bool."""
     return bool(value)
 
 
-def string(name: str, value: object) -> str:
-    """Return a string."""
+def check_string(name: str, value: object) -> str:
+    """Check a string."""
     if not isinstance(value, str):
         refuse(name, value, "a string")
     return value
@@ -85,15 +85,15 @@ def one_of(*allowed: str) -> Callable[[str, object], str | None]:
     return check
 
 
-def column(name: str, value: object) -> str:
-    """Return the name of a column."""
+def check_column(name: str, value: object) -> str:
+    """Check the name of a column."""
     if not isinstance(value, str) or not value:
         refuse(name, value, "the name of a column")
     return value
 
 
-def devices(name: str, value: object) -> str | tuple[str, ...] | None:
-    """Return a device's name, or several as a tuple; a list of one device is that device."""
+def check_devices(name: str, value: object) -> str | tuple[str, ...] | None:
+    """Check names of devices. Return one as a string, several as a tuple; a list of one device is that device."""
     if value is None:
         return None
     names = tuple(map(str, value)) if isinstance(value, list | tuple) else (str(value),)
@@ -107,40 +107,41 @@ def devices(name: str, value: object) -> str | tuple[str, ...] | None:
     return names if len(names) > 1 else names[0]
 
 
-def path_like(name: str, value: object) -> str:
-    """Return a folder, file or hub id as a string."""
+def check_path(name: str, value: object) -> str:
+    """Check a folder, file or hub id, and return it as a string."""
     if not value or not (isinstance(value, str) or hasattr(value, "__fspath__")):
         refuse(name, value, "a folder, a .gguf file or a hub id")
     return str(value)
 
 
-def folders(name: str, value: object) -> tuple[str, ...]:
-    """Return a folder, or several, as a tuple of strings."""
-    return tuple(path_like(name, folder) for folder in (value if isinstance(value, list | tuple) else [value]))
+def check_folders(name: str, value: object) -> tuple[str, ...]:
+    """Check one folder or several, and return them as a tuple of strings."""
+    return tuple(check_path(name, folder) for folder in (value if isinstance(value, list | tuple) else [value]))
 
 
-def folders_by_ratio(name: str, value: object) -> tuple[tuple[int, str], ...]:
-    """Return pairs of a ratio and the folder of its adapter, ascending."""
+def check_folders_by_ratio(name: str, value: object) -> tuple[tuple[int, str], ...]:
+    """Check folders of adapters by ratio, and return them as pairs of ratio and folder, ascending."""
     allowed = "a folder for each ratio, {2: folder, 4: folder}, powers of two from 2 to 64"
-    by_ratio = {integer(name, ratio, allowed): path_like(name, folder) for ratio, folder in items(name, value, allowed)}
+    given = check_items(name, value, allowed)
+    by_ratio = {check_integer(name, ratio, allowed): check_path(name, folder) for ratio, folder in given}
     if any(ratio == 1 or ratio not in RATIOS for ratio in by_ratio):
         refuse(name, value, allowed)
     return tuple(sorted(by_ratio.items()))
 
 
-def layers(name: str, value: object, least: int) -> tuple[int, ...]:
-    """Return one or more layer numbers of at least ``least``, ascending and without duplicates."""
+def check_layers(name: str, value: object, least: int) -> tuple[int, ...]:
+    """Check layers of at least ``least``; return them ascending and without duplicates."""
     allowed = f"a layer from {least} on, or a list of them"
     value = as_list(value)
     several = isinstance(value, Iterable) and not isinstance(value, str | bytes)
-    numbers = [integer(name, layer, allowed) for layer in (cast(Iterable[object], value) if several else [value])]
+    numbers = [check_integer(name, layer, allowed) for layer in (cast(Iterable[object], value) if several else [value])]
     if any(number < least for number in numbers):
         refuse(name, value, allowed)
     return tuple(sorted(set(numbers)))
 
 
-def items(name: str, value: object, allowed: str) -> list[tuple[Any, Any]]:
-    """Return the items of a mapping, which may be given as a list of pairs."""
+def check_items(name: str, value: object, allowed: str) -> list[tuple[Any, Any]]:
+    """Check a mapping, which may be given as a list of pairs, and return its items."""
     pairs = list(value.items()) if isinstance(value, Mapping) else value
     if not isinstance(pairs, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
         refuse(name, value, allowed)
@@ -163,7 +164,7 @@ def problem_of(text: object) -> str | None:
 
 
 def problem_of_id(value: object) -> str | None:
-    """Say why a value, which is not missing, cannot be a qid or docno; None if it can."""
+    """Say why a value cannot be a qid or docno; None if it can. Missing values are not checked."""
     if isinstance(value, str):
         return problem_of(value)
     return None if pd.api.types.is_hashable(value) else f"{value!r}, neither a string nor a number"
@@ -178,7 +179,7 @@ def is_finite(value: object) -> bool:
 
 
 def as_list(value: object) -> Any:
-    """Return an array as a list, of lists if it has rows; anything else as it is."""
+    """Turn an array into a list, or a list of lists; return any other value unchanged."""
     return value.tolist() if isinstance(value, np.ndarray) else value
 
 
@@ -192,7 +193,7 @@ def as_pairs(pairs: Any) -> tuple[list[tuple[str, str]], bool]:
         The pairs, and whether a single pair was given.
 
     Raises:
-        ValueError: something is not a pair of strings.
+        ValueError: a value is not a pair of strings.
     """
     pairs = as_list(pairs)
     is_unordered = isinstance(pairs, Set) and not isinstance(pairs, ItemsView)

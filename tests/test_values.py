@@ -5,17 +5,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyterrier_llmrerank.values import column, devices, integer, path_like, positive, problem_of, problem_of_id
+from pyterrier_llmrerank.values import (
+    check_column,
+    check_devices,
+    check_integer,
+    check_path,
+    check_positive,
+    problem_of,
+    problem_of_id,
+)
 
 
 @pytest.mark.parametrize("value", [None, "cpu", "cuda", "cuda:1", "mps", ("cuda:0", "cpu")])
 def test_devices_have_torchs_names(value: object) -> None:
-    assert devices("device", value) == value
+    assert check_devices("device", value) == value
 
 
 def test_a_list_of_one_device_is_that_device() -> None:
-    assert devices("device", ["cuda:3"]) == "cuda:3"
-    assert devices("device", ["cpu", "cuda"]) == ("cpu", "cuda")
+    assert check_devices("device", ["cuda:3"]) == "cuda:3"
+    assert check_devices("device", ["cpu", "cuda"]) == ("cpu", "cuda")
 
 
 @pytest.mark.parametrize(
@@ -31,24 +39,24 @@ def test_a_list_of_one_device_is_that_device() -> None:
 )
 def test_unknown_devices_are_named(value: object, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
-        devices("device", value)
+        check_devices("device", value)
 
 
 @given(st.integers(1, 2**40))
 def test_integers_of_numpy_are_integers(number: int) -> None:
-    assert positive("n", np.int64(number)) == number
-    assert type(positive("n", np.int64(number))) is int
+    assert check_positive("n", np.int64(number)) == number
+    assert type(check_positive("n", np.int64(number))) is int
 
 
 @given(st.one_of(st.integers(max_value=0), st.booleans(), st.floats(), st.text(), st.none()))
 def test_other_values_are_no_positive_integers(value: object) -> None:
     with pytest.raises(ValueError, match=r"^n=.*; allowed: an integer of at least 1\.$"):
-        positive("n", value)
+        check_positive("n", value)
 
 
 def test_true_is_no_integer() -> None:
     with pytest.raises(ValueError, match=r"n=np\.True_; allowed: a layer\."):
-        integer("n", np.bool_(True), "a layer")
+        check_integer("n", np.bool_(True), "a layer")
 
 
 @given(st.text(st.characters(codec="utf-8")))
@@ -75,6 +83,6 @@ def test_ids_are_strings_or_numbers() -> None:
 @pytest.mark.parametrize("value", ["", None, 3])
 def test_empty_names_of_columns_and_models_are_refused(value: object) -> None:
     with pytest.raises(ValueError, match="text_field=.*; allowed: the name of a column"):
-        column("text_field", value)
+        check_column("text_field", value)
     with pytest.raises(ValueError, match="model=.*; allowed: a folder, a .gguf file or a hub id"):
-        path_like("model", value)
+        check_path("model", value)

@@ -165,7 +165,7 @@ class RandomCheckpoint:
     def head_module(self, index: int) -> None:
         return None
 
-    def described(self) -> Any:
+    def blame_config(self) -> Any:
         return nullcontext()
 
     def check_depth(self, *_: Any) -> None:

@@ -30,7 +30,7 @@ FIELDS_READ = TARGETS | {
     "revision", "use_rslora",
 }  # fmt: skip
 
-#: Fields that matter for training alone.
+#: Fields of PEFT's LoraConfig that matter for training alone.
 WITHOUT_EFFECT = {
     "auto_mapping", "bias", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out",
     "inference_mode", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save",
@@ -58,12 +58,12 @@ MAX_ALPHA = 1e9
 
 
 class Adapter:
-    """Read a PEFT LoRA folder: low-rank updates by module, and tensors that were trained whole.
+    """Reads a PEFT LoRA folder: low-rank updates by module, and tensors that were trained whole.
 
     Args:
         folder: the folder.
         argument: the caller's argument and its value, for messages.
-        name: the user's name for it; None for its folder.
+        name: the user's name for the adapter; None for its folder.
 
     Raises:
         FileNotFoundError: the folder holds no adapter.
@@ -199,15 +199,15 @@ class Adapter:
 
     @property
     def modules(self) -> set[str]:
-        """The names of the modules that it updates."""
+        """The names of the modules that the adapter updates."""
         return set(self._sides)
 
     def modules_ending_in(self, ending: str) -> set[str]:
-        """Return the modules that it updates whose names have this ending."""
+        """Return the names of the updated modules with this ending."""
         return {module for module in self._sides if module.endswith(ending)}
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise ValueError unless each module that it updates is in ``shapes``, with a weight of that shape."""
+        """Raise ValueError unless each updated module is in ``shapes``, and its update has that shape."""
         if unknown := sorted(self.modules - set(shapes)):
             raise ValueError(
                 f"{self.argument}: the model has no module {short(unknown[0])} ({len(unknown)} such modules)."
@@ -259,7 +259,7 @@ class Adapter:
         return float(alpha)
 
     def _by_pattern(self, name: str, module: str, field: str, default: int) -> Any:
-        """Return a module's value; PEFT's ``<name>_pattern`` has regular expressions for module names."""
+        """Return a module's setting: by PEFT's ``<name>_pattern``, which has regular expressions, else by ``field``."""
         patterns = self.config.get(f"{name}_pattern") or {}
         if not isinstance(patterns, dict):
             raise ValueError(f"{self.argument}: {name}_pattern is {short(patterns)}; expected an object.")
@@ -269,6 +269,7 @@ class Adapter:
         return self.config.get(field, default)
 
     def _fits(self, field: str, pattern: str, module: str) -> bool:
+        """Tell whether a pattern matches the end of a module's name; ValueError if it is too complex or malformed."""
         if len(pattern) > 1000 or len(WILDCARDS.findall(pattern)) > 2:  # a match could take forever
             raise ValueError(f"{self.argument}: {field} {short(pattern)} is too complex.")
         try:

@@ -38,8 +38,9 @@ class Assembly:
         """Return the parts.
 
         Args:
-            fetch: download models and adapters from the hub to read their descriptions; otherwise these are left out.
-            full_width: no token adapter is in use.
+            fetch: whether to download models and adapters from the hub for their descriptions; if not, descriptions on
+                the hub are left out.
+            full_width: whether the reranker runs at full width, without a token adapter.
 
         Raises:
             ValueError: adapters were trained with a ``start_layer`` or ``layer_sep`` that differs from the given one,
@@ -175,7 +176,7 @@ class Assembly:
         if not all(any(_may_be_same(folder / name, other) for other in merged) for name in own.adapters):
             raise ValueError(
                 f"{argument} was trained on this base over {len(own.adapters)} adapters, which are not in order among "
-                f"the {len(before)} here: {list(before)}; allowed: at least copies of the ones in {str(folder)!r}."
+                f"the {len(before)} here: {list(before)}; allowed: at least copies of the adapters in {str(folder)!r}."
             )
 
     def _local(self, name: str) -> Path | None:
@@ -190,7 +191,7 @@ class Assembly:
         return self._fetched[name]
 
     def _found(self, name: str) -> str:
-        """Resolve an adapter in a folder below the model's own, which cannot be found from its base."""
+        """Resolve the name of an adapter below the model's own folder, since its base does not lead there."""
         if is_hub_id(self._model):
             return str(self._fetch(name))
         own = Path(self._model).expanduser() / name

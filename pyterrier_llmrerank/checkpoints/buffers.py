@@ -1,4 +1,4 @@
-"""Buffers that older releases of transformers stored beside the weights, and that are computed now."""
+"""Buffers that transformers computes now, and that its older releases stored beside the weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ HIDDEN = re.compile(r"(.*\.)?(attn|attention)\.masked_bias")
 
 
 def is_computed(name: str, files: TensorFiles) -> bool:
-    """Tell whether a tensor in the files, known by its name there or a part of it, is a buffer that is computed."""
+    """Tell whether a tensor is a buffer that transformers computes now.
+
+    Args:
+        name: the name of the tensor, or a part of it.
+        files: the files that hold the tensor.
+    """
     if ROTARY.fullmatch(name):
         return True
     same = (file for file in files if f".{file}".endswith(f".{name}") or f".{name}".endswith(f".{file}"))

@@ -1,6 +1,6 @@
 """The small model that comes with this package: trained adapters, and their base.
 
-No other module knows its name or its folders. As a reranker, ``smollm2-135m`` is a folder of this package that
+No other module depends on its name or its folders. As a reranker, ``smollm2-135m`` is a folder of this package that
 describes itself; as a base, it is SmolLM2-135M-Instruct without adapters.
 """
 

@@ -37,10 +37,10 @@ CITATIONS = {
 }""",
 }
 
-#: A folder in a card, until its repository is known.
+#: The folder that a card names until its repository is known.
 FOLDER = "path/to/this/folder"
 
-#: Open one depth in other programs.
+#: How to open one depth in other programs.
 PAIRS = """\
 The tokenizer holds the template: give it the query after `{query}` and the passage after `{passage}`, as a pair of
 texts. It puts the other tokens around them.
@@ -66,24 +66,24 @@ def citation(kind: str) -> str:
     return f"```bibtex\n{CITATIONS[kind]}\n```"
 
 
-def on_hub(base: str | None) -> str | None:
+def hub_id_of(base: str | None) -> str | None:
     """Return the hub id of a base, without its revision; None for a folder."""
     name = bundled.BASE if base == bundled.NAME else base
     return without_revision(name)[0] if name and is_hub_id(name) else None
 
 
 def metadata(base: str | None, library: str, **more: Any) -> ModelCardData:
-    """Return the metadata of a reranker, with its base unless that is a folder."""
-    tags = ["reranker", "pyterrier"]
-    return ModelCardData(base_model=on_hub(base), library_name=library, pipeline_tag="text-ranking", tags=tags, **more)
+    """Return the metadata of a reranker; they name its base unless that is a folder."""
+    tags, base_model = ["reranker", "pyterrier"], hub_id_of(base)
+    return ModelCardData(base_model=base_model, library_name=library, pipeline_tag="text-ranking", tags=tags, **more)
 
 
 @dataclass(frozen=True)
 class Stated:
-    """Hold the facts about a model that only the user knows, for its card.
+    """Holds the facts about a model that only the user knows, for its card.
 
     Args:
-        data: names of the training data: hub ids, and files, of which the last part of the path is kept.
+        data: names of the training data: hub ids and files. A card gives the last part of a file's path.
         validation: names of the validation data, likewise.
         license: the licence, as the hub abbreviates it.
     """
@@ -99,12 +99,12 @@ class Stated:
 
 
 def is_dataset(name: str) -> bool:
-    """Tell whether data are named by a hub id, ``owner/name``."""
+    """Tell whether the name of data is a hub id, ``owner/name``."""
     return is_hub_id(name) and "/" in name
 
 
-def _named(names: Sequence[str]) -> str:
-    """Write names of data, without paths of this machine."""
+def _name_list(names: Sequence[str]) -> str:
+    """Return the names of data as a list of links and files, without paths of this machine."""
     links = [
         f"[{name}](https://huggingface.co/datasets/{name})" if is_dataset(name) else f"`{PurePath(name).name}`"
         for name in names
@@ -115,12 +115,12 @@ def _named(names: Sequence[str]) -> str:
 def facts(stated: Stated) -> dict[str, str]:
     """Return the sections on data and licence."""
     return {
-        "Data": f"Trained on {_named(stated.data)}." if stated.data else "Not named.",
-        "Licence": stated.license or "Not stated. That of the base, and the terms of the data, may limit use.",
+        "Data": f"Trained on {_name_list(stated.data)}." if stated.data else "Not named.",
+        "Licence": stated.license or "Not stated. The licence of the base and the terms of the data may limit use.",
     }
 
 
-def opening(name: str, folder: str) -> str:
+def use_section(name: str, folder: str) -> str:
     """Return the section that says how to open a model.
 
     Args:
@@ -134,7 +134,7 @@ def opening(name: str, folder: str) -> str:
     )
 
 
-def trained(
+def adapter_card(
     kind: str, name: str, base: str, steps: int, recipe: str, stated: Stated, measured: str | None, folder: str | None
 ) -> str:
     """Return the card of a newly trained adapter.
@@ -151,24 +151,24 @@ def trained(
     """
     sections = {
         "": f"Trained by pyterrier_llmrerank for {steps} steps with\n\n```python\n{recipe}\n```",
-        "Use": opening(name, folder or FOLDER),
+        "Use": use_section(name, folder or FOLDER),
     }
     if measured is not None:
-        where = f"on {_named(stated.validation)}" if stated.validation else "on the validation data"
+        where = f"on {_name_list(stated.validation)}" if stated.validation else "on the validation data"
         sections["Validation"] = f"{measured} {where}, after {steps} steps."
     sections |= {**facts(stated), "Citation": citation(kind)}
     data = metadata(base, "peft", datasets=stated.datasets, license=stated.license)
     if measured is not None:
         data.metrics = [measured.partition(" ")[0]]
-    shown = on_hub(base) or PurePath(base).name
+    shown = hub_id_of(base) or PurePath(base).name
     return compose(data, f"An adapter of {shown}", sections)
 
 
-def complete(card: str | None, kind: str, name: str, base: str | None, repo_id: str, stated: Stated) -> str:
-    """Return the card of a model for the hub, with all that is known now.
+def hub_card(card: str | None, kind: str, name: str, base: str | None, repo_id: str, stated: Stated) -> str:
+    """Return the card of a model for the hub, with all facts that are known now.
 
     Args:
-        card: the card that its training wrote; None to write one.
+        card: the card from its training; None to write a new one.
         kind: ``rankllama`` or ``matroyshka``.
         name: the class that opens it.
         base: the base of its adapters; None for a merged model.
@@ -177,10 +177,10 @@ def complete(card: str | None, kind: str, name: str, base: str | None, repo_id: 
     """
     data = metadata(base, "transformers" if base is None else "peft", datasets=stated.datasets, license=stated.license)
     if card is None:
-        kinds = "A merged model" if base is None else f"Adapters of {on_hub(base)}"
+        kinds = "A merged model" if base is None else f"Adapters of {hub_id_of(base)}"
         sections = {
             "": f"{kinds}, a reranker of pyterrier_llmrerank.",
-            "Use": opening(name, repo_id),
+            "Use": use_section(name, repo_id),
             **facts(stated),
             "Citation": citation(kind),
         }
@@ -204,7 +204,7 @@ def compose(data: ModelCardData, title: str, sections: Mapping[str, str]) -> str
     return str(ModelCard("\n".join(["---", data.to_yaml(), "---", f"# {title}\n\n" + "\n\n".join(parts), ""])))
 
 
-def merged_classifier(
+def merged_card(
     base: str, architecture: str, form: InputFormat, columns: tuple[bool, bool], limits: tuple[int, int]
 ) -> str:
     """Return the card of a RankLLaMA with its adapter merged in.
@@ -230,17 +230,17 @@ def merged_classifier(
     sections = {
         "": f"A RankLLaMA with its adapter merged into a plain `{architecture}` with one label. Written by "
         "pyterrier_llmrerank. Scores are logits.",
-        "Use": opening("RankLLaMAReranker", FOLDER),
+        "Use": use_section("RankLLaMAReranker", FOLDER),
         "Input": f"{reads}:\n\n````text\n{strings}\n````\n\nIn pyterrier_llmrerank, {kept}. Other programs that open a "
         f"`{architecture}` give the same scores for the same ids.",
         **facts(Stated()),
         "Citation": citation("rankllama"),
     }
-    shown = on_hub(base) or PurePath(base).name
+    shown = hub_id_of(base) or PurePath(base).name
     return compose(metadata(base, "transformers"), f"A RankLLaMA on {shown}", sections)
 
 
-def exported(
+def exported_card(
     base: str | None,
     settings: Mapping[str, Any],
     dtype: torch.dtype,
@@ -254,7 +254,7 @@ def exported(
         base: the model that it was exported from.
         settings: its configuration: the class of transformers that opens it, and its number of layers.
         dtype: the dtype of its weights.
-        pieces: ids before the query, between query and passage, and after the passage, which the tokenizer puts there.
+        pieces: the ids that the tokenizer puts before the query, between query and passage, and after the passage.
         instructions: texts before query and passage.
         limits: the most tokens that are kept of a query and of a passage, including these texts.
     """
@@ -270,7 +270,7 @@ def exported(
         f"the passage, and `{end}`. Each text is tokenised by itself, without special tokens. pyterrier_llmrerank "
         f"keeps {limits[0]} tokens of the query and {limits[1]} of the passage; other programs cut long texts "
         "otherwise, so shorten them first.",
-        "Licence": "As the model that it was exported from.",
+        "Licence": "The licence of the model that it was exported from.",
         "Citation": citation("matroyshka"),
     }
     return compose(metadata(base, "transformers"), f"One depth of a Matroyshka: {depth} layers", sections)

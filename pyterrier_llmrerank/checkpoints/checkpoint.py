@@ -18,7 +18,7 @@ from transformers import logging as transformers_logging
 from ..errors import reason, short
 from .adapters import Adapter
 from .buffers import is_computed
-from .config import LAYER_WISE, decoder_config, described
+from .config import LAYER_WISE, blame_config, decoder_config
 from .description import Description
 from .families import FAMILIES
 from .json_files import read_json, refuse_pointer
@@ -44,7 +44,7 @@ def silence_warnings() -> Iterator[None]:
 
 
 class Checkpoint(MergedWeights, ABC):
-    """Open a decoder with its scoring heads, and read both tensor by tensor, with LoRA adapters merged in.
+    """Opens a decoder with its scoring heads, and reads both tensor by tensor, with LoRA adapters merged in.
 
     Args:
         folder: the folder of the decoder's files.
@@ -55,7 +55,7 @@ class Checkpoint(MergedWeights, ABC):
         ValueError: the model's family is not supported.
     """
 
-    #: The kind of reranker that opens it.
+    #: The kind of reranker that opens the checkpoint.
     kind: ClassVar[str]
 
     def __init__(self, folder: Path, argument: str) -> None:
@@ -70,16 +70,16 @@ class Checkpoint(MergedWeights, ABC):
             raise FileNotFoundError(f"{argument}: {folder} has no config.json; {hint}.")
         self.settings = read_json(folder / "config.json")
         self.config = decoder_config(self.settings, argument)
-        #: The token adapters among the adapters, which run over the decoder's weights rather than being merged in.
+        #: The token adapters among the adapters. They run over the decoder's weights and are not merged into them.
         self.overlay: Sequence[Adapter] = ()
         #: The adapter that the user opened as the model, and that training continues; None without one.
         self.adapter: Adapter | None = None
         #: The model below the adapters, as the user or an adapter names it.
         self.base = ""
 
-    def described(self) -> AbstractContextManager[None]:
-        """Return a context that raises ValueError on any error where transformers builds the model."""
-        return described(self.settings.get("model_type"), self.argument)
+    def blame_config(self) -> AbstractContextManager[None]:
+        """Return a context that turns any error in building the model into a ValueError that blames ``config.json``."""
+        return blame_config(self.settings.get("model_type"), self.argument)
 
     def description(self) -> Description:
         """Describe the model with all its adapters merged in, so that it needs no base."""
@@ -122,7 +122,7 @@ class Checkpoint(MergedWeights, ABC):
 
     @abstractmethod
     def is_head(self, name: str) -> bool:
-        """Tell whether a tensor in the files is a head, whether it is needed or not."""
+        """Tell whether a tensor in the files is a head, in use or not."""
 
     def head_module(self, index: int) -> str | None:
         """Return the module name under which an adapter may update a head; None if it cannot."""
@@ -151,7 +151,7 @@ class Checkpoint(MergedWeights, ABC):
         """The names that the language model's head may have in the files."""
         if self.supports_layerwise:
             return {"lm_head.weight"}
-        with self.described(), torch.device("meta"):
+        with self.blame_config(), torch.device("meta"):
             causal = AutoModelForCausalLM.from_config(self.config)  # type: ignore[no-untyped-call]
         head = causal.get_output_embeddings()
         heads = [(name, module) for name, module in causal.named_modules() if module is head]
@@ -161,7 +161,7 @@ class Checkpoint(MergedWeights, ABC):
     # -- tokenizer
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Return the model's own tokenizer, which makes the ids; it is opened once."""
+        """Return the model's own tokenizer, which makes the ids; the first call opens it."""
         return self._tokenizer
 
     @cached_property

@@ -63,18 +63,18 @@ def check_sizes(settings: Mapping[str, Any], names: Mapping[str, str], argument:
 
 
 @contextmanager
-def described(model_type: object, argument: str) -> Iterator[None]:
-    """Raise ValueError on any error inside, where transformers builds a model from a configuration."""
+def blame_config(model_type: object, argument: str) -> Iterator[None]:
+    """Turn any error inside, where transformers builds a model, into a ValueError that blames ``config.json``."""
     try:
         yield
-    except Exception as error:  # few checks there: nonsense may fail anywhere, with any error
+    except Exception as error:  # transformers checks little: a wrong setting may fail anywhere, with any error
         raise ValueError(
             f"{argument}: config.json does not describe a model_type {short(model_type)}: {reason(error)}"
         ) from error
 
 
 def decoder_config(settings: dict[str, Any], argument: str) -> PreTrainedConfig:
-    """Return the configuration that transformers makes of a causal decoder's settings.
+    """Check a causal decoder's settings, and return them as a configuration of transformers.
 
     Args:
         settings: the content of ``config.json``.
@@ -86,12 +86,12 @@ def decoder_config(settings: dict[str, Any], argument: str) -> PreTrainedConfig:
     """
     family = _family(settings, argument)
     if settings.get("quantization_config"):
-        raise ValueError(f"{argument}: its weights are quantised; open the model they were made from.")
+        raise ValueError(f"{argument}: its weights are quantised; open the model that they were quantised from.")
     check_sizes(settings, CONFIG_MAPPING[family].attribute_map, argument)
     kept = model_settings(settings)
-    if kept.get("sliding_window") == 0:  # some configurations of transformers mean no window
+    if kept.get("sliding_window") == 0:  # in some configurations of transformers, 0 means no window
         kept["sliding_window"] = None
-    with described(settings.get("model_type"), argument):
+    with blame_config(settings.get("model_type"), argument):
         config = CONFIG_MAPPING[family].from_dict(kept)
     if config.is_encoder_decoder:
         raise ValueError(f"{argument}: model_type {family!r} is an encoder and a decoder; expected a decoder alone.")

@@ -20,16 +20,15 @@ from .locate import HUB_ID, below, is_hub_id
 
 FILE = "reranker.json"
 
-#: The version of its format. A newer version is refused, because it may have settings that scores depend on.
+#: The version of the file's format. A newer version is refused, because it may have settings that scores depend on.
 FORMAT_VERSION = 1
 
 #: The kinds of rerankers, and the classes that open them.
 KINDS = {"rankllama": "RankLLaMAReranker", "matroyshka": "MatroyshkaReranker"}
 
 #: The kind of one depth of a Matroyshka that is exported as a plain classifier. No class here opens it: RankLLaMA would
-#: give it inputs that differ from those in training, and Matroyshka needs heads.
+#: give it other inputs than in training, and Matroyshka needs layer-wise heads.
 EXPORTED = "exported-matroyshka"
-
 
 #: The fields that only one kind of reranker has, by the kind that lacks them.
 NOT_OF = {
@@ -37,7 +36,7 @@ NOT_OF = {
     "matroyshka": {"input_format", "passage_max_length"},
 }
 
-#: The fields that say how much of a text is read. A file has only the unusual ones.
+#: The fields that say how much of a text is read. A file leaves out a field that is None.
 LENGTHS = ("query_max_length", "passage_max_length", "max_length")
 
 #: The usual number of tokens of a Matroyshka's pair; a query usually has three quarters of it.
@@ -46,7 +45,7 @@ MAX_LENGTH = 512
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """The parts of a reranker and the settings that it was trained with.
+    """Describes the parts of a reranker and the settings that it was trained with.
 
     Args:
         kind: ``rankllama`` or ``matroyshka``; :data:`EXPORTED` is written, and refused when it is read.
@@ -201,7 +200,7 @@ def read_description(model: str, folder: Path, kind: str, argument: str) -> Desc
         The description; None if the folder has none.
 
     Raises:
-        ValueError: as :meth:`Description.read`, or a folder is a link to one elsewhere.
+        ValueError: as :meth:`Description.read`, or a folder is a link to a place outside the model's folder.
         FileNotFoundError: a folder is missing.
     """
     own = Description.read(folder, kind, argument)
@@ -221,7 +220,7 @@ def read_description(model: str, folder: Path, kind: str, argument: str) -> Desc
 
 
 class _Reader:
-    """The fields of a description, each read with its checks."""
+    """Reads the fields of a description, and checks each."""
 
     def __init__(self, path: Path, content: Mapping[str, Any], argument: str) -> None:
         self.path, self.content, self.argument = path, content, argument
@@ -271,7 +270,7 @@ class _Reader:
         return tuple(sorted(pairs))
 
     def folder(self, field: str, name: object) -> str:
-        """Check that a name is that of a folder below this one, or of this one."""
+        """Return the name of a folder; ValueError unless it is the description's own folder or below it."""
         allowed = "names of folders below its own"
         if not isinstance(name, str) or not 0 < len(name) < 256:
             raise self.refusal(field, allowed)

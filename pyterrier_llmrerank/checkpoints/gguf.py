@@ -74,8 +74,8 @@ def _read_gguf(file: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
 
     from .config import check_sizes  # imports transformers, which takes seconds
 
-    described: dict[str, Any] = load_gguf_checkpoint(file)  # type: ignore[no-untyped-call]
-    check_sizes(described["config"], {}, str(file))
+    content: dict[str, Any] = load_gguf_checkpoint(file)  # type: ignore[no-untyped-call]
+    check_sizes(content["config"], {}, str(file))
     config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]

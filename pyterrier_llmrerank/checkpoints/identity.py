@@ -40,7 +40,7 @@ def identity(reference: Any, model: str) -> Any:
 
 
 def fingerprint(folder: Path) -> str:
-    """Return a digest of the files that a model or an adapter in a folder is read from; long files are only sampled."""
+    """Return a digest of the files of a model or an adapter in a folder; long files are only sampled."""
     from .tokenizer import vocabulary_of  # imports transformers, which takes seconds
 
     files = {folder / name for name in (*FINGERPRINTED, *(vocabulary_of(folder) or ()))}

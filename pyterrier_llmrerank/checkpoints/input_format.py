@@ -38,7 +38,7 @@ def check_name(name: str, value: object) -> str:
     """Return the name of a format, or a template.
 
     Raises:
-        ValueError: it is neither; names the argument.
+        ValueError: the value is neither; names the argument.
     """
     if isinstance(value, str) and (value in NAMED or _split(value)[0] in FIELDS):
         return value

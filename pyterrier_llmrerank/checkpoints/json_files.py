@@ -26,7 +26,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a checkpoint's file.
 
     Raises:
-        ValueError: the file holds anything else.
+        ValueError: the file is a Git LFS pointer, too large, or not a JSON object.
     """
     if (size := path.stat().st_size) > MAX_JSON_BYTES:
         raise ValueError(f"{path}: {size} bytes; a checkpoint's JSON file has at most {MAX_JSON_BYTES}.")

@@ -124,7 +124,7 @@ def folder_of(reference: str, argument: str) -> Path:
 
 
 def adapter_folder(reference: str, model: str) -> Path:
-    """Return the folder of a LoRA adapter: the one below its model's folder, else as :func:`folder_of` finds it.
+    """Return the folder of a LoRA adapter: below its model's folder, or else as :func:`folder_of` finds it.
 
     Args:
         reference: a folder or hub id, or the name of a folder below the model's own.
@@ -147,6 +147,7 @@ def adapter_folder(reference: str, model: str) -> Path:
 
 
 def _hub_folder(reference: str, argument: str) -> Path:
+    """Download the files of a hub id that are needed; return their folder. Errors as for :func:`folder_of`."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -194,7 +195,7 @@ def _hub_folder(reference: str, argument: str) -> Path:
 
 
 def _snapshot(name: str, revision: str | None, wanted: list[str], skip: list[str]) -> Path:
-    """Return the local copy of a repository; if the hub is out of reach, the part of it that is in the cache."""
+    """Return the local copy of a repository; if the hub is out of reach, its files in the cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

@@ -31,21 +31,21 @@ def is_layer_wise(model: str) -> bool:
 
 
 class MatroyshkaCheckpoint(Checkpoint):
-    """Read a layer-wise checkpoint (``cost_wise_*``) or a plain causal LM, with adapters merged in order.
+    """Reads a layer-wise checkpoint (``cost_wise_*``) or a plain causal LM, with adapters merged in order.
 
     A plain causal LM gets a head for each layer from ``start_layer`` on, each a copy of the row of ``Yes`` in its LM
-    head. Without ``start_layer`` it has one such head, at its deepest layer. No ``reranker.json`` is read:
-    ``parts`` hold what descriptions say.
+    head. Without ``start_layer`` it has one such head, at its deepest layer. It reads no ``reranker.json``:
+    ``parts`` hold the values from descriptions.
 
     Args:
         model: folder, ``.gguf`` file or hub id.
         adapters: LoRA folders, each a local one, one below the model's own folder, or a hub id.
         start_layer: the shallowest layer with a head.
         layer_sep: layers from one head to the next; 1 by default.
-        overlay: folders of token adapters, to run over the weights with ``adapters`` merged in. The weights can serve
-            without them too.
+        overlay: folders of token adapters, to run over the weights with ``adapters`` merged in. Other rerankers can
+            use the same weights without them.
         parts: the assembled parts, with the prompt, the lengths and the number of layers; None if there are none.
-        named: the model as the user names it, if it was resolved to the base ``model``; for messages.
+        named: the user's name for the model, if it was resolved to the base ``model``; for messages.
 
     Raises:
         FileNotFoundError, ConnectionError: as :func:`~pyterrier_llmrerank.checkpoints.locate.folder_of`.
@@ -70,7 +70,7 @@ class MatroyshkaCheckpoint(Checkpoint):
         if named not in (None, model):
             argument, folder_argument = f"base={model!r}", f"base of model={named!r}"
         super().__init__(folder_of(model, folder_argument), argument)
-        #: What descriptions and the user say of its prompt and lengths.
+        #: The prompt and the lengths, from descriptions and the user.
         self.parts = Description(kind=self.kind) if parts is None else parts
         self.parts.check_layers(self.layers, f"model={named or model!r}")
         self.base = portable(model)
@@ -160,7 +160,7 @@ class MatroyshkaCheckpoint(Checkpoint):
 
     def _lm_head_row(self, token: int) -> Tensor:
         if not self.supports_layerwise:  # other families name their tables differently
-            with self.described(), silence_warnings():
+            with self.blame_config(), silence_warnings():
                 opened: Any = AutoModelForCausalLM.from_pretrained(
                     self.folder,
                     config=self.config,

@@ -19,13 +19,13 @@ ROWS = 256
 def merged(
     weight: Tensor, updates: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype, device: torch.device | None = None
 ) -> Tensor:
-    """Return a copy of a weight with low-rank updates added in fp32, in order, on the device where it is to be.
+    """Return a copy of a weight on a device, with low-rank updates added in fp32, in order.
 
     Args:
-        weight: in its stored dtype, ``[outputs, inputs]``.
+        weight: the weight in its stored dtype, ``[outputs, inputs]``.
         updates: each update's fp32 factors, ``[rank, inputs]`` and ``[outputs, rank]``.
-        dtype: of the result.
-        device: of the result; None for the weight's own.
+        dtype: the dtype of the copy.
+        device: the device of the copy; None for the weight's own.
     """
     if weight.dtype == torch.float64:  # rounded here, because some devices have no fp64
         weight = weight.float()
@@ -43,7 +43,7 @@ def merged(
 
 
 class MergedWeights:
-    """Read the weights of a decoder by their names in the headless decoder, with LoRA adapters merged in.
+    """Reads the weights of a decoder by their names in the headless decoder, with LoRA adapters merged in.
 
     Iterating gives the names of all tensors in the model's own files.
 
@@ -103,7 +103,7 @@ class MergedWeights:
         return self.merge_updates(name.removesuffix(".weight"), self._stored(name))
 
     def place(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Read a weight as :meth:`tensor` does, and return a copy on a device, without making a larger one first."""
+        """Read a weight as a copy on a device: like :meth:`tensor`, but without a larger copy in between."""
         module, stored = name.removesuffix(".weight"), self._stored(name)
         if updates := self._updates(module):
             return merged(stored, updates, dtype, device)
@@ -127,7 +127,7 @@ class MergedWeights:
         return self.read_stored(name)
 
     def _replacing_adapter(self, name: str) -> Adapter | None:
-        """Return the adapter that replaces a weight as a whole, None if there is none."""
+        """Return the adapter that replaces a weight as a whole; None if there is none."""
         return next((adapter for adapter in self.adapters if name in adapter.whole), None)
 
     def _updates(self, module: str) -> list[tuple[Tensor, Tensor]]:

@@ -19,11 +19,11 @@ from .tokenizer import vocabulary_of
 
 
 class RankLLaMACheckpoint(Checkpoint):
-    """Read a PEFT SEQ_CLS adapter and its base, or a merged ``*ForSequenceClassification`` model.
+    """Reads a PEFT SEQ_CLS adapter and its base, or a merged ``*ForSequenceClassification`` model.
 
     Args:
         model: the adapter or the merged model: folder, ``.gguf`` file or hub id.
-        base_model: the base of the adapter, which overrides the base that the adapter names.
+        base_model: the base to use in place of the one that the adapter names; None for the adapter's.
 
     Raises:
         FileNotFoundError, ConnectionError: as :func:`~pyterrier_llmrerank.checkpoints.locate.folder_of`.
@@ -41,7 +41,7 @@ class RankLLaMACheckpoint(Checkpoint):
         self._adapter_folder = folder
         #: The format of its input, if its description names one.
         self.input_format = None if own is None else own.input_format
-        self._described = Description(kind=self.kind) if own is None else own
+        self._own_description = Description(kind=self.kind) if own is None else own
         if (folder / "adapter_config.json").is_file():
             adapter = Adapter(folder, argument)
             if own is not None and own.base != adapter.base:
@@ -71,7 +71,7 @@ class RankLLaMACheckpoint(Checkpoint):
 
     def description(self) -> Description:
         """Describe the model with all its adapters merged in, with the lengths in its own description."""
-        lengths = {name: getattr(self._described, name) for name in ("query_max_length", "passage_max_length")}
+        lengths = {name: getattr(self._own_description, name) for name in ("query_max_length", "passage_max_length")}
         return replace(super().description(), **lengths)
 
     @property

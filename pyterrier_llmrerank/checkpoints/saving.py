@@ -17,7 +17,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .cards import Stated, complete
+from .cards import Stated, hub_card
 from .checkpoint import Checkpoint
 from .description import FILE, Description
 from .json_files import read_json
@@ -78,7 +78,7 @@ def copy_adapter(
     Args:
         source: the folder.
         target: the folder to copy into.
-        base: the base that the copy names; None for the one that the adapter names.
+        base: the base that the copy names; None for the adapter's.
         tokenizer: the tokenizer to write beside the copy; None for the files in the folder.
     """
     for file in source.iterdir():
@@ -122,14 +122,14 @@ def write_adapters(parts: Description, folder: Path) -> Description:
 def describe_trained(
     checkpoint: Checkpoint, folder: Path, inputs: Mapping[str, Any], *, ratio: int | None = None, whole: bool = True
 ) -> None:
-    """Describe the reranker that a newly trained adapter makes of its base, so that the adapter's folder opens.
+    """Describe the reranker of a newly trained adapter and its base, so that the adapter's folder opens.
 
     Args:
         checkpoint: the model that was trained on; copies of the adapters merged into it go into ``adapter-<number>``.
         folder: the folder of the trained adapter.
         inputs: the fields of the description that say how inputs are made.
         ratio: the ratio that a token adapter was trained for; None for any other adapter.
-        whole: copy earlier adapters; without them, an adapter that needs some is not described.
+        whole: whether to copy earlier adapters. If not, an adapter that was trained over others is not described.
     """
     earlier = list(checkpoint.adapters)
     if earlier and not whole:
@@ -139,13 +139,13 @@ def describe_trained(
         (folder / name).mkdir(exist_ok=True)
         copy_adapter(adapter.folder, folder / name)
     merged, by_ratio = ((*names, "."), ()) if ratio is None else (names, ((ratio, "."),))
-    described = checkpoint.description()
-    parts = replace(described, base=checkpoint.base, adapters=merged, token_adapters=by_ratio, **inputs)
+    description = checkpoint.description()
+    parts = replace(description, base=checkpoint.base, adapters=merged, token_adapters=by_ratio, **inputs)
     parts.write(folder)
 
 
 def check_base(folder: Path, repo_id: str) -> None:
-    """Raise ValueError if a saved reranker opens on this machine alone, because its base is a folder here."""
+    """Raise ValueError if a saved reranker opens on this machine alone, because its base is a local folder."""
     base = read_json(folder / FILE)["base"]
     if base is not None and not is_hub_id(base):
         raise ValueError(
@@ -155,21 +155,21 @@ def check_base(folder: Path, repo_id: str) -> None:
 
 
 def complete_card(folder: Path, repo_id: str, name: str, stated: Stated) -> None:
-    """Write the model card of a saved reranker, or complete the one that is there.
+    """Write the model card of a saved reranker, or complete an existing card.
 
     Args:
-        folder: of the saved reranker.
+        folder: the folder of the saved reranker.
         repo_id: the repository that it is for, ``"owner/name"``.
         name: the class that opens it.
         stated: the user's facts about it.
     """
-    described, path = read_json(folder / FILE), folder / "README.md"
+    description, path = read_json(folder / FILE), folder / "README.md"
     card = path.read_text(encoding="utf-8") if path.is_file() else None
-    path.write_text(complete(card, described["kind"], name, described["base"], repo_id, stated), encoding="utf-8")
+    path.write_text(hub_card(card, description["kind"], name, description["base"], repo_id, stated), encoding="utf-8")
 
 
 def saved_files(folder: Path) -> list[str]:
-    """List the files that belong to a trained adapter as it is saved; those of its training run do not."""
+    """List the files of a trained adapter, without the files of its training run."""
     names = {"README.md", FILE, "adapter_config.json", "chat_template.jinja", *TOKENIZER_FILES}
     folders = [folder, *sorted(folder.glob("adapter-[0-9]*"))]
     return [
@@ -185,8 +185,8 @@ def classifier_settings(checkpoint: Checkpoint, end: Sequence[int]) -> dict[str,
 
     Args:
         checkpoint: the model.
-        end: the ids in which every input ends. Their last cannot pad: transformers reads the last token that is not
-            the pad token.
+        end: the ids in which every input ends. The last of them cannot pad: transformers reads the last token that is
+            not the pad token.
 
     Raises:
         ValueError: the tokenizer has no token that could pad.

@@ -38,7 +38,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
 
 
 def weight_files(folder: Path, stem: str, argument: str) -> tuple[str, list[Path]]:
-    """Find the weight files of a folder that are read: a complete set of one format, safetensors first.
+    """Find the weight files to read in a folder: a complete set of one format, safetensors first.
 
     Args:
         folder: the folder.
@@ -72,7 +72,7 @@ def weight_files(folder: Path, stem: str, argument: str) -> tuple[str, list[Path
 
 
 class TensorFiles:
-    """Read the tensors of a checkpoint by name, each on demand, from one file or several.
+    """Reads the tensors of a checkpoint by name, each on demand, from one file or several.
 
     Args:
         folder: the folder of the files.
@@ -101,7 +101,7 @@ class TensorFiles:
                 content = self._open(path)
             else:
                 content, mapped = _load_bin(path)
-                source = path if mapped else content  # reading it again would take long
+                source = path if mapped else content  # kept: reading the file again would take long
             for name, shape in _shapes(content).items():
                 if name in self._where:
                     raise ValueError(f"{argument}: tensor {short(name)} is in {path} and in another file too.")
@@ -118,7 +118,7 @@ class TensorFiles:
         return self._shapes[name]
 
     def read(self, name: str) -> Tensor:
-        """Read a tensor in its stored dtype. It may be a view of the file, which stays mapped as long as it lives.
+        """Read a tensor in its stored dtype. It may be a view of the file, which then stays mapped.
 
         Raises:
             ValueError: its dtype is none of :data:`STORED_DTYPES`.

@@ -31,7 +31,7 @@ VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merge
 
 
 class LlamaTokenizer(SentencePieceBackend):
-    """Tokenize for Llama and Mistral. The class has the name that saved tokenizers give their class.
+    """Tokenizes for Llama and Mistral. The class has the name that saved tokenizers give their class.
 
     Unless ``legacy``, the text after a special token gets no leading space.
     """
@@ -48,7 +48,7 @@ class LlamaTokenizer(SentencePieceBackend):
 
 
 class GemmaTokenizer(SentencePieceBackend):
-    """Tokenize for Gemma. The class has the name that saved tokenizers give their class."""
+    """Tokenizes for Gemma. The class has the name that saved tokenizers give their class."""
 
 
 #: Classes of tokenizers that are a sentencepiece model and nothing else, by the name in a folder's settings.
@@ -64,7 +64,6 @@ BYTE_LEVEL: dict[str | None, type[PreTrainedTokenizerBase]] = {
     "GPT2Tokenizer": GPT2Tokenizer,
     "Qwen2Tokenizer": Qwen2Tokenizer,
 }
-
 
 #: Classes that do not define a first token.
 GENERIC_CLASSES = (None, "TokenizersBackend", "PreTrainedTokenizerFast", "MistralCommonBackend")
@@ -83,7 +82,7 @@ def open_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenize
         config: the model's configuration, which names the tokenizer's class if no other file does.
 
     Raises:
-        ValueError: there is no vocabulary, or none whose ids are certain to be right.
+        ValueError: there is no vocabulary, or its ids are not certain to be right.
         ImportError: reading it needs a package that is missing.
         Exception: transformers may raise any exception on broken files.
     """
@@ -132,7 +131,7 @@ def open_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenize
 
 
 def _class_of(config: PreTrainedConfig) -> str | None:
-    """Return the tokenizer class that transformers has for a model type; None if it is a generic one."""
+    """Return the tokenizer class that transformers has for a model type; None if the class is generic."""
     name = TOKENIZER_MAPPING_NAMES.get(config.model_type)
     return name if name not in GENERIC_CLASSES else None
 
@@ -140,7 +139,7 @@ def _class_of(config: PreTrainedConfig) -> str | None:
 def _sentencepiece(
     folder: Path, name: str | None, settings: dict[str, Any], special: dict[str, Any]
 ) -> SentencePieceBackend:
-    """Open a folder with ``tokenizer.model`` alone, with the ids of the slow tokenizer class that it names."""
+    """Open a tokenizer that is a ``tokenizer.model`` alone, with the ids of the slow class that the folder names."""
     if not (is_sentencepiece_available() and is_protobuf_available()):
         raise ImportError(
             f"reading {folder / 'tokenizer.model'} needs sentencepiece and protobuf: "
@@ -174,12 +173,12 @@ def set_pair(
 
     Args:
         tokenizer: the tokenizer, which is changed.
-        alone: the ids that it puts before and after a single text, which stay.
+        alone: the ids before and after a single text, which stay as they are.
         together: the ids before, between and after the two texts.
         argument: the caller's argument and its value, for messages.
 
     Raises:
-        ValueError: it is not run from a ``tokenizer.json``.
+        ValueError: the tokenizer is not run from a ``tokenizer.json``.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(
@@ -199,7 +198,7 @@ def set_pair(
 
 
 def check_pairs(folder: Path, pairs: Sequence[tuple[str, str]], ids: Sequence[list[int]], argument: str) -> None:
-    """Raise ValueError unless transformers opens a saved tokenizer, and it turns pairs of texts into these ids.
+    """Raise ValueError unless a saved tokenizer, opened by transformers, turns pairs of texts into these ids.
 
     Args:
         folder: where the tokenizer is saved.

@@ -34,7 +34,7 @@ ATTENTION = "pyterrier_llmrerank"
 class AttentionTap:
     """Collects the attention weights that a layer's pooling needs, beside the layer's output.
 
-    Not a dataclass, because parallel wrappers pass layers copies of those.
+    Not a dataclass: parallel wrappers would pass copies of a dataclass to the layers.
     """
 
     #: Log of the attention that the tapped position pays each key, summed over the heads, fp32 ``[pairs, length]``.
@@ -42,10 +42,10 @@ class AttentionTap:
 
 
 class PrefixCache:
-    """Holds what one batch computed for a query's prefix, so that the next batch need not compute it again.
+    """Holds a query's prefix after a batch has computed it, so that the next batch need not compute it again.
 
-    It is small compared with a batch: per token and layer, the keys and values of all key heads. That makes 23 kB a
-    token for SmolLM2-135M in bf16 and 131 kB for Mistral-7B.
+    It is small compared with a batch: keys and values of all layers take 23 kB a token for SmolLM2-135M in bf16, and
+    131 kB for Mistral-7B.
 
     Args:
         ids: the prefix's token ids.
@@ -62,10 +62,10 @@ class PrefixCache:
 class Layout:
     """Maps a packed row to one sequence per pair and back, on the device.
 
-    Not a dataclass, because parallel wrappers pass layers copies of those.
+    Not a dataclass: parallel wrappers would pass copies of a dataclass to the layers.
 
     Args:
-        packing: which tokens of the row form a pair.
+        packing: the tokens of the row that form each pair.
         device: the device of the hidden states.
         in_groups: compute attention in :class:`LengthGroups`, unless ``kernel`` does; for inference on a CPU.
         kernel: computes attention if every key is real; None for SDPA, which also serves where some are masked.
@@ -91,14 +91,14 @@ class Layout:
         #: The position in each pair that an :class:`AttentionTap` reads: the last one, padding included, ``[pairs]``.
         self.tapped = on_device(packing.lengths - 1, device)
         self._tapped_places = on_device(places[np.arange(len(packing)), packing.lengths - 1], device)
-        #: Which keys are real, ``[pairs, length]``. None if causality hides all others anyway: then no mask is needed,
-        #: and fused causal kernels can run.
+        #: A mask of the keys that are real, ``[pairs, length]``. None if causality hides all others anyway; then fused
+        #: causal kernels can run.
         self.real_keys = None
         if packing.padding.any():
             self.real_keys = on_device(np.arange(length) < packing.real[:, None], device)
         self.kernel = kernel if self.real_keys is None else None
         self.groups = LengthGroups(packing) if in_groups and self.kernel is None else None
-        #: Where each pair starts among the queries and the keys of :func:`packed_flash`; None for other kernels.
+        #: The start of each pair among the queries and the keys of :func:`packed_flash`; None for other kernels.
         self.starts: tuple[Tensor, Tensor] | None = None
         if cast(Any, self.kernel) is packed_flash:
             ends = (np.cumsum([0, *sizes], dtype=np.int32) for sizes in (packing.added, packing.lengths))
@@ -171,14 +171,14 @@ def attention(
 
     Args:
         module: the attention module of the layer.
-        query: of the row, ``[1, heads, tokens, width]``.
-        key: of the row; may have fewer heads.
-        value: of the row, with the heads of ``key``.
+        query: queries of the row, ``[1, heads, tokens, width]``.
+        key: keys of the row; there may be fewer heads.
+        value: values of the row, with the heads of ``key``.
         attention_mask: unused; ``layout`` has the masks.
         scaling: factor of the logits.
         dropout: probability of dropping a weight; 0 outside training.
         sliding_window: the most keys that a query sees, itself included; None for all before it.
-        layout: which tokens form a pair.
+        layout: the tokens that form each pair.
         tap: filled with the attention of each pair's last position.
 
     Returns:
@@ -253,8 +253,8 @@ def single_query_logits(
     Args:
         query: ``[pairs, heads, width]``.
         key: ``[pairs, key heads, length, width]``.
-        position: of each query in its pair, ``[pairs]``.
-        real_keys: which keys are real, ``[pairs, length]``; None for all.
+        position: the position of each query in its pair, ``[pairs]``.
+        real_keys: a mask of the keys that are real, ``[pairs, length]``; None for all.
         scaling: factor of the logits.
         window: the most keys that a query sees; None for all before it.
 

@@ -72,11 +72,11 @@ def run_in_batches(pairs: Sequence[Ids], run: Callable[[list[int]], None], budge
 
     Args:
         pairs: the pairs to run.
-        run: works on the pairs of the given indices. After it fails, it is called again with some of the same.
-        budget: limits a batch; it has shrunk afterwards if memory ran out.
+        run: works on the pairs of these indices. If memory runs out, it is called again with fewer of them.
+        budget: limits a batch; it shrinks if memory runs out.
 
     Returns:
-        None if all pairs ran, else the index of a pair that does not fit in memory alone.
+        None if all pairs ran; else the index of a pair that alone does not fit in memory.
     """
     order = _order(pairs)
     start = 0

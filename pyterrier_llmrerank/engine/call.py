@@ -13,17 +13,17 @@ from .usage import Observer
 
 
 class Stopped(Exception):  # noqa: N818
-    """Raised between two batches because another device failed."""
+    """Ends a device's work between two batches, after another device has failed or the call was interrupted."""
 
 
-class Call:
+class ScoringCall:
     """Hands out the chunks of a call of :meth:`~pyterrier_llmrerank.engine.scoring.Scorer.score`, and holds its scores.
 
     Args:
-        pairs: query and passage of each.
+        pairs: pairs of query and passage.
         chunks: indices of pairs, chunk by chunk.
         cutoffs: the number of cutoffs.
-        observer: follows the call.
+        observer: names pairs in errors, and receives progress and usage.
         cascade: decides which pairs survive; None if all do.
     """
 

@@ -12,12 +12,12 @@ GAP = 1.0
 
 
 class Cascade:
-    """Decides which rows of a result frame are dropped after which layer, and ranks them all.
+    """Decides after which layer a row of a result frame is dropped, and ranks all rows.
 
     Ties are broken by the order of the rows, as in PyTerrier's ranks.
 
     Args:
-        prune: number of candidates per query that survive a layer, by layer.
+        prune: the number of candidates per query that survive each layer, by layer.
         queries: identifies the query of each row, ``[rows]``.
         pair_of_row: index of the distinct pair in each row, ``[rows]``.
         deepest: the layer that scores the survivors of all stages.
@@ -65,8 +65,8 @@ class Cascade:
 
         Returns:
             The deepest layer's score for survivors. Rows that were dropped get their last score, lowered by the same
-            amount for all rows of a query that were dropped at the same layer. NaN for all rows of a query of which
-            any row has no score.
+            amount for all rows of a query that were dropped at the same layer. If one row of a query has no score, all
+            rows of the query get NaN.
         """
         exits = {int(layer): self.exit_layer == layer for layer in np.unique(self.exit_layer)}
         own = np.full(len(self.exit_layer), np.nan)

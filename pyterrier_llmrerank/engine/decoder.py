@@ -10,9 +10,10 @@ layers::
                                          |                 |
                                        norm              norm  -> states of each pair's last token
 
-Training calls each layer as a module, so that adapters, gradient checkpointing and parallel wrappers work. Inference
-calls a layer's parts (:mod:`~pyterrier_llmrerank.engine.layers`), with fewer passes over memory; of the deepest layer,
-it computes only keys and values for all tokens, and everything else for the last tokens alone.
+Training calls layers as modules, so that gradient checkpointing and parallel wrappers work. Inference calls a layer's
+parts (:mod:`~pyterrier_llmrerank.engine.layers`), with fewer passes over memory. Both call the parts of the deepest
+layer: keys and values for all tokens, everything else for the last tokens alone. (With ``whole_layers``, it is a module
+too.)
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from .pooling import Pooling
 
 
 class Decoder(Protocol):
-    """A headless transformers model that supports layer-wise execution, with our attention in its layers."""
+    """Describes a headless transformers model with our attention, whose layers can be run one by one."""
 
     embed_tokens: nn.Module
     rotary_emb: nn.Module
@@ -60,7 +61,7 @@ def decode(
         compress_layers: layers, counted from 1, after which the bodies are pooled; 0 and layers from the
             deepest cutoff on have no effect.
         compress_ratio: tokens pooled into one; 1 turns pooling off.
-        whole_layers: run the deepest layer in full, as a module; parallel wrappers of layers need that.
+        whole_layers: run every layer in full, as a module; parallel wrappers of layers need that.
 
     Returns:
         States after the final norm, ``[cutoffs, pairs, width]``, in the model's dtype.
@@ -76,7 +77,7 @@ def decode(
 
 
 def embedded(model: Decoder, packed: PackedPairs) -> Row:
-    """Embed the pairs' tokens, which the caller has checked: the row before the first layer."""
+    """Embed the pairs' tokens, which the caller has checked, and return the row before the first layer."""
     table = cast(Tensor, model.embed_tokens.weight)
     return Row(packed, model.embed_tokens(on_device(packed.ids, table.device)), 0)
 
@@ -145,7 +146,7 @@ def run_layers(
 
 
 class _Plan(NamedTuple):
-    """The layouts and poolings of a run, by the number of layers after which they apply."""
+    """Holds the layouts and poolings of a run, by the number of layers after which they apply."""
 
     layouts: dict[int, Layout]
     poolings: dict[int, Pooling]

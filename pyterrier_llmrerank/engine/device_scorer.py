@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import ScoringError, reason
 from .attention import PrefixCache
 from .batching import Budget, run_in_batches
-from .call import Call, Stopped
+from .call import ScoringCall, Stopped
 from .cascade import Cascade
 from .decoder import Decoder, embedded, run_layers
 from .fallback import FallbackDecoder
@@ -43,7 +43,7 @@ class Stage:
         alive: positions in the chunk of the pairs that take part.
         states_before: each pair's hidden states before the stage, by position in the chunk: a row, and the pair's index
             in it. Empty for the first stage.
-        states_after: the same after the stage, filled batch by batch. Empty for the last stage.
+        states_after: the same after the stage; each batch adds its own. Empty for the last stage.
         prefix: the prefix at the end of the latest batch; the next batch may begin with it.
     """
 
@@ -56,7 +56,7 @@ class Stage:
 
 
 class DeviceScorer:
-    """Takes chunks of a call, scores them on one device, and writes their scores into the call.
+    """Takes chunks from a call, scores them on one device, and writes their scores into the call.
 
     It holds the token ids of two chunks at most: it tokenises the next one, in a thread, while it scores one.
 
@@ -65,7 +65,7 @@ class DeviceScorer:
         shape: the part of the model that is run.
         encode: turns pairs of query and passage into token ids.
         batch_size: pairs per batch; None for a token budget that fits the device.
-        call: the call.
+        call: the call, which hands out chunks and takes their scores.
 
     Raises:
         ValueError, ImportError: the attention kernel, a cutoff or the padding cannot be used with this model.
@@ -77,7 +77,7 @@ class DeviceScorer:
         shape: Shape,
         encode: Callable[[PreTrainedTokenizerBase, Sequence[tuple[str, str]]], list[Ids]],
         batch_size: int | None,
-        call: Call,
+        call: ScoringCall,
     ) -> None:
         self.call = call
         self._weights, self._shape = weights, shape
@@ -156,7 +156,7 @@ class DeviceScorer:
 
     @torch.inference_mode()
     def _run_batch(self, chunk: TokenizedPairs, stage: Stage, batch: list[int]) -> None:
-        """Start a batch, given by positions in ``stage.alive``, and wait for the one before it."""
+        """Start a batch, given by positions in ``stage.alive``, and wait for the batch before it."""
         if self.call.stopped.is_set():
             raise Stopped
         members = [stage.alive[position] for position in batch]
@@ -214,7 +214,7 @@ class DeviceScorer:
 
 
 def attended_positions(packing: Packing, device: torch.device, kernel: Kernel | None) -> int:
-    """Count the positions over which attention runs, as :class:`~pyterrier_llmrerank.engine.attention.Layout` has them.
+    """Count the positions over which attention runs in a :class:`~pyterrier_llmrerank.engine.attention.Layout`.
 
     Args:
         packing: the pairs.

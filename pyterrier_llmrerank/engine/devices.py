@@ -33,7 +33,7 @@ def resolve_devices(device: str | tuple[str, ...] | None) -> tuple[torch.device,
     """Resolve one or several device names, each as :func:`resolve_device` does.
 
     Raises:
-        ValueError: this machine has no such device, or two names mean the same one.
+        ValueError: this machine has no such device, or two names mean the same device.
     """
     devices = tuple(map(resolve_device, device if isinstance(device, tuple) else (device,)))
     if repeated := [str(place) for number, place in enumerate(devices) if place in devices[:number]]:

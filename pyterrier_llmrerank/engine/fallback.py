@@ -1,8 +1,7 @@
 """Run decoders that do not support layer-wise execution, by their own ``forward``.
 
-Scores are the same as :func:`~pyterrier_llmrerank.engine.decoder.decode` would give, but take more work: rows are
-padded, a query is computed again for each of its passages, and all layers run for all tokens. Passages cannot be
-compressed between layers.
+This takes more work than :func:`~pyterrier_llmrerank.engine.decoder.decode`: rows are padded, a query is computed again
+for each of its passages, and all layers run for all tokens. Passages cannot be compressed between layers.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ class FallbackDecoder(nn.Module):
     Args:
         checkpoint: the source of the weights.
         device: the device of the weights.
-        dtype: the dtype that they are converted to.
-        quantize: quantises a module's linear layers; None leaves them.
+        dtype: the dtype of the weights.
+        quantize: quantises a module's linear layers; None leaves them as they are.
 
     Raises:
-        ValueError: an adapter does not fit the model, the files lack one of its tensors or hold unknown ones, it is not
-            causal, or it has no linear layers to quantise.
+        ValueError: an adapter does not fit the model, the files lack a tensor of the model or hold an unknown one, the
+            model is not causal, or it has no linear layers to quantise.
     """
 
     def __init__(
@@ -74,6 +73,7 @@ class FallbackDecoder(nn.Module):
 
     @torch.no_grad()
     def _is_causal(self) -> bool:
+        """Return whether no token sees a later one. Also finds the layers, for :meth:`forward`."""
         ids = torch.tensor([[1, 2], [1, 3]], device=self.model.device)
         states = self._states(ids)
         self._one_state_per_layer = len(states) == self.layers + 1 and all(s.shape == states[-1].shape for s in states)
@@ -89,6 +89,7 @@ class FallbackDecoder(nn.Module):
         return (*out.hidden_states[:-1], out.last_hidden_state)
 
     def _find_layers(self, ids: Tensor, states: tuple[Tensor, ...]) -> Sequence[nn.Module]:
+        """Return the layers if the output of each is the state after it; else nothing."""
         lists = [part for part in self.model.modules() if isinstance(part, nn.ModuleList) and len(part) == self.layers]
         if len(lists) != 1 or not self._one_state_per_layer:
             return ()
@@ -153,8 +154,8 @@ class FallbackDecoder(nn.Module):
         """Check that each cutoff can be read.
 
         Raises:
-            ValueError: a cutoff is not the last layer, and the final norm has no known name, or layers have more than
-                one state per token.
+            ValueError: a cutoff is not the last layer, and the final norm has no known name or layers have several
+                states per token.
         """
         for cutoff in cutoffs:
             if cutoff != self.layers:
@@ -171,19 +172,19 @@ class FallbackDecoder(nn.Module):
 
 
 def _open_model(checkpoint: Checkpoint) -> tuple[Any, Sequence[str]]:
-    """Load the headless model by transformers, and return the names of tensors that it has no use for.
+    """Load the headless model by transformers; return it, and the names of the tensors that it does not use.
 
     Raises:
         ValueError: config.json does not describe a model, or the files do not fill it.
     """
-    with checkpoint.described(), torch.device("meta"):
+    with checkpoint.blame_config(), torch.device("meta"):
         wanted = sum(weight.numel() for weight in AutoModel.from_config(checkpoint.config).parameters())  # type: ignore[no-untyped-call]
     held = sum(math.prod(checkpoint.files.shape(name)) for name in checkpoint.files)
     if wanted > held:  # checked first, because transformers allocates missing weights
         raise ValueError(
             f"{checkpoint.argument}: config.json describes a model of {wanted} weights, its files hold {held}."
         )
-    with checkpoint.described(), silence_warnings():  # it would warn of the unused language model head
+    with checkpoint.blame_config(), silence_warnings():  # it would warn of the unused language model head
         model, loading = AutoModel.from_pretrained(
             checkpoint.folder,
             config=checkpoint.config,
@@ -200,7 +201,7 @@ def _open_model(checkpoint: Checkpoint) -> tuple[Any, Sequence[str]]:
 
 
 def _merge_adapters(model: Any, checkpoint: Checkpoint) -> dict[str, nn.Linear]:
-    """Merge the checkpoint's adapters into a model, and return its linear layers by name.
+    """Merge the checkpoint's adapters into a model, and return the model's linear layers by name.
 
     Raises:
         ValueError: an adapter does not fit the model.

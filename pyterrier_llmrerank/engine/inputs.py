@@ -1,8 +1,7 @@
 """Turn query and passage texts into token ids.
 
 Both rerankers read ``prefix + body + suffix``: the prefix depends on the query alone, the body is the passage, and the
-suffix is constant. Inference and training share this module, so a model is served with exactly the inputs that it was
-trained on.
+suffix is constant. Inference and training share this module, so a model reads the same inputs in both.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: i
     """Return the first ``limit`` ids of each text (all by default), without special tokens.
 
     Equal texts are tokenised once. To save time and memory, long texts are cut before they are tokenised, and few of
-    them go into one call: there, an id takes a few hundred bytes.
+    them go into one call of the tokenizer, which takes a few hundred bytes for each id.
     """
     ids: dict[str, list[int]] = {}
     length = None if limit is None else CHARACTERS_AN_ID * limit
@@ -98,8 +97,8 @@ def _calls(lengths: Sequence[int]) -> Iterator[list[int]]:
 class RankLLaMAInputs:
     """Encodes ``<s> query: {query}`` + ``<s> document: {title} {text}``, RankLLaMA's first format, without a suffix.
 
-    A pair has at most ``query_max_length + passage_max_length - 2`` ids; a longer one loses the end of its query, never
-    that of its document.
+    Query and document are each cut to their limit. The query is cut further if the pair would have more than
+    ``query_max_length + passage_max_length - 2`` ids.
 
     Args:
         query_max_length: the most ids of ``query: {query}``, without ``<s>``.
@@ -139,9 +138,9 @@ class StringInputs:
 
     Args:
         form: the format of the string.
-        query_max_length: with ``passage_max_length``, most ids of the string. In a template, its own texts do not
-            count. In ``tevatron-2024`` they do, and special tokens too, as in Tevatron.
-        passage_max_length: as ``query_max_length``.
+        query_max_length: the string has at most ``query_max_length + passage_max_length`` ids. The texts of a template
+            do not count. In ``tevatron-2024``, prefixes and special tokens count, as in Tevatron.
+        passage_max_length: see ``query_max_length``.
     """
 
     form: InputFormat
@@ -178,7 +177,7 @@ class StringInputs:
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Count the ids at the start that both have in common."""
+    """Count the ids that two sequences have in common at their start."""
     differing = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     return next(differing, min(len(one), len(other)))
 
@@ -187,7 +186,7 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int
     """Return the ids that a tokenizer puts before and after every text.
 
     Raises:
-        ValueError: it changes texts in another way.
+        ValueError: the tokenizer changes the ids of the text, too.
     """
     bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     for start in range(len(whole) - len(bare) + 1):
@@ -214,8 +213,8 @@ class MatroyshkaInputs:
     Args:
         prompt: the question to the model after the passage; never truncated.
         query_max_length: the most ids of ``A: {query}``; None for three quarters of ``max_length``.
-        max_length: the most ids of ``B: {passage}``; and, with the number of ids after the passage added, the most ids
-            before and in it.
+        max_length: the most ids of ``B: {passage}``. Up to the end of the passage, there are at most
+            ``max_length`` ids plus the number of ids after it.
         query_instruction: text before the query.
         passage_instruction: text before the passage.
         total: the most ids of the whole input, suffix included; replaces ``max_length`` as the limit. The released

@@ -15,17 +15,16 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-#: Flash kernels: whether the package is there, and its name.
+#: Flash kernels: a function that tells whether the package is installed, and the name of the package.
 FLASH = {
     "flash_attention_2": (is_flash_attn_2_available, "flash-attn"),
     "flash_attention_3": (is_flash_attn_3_available, "flash-attn-3"),
 }
 
 #: Causal attention over one sequence per pair: query, key, value, scaling and window to output. Query and output are
-#: ``[pairs, heads, length, width]``; key and value may have fewer heads. A position sees itself and those before it, at
+#: ``[pairs, heads, length, width]``; key and value may have fewer heads. A position sees itself and earlier ones, at
 #: most ``window`` in all.
 Kernel = Callable[[Tensor, Tensor, Tensor, float, int | None], Tensor]
-
 
 #: A kernel that is not among the options yet: FlashAttention over the packed row itself, see :func:`packed_flash`.
 VARLEN = "varlen"
@@ -121,15 +120,16 @@ def packed_flash(
 ) -> Tensor:  # fmt: skip
     """Compute causal attention of sequences that lie one after another, with torch's FlashAttention.
 
-    A sequence may have fewer queries than keys: its queries are those of its last positions. So neither queries nor
-    outputs have to be gathered, and nothing is padded.
+    A sequence may have fewer queries than keys: they belong to its last positions. So neither queries nor outputs have
+    to be gathered, and nothing is padded.
 
     Args:
         query: ``[queries, heads, width]``.
         key: ``[keys, key heads, width]``.
         value: of the shape of ``key``.
-        starts: where each sequence starts among the queries and among the keys, and the end, int32 ``[sequences + 1]``.
-        longest: the most queries and the most keys of a sequence.
+        starts: the start of each sequence among the queries and among the keys, and the end; int32
+            ``[sequences + 1]``.
+        longest: the most queries and the most keys in a sequence.
         scaling: factor of the logits.
         window: the most keys that a query sees; None for all before it.
 
@@ -177,7 +177,7 @@ def _block_mask(length: int, window: int | None, device: torch.device) -> BlockM
 
 
 class Flash:
-    """FlashAttention, called through transformers.
+    """Calls FlashAttention through transformers.
 
     Args:
         name: a key of :data:`FLASH`.
@@ -196,12 +196,12 @@ class Flash:
 
 
 def causal_mask(queries: Tensor, length: int, real_keys: Tensor | None, window: int | None) -> Tensor:
-    """Return which keys each query sees.
+    """Return a mask of the keys that each query sees.
 
     Args:
-        queries: their positions, ``[1 or pairs, n]``.
-        length: how many keys there are.
-        real_keys: which of them are real, ``[pairs, length]``; None for all.
+        queries: the positions of the queries, ``[1 or pairs, n]``.
+        length: the number of keys.
+        real_keys: a mask of the keys that are real, ``[pairs, length]``; None for all.
         window: the most keys that a query sees, itself included; None for all before it.
 
     Returns:

@@ -33,10 +33,10 @@ def run_layer(
     """Run a layer's parts on all tokens of a row, with few passes over memory.
 
     Args:
-        layer: of a model of :data:`~pyterrier_llmrerank.checkpoints.families.FAMILIES`.
+        layer: the layer of a model of :data:`~pyterrier_llmrerank.checkpoints.families.FAMILIES`.
         hidden: states before the layer, ``[1, tokens, width]``.
         rotary: cosine and sine of each token's position, ``[1, tokens, head width]``.
-        layout: which tokens form a pair.
+        layout: the tokens that form each pair.
         tap: filled with the attention of each pair's last position.
 
     Returns:
@@ -55,9 +55,9 @@ def run_layer(
 
 
 def run_last(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
-    """Run a layer on the last token of each pair, ``[pairs, width]``; other tokens only give keys and values.
+    """Run a layer on the last token of each pair; other tokens only give keys and values.
 
-    Args are those of :func:`run_layer`.
+    Takes the arguments of :func:`run_layer`, and returns states, ``[pairs, width]``.
     """
     parts: Any = layer
     heads = parts.self_attn

@@ -39,13 +39,13 @@ NARROWEST = 32
 
 
 class LengthGroup(NamedTuple):
-    """Pairs of one rounded length.
+    """Holds the pairs of one rounded length.
 
     Args:
         length: the rounded length.
         places: index in the row of each token of each pair, ``[pairs, length]``; any index after a pair's end.
         queries: the same for queries. A prefix that is not in the row has none, so any other token takes its place.
-        real_keys: which keys are real, ``[pairs, length]``; None if causality hides all others.
+        real_keys: a mask of the keys that are real, ``[pairs, length]``; None if causality hides all others.
     """
 
     length: int
@@ -58,7 +58,7 @@ class LengthGroups:
     """Divides a packed row into groups, and computes attention in them.
 
     Args:
-        packing: which tokens of the row form a pair.
+        packing: the tokens of the row that form each pair.
     """
 
     def __init__(self, packing: Packing) -> None:
@@ -78,8 +78,8 @@ class LengthGroups:
             first[members] = start + length * np.arange(len(members))
             start += length * len(members)
         pair = packing.pair_of_token
-        #: For each token of the row, where its pair starts when all groups follow each other, its pair's rounded
-        #: length, and its position in the pair.
+        #: For each token of the row: the start of its pair when all groups follow each other, the rounded length of its
+        #: pair, and its position in the pair.
         self._first, self._length, self._position = (
             torch.from_numpy(of) for of in (first[pair], rounded[pair], packing.positions)
         )
@@ -98,13 +98,13 @@ class LengthGroups:
         """Compute causal attention within each pair.
 
         Args:
-            query: of the row, ``[1, heads, tokens, width]``.
-            key: of the row and of a prefix computed earlier, ``[1, key heads, tokens, width]``.
+            query: queries of the row, ``[1, heads, tokens, width]``.
+            key: keys of the row and of a prefix computed earlier, ``[1, key heads, tokens, width]``.
             value: of the shape of ``key``.
             scaling: factor of the logits.
             window: the most keys that a query sees; None for all before it.
-            large_logits: logits may be large, as with biases of queries and keys. Products would round them to bf16
-                before the softmax, so they are not used.
+            large_logits: whether logits may be large, as with biases of queries and keys. Then no products are used,
+                since they round logits to bf16 before the softmax.
 
         Returns:
             The output, ``[1, tokens, heads, width]``.
@@ -198,7 +198,7 @@ _HIDDEN = torch.finfo(torch.bfloat16).min / 2
 def _sdpa(
     group: LengthGroup, queries: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int | None
 ) -> Tensor:
-    """Compute a group by torch's attention, block by block; arguments and output are those of :func:`_products`."""
+    """Compute a group by torch's attention, block by block; arguments and output as for :func:`_products`."""
     shape = len(group.places), -1, group.length, queries.shape[-1]
     queries, keys, values = (states.view(shape) for states in (queries, keys, values))
     output = torch.empty_like(queries)

@@ -12,11 +12,11 @@ from .inputs import Ids
 
 
 class Limits(NamedTuple):
-    """Limits the token ids of a pair.
+    """Holds the limits of the token ids of a pair.
 
     Args:
         vocabulary: the number of tokens that the model knows.
-        positions: the most tokens of a pair; None for any number.
+        positions: the most tokens in a pair; None for any number.
     """
 
     vocabulary: int

@@ -23,12 +23,12 @@ from .devices import has_bf16
 class PackedLinear(nn.Linear):
     """Applies a linear layer whose weight oneDNN has packed.
 
-    Loading gives it a plain weight; :meth:`pack` comes before the first call. A row's result does not depend on the
-    number of rows, unless that is 1.
+    It is loaded with a plain weight, and :meth:`pack` has to be called before its first use. A row's result does not
+    depend on the number of rows, unless that is 1.
     """
 
     def pack(self) -> None:
-        """Rearrange the weight, unless it is packed already; the plain one is dropped."""
+        """Rearrange the weight, unless it is packed already; drops the plain weight."""
         if not self.weight.is_mkldnn:
             reorder: Any = torch.ops.mkldnn._reorder_linear_weight
             self.weight = nn.Parameter(reorder(self.weight.detach(), None), requires_grad=False)

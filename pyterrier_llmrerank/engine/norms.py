@@ -11,10 +11,10 @@ from torch.nn.functional import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """Compute a decoder's norm with less work, and its gradient too while the weight is frozen.
+    """Computes a decoder's norm with less work and, while the weight is frozen, its gradient too.
 
     Args:
-        norm: the norm; its weight is shared.
+        norm: the norm to replace; its weight is shared.
     """
 
     def __init__(self, norm: nn.Module) -> None:
@@ -24,7 +24,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Scale states to a root mean square of 1 over their last dimension, then by the weight."""
-        if self.weight.requires_grad or hasattr(self.weight, "ds_id"):  # which DeepSpeed's stage 3 gathers for autograd
+        if self.weight.requires_grad or hasattr(self.weight, "ds_id"):  # DeepSpeed gathers it for autograd
             wide = states.float()
             scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
             return self.weight * scaled.to(states.dtype)
@@ -32,7 +32,7 @@ class RMSNorm(nn.Module):
 
 
 class _Normalise(Function):
-    """Normalise with a frozen weight."""
+    """Normalises with a frozen weight."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -43,7 +43,7 @@ class Layer(NamedTuple):
         return cls(sum(sizes.values()), keys_values, attended, sliding_window_of(heads))
 
     def keys(self, tokens: Indices) -> Indices:
-        """Count the keys that a pair's first ``tokens`` tokens see in total, each including itself."""
+        """Count the keys that a pair's first ``tokens`` tokens see in total; a token sees itself."""
         full = tokens if self.window is None else np.minimum(tokens, self.window)
         return full * (full + 1) // 2 + (tokens - full) * full
 
@@ -51,8 +51,8 @@ class Layer(NamedTuple):
 class Operations:
     """Counts multiplications and additions for some pairs in any shape of a decoder.
 
-    It counts useful work: the layers' matrices, attention to visible keys, and heads; a query's prefix once, and no
-    padding. It leaves out element-wise work and pooling.
+    It counts the layers' matrices, attention to visible keys, and heads. A query's prefix counts once, padding not at
+    all. Element-wise work and pooling are left out.
 
     Args:
         decoder: the decoder that would run.

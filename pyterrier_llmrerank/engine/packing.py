@@ -32,14 +32,14 @@ Indices = NDArray[np.int64]
 
 
 class Packing:
-    """Tells where the tokens of a batch's pairs are in the packed row.
+    """Tells the places of the tokens of a batch's pairs in the packed row.
 
     The row holds one pair after another. A prefix is stored with its owner, the first pair that has it, and not at all
     if an earlier batch computed it.
 
     Args:
         prefix, body, suffix: tokens in the parts of each pair, ``[pairs]``.
-        owner: for each pair the first one with the same prefix, ``[pairs]``; -1 if its prefix is not in the row.
+        owner: for each pair, the first pair with the same prefix, ``[pairs]``; -1 if its prefix is not in the row.
         padding: tokens after the suffix that others do not see as keys, ``[pairs]``; 0 unless the released code is
             reproduced.
     """
@@ -108,7 +108,7 @@ class Packing:
 
     @property
     def last_prefix(self) -> slice:
-        """The last pair's prefix in the row; only valid if it is there."""
+        """The place of the last pair's prefix in the row; only valid if the prefix is there."""
         start = int(self._starts[self.owner[-1]])
         return slice(start, start + int(self.prefix[-1]))
 
@@ -157,7 +157,7 @@ class PackedPairs(Packing):
         self.ids: Indices = np.array(ids, dtype=np.int64)
 
     def check_ids(self, vocabulary: int) -> None:
-        """Check that all ids are rows of an embedding; one beyond its end would break the GPU for the whole process.
+        """Check that all ids are rows of an embedding; an id beyond its end would break the GPU for the whole process.
 
         Raises:
             ValueError: an id is not below ``vocabulary``.
@@ -171,7 +171,7 @@ class Row:
     """Holds a packed row on its way through the decoder.
 
     Args:
-        packing: where each pair's tokens are.
+        packing: the places of each pair's tokens.
         states: hidden states, ``[tokens, width]``. Once layers have run, a cached prefix's states follow, so that
             all of :attr:`Packing.places` are filled.
         depth: how many layers the row has been through.
@@ -189,7 +189,7 @@ def regrouped(
 
     Args:
         members: for each pair, the row that holds it and its number there; all rows have the same depth.
-        pairs: their ids, which tell which prefixes are the same.
+        pairs: their ids; equal prefixes are stored once.
         cached_prefix: as in :class:`PackedPairs`.
     """
     rows = {id(row): row for row, _ in members}
@@ -209,7 +209,7 @@ def regrouped(
 
 
 def owners(pairs: Sequence[Ids], cached_prefix: Sequence[int] | None = None) -> Indices:
-    """Return for each pair the first one with the same prefix, ``[pairs]``; -1 if its prefix is the cached one.
+    """Return for each pair the first pair with the same prefix, ``[pairs]``; -1 if its prefix is the cached one.
 
     A pair without body and suffix is read at the end of its prefix, so its prefix is in the row even if cached.
     """

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ScoringError
-from .call import Call
+from .call import ScoringCall
 
 
 class PendingBatch(NamedTuple):
@@ -37,7 +37,7 @@ class PendingResults:
         dtype: the dtype of the weights, for advice in errors.
     """
 
-    def __init__(self, call: Call, dtype: torch.dtype) -> None:
+    def __init__(self, call: ScoringCall, dtype: torch.dtype) -> None:
         self._call = call
         self._dtype = dtype
         self._batches: deque[PendingBatch] = deque()
@@ -53,7 +53,7 @@ class PendingResults:
         self._batches.append(PendingBatch(pairs, cutoffs, to_host(logits)))
 
     def collect(self, leave: int = 0) -> None:
-        """Wait for scores, oldest first, until only ``leave`` batches are pending: then the device always has work.
+        """Wait for scores, oldest first, until only ``leave`` batches are pending. With 1, the device always has work.
 
         Raises:
             ScoringError: a score is not finite; the scores of all other batches are collected first.
@@ -79,7 +79,7 @@ def to_host(computed: Tensor) -> Callable[[], np.ndarray]:
     """Start to copy a tensor to the host.
 
     Returns:
-        A function that waits for this copy only, not for later GPU work, and returns the array.
+        A function that waits for this copy, not for later work of a GPU, and returns the array.
     """
     if computed.device.type != "cuda":
         return lambda: computed.cpu().numpy()

@@ -1,4 +1,4 @@
-"""Prepare the next item in a thread while the caller works on the current one, and keep token ids until then."""
+"""Prepare the next item in a thread while the caller works on the current one; keep token ids until their use."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def prefetch(items: Iterable[Item], waiting: Stopwatch | None = None) -> Iterato
 
 
 class PreparedIds:
-    """Keep token ids of pairs until they are asked for; one thread may add some while another takes some.
+    """Keeps token ids of pairs until they are asked for; one thread may add some while another takes some.
 
     Args:
         settings: the values that token ids depend on, besides their pair.

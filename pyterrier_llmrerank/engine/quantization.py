@@ -16,8 +16,8 @@ def quantization_of(
 
     Activations are quantised too if kernels for that make a layer faster: int8 on CUDA in compiled layers and, in fp32,
     on the CPU; float8 on CUDA from capability 8.9 on, in bf16. In all other cases only weights are quantised, and
-    unpacked for each product. (Uncompiled, torchao's product of int8 matrices makes the host wait for the GPU.) Each
-    token and each row of a weight has its own scale, so a token's result does not depend on its batch.
+    are unpacked for each product. (Uncompiled, torchao's product of int8 matrices makes the host wait for the GPU.)
+    Each token and each row of a weight has its own scale, so a token's result does not depend on its batch.
 
     Args:
         name: ``"int8"`` or ``"float8"``.

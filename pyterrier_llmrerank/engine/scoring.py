@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..checkpoints.checkpoint import Checkpoint
 from .batching import query_chunks
-from .call import Call
+from .call import ScoringCall
 from .cascade import Cascade
 from .decoder import Decoder
 from .device_scorer import DeviceScorer
@@ -35,13 +35,13 @@ CASCADE_CHUNK = 256
 #: The fewest pairs for which a call on a CPU first measures which number of threads is fastest.
 LARGE = 256
 
-#: Chunks for each of several devices, if there are enough queries, so that no device waits long for the last one.
-SHARES = 4
+#: The fewest chunks for each of several devices, if there are enough queries: no device waits long for the last chunk.
+CHUNKS_PER_DEVICE = 4
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """Scores pairs with one model in one shape. Files are opened when their contents are first needed.
+    """Scores pairs with one model in one shape. Opens files when their contents are first needed.
 
     Args:
         weights: the model's weights, once for each device.
@@ -106,7 +106,7 @@ class Scorer:
         threads of their own.
 
         Args:
-            pairs: query and passage of each.
+            pairs: pairs of query and passage.
             observer: names pairs in errors and receives progress and usage.
             cascade: decides which pairs survive each stage of a shape that prunes. Survivors keep their hidden states.
 
@@ -117,11 +117,11 @@ class Scorer:
             ValueError, ImportError: the attention kernel, a cutoff or the padding cannot be used with this model.
             ScoringError: a pair has no tokens, a token that the model does not know, or more tokens than the model has
                 positions (all checked before its chunk is scored); a score is not finite; memory runs out; or anything
-                else fails. The other devices finish their batch. ``scores`` holds all logits computed so far.
+                else fails. The other devices finish their batch. ``scores`` holds all logits so far.
             KeyboardInterrupt: Ctrl-C, with ``scores`` as above.
         """
         observer = observer or Observer()
-        call = Call(pairs, self._chunks(pairs), len(self.shape.cutoffs), observer, cascade)
+        call = ScoringCall(pairs, self._chunks(pairs), len(self.shape.cutoffs), observer, cascade)
         # One by one: transformers builds models under settings of the whole process.
         devices = [DeviceScorer(weights, self.shape, self.encode, self.batch_size, call) for weights in self.weights]
         try:
@@ -149,5 +149,5 @@ class Scorer:
         """Split pairs, by index, into chunks of whole queries."""
         size = CHUNK if len(self.shape.stages) == 1 else CASCADE_CHUNK
         if len(self.weights) > 1:
-            size = min(size, -(-len(pairs) // (SHARES * len(self.weights))))
+            size = min(size, -(-len(pairs) // (CHUNKS_PER_DEVICE * len(self.weights))))
         return query_chunks([query for query, _ in pairs], max(size, self.batch_size or 0))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shape:
-    """Names the layers of a model that are run, and the heads that read them.
+    """Names the layers of a model to run, and the heads that read them.
 
     Args:
         cutoffs: layers at which a score is read, ascending.

@@ -1,4 +1,4 @@
-"""Find where a long text can be cut before it is tokenised without changing its first ids.
+"""Find places to cut a long text before it is tokenised, without a change of its first ids.
 
 Cuts are made before a space that follows a letter or a digit. If a tokenizer separates words from punctuation, they are
 also made before Chinese and Japanese marks, for texts without spaces. The text after the cut cannot change the ids
@@ -66,7 +66,7 @@ def cut_after(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> int
 
 
 def places_to_cut(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
-    """Return the places where texts can be cut without changing the ids before; None if there are none."""
+    """Return a pattern for the places where a cut does not change the ids before it; None if there are none."""
     added = [token.content for token in tokenizer.added_tokens_decoder.values()]
     if any(re.search(r"[^\s▁][\s▁]", content) for content in added):  # such a token could span a cut
         return None
@@ -78,6 +78,7 @@ def places_to_cut(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
 
 
 def _sentencepiece_may_cut(processor: Any) -> bool:
+    """Return whether a sentencepiece model gives the ids before a cut regardless of the text after it."""
     proto: Any = import_module("sentencepiece.sentencepiece_model_pb2")  # it has no types
     model = proto.ModelProto.FromString(processor.serialized_model_proto())
     bpe_or_unigram = model.trainer_spec.model_type in (model.trainer_spec.BPE, model.trainer_spec.UNIGRAM)
@@ -90,11 +91,11 @@ def _sentencepiece_may_cut(processor: Any) -> bool:
     )
 
 
-def _json_places(described: dict[str, Any]) -> re.Pattern[str] | None:
-    """Return where to cut for a tokenizer that ``tokenizer.json`` describes; None for nowhere."""
-    normalizers = _steps(described["normalizer"], "normalizers")
-    splits = _steps(described["pre_tokenizer"], "pretokenizers")
-    model = described["model"]
+def _json_places(description: dict[str, Any]) -> re.Pattern[str] | None:
+    """Return the pattern of :func:`places_to_cut` for a tokenizer that ``tokenizer.json`` describes."""
+    normalizers = _steps(description["normalizer"], "normalizers")
+    splits = _steps(description["pre_tokenizer"], "pretokenizers")
+    model = description["model"]
     spaces = set(filter(None, map(_space_mark, [*normalizers, *splits])))
     if not all(map(_is_local_normalizer, normalizers)) or model["type"] not in ("BPE", "Unigram") or len(spaces) != 1:
         return None

@@ -16,7 +16,7 @@ from torch.nn.functional import silu
 
 logger = logging.getLogger(__name__)
 
-#: Measurements of each number of threads; they take turns, so that other load affects all alike.
+#: Measurements of each number of threads. The numbers take turns, so that other load affects all alike.
 TURNS = 5
 
 #: Seconds for which a measurement holds.
@@ -32,12 +32,12 @@ SIZES = 512, 576, 1536
 
 @contextmanager
 def fastest_threads(device: torch.device, seconds: Callable[[int], float] | None = None) -> Iterator[None]:
-    """Run a block on the fastest number of threads, which may not be the most: threads on one core wait for each other.
+    """Run a block on the fastest number of threads. More may be slower: threads on one core wait for each other.
 
     Numbers from one to torch's own are tried, in powers of two, at the beginning of a block. Other programs come and
     go, so the result holds for ten minutes at most; later blocks measure again. A block that begins while another runs
-    takes its number. ``OMP_NUM_THREADS`` in the environment, or ``torch.set_num_threads(1)``, settle the number without
-    a measurement. torch's number is restored after the block.
+    uses the same number. ``OMP_NUM_THREADS`` in the environment, or ``torch.set_num_threads(1)``, settle the number
+    without a measurement. torch's number is restored after the block.
 
     Args:
         device: where the block computes; nothing is done for devices other than the CPU.
@@ -47,7 +47,7 @@ def fastest_threads(device: torch.device, seconds: Callable[[int], float] | None
         yield
         return
     with _lock:
-        if _blocks:  # they and a measurement would disturb each other
+        if _blocks:  # a measurement and running blocks would disturb each other
             before, chosen = _blocks[0]
         else:
             before = chosen = torch.get_num_threads()

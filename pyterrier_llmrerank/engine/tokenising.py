@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ..errors import reason
-from .call import Call
+from .call import ScoringCall
 from .inputs import Ids
 from .limits import Limits
 from .usage import Stopwatch, Usage
@@ -33,11 +33,13 @@ class ChunkTokenizer:
         call: the call; its observer receives the numbers of truncated texts.
     """
 
-    def __init__(self, encode: Callable[[Sequence[tuple[str, str]]], list[Ids]], limits: Limits, call: Call) -> None:
+    def __init__(
+        self, encode: Callable[[Sequence[tuple[str, str]]], list[Ids]], limits: Limits, call: ScoringCall
+    ) -> None:
         self._encode = encode
         self._limits = limits
         self._call = call
-        #: Measures the time spent here.
+        #: Measures the time spent on tokenisation.
         self.stopwatch = Stopwatch()
 
     def __call__(self, pairs: list[int]) -> TokenizedPairs:
@@ -81,7 +83,7 @@ class ChunkTokenizer:
 
 
 def is_failure(error: BaseException) -> bool:
-    """Return whether a tokenizer failed, rather than memory ran out or the process is to end."""
+    """Return whether an error means that the tokenizer failed; Ctrl-C and running out of memory do not."""
     if isinstance(error, Exception):
         return not isinstance(error, MemoryError)
     return type(error).__module__ == "pyo3_runtime"  # a panic in Rust is not an Exception, and cannot be imported

@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Usage:
-    """Counts scored pairs, and the tokens and seconds that they took. Usages of several runs can be added.
+    """Counts scored pairs, and the tokens and seconds that they took. The usages of several calls can be added.
 
     Measuring never makes a device wait. Seconds are summed over the threads that work. ``model_seconds`` covers
     laying out and launching batches and waiting for their results, not opening weights. Tokenisation runs in a thread
@@ -27,7 +27,7 @@ class Usage:
         tokenising_seconds: time spent on tokenisation.
         model_seconds: time spent on running the model.
         writing_seconds: time spent on writing results; added by the code that writes them.
-        truncated_queries: distinct queries that were truncated, with at least one of their passages.
+        truncated_queries: distinct queries that were truncated, for at least one of their passages.
         truncated_passages: pairs whose passage was truncated.
 
     >>> used = Usage(pairs=2, tokens=90, positions=128, filled=96, tokenising_seconds=0.5, model_seconds=2.0)

@@ -21,23 +21,23 @@ from .norms import replace_norms
 from .quantization import quantization_of
 
 
-class Sharer(Protocol):
-    """Describes what weights need to know of a reranker that shares them."""
+class Consumer(Protocol):
+    """Describes a reranker to the weights that it shares with others."""
 
     def deepest(self) -> int | None:
-        """Return the deepest layer that it runs; None for the model's last."""
+        """Return the deepest layer that the reranker runs; None for the model's last."""
 
 
 class Weights:
-    """Holds a decoder with its heads and tokenizer. Files are opened on first use, layers are loaded on demand.
+    """Holds a decoder with its heads and tokenizer. Opens files on first use, and loads layers on demand.
 
     Args:
         open_checkpoint: opens the files; called once, on first use.
         device: the device of the weights.
-        dtype: the dtype that weights are converted to.
-        quantization: quantises linear layers to ``"int8"`` or ``"float8"``; None leaves them.
+        dtype: the dtype of the weights.
+        quantization: quantises linear layers to ``"int8"`` or ``"float8"``; None leaves them as they are.
         torch_compile: compile each layer when it first runs.
-        below: weights to share rather than load. The checkpoint's overlay adapters run on top of them, unmerged.
+        below: weights to share in place of loading them. The checkpoint's overlay adapters run on top, unmerged.
 
     Raises:
         ImportError: ``quantization`` is given, but torchao is not installed.
@@ -64,23 +64,23 @@ class Weights:
         # Garbage collection may drop a reranker, and call _forget, while any lock of a stack is held. With one lock for
         # the whole stack, that cannot deadlock.
         self._lock: threading.RLock = threading.RLock() if below is None else below._lock
-        self._sharers: dict[int, weakref.finalize[..., Sharer]] = {}
+        self._consumers: dict[int, weakref.finalize[..., Consumer]] = {}
         self._checkpoint: Checkpoint | None = None
         self._model: Decoder | FallbackDecoder | None = None
         self._loaded = 0
 
-    def join(self, sharer: Sharer) -> None:
+    def join(self, consumer: Consumer) -> None:
         """Keep the layers that a reranker needs until it leaves or is garbage-collected."""
         with self._lock:
-            if id(sharer) not in self._sharers:
-                self._sharers[id(sharer)] = weakref.finalize(sharer, self._forget, id(sharer))
-                self._sharers[id(sharer)].atexit = False
+            if id(consumer) not in self._consumers:
+                self._consumers[id(consumer)] = weakref.finalize(consumer, self._forget, id(consumer))
+                self._consumers[id(consumer)].atexit = False
 
-    def leave(self, sharer: Sharer) -> None:
+    def leave(self, consumer: Consumer) -> None:
         """Drop the layers that only this reranker needs."""
         with self._lock:
-            self._sharers[id(sharer)].detach()
-            self._forget(id(sharer))
+            self._consumers[id(consumer)].detach()
+            self._forget(id(consumer))
 
     @property
     def stack(self) -> tuple[Weights, ...]:
@@ -88,12 +88,13 @@ class Weights:
         return (self, *(() if self._below is None else self._below.stack))
 
     def _forget(self, identity: int) -> None:
+        """Remove a reranker, by its ``id``, and unload the layers that no other needs."""
         with self._lock:
-            self._sharers.pop(identity, None)
+            self._consumers.pop(identity, None)
             if self._model is None or isinstance(self._model, FallbackDecoder):
                 return
-            living = [alive[0] for finalizer in self._sharers.values() if (alive := finalizer.peek()) is not None]
-            depths = [sharer.deepest() for sharer in living]
+            living = [alive[0] for finalizer in self._consumers.values() if (alive := finalizer.peek()) is not None]
+            depths = [consumer.deepest() for consumer in living]
             needed = max((self.checkpoint.layers if depth is None else depth for depth in depths), default=0)
             while self._loaded > needed:
                 self._loaded -= 1
@@ -164,12 +165,12 @@ def build_decoder(checkpoint: Checkpoint) -> PreTrainedModel:
         ValueError: its configuration, files and adapters do not fit each other.
     """
     checkpoint.check_depth()
-    with checkpoint.described(), torch.device("meta"):
+    with checkpoint.blame_config(), torch.device("meta"):
         decoder: PreTrainedModel = AutoModel.from_config(checkpoint.config, attn_implementation=ATTENTION)  # type: ignore[no-untyped-call]
     weights = {name: tuple(weight.shape) for name, weight in decoder.named_parameters()}
     checkpoint.check_weights(weights)
     checkpoint.check_unused(set(checkpoint) - set(weights))
-    with checkpoint.described():
+    with checkpoint.blame_config():
         decoder.rotary_emb = type(decoder.rotary_emb)(checkpoint.config)  # computed, not stored
     replace_norms(decoder)
     checkpoint.check_adapters(
@@ -187,7 +188,7 @@ def fill(module: nn.Module, checkpoint: Checkpoint, prefix: str, device: torch.d
         checkpoint: the source of its weights.
         prefix: precedes the module's own names in the checkpoint.
         device: the device of the weights.
-        dtype: the dtype that they are converted to.
+        dtype: the dtype of the weights.
 
     Raises:
         ValueError: a tensor is missing or of an unsupported dtype.
@@ -214,10 +215,10 @@ def share(module: nn.Module, below: nn.Module, checkpoint: Checkpoint, prefix: s
 
     Args:
         module: a part of a decoder.
-        below: the same part of the decoder that has the weights.
+        below: the same part of the decoder with the weights.
         checkpoint: the source of the overlay.
         prefix: precedes the part's own names in the checkpoint.
-        dtype: the dtype that the overlay is computed in.
+        dtype: the dtype of the overlay.
     """
     for name, parameter in below.named_parameters():
         path, _, last = name.rpartition(".")
@@ -233,10 +234,10 @@ class LoRALinear(nn.Module):
     """Applies a linear layer and unmerged low-rank updates.
 
     Args:
-        weight: of the linear layer; shared, not copied.
-        bias: of the linear layer; None without one.
+        weight: the weight of the linear layer; shared, not copied.
+        bias: the bias of the linear layer; None without one.
         factors: each update's factors, ``[rank, inputs]`` and ``[outputs, rank]``.
-        dtype: the dtype that updates are computed in.
+        dtype: the dtype of the updates.
     """
 
     def __init__(
@@ -263,7 +264,7 @@ _shared_lock = threading.Lock()
 
 
 def shared_weights(key: Hashable, create: Callable[[], Weights]) -> Weights:
-    """Return the weights in use under a key, or create them."""
+    """Return the weights under a key if they are in use; else create them."""
     with _shared_lock:
         weights = _shared.get(key)
         if weights is None:

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 class Chunk(NamedTuple):
-    """Consecutive rows of a rerank file, without splitting a query.
+    """Holds consecutive rows of a rerank file, of whole queries.
 
     Args:
         frame: the candidates: ``qid``, ``query``, ``docno``, ``title``, ``url``, ``text``.
-        queries: number of queries.
+        queries: the number of queries.
         checksum: CRC-32 of the frame's contents.
         first_line, last_line: position in the rerank file, counted from 1.
     """
@@ -39,15 +39,15 @@ class Chunk(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """A part of a rerank file, for one of several jobs.
+    """Selects the chunks of a rerank file for one of several jobs.
 
-    The shares of the file have equal numbers of lines. The shard has the chunks of the whole file that begin in its
-    share, so that the joined runs of all shards have the bytes of one run over the whole file.
+    The lines of the file are divided into equal ranges, one for each shard. A shard has the chunks that begin in its
+    range, so that the joined runs of all shards have the bytes of one run over the whole file.
 
     Args:
-        number: its number, from 1.
-        of: number of shards.
-        lines: number of lines in the file.
+        number: the number of the shard, from 1.
+        of: the number of shards.
+        lines: the number of lines in the file.
     """
 
     number: int
@@ -55,19 +55,20 @@ class Shard(NamedTuple):
     lines: int
 
     def select(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-        """Pass on the chunks of this shard, out of those of the whole file."""
+        """Pass on the chunks of this shard, and drop all other chunks of the file."""
         return takewhile(
             lambda chunk: self._number_of(chunk) == self.number,
             dropwhile(lambda chunk: self._number_of(chunk) < self.number, chunks),
         )
 
     def _number_of(self, chunk: Chunk) -> int:
+        """Return the number of the shard that a chunk belongs to."""
         before = chunk.first_line - 1
         return 1 + before * self.of // max(self.lines, before + 1)  # a last line may have no line end
 
 
 class ScoredChunk(NamedTuple):
-    """The result of scoring a chunk.
+    """Holds the result of scoring a chunk.
 
     Args:
         frame: ``qid``, ``docno``, ``rank`` (from 0) and ``score``, without the texts.
@@ -83,7 +84,7 @@ def read_chunks(source: Path, sizes: Iterable[int]) -> Iterator[Chunk]:
 
     Args:
         source: the rerank file.
-        sizes: the minimum number of rows of each chunk. A chunk ends with the query that reaches it.
+        sizes: the fewest rows in each chunk. A chunk ends with the query that reaches this number.
 
     Raises:
         ValueError, OSError: as :func:`~pyterrier_llmrerank.runs.formats.read_rerank`.
@@ -104,7 +105,7 @@ def open_shard(shard: str, source: Path) -> Shard:
     """Return the shard that ``"2/4"`` names, the second of four.
 
     Raises:
-        ValueError: there is no such shard, or the file cannot be counted.
+        ValueError: there is no such shard, or the lines of the file cannot be counted.
         OSError: the file cannot be read.
 
     >>> open_shard("5/4", Path("rerank.jsonl"))
@@ -138,6 +139,6 @@ def count_lines(path: Path) -> int | None:
 
 
 def score_chunk(reranker: LLMReranker, frame: pd.DataFrame) -> ScoredChunk:
-    """Score the frame of a chunk, and reset the reranker's usage."""
+    """Score the frame of a chunk, and move the reranker's usage into the result."""
     result = reranker.transform(frame)[["qid", "docno", "rank", "score"]]
     return ScoredChunk(result, reranker.take_usage())

@@ -1,4 +1,4 @@
-"""Connect to a Ray cluster, and share its CPUs and GPUs between workers."""
+"""Connect to a Ray cluster, and divide its CPUs and GPUs among workers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def ray_cluster(workers: int, address: str | None = None) -> Iterator[Any]:
 
     Raises:
         ImportError: Ray is not installed.
-        ValueError: there is an address other than ``auto``, and this process is connected to Ray already.
+        ValueError: the address is not ``auto``, and this process is connected to Ray already.
         ConnectionError: there is no cluster at the address.
     """
     try:
@@ -62,7 +62,8 @@ def resolve_worker_dtype(reranker: LLMReranker, workers: int) -> tuple[str, str]
         workers: number of workers.
 
     Returns:
-        The reranker's own ``dtype`` and ``""``, without asking a worker, if it names one and quantizes nothing.
+        The dtype and the type of device. If the reranker names a dtype and has no quantization, no worker is asked:
+        its own dtype and ``""``.
 
     Raises:
         ConnectionError: the worker was lost.
@@ -96,7 +97,7 @@ def _resolve_dtype_here(dtype: str, device: str | tuple[str, ...] | None) -> tup
 
 
 def wait_for_first(ray: Any, references: list[Any], event: str) -> Any:
-    """Return the first reference that is ready. Warn if that takes long, since resources may be missing."""
+    """Return the first reference that is ready. Warn if it takes long, since resources may be missing."""
     ready, _ = ray.wait(references, timeout=WARN_AFTER)
     if not ready:
         free = {name: amount for name, amount in ray.available_resources().items() if ":" not in name}

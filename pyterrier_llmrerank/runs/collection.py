@@ -30,7 +30,7 @@ from .text_files import (
 
 
 class Text(NamedTuple):
-    """A document. Missing fields are None."""
+    """Holds a document. Missing fields are None."""
 
     docno: str
     title: str | None
@@ -40,7 +40,7 @@ class Text(NamedTuple):
 
 
 class Topic(NamedTuple):
-    """A query with its id."""
+    """Holds a query with its id."""
 
     qid: str
     query: str
@@ -48,7 +48,7 @@ class Topic(NamedTuple):
 
 
 class Judgement(NamedTuple):
-    """A line of qrels: the relevance of a document to a query."""
+    """Holds a line of qrels: the relevance of a document to a query."""
 
     qid: str
     docno: str
@@ -62,7 +62,8 @@ def read_topics(path: Path) -> Iterator[Topic]:
     ``<top>`` elements, ``<num>`` is the qid and ``<title>`` the query.
 
     Raises:
-        ValueError, OSError: as :func:`~pyterrier_llmrerank.runs.formats.read_run`; or a qid repeats.
+        ValueError: a line is malformed, or a qid repeats.
+        OSError: the file cannot be read.
     """
     lines: dict[str, int] = {}
     for topic in _topics(path):
@@ -133,7 +134,8 @@ def read_texts(path: Path) -> Iterator[Text]:
     ``url`` are optional. Repeated docnos are not detected, since there may be more documents than fit in memory.
 
     Raises:
-        ValueError, OSError: as :func:`~pyterrier_llmrerank.runs.formats.read_run`.
+        ValueError: a line is malformed.
+        OSError: the file cannot be read.
     """
     if is_json_lines(path):
         for line, record in objects(path):

@@ -23,7 +23,7 @@ Floats = NDArray[np.float64]
 
 
 class Evaluation:
-    """Compute a measure for many rankings of the same candidates, as ``pt.Experiment`` does.
+    """Computes a measure for many rankings of the same candidates, as ``pt.Experiment`` does.
 
     Args:
         measure: a measure of ir_measures, or its name.
@@ -47,7 +47,7 @@ class Evaluation:
             raise ValueError(
                 f"measure={measure!r}; allowed: a measure of ir_measures, such as 'nDCG@10'. ({error})"
             ) from error
-        self(-np.arange(len(rows), dtype=float))  # raises now rather than after a ranking has been computed
+        self(-np.arange(len(rows), dtype=float))  # raises now, not after a ranking has been computed
 
     def __call__(self, scores: Floats) -> Floats:
         """Return the measure of each query, ``[queries]``, if the candidates are ranked by ``scores``, ``[rows]``."""
@@ -75,7 +75,7 @@ class Evaluation:
         return {metric.query_id: metric.value for metric in self._evaluator.iter_calc(run)}
 
     def input_mean(self, rows: pd.DataFrame) -> float | None:
-        """Return the mean measure of the candidates' own ``score`` or, without one, ``rank``; None without both."""
+        """Return the mean measure of the candidates by their ``score`` or, without one, ``rank``; None without both."""
         if "score" in rows:
             return float(self(rows["score"].to_numpy(dtype=float)).mean())
         return float(self(-rows["rank"].to_numpy(dtype=float)).mean()) if "rank" in rows else None
@@ -109,7 +109,7 @@ def parse_measure(name: str) -> ir_measures.Measure:
 
 
 def _trec_eval_measure(name: str) -> ir_measures.Measure | None:
-    """Return the measure with this name in trec_eval; None if there is none, or if the name means several."""
+    """Return the measure with this name in trec_eval; None if the name means no measure or several."""
     try:
         found = ir_measures.parse_trec_measure(name)
     except ValueError:
@@ -127,8 +127,8 @@ def compare(
     """Evaluate runs, and compare each with a baseline.
 
     Every query with judgements counts. A query missing from a run counts as one without results (``trec_eval -c``); a
-    warning gives their number. Documents are sorted by score; ties keep their rank or, without ranks, their order,
-    while trec_eval sorts ties by docno. The difference can be large for runs with rounded scores.
+    warning gives the number of such queries. Documents are sorted by score; ties keep their rank or, without ranks,
+    their order, while trec_eval sorts ties by docno. The difference can be large for runs with rounded scores.
 
     Args:
         measures: the measures.
@@ -141,8 +141,8 @@ def compare(
         A frame with the values of each query, ``qid``, ``measure`` and ``value``, in the order of the judgements; and
         one with the values of each measure, ``measure`` and ``value``. With several runs, both begin with ``run``. With
         a baseline, both also have ``baseline`` and ``difference``, and the second has ``p``, from a paired two-sided
-        t-test over the queries (NaN if no query differs). With a correction, it has the corrected values, too, as
-        ``p_holm`` or ``p_bonferroni``.
+        t-test over the queries (NaN if no query differs). With a correction, the second also has the corrected
+        values, as ``p_holm`` or ``p_bonferroni``.
 
     Raises:
         ValueError: a measure is named twice or cannot be computed, a run is empty or has none of the queries with
@@ -198,7 +198,7 @@ def _measure(
         found: Any = ir_measures.calc(measures, pt.model.to_ir_measures(judged), pt.model.to_ir_measures(ranked))
     except subprocess.CalledProcessError as error:  # from gdeval, which needs numeric qids
         raise _external_failure(measures, error) from error
-    except ZeroDivisionError as error:  # Accuracy of a query all of whose results are relevant
+    except ZeroDivisionError as error:  # Accuracy of a query with relevant results alone
         names = ", ".join(map(str, measures))
         raise ValueError(f"measure={names}: not defined for a query of the {name} ({error}).") from error
     values = {(str(metric.measure), metric.query_id): metric.value for metric in found.per_query}
@@ -233,7 +233,7 @@ def _tests(
     queries: pd.DataFrame,
     correction: str | None,
 ) -> pd.DataFrame:
-    """Test the differences of all runs from the first, over the queries that have all measures for all runs."""
+    """Test the differences of the other systems from the first, over the queries with all measures for all runs."""
     runs, counts = list(dict.fromkeys(queries["run"])), queries["qid"].value_counts()
     topics = pd.DataFrame({"qid": counts.index[counts == len(runs) * len(measures)], "query": ""})
     found = {"p": "p-value"} | ({} if correction is None else {f"p_{correction}": "p-value corrected"})
@@ -253,7 +253,7 @@ def _tests(
 
 
 def _paired_t(values: Any, others: Any) -> tuple[float, float]:
-    """Return statistic and p-value of a paired t-test; 1 for equal values, since a correction could not count NaN."""
+    """Return statistic and p-value of a paired t-test. For equal values, p is 1: a correction could not count NaN."""
     from scipy import stats  # slow to import
 
     if (values == others).all():

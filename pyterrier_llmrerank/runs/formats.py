@@ -44,7 +44,7 @@ _NAME_COLUMNS = "name the columns with --columns (for a baseline, --baseline-col
 
 
 class RunRow(NamedTuple):
-    """A line of a run. ``rank`` is None if the run has no ranks."""
+    """Holds a line of a run. ``rank`` is None if the run has no ranks."""
 
     qid: str
     docno: str
@@ -54,7 +54,7 @@ class RunRow(NamedTuple):
 
 
 class RerankRow(NamedTuple):
-    """A line of a rerank file: a query and a candidate. Missing fields are None."""
+    """Holds a line of a rerank file: a query and a candidate. Missing fields are None."""
 
     qid: str
     query: str
@@ -98,7 +98,7 @@ def read_run(path: Path, columns: str | None = None) -> Iterator[RunRow]:
     """
     names = None if columns is None else _names(columns)
     hint = " (sort -s -k1,1 groups them)"
-    like_ranks = unlike_ranks = line = 0  # queries; integers of single documents may be either
+    like_ranks = unlike_ranks = line = 0  # counts of queries; one document with an integer score counts for neither
     for _, rows in by_query(_check_unique(path, _run_rows(path, names), hint)):
         _check_agreement(path, rows)
         scores = [row.score for row in rows]
@@ -156,7 +156,10 @@ def _check_agreement(path: Path, rows: list[RunRow]) -> None:
 
 
 def _look_like_ranks(scores: list[float]) -> bool:
-    """Return whether the scores of a query, in the order of the file, may be ranks and are not sorted by score."""
+    """Return whether the scores of a query, in the order of the file, look like ranks.
+
+    They are whole numbers that ascend, or the numbers from 0 or 1 on in any order but the descending one.
+    """
     if not all(score.is_integer() and score >= 0 for score in scores):
         return False
     if all(above < below for above, below in pairwise(scores)):
@@ -205,7 +208,8 @@ def read_rerank(path: Path) -> Iterator[RerankRow]:
     integers, too.
 
     Raises:
-        ValueError, OSError: as :func:`read_run`.
+        ValueError: a line is malformed, repeats a document of its query, or belongs to an earlier query.
+        OSError: the file cannot be read.
     """
     return _check_unique(path, _rerank_rows(path))
 
@@ -273,7 +277,7 @@ def best_first(rows: Iterable[RunRow]) -> list[RunRow]:
 
 
 def _check_unique(path: Path, rows: Iterable[Ranked], hint: str = "") -> Iterator[Ranked]:
-    """Pass on rows; raise ValueError if a document repeats within a query, or a query after another one.
+    """Pass on rows; raise ValueError if a document repeats within a query, or a query resumes after another.
 
     Args:
         path: the file, for the message.

@@ -21,10 +21,10 @@ FINISHED = "finished"
 
 
 class Block(NamedTuple):
-    """A journal entry.
+    """Holds a journal entry.
 
     Args:
-        rows: number of source rows that the block was made from.
+        rows: the number of source rows in the block.
         source_checksum: CRC-32 of these rows.
         size: length of the block in bytes.
         checksum: CRC-32 of the block.
@@ -37,7 +37,7 @@ class Block(NamedTuple):
 
 
 class JournaledFile:
-    """Write a file in blocks, each of which is kept completely or not at all.
+    """Writes a file in blocks; each is kept completely or not at all.
 
     The journal, ``<file>.journal``, has one JSON line for the settings, one for each block, and a last one once the
     file is complete. A block's line reaches the disk before the block does. A block is valid if the file has its bytes
@@ -88,7 +88,7 @@ class JournaledFile:
 
         Args:
             data: the block.
-            rows: number of source rows that it was made from.
+            rows: the number of source rows in the block.
             source_checksum: CRC-32 of these rows.
 
         Raises:
@@ -218,7 +218,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def refuse_existing(path: Path) -> None:
-    """Raise FileExistsError if a file exists. The message mentions ``resume`` if that may be possible."""
+    """Raise FileExistsError if a file exists. The message advises ``resume`` if that may be possible."""
     if path.exists():
         resumable = journal_path(path).exists() or not path.stat().st_size
         hint = "to continue it, set resume=True" if resumable else "delete it or choose another file"

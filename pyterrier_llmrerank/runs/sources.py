@@ -92,7 +92,7 @@ def documents(name: str, docnos: Collection[str]) -> dict[str, Text]:
 
     Args:
         name: a file, as read by :func:`~pyterrier_llmrerank.runs.collection.read_texts`, or a dataset with documents.
-        docnos: the documents to load, if they exist. No others are kept in memory.
+        docnos: the documents to load, if they exist. Other documents are not kept in memory.
 
     Raises:
         ValueError, OSError: as :func:`queries`; or one of the documents repeats in a file.
@@ -221,7 +221,7 @@ def _dataset(argument: str, name: str) -> Any:
 
 
 def _part(argument: str, name: str, part: str, read: Callable[[], Any]) -> Any:
-    """Read a part of a PyTerrier dataset, which says only on reading whether it has the part."""
+    """Read a part of a PyTerrier dataset; ValueError if it lacks the part, as only reading shows."""
     try:
         return read()
     except NotImplementedError as error:

@@ -19,7 +19,7 @@ import pyterrier as pt
 
 from ..engine.prefetch import prefetch
 from ..engine.usage import Stopwatch, Usage
-from ..values import positive
+from ..values import check_positive
 from .chunks import Chunk, ScoredChunk, Shard, count_lines, open_shard, read_chunks, score_chunk
 from .formats import run_line
 from .journal import Block, JournaledFile, refuse_existing
@@ -39,7 +39,7 @@ ScoreChunks = Callable[[Iterator[Chunk]], Generator[tuple[Chunk, ScoredChunk]]]
 
 @dataclass(frozen=True)
 class Report:
-    """Counts and times of a call of :func:`rerank_file`.
+    """Holds counts and times of a call of :func:`rerank_file`.
 
     Args:
         target: the run.
@@ -84,11 +84,11 @@ def rerank_file(
 ) -> Report:
     """Rerank a file of any length.
 
-    The file is read in chunks of whole queries with at least :data:`~pyterrier_llmrerank.engine.scoring.CHUNK` rows for
-    each of the reranker's devices, which share a chunk. Each chunk is scored in one call and written in one block,
-    while the next one is read and tokenised. Memory use does not grow with the file, except for the ids of its queries.
-    Chunks depend on the source and the number of devices alone, so an interrupted and resumed run has the same bytes as
-    an uninterrupted one, if the options are the same.
+    The file is read in chunks of whole queries, of at least :data:`~pyterrier_llmrerank.engine.scoring.CHUNK` rows.
+    Several devices score a chunk together, so it has that many rows for each of them (except in a shard). Each
+    chunk is scored in one call and written in one block, while the next chunk is read and tokenised. Memory use does
+    not grow with the file, except for the ids of its queries. An interrupted and resumed run has the same bytes as an
+    uninterrupted run with the same options.
 
     ``<target>.journal``, beside the run, records the options that affect scores, the blocks written so far, and
     whether the run is finished. An existing target is never overwritten: it raises an error, unless ``resume`` is set.
@@ -111,10 +111,10 @@ def rerank_file(
         form: ``"three"`` or ``"trec"``, as for :func:`~pyterrier_llmrerank.runs.formats.run_line`.
         tag: the run's name in the TREC form.
         resume: continue an existing target.
-        shard: rerank one part of the file, such as ``"2/4"`` for the second of four. Parts have whole chunks. Their
-            runs, joined in order, have the bytes of the run over the whole file, which must not grow meanwhile. None
-            reranks the whole file. The reranker's ``dtype`` must not be ``"auto"``, which machines resolve differently.
-        workers: number of scoring processes. More than 1 run on Ray (``pip install 'pyterrier-llmrerank[ray]'``), as
+        shard: rerank one shard of the file, such as ``"2/4"``, the second of four; None for the whole file. Shards have
+            whole chunks. Their runs, joined in order, have the bytes of the run over the whole file, which must not
+            grow meanwhile. The reranker's ``dtype`` must not be ``"auto"``, which machines resolve differently.
+        workers: the number of scoring processes. Several run on Ray (``pip install 'pyterrier-llmrerank[ray]'``), as
             described for :func:`~pyterrier_llmrerank.runs.workers.score_on_workers`; 1 scores in this process, unless
             ``address`` is given. ``usage`` does not count calls that failed on a worker.
         address: address of a Ray cluster. None takes the cluster that this process is connected to, or starts Ray on
@@ -137,32 +137,32 @@ def rerank_file(
     source, target = Path(source), Path(target)
     _check_arguments(source, target, form, tag, resume, workers)
     started = time.perf_counter()
-    quiet, block = reranker.quiet(), _block(reranker)
-    part = None if shard is None else _open_shard(reranker, shard, source)
+    silent, selected = reranker.silent_copy(), None if shard is None else _open_shard(reranker, shard, source)
+    block = _block(reranker, selected)
     with ExitStack() as stack:
-        score_chunks, device_type = stack.enter_context(_scoring(quiet, workers, address))
-        settings = _settings(quiet, device_type, form, tag, part)
+        score_chunks, device_type = stack.enter_context(_scoring(silent, workers, address))
+        settings = _settings(silent, device_type, form, tag, selected)
         file = stack.enter_context(JournaledFile(target, settings, resume=resume))
-        chunks = _read(source, part, file.blocks, block)
+        chunks = _read(source, selected, file.blocks, block)
         resumed_from = _skip_written(chunks, file.blocks, source, target)
-        bar = stack.enter_context(_progress_bar(reranker, source, part, resumed_from))
+        bar = stack.enter_context(_progress_bar(reranker, source, selected, resumed_from))
         run = _RunWriter(file, form, tag, bar)
         try:
             run.write_all(score_chunks(chunks))
         except BaseException as error:
-            run.usage += quiet.usage  # of the call that raised the error
+            run.usage += silent.usage  # of the call that raised the error
             _add_note(error, target, resumed_from + run.pairs, block)
             raise
         finally:
             reranker.add_usage(run.usage)
     report = Report(target, run.pairs, run.queries, time.perf_counter() - started, resumed_from, run.usage)
-    _log(report, source, part)
+    _log(report, source, selected)
     return report
 
 
 def _check_arguments(source: Path, target: Path, form: str, tag: str, resume: bool, workers: int) -> None:
     """Raise an error for invalid arguments, before Ray or a model starts."""
-    positive("workers", workers)
+    check_positive("workers", workers)
     run_line("q", "d", 1, 0.0, form, tag)
     if not source.exists():
         raise FileNotFoundError(f"source={str(source)!r}: no such file; allowed: a rerank file, as written by prepare.")
@@ -176,38 +176,41 @@ def _check_arguments(source: Path, target: Path, form: str, tag: str, resume: bo
 
 def _open_shard(reranker: LLMReranker, shard: str, source: Path) -> Shard:
     """Return a shard; ValueError if there is none, or if machines could score their shards in different dtypes."""
-    part = open_shard(shard, source)
+    selected = open_shard(shard, source)
     if reranker.dtype == "auto":
         raise ValueError(
             f"dtype='auto' with shard={shard!r}: each machine would choose its own, and the scores of one run would "
             "differ in precision; allowed: float32, bfloat16, float16."
         )
-    return part
+    return selected
 
 
-def _block(reranker: LLMReranker) -> int:
-    """Return the fewest pairs in a block: several devices share one, and wait for the last of them at its end."""
+def _block(reranker: LLMReranker, shard: Shard | None) -> int:
+    """Return the fewest pairs in a block. Several devices score a block together, and wait for the last at its end.
+
+    In a shard, the number is the same on every machine, so that the shards leave no gap.
+    """
     from ..engine.scoring import CHUNK
 
-    return CHUNK * (len(reranker.device) if isinstance(reranker.device, tuple) else 1)
+    return CHUNK * (len(reranker.device) if shard is None and isinstance(reranker.device, tuple) else 1)
 
 
-def _progress_bar(reranker: LLMReranker, source: Path, part: Shard | None, done: int) -> Any:
+def _progress_bar(reranker: LLMReranker, source: Path, shard: Shard | None, done: int) -> Any:
     """Return a progress bar of pairs, of which some are done; hidden unless the reranker is verbose."""
-    is_counted = reranker.verbose and part is None and source.is_file()  # a pipe can be read only once
+    is_counted = reranker.verbose and shard is None and source.is_file()  # a pipe can be read only once
     return pt.tqdm(
         total=count_lines(source) if is_counted else None, initial=done, desc=reranker.label(), unit="pair",
         disable=not reranker.verbose,
     )  # fmt: skip
 
 
-def _log(report: Report, source: Path, part: Shard | None) -> None:
+def _log(report: Report, source: Path, shard: Shard | None) -> None:
     """Log the report, with a warning if nothing was scored."""
     from ..engine.scoring import CHUNK
 
     if report.resumed_from and not report.pairs:
         logger.warning("%s is already finished; nothing was scored.", report.target)
-    if part is not None and not report.resumed_from + report.pairs:
+    if shard is not None and not report.resumed_from + report.pairs:
         logger.warning("%s is empty: %s has fewer blocks of %d pairs than shards.", report.target, source, CHUNK)
     logger.info("%s", str(report))
 
@@ -223,21 +226,18 @@ def _add_note(error: BaseException, target: Path, pairs: int, block: int) -> Non
 # -- reading
 
 
-def _read(source: Path, part: Shard | None, blocks: Sequence[Block], block: int) -> Iterator[Chunk]:
-    """Read the chunks of a file, or of one part of it.
+def _read(source: Path, shard: Shard | None, blocks: Sequence[Block], block: int) -> Iterator[Chunk]:
+    """Read the chunks of a file, or of one shard of it.
 
     Args:
         source: the rerank file.
-        part: the part; None for the whole file.
-        blocks: the blocks of an earlier call, whose sizes come first.
+        shard: the shard; None for the whole file.
+        blocks: the blocks of an earlier call. In a whole file, their sizes come first.
         block: the fewest pairs in each further block.
     """
-    if part is None:
+    if shard is None:
         return read_chunks(source, chain((written.rows for written in blocks), repeat(block)))
-    from ..engine.scoring import CHUNK
-
-    # By sizes that are the same on every machine, so that the shards leave no gap.
-    return part.select(read_chunks(source, repeat(CHUNK)))
+    return shard.select(read_chunks(source, repeat(block)))
 
 
 def _skip_written(chunks: Iterator[Chunk], blocks: Sequence[Block], source: Path, target: Path) -> int:
@@ -299,7 +299,7 @@ def _score_here(reranker: LLMReranker, chunks: Iterator[Chunk]) -> Generator[tup
 
 
 class _RunWriter:
-    """Write scored chunks to a run, one block each, and count them and their usage.
+    """Writes scored chunks to a run, one block each, and counts them and their usage.
 
     Args:
         file: the run.
@@ -345,7 +345,7 @@ def _settings(reranker: LLMReranker, device_type: str, form: str, tag: str, shar
     """Return the settings that must stay the same when a run is resumed.
 
     These are the arguments that affect scores, the base that an adapter names, and the shard. With quantization, the
-    batch size and the type of device affect them, too.
+    batch size and the type of device affect scores, too.
     """
     arguments = {name: value for name, value in reranker.equality_key().items() if name not in MAY_CHANGE}
     if reranker.quantization:

@@ -27,7 +27,7 @@ from ..values import problem_of
 #: The longest line to read, in bytes, so that a hostile file cannot fill the memory.
 MAX_LINE = 16 * 2**20
 
-#: Bytes of an output to a pipe that are held in memory; more are held in a temporary file.
+#: The most bytes of an output to a pipe that are held in memory; a larger output is held in a temporary file.
 HELD_IN_MEMORY = 16 * 2**20
 
 _BOM = b"\xef\xbb\xbf"
@@ -75,7 +75,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
 def _split(
     path: Path, lines: Iterable[tuple[int, list[str]]], allowed: dict[int, str], separator: str
 ) -> Iterator[tuple[int, list[str]]]:
-    """Pass on the columns of each line; raise ValueError if their number changes or is not allowed."""
+    """Pass on the columns of each line; ValueError if their number changes or is not allowed."""
     count: int | None = None
     for line, parts in lines:
         if len(parts) != (count or len(parts)):
@@ -208,7 +208,7 @@ def writing(path: Path) -> Iterator[TextIO]:
 
     Args:
         path: the file, compressed if its name ends in ``.gz`` (without a timestamp, so equal texts give equal files).
-            A path that is not a regular file, such as ``/dev/stdout``, gets all of the text at the end.
+            A path that is not a regular file, such as ``/dev/stdout``, gets the whole text at the end.
 
     Raises:
         OSError: the file cannot be written.

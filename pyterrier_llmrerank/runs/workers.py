@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Chunks per worker that are being scored, or wait until earlier ones have been written.
+#: Chunks for each worker that are being scored, or wait until earlier chunks have been written.
 CHUNKS_AHEAD = 3
 
-#: Losses of a worker over the same task after which a run stops.
+#: The number of workers lost over one task after which a run stops.
 MAX_LOSSES = 3
 
 
@@ -32,7 +32,7 @@ def score_on_workers(
     """Score chunks in Ray actors, within :func:`~pyterrier_llmrerank.runs.cluster.ray_cluster`.
 
     Each worker opens the model once, and takes a chunk whenever it is idle, so that workers that start late hold
-    nothing up. It has one GPU, or as many as ``device`` lists; without GPUs, an equal share of the CPUs. Ray restarts a
+    nothing up. It has one GPU, or as many as ``device`` lists; without GPUs, an equal number of CPUs. Ray restarts a
     lost worker and scores its chunk again. Results keep the order of the chunks, and memory holds at most
     :data:`CHUNKS_AHEAD` chunks per worker. Scores equal those of one process, to the last bit on the same hardware with
     as many threads.
@@ -78,7 +78,7 @@ def score_on_workers(
 
 
 class Worker:
-    """A process that opens the model once, and scores chunks."""
+    """Opens the model once and scores chunks, in a process of its own."""
 
     def __init__(self, reranker: LLMReranker) -> None:
         import ray
@@ -98,7 +98,7 @@ class Worker:
 
 @dataclass(eq=False)
 class Task:
-    """Work for a worker: score a chunk, or open the model if there is none. An error may be its result."""
+    """Names a worker's task, to score a chunk or, without a chunk, to open the model. Its result may be an error."""
 
     chunk: Chunk | None
     result: ScoredChunk | Exception | None = None
@@ -120,7 +120,7 @@ def _tasks(chunks: Iterator[Chunk]) -> Iterator[Task]:
 
 
 class WorkerPool:
-    """A number of workers, each of which opens the reranker's model. On exit, they are killed."""
+    """Starts workers, each of which opens the reranker's model, and kills them on exit."""
 
     def __init__(self, ray: Any, reranker: LLMReranker, count: int) -> None:
         self._ray = ray

@@ -27,10 +27,10 @@ def draw_seed(arguments: TrainingArguments) -> int:
 
 
 class Groups(torch.utils.data.Dataset[Group]):
-    """Draw a group for each record, and a new one in each epoch.
+    """Draws a group for each record, and a new one in each epoch.
 
-    The draw depends on seed, epoch and the record's index alone, so that it is the same in every process and worker,
-    and in a resumed run.
+    The draw depends on seed, epoch and index of the record alone. It is the same in every process and worker, and in a
+    resumed run.
 
     Args:
         records: rows for :func:`~pyterrier_llmrerank.training.examples.read_example`.
@@ -67,11 +67,11 @@ class Groups(torch.utils.data.Dataset[Group]):
 
 @dataclass(frozen=True)
 class Batch:
-    """Encoded groups.
+    """Holds encoded groups.
 
     Args:
         packed: the passages of all groups, ``groups * size`` pairs.
-        teacher: ``[groups, size]``; None if a group has no teacher scores.
+        teacher: the teacher's scores, ``[groups, size]``; None if a group has none.
         size: passages in a group.
         names: the groups' names.
     """
@@ -84,11 +84,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Collator:
-    """Encode groups as a batch.
+    """Encodes groups as a batch.
 
     Args:
         tokenizer: the model's tokenizer.
-        inputs: returns the encoding for a group's prompt; None stands for the recipe's prompt.
+        inputs: returns the encoding for a prompt, which is None for a group without its own.
     """
 
     tokenizer: PreTrainedTokenizerBase

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class NewEpoch(TrainerCallback):
-    """Tell the data which epoch begins."""
+    """Tells the data the number of the epoch that begins."""
 
     def __init__(self, groups: Groups) -> None:
         self.groups = groups
@@ -25,7 +25,7 @@ class NewEpoch(TrainerCallback):
 
 
 class ProgressBar(ProgressCallback):
-    """Show the last loss and nDCG@10 in the Trainer's progress bar."""
+    """Shows the last loss and nDCG@10 in the Trainer's progress bar."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Update the figures."""
@@ -40,7 +40,7 @@ class ProgressBar(ProgressCallback):
 
 
 class LogLines(TrainerCallback):
-    """Log losses where the Trainer would print them."""
+    """Logs losses in place of printing them, as the Trainer would."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Log a line."""

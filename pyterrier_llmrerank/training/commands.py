@@ -50,7 +50,6 @@ WITHOUT_EFFECT = {
     "cache_path": "HF_DATASETS_CACHE sets the cache of datasets",
 }
 
-
 #: Two runs of each command, shown below its --help.
 EXAMPLES = {
     "rankllama": """\
@@ -69,11 +68,11 @@ EXAMPLES = {
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Show defaults, and keep the line breaks of examples."""
+    """Shows defaults, and keeps the line breaks of examples."""
 
 
 class TrainerOptions(TrainingArguments):
-    """Transformers' options, in a group of their own."""
+    """Holds transformers' options, in a group of their own."""
 
     _argument_group_name = "transformers' TrainingArguments: output, rates, batches, steps, devices and the rest"
 
@@ -88,7 +87,7 @@ def _argument(default: Any, help: str, *aliases: str) -> Any:
 
 @dataclass(frozen=True)
 class Sources:
-    """Options for the model, the data and the output folder."""
+    """Holds the options for the model, the data and the output folder."""
 
     _argument_group_name: typing.ClassVar[str] = "model and data"
 
@@ -123,7 +122,7 @@ def parse(command: str, argv: Sequence[str]) -> tuple[Recipe, Sources, TrainingA
 
     Raises:
         ValueError: the value of an option is not allowed.
-        SystemExit: an option is unknown or malformed; argparse has printed which.
+        SystemExit: an option is unknown or malformed; argparse has printed its name.
     """
     recipe_type = RECIPES[command]
     argv = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in argv]
@@ -184,7 +183,7 @@ def _parser(command: str, recipe_type: type[Recipe]) -> HfArgumentParser:
 
 
 def _parser_type(hint: Any) -> Any:
-    """Return the type to parse an option as: a list for a tuple, and bool, which needs no value, for bool or None."""
+    """Return the type for argparse: a list for a tuple; for bool or None, bool, which needs no value."""
     if hint == bool | None:
         return bool
     return list[typing.get_args(hint)[0]] if typing.get_origin(hint) is tuple else hint  # type: ignore[misc]
@@ -215,12 +214,12 @@ def main(command: str, argv: Sequence[str]) -> Path:
         The folder with the trained adapter.
 
     Raises:
-        ValueError, FileNotFoundError: an option, the model or the data is not allowed; before training.
+        ValueError, FileNotFoundError: an option, the model or the data is not allowed; raised before training.
         FileExistsError: ``output_dir`` holds another run or a model.
         FloatingPointError: as :class:`~pyterrier_llmrerank.training.trainer.GroupTrainer`.
     """
     recipe, sources, arguments = parse(command, argv)
-    if arguments.disable_tqdm:  # then losses are logged
+    if arguments.disable_tqdm:  # without a progress bar, losses are logged
         logging.getLogger(__name__.partition(".")[0]).setLevel(logging.INFO)
     find_resumed(arguments, sources.overwrite_output_dir)  # raises before the slow steps
     checkpoint = recipe.open(sources.model_name_or_path, sources.raw_peft or [])

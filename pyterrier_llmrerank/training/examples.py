@@ -16,12 +16,12 @@ Body = Callable[[str, str | None], str]
 
 @dataclass(frozen=True)
 class Group:
-    """A query with the passages that compete for it in one step.
+    """Holds a query with the passages that compete for it in one step.
 
     Args:
         name: the query's id, or its place in the data.
-        query: its text.
-        passages: as the model reads them, the positive first.
+        query: the query's text.
+        passages: the passages as the model reads them, the positive first.
         teacher: the teacher's score of each passage, or None.
         prompt: the query's own prompt, or None for the recipe's.
     """
@@ -35,12 +35,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Example:
-    """A query with all its positives and negatives: one record of the training data.
+    """Holds a query with all its positives and negatives: one record of the training data.
 
     Args:
-        query: its text.
-        positives: passages, at least one.
-        negatives: passages, at least one.
+        query: the query's text.
+        positives: relevant passages, at least one.
+        negatives: other passages, at least one.
         teacher: the teacher's scores of the positives and of the negatives, or None.
         prompt: the query's own prompt, or None for the recipe's.
     """

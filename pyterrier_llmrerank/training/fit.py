@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class Frames(NamedTuple):
-    """Results with judgements, as the reranker reads them.
+    """Holds results with judgements, as the reranker reads them.
 
     Args:
         results: results with texts, in the columns that the reranker takes.
@@ -66,7 +66,7 @@ def fit(
         training: the training data. A column ``teacher`` holds another model's scores; they are used if the recipe's
             loss has a teacher.
         validation: data to measure nDCG@10 on; the best checkpoint is kept.
-        device: as for a reranker, but one device only.
+        device: as for a reranker, but a single device.
         dtype: the dtype of frozen weights and of computation, as for a reranker.
         verbose: show a progress bar.
         described: as for :func:`~pyterrier_llmrerank.training.trainer.train`.
@@ -79,7 +79,7 @@ def fit(
         FileExistsError: the recipe's ``output_dir`` is not empty, and no run in it is resumed.
         FloatingPointError: as :class:`~pyterrier_llmrerank.training.trainer.GroupTrainer`.
     """
-    place = _one_device(device)  # fails before the slow steps
+    place = _one_device(device)  # raises before the slow steps
     qrels = check_qrels(training.qrels, "qrels_tr")
     records = records_of(training.results, qrels, training.bodies, recipe.min_label, recipe.text, training.text_field)
     if recipe.loss.needs_teacher and "pos_scores" not in records[0]:
@@ -125,7 +125,7 @@ def _without_teacher(recipe: Recipe) -> Recipe:
 
 
 def as_is(text: str, title: str | None) -> str:
-    """Return a text unchanged, since it is formatted already."""
+    """Return a text unchanged: it is formatted already."""
     return text
 
 

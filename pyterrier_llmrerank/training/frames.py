@@ -89,7 +89,7 @@ def records_of(
         qrels: from :func:`check_qrels`.
         bodies: formats the passages of a frame as the model reads them.
         min_label: the lowest label of a positive.
-        text: adds the columns that ``bodies`` reads to a frame with ``qid``, ``query`` and ``docno``; or None.
+        text: adds the columns that ``bodies`` reads to a frame with ``qid``, ``query`` and ``docno``; None without one.
         text_field: the column with texts.
 
     Raises:

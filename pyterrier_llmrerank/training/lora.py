@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class _LowRankUpdate(Function):
-    r"""Compute :math:`x W^T + s\,(x A^T) B^T` in the dtype of a frozen :math:`W`.
+    r"""Computes :math:`x W^T + s\,(x A^T) B^T` in the dtype of a frozen :math:`W`.
 
     PEFT casts the input to the adapter's dtype and back, and scales and adds the update in separate passes over the
     whole output. Here both products add into one result, forward and backward.
@@ -55,10 +55,10 @@ class _LowRankUpdate(Function):
 
 
 class LowRankLinear(lora.Linear):
-    """PEFT's LoRA layer, computed together with its base layer; unusual settings use PEFT's own code."""
+    """Computes PEFT's LoRA layer together with its base layer; in unusual settings, by PEFT's own code."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the base layer's output plus the update, like PEFT."""
+        """Return the base layer's output plus the update, as PEFT does."""
         base = self.get_base_layer()
         kind = x.device.type
         computed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self._adapter_dtype()
@@ -90,13 +90,13 @@ KEPT_FIELDS = (
 
 
 def with_lora(checkpoint: Checkpoint, heads: Tensor, recipe: Recipe, dtype: torch.dtype) -> PeftModel:
-    """Build a model whose LoRA adapters and heads alone are trainable.
+    """Build a model in which LoRA adapters and heads alone are trainable.
 
     Layer-wise heads are trained through LoRA, as in the original; a single ``score`` head is trained in full. If the
     checkpoint was opened from an adapter, that adapter is trained further, with its own rank and modules.
 
     Args:
-        checkpoint: the start; a Matroyshka's adapters are merged into it.
+        checkpoint: the checkpoint to start from; its adapters are merged in, except one to train further.
         heads: initial weights of the heads, ``[heads, width]``.
         recipe: rank, scale, dropout and modules of the updates.
         dtype: the dtype of the frozen weights; trainable weights are fp32.

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @document_options
 @dataclass(frozen=True, kw_only=True, repr=False)
 class MatroyshkaTraining(Recipe):
-    """Hold the settings that both steps of training a Matroyshka reranker share (Liu et al., 2025).
+    """Holds the settings that both steps of training a Matroyshka reranker share (Liu et al., 2025).
 
     Raises:
         ValueError: a value is not allowed.
@@ -108,7 +108,7 @@ class MatroyshkaTraining(Recipe):
         return checkpoint
 
     def open_parts(self, parts: Description, argument: str) -> MatroyshkaCheckpoint:
-        """Open the checkpoint of assembled parts to train; without heads or a prompt, they are the recipe's.
+        """Open the checkpoint of assembled parts to train; the recipe supplies heads and a prompt that the parts lack.
 
         Args:
             parts: the base and the adapters to merge.
@@ -151,7 +151,7 @@ class MatroyshkaTraining(Recipe):
         return checkpoint.heads(tokenizer)
 
     def described_inputs(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """Return the prompt, and the recipe's own lengths as far as the checkpoint's would cut texts read in training.
+        """Return the prompt, and lengths of the recipe where the checkpoint's would cut texts that training reads.
 
         The original program trains on inputs of 224 tokens and reranks 512, so shorter lengths are not kept.
         """
@@ -181,7 +181,8 @@ class MatroyshkaTraining(Recipe):
 class DistillTraining(MatroyshkaTraining):
     """Train every layer from ``start_layer`` to rank, by cascaded self-distillation.
 
-    Without teacher scores, :meth:`fit` uses the method without ``_teacher``; training from files raises an error.
+    Without teacher scores, ``fit`` uses the default method without its ``_teacher``. Training from files raises an
+    error, and so does ``fit`` with ``absolute_margin`` or another method that ends in ``_teacher``.
 
     >>> from pyterrier_llmrerank.training import DistillTraining
     >>> DistillTraining().train_method

@@ -17,7 +17,7 @@ from ..engine.weights import build_decoder, fill
 
 
 class Head(nn.Module):
-    """A layer's head, with the original program's module name."""
+    """Scores the hidden states of a layer; the module has the name that the original program gives a head."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -30,13 +30,13 @@ class Head(nn.Module):
 
 
 class RankingModel(nn.Module):
-    """Hold a decoder and its heads, with adapters merged and all weights trainable.
+    """Holds a decoder and its heads, with adapters merged and all weights trainable.
 
     Modules are named as in the original checkpoints (``model.layers.3.mlp.up_proj``, and
     ``lm_head.3.linear_head`` or ``score``), so that both programs can open each other's adapters.
 
     Args:
-        checkpoint: the start; its adapters are merged in.
+        checkpoint: the checkpoint to start from; its adapters are merged in.
         heads: weights of the heads, ``[heads, width]``.
         dtype: the dtype of all weights.
 
@@ -80,7 +80,7 @@ class RankingModel(nn.Module):
             compress_ratio: tokens pooled into one.
 
         Returns:
-            fp32 scores, ``[layers, pairs]``, shallowest first, of each pair's last token.
+            fp32 scores of each pair's last token, ``[layers, pairs]``, shallowest layer first.
         """
         states = decode(
             cast(Decoder, self.model),
@@ -95,9 +95,9 @@ class RankingModel(nn.Module):
         return torch.stack([head(state) for head, state in zip(self.lm_head, states, strict=True)]).float()
 
     def runs_whole_layers(self) -> bool:
-        """Return whether the deepest layer has to run for all tokens, although only its last states are read.
+        """Return whether the deepest layer has to run as a module for all tokens, although few of its states are read.
 
-        Parallel wrappers may gather a layer's weights only in its own forward, which also draws its dropout.
+        Parallel wrappers may gather a layer's weights only in its own forward, which also applies attention dropout.
         """
         return torch.distributed.is_initialized() or bool(getattr(self.config, "attention_dropout", 0.0))
 

@@ -23,7 +23,7 @@ TARGET_SEP = 8
 
 
 class Loss(Protocol):
-    """Compute a loss over the scores of all heads."""
+    """Computes a loss over the scores of all heads."""
 
     @property
     def needs_full_pass(self) -> bool:
@@ -31,7 +31,7 @@ class Loss(Protocol):
 
     @property
     def teacher_settings(self) -> str:
-        """The settings that need a teacher's scores, with their values, for messages; empty if none does."""
+        """The settings that need a teacher's scores, with their values, for messages; empty if no setting does."""
 
     @property
     def needs_teacher(self) -> bool:
@@ -76,13 +76,13 @@ def likely_positives(teacher: Tensor, margin: float | None) -> Tensor | None:
 
 
 def without(scores: Tensor, excluded: Tensor | None) -> Tensor:
-    """Exclude scores from a softmax."""
+    """Return scores in which a softmax gives the excluded ones no weight; unchanged for None."""
     return scores if excluded is None else scores.masked_fill(excluded, -math.inf)
 
 
 @dataclass(frozen=True)
 class DistilledLoss:
-    r"""Compute RankLLaMA's cross-entropy over groups, and the divergence from a teacher's scores.
+    r"""Computes RankLLaMA's cross-entropy over groups, and the divergence from a teacher's scores.
 
     :math:`\mathrm{CE}(s) + w \, \mathrm{KL}(\mathrm{softmax}(t / \tau) \,\|\, \mathrm{softmax}(s))`, averaged over
     groups, where :math:`s` are the scores, :math:`t` the teacher's, :math:`w` ``teacher_weight`` and :math:`\tau`
@@ -143,7 +143,7 @@ class DistilledLoss:
 
 @dataclass(frozen=True)
 class CascadeLoss:
-    """Compute Matroyshka's loss over all layers, with cascaded self-distillation (Liu et al., 2025).
+    """Computes Matroyshka's loss over all layers, with cascaded self-distillation (Liu et al., 2025).
 
     Each layer, from the deepest to the shallowest, adds a cross-entropy against the positive; against the teacher's
     scores, if the method ends in ``_teacher``; and against the current target. A target is the scores of a deeper

@@ -19,9 +19,8 @@ def option(default: Any, help: str, *aliases: str, least: float | None = None, s
         default: its default; a dict is copied for each recipe.
         help: its meaning, for ``--help`` and the docstring; a phrase without a full stop.
         aliases: its other names on the command line.
-        least: the smallest number allowed, an int where only integers are; None for an option that is checked
-            elsewhere.
-        shell: whether the command line has it.
+        least: the smallest number allowed; an int allows integers alone. None for an option that is checked elsewhere.
+        shell: whether the command line has the option.
     """
     metadata = {"help": help, "aliases": aliases, "least": least, "shell": shell}
     if isinstance(default, dict):
@@ -30,7 +29,7 @@ def option(default: Any, help: str, *aliases: str, least: float | None = None, s
 
 
 class Declared:
-    """The base of a dataclass with options, whose subclasses may change the default of an option.
+    """Lets a subclass of a dataclass with options change an option's default.
 
     The option keeps its help text, aliases and limits.
     """
@@ -66,7 +65,7 @@ def check_numbers(recipe: Any) -> None:
     """Check every option that has a smallest value.
 
     Raises:
-        ValueError: one is not a number, not an integer, or too small; names the option and the allowed values.
+        ValueError: a value is not a number, not an integer, or too small; names the option and the allowed values.
     """
     for declared in fields(recipe):
         least, value = declared.metadata["least"], getattr(recipe, declared.name)
@@ -83,7 +82,7 @@ def make_tuple(recipe: Any, name: str, kind: type) -> None:
     """Replace the list in an option by a tuple, which can be hashed.
 
     Raises:
-        ValueError: it is not a list of this kind.
+        ValueError: the value is not a list of this kind.
     """
     value = getattr(recipe, name)
     if not isinstance(value, list | tuple) or not all_are(value, kind):

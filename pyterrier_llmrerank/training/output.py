@@ -14,7 +14,7 @@ from ..checkpoints.description import FILE
 
 CHECKPOINTS = "checkpoint-[0-9]*"
 
-#: Files that show that a run wrote into a folder, and the files that it writes beside them.
+#: The files of a run that show that it wrote into a folder, and other files that it writes there.
 RUN_FILES = (CHECKPOINTS, "adapter_config.json", "adapter_model.*", "trainer_state.json", "training_args.bin")
 COMPANION_FILES = (
     "README.md", FILE, "adapter-[0-9]*",
@@ -86,9 +86,9 @@ def remove_runs(folder: Path) -> None:
 
 @contextmanager
 def adapter_alone(folder: Path) -> Iterator[None]:
-    """Run a training into a folder that nobody named, and keep the adapter alone.
+    """Keep the adapter alone in the folder of a training, which the user did not choose.
 
-    After an error, checkpoints stay if there are any, and a note of the error names the folder.
+    After an error, checkpoints stay if there are any, and a note to the error names the folder.
     """
     try:
         yield
@@ -105,7 +105,7 @@ def adapter_alone(folder: Path) -> Iterator[None]:
 
 
 def files_of_runs(folder: Path) -> list[Path]:
-    """List the files of earlier runs; none if nothing shows that there was a run."""
+    """List the files of earlier runs; an empty list without a sign of a run."""
     found = [path for pattern in RUN_FILES for path in folder.glob(pattern)]
     return found and [*found, *(path for pattern in COMPANION_FILES for path in folder.glob(pattern))]
 

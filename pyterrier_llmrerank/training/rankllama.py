@@ -54,7 +54,8 @@ class RankLLaMATraining(Recipe):
     passage_prefix: str | None = option(None, "text before a passage in Tevatron's formats; None for the format's own")
     append_eos: bool | None = option(
         None,
-        "append the end token, in formats other than tevatron-2023; None as for input_format, or False",
+        "append the end token, in formats other than tevatron-2023; None for the value of an adapter to train further, "
+        "or False",
         "append_eos_token",
     )
 
@@ -66,7 +67,7 @@ class RankLLaMATraining(Recipe):
 
     @property
     def form(self) -> InputFormat:
-        """The format of the input, as far as the recipe says."""
+        """The format of the input, by the recipe alone."""
         return InputFormat.chosen(self._given())
 
     def _given(self) -> dict[str, Any]:
@@ -96,11 +97,11 @@ class RankLLaMATraining(Recipe):
 
         Args:
             model: a folder, ``.gguf`` file or hub id.
-            adapters: none.
+            adapters: must be empty.
             base_model: the base of the adapter; None for the base that it names.
 
         Raises:
-            ValueError: there are adapters.
+            ValueError: ``adapters`` is not empty.
         """
         from ..checkpoints.rankllama_checkpoint import RankLLaMACheckpoint
 
@@ -119,9 +120,9 @@ class RankLLaMATraining(Recipe):
         return torch.randn(1, checkpoint.config.hidden_size, generator=generator) * spread
 
     def inputs(self, prompt: str | None) -> Inputs:
-        """Return the encoding of inference; no prompt.
+        """Return the encoding of inference, without a prompt.
 
-        In ``tevatron-2023``, passages are three tokens shorter, as in the original.
+        In ``tevatron-2023``, passages are three tokens shorter, as in the original program.
         """
         return inputs_of(self.form, self.query_max_length, self.passage_max_length, margin=3)
 

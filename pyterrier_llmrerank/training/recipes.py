@@ -23,13 +23,14 @@ if TYPE_CHECKING:
     from ..checkpoints.checkpoint import Checkpoint
     from .batches import Inputs
 
+#: The linear layers of a decoder layer.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @document_options
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Recipe(Declared, ABC):
-    """Hold the settings of a training run.
+    """Holds the settings of a training run.
 
     Raises:
         ValueError: a value is not allowed.
@@ -148,12 +149,12 @@ class Recipe(Declared, ABC):
         """
 
     def following(self, checkpoint: Checkpoint) -> Recipe:
-        """Return the recipe with the values that it leaves to the checkpoint."""
+        """Return the recipe, with the checkpoint's values for settings that the recipe leaves open."""
         return self
 
     @abstractmethod
     def described_inputs(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """Return the fields of the model's description that say how inputs are made.
+        """Return the fields of the model's description that determine its inputs.
 
         Args:
             checkpoint: the model that training started from.
@@ -176,12 +177,12 @@ class Recipe(Declared, ABC):
             measured: the measure and its value on the validation data; None if there are none.
             repo_id: the repository that it is for; None if that is not known.
         """
-        from ..checkpoints.cards import trained
+        from ..checkpoints.cards import adapter_card
 
         settings = {name: value for name, value in self.arguments.items() if not name.endswith("_token")}
         recipe = replace(self, output_dir=None, text=None, arguments=settings)
         name = KINDS[checkpoint.kind]
-        return trained(checkpoint.kind, name, checkpoint.base, steps, repr(recipe), stated, measured, repo_id)
+        return adapter_card(checkpoint.kind, name, checkpoint.base, steps, repr(recipe), stated, measured, repo_id)
 
     @abstractmethod
     def body(self, text: str, title: str | None) -> str:

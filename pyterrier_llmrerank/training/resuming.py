@@ -22,7 +22,7 @@ from .validation import Validation
 
 logger = logging.getLogger(__name__)
 
-#: The setting with a digest of each model and adapter that is trained on, and the one with their paths and hub ids.
+#: Two settings of the models and adapters that are trained on: the digests of their files, and their paths or hub ids.
 FINGERPRINTS, TRAINED_ON = "fingerprints of what is trained on", "trained_on"
 
 #: The settings that a resumed run may change. All others are compared, options of newer transformers too.
@@ -50,16 +50,16 @@ MAY_CHANGE = frozenset({
     "remove_unused_columns",
 })  # fmt: skip
 
-#: The settings of a run's length, which may change too if the learning rate does not depend on it.
+#: The settings of a run's length. They may change too if the learning rate does not depend on it.
 LENGTH = ("max_steps", "num_train_epochs")
 
-#: The settings of the steps that are measured, which may change too unless the learning rate depends on measurements.
+#: The settings that choose the steps to measure. They may change too, unless the learning rate follows measurements.
 MEASURED = ("eval_strategy", "eval_steps", "eval_delay")
 
-#: The schedules in which it does.
+#: The schedules in which the learning rate follows measurements.
 SCHEDULES_BY_MEASUREMENT = ("reduce_lr_on_plateau", "greedy")
 
-#: Settings that are derived from another setting unless they are given, and how.
+#: Settings that follow from another setting unless they are given, with the explanation for messages.
 DERIVED = {
     "warmup_steps": "it follows warmup_ratio if that is given",
     "eval_steps": "it follows save_steps if it is not given",
@@ -113,7 +113,7 @@ def digest(records: Iterable[Any]) -> str:
 
 
 class SameSettings(TrainerCallback):
-    """Record the settings of a run with each checkpoint, and resume only with the same settings.
+    """Records the settings of a run with each checkpoint, and refuses to resume with other settings.
 
     Args:
         settings: from :func:`fixed_settings`.
@@ -172,6 +172,6 @@ class SameSettings(TrainerCallback):
 
 
 def has_constant_rate(settings: dict[str, Any]) -> bool:
-    """Tell whether the learning rate of a step does not depend on the number of steps in the run."""
+    """Tell whether the learning rate of a step is independent of the number of steps in the run."""
     schedule, warmup = settings["lr_scheduler_type"], float(settings["warmup_steps"])
     return schedule == "constant" or (schedule == "constant_with_warmup" and not 0 < warmup < 1)

@@ -1,4 +1,4 @@
-"""Teacher scores for training data: any transformer scores the passages of each line."""
+"""Teacher scores for training data: a transformer scores the passages of each line."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ logger = logging.getLogger(__name__)
 #: The least number of passages to score in one call and write in one block.
 CHUNK = 1024
 
-#: The keys of the scores, with the keys of the passages in Tevatron's form and in Matroyshka's.
+#: The keys of scores, each with the keys of its passages in Tevatron's form and in Matroyshka's.
 SCORES = {"pos_scores": ("positive_passages", "pos"), "neg_scores": ("negative_passages", "neg")}
 
 
 class Passage(NamedTuple):
-    """A passage, and where a record holds it: ``positive_passages[0]``."""
+    """Holds a passage, and its place in a record, such as ``positive_passages[0]``."""
 
     place: str
     text: str
@@ -41,7 +41,7 @@ class Passage(NamedTuple):
 
     @property
     def docno(self) -> str:
-        """An id that only equal passages share, as caches of scores need."""
+        """An id that only equal passages share, so that caches of scores can use it."""
         return sha256(repr((self.title, self.text)).encode()).hexdigest()[:32]
 
 
@@ -57,8 +57,8 @@ def teach(
     """Add a teacher's scores, ``pos_scores`` and ``neg_scores``, to each line of a training file.
 
     The transformer gets frames with the columns ``qid``, ``query``, ``docno``, ``text``, and ``title`` if a passage has
-    one, and must return a ``score`` for each row. ``qid`` is the line's number; ``docno`` is derived from title and
-    text. For a transformer that reads ``text`` alone, ``join_titles() >> transformer`` scores titles too. A ``prompt``
+    one, and returns a ``score`` for each row. ``qid`` is the line's number; ``docno`` is derived from title and text.
+    For a transformer that reads ``text`` alone, ``join_titles() >> transformer`` scores titles too. A ``prompt``
     in the data is not used.
 
     All lines are checked before the first one is scored. Memory does not grow with the file. Lines keep their order,
@@ -70,7 +70,7 @@ def teach(
         source: JSON lines in the form of the training data, compressed if the name ends in ``.gz``.
         target: the file to write; compressed if the name ends in ``.gz``. An existing file is never replaced.
         transformer: the teacher: a reranker, a dense encoder, an API.
-        overwrite: replace scores that a line has already; otherwise they are refused.
+        overwrite: replace scores that a line has already. Without it, such a line raises an error.
         resume: continue an interrupted target.
         verbose: show a progress bar.
 
@@ -168,7 +168,12 @@ def _passages(record: dict[str, Any]) -> dict[str, list[Passage]]:
 
 
 def _blocks(records: Iterator[tuple[int, dict[str, Any]]], lines: Iterator[int]) -> Iterator[Records]:
-    """Split records into blocks of these numbers of lines; 0 for lines with :data:`CHUNK` passages or more."""
+    """Split records into blocks.
+
+    Args:
+        records: the records, each with its line.
+        lines: the number of lines in each block; 0 for as many as hold :data:`CHUNK` passages.
+    """
     for count in lines:
         block = list(islice(records, count))
         passages = 0
@@ -202,7 +207,7 @@ def _checksum(records: Records) -> int:
 
 
 def _score_block(source: Path, records: Records, transformer: pt.Transformer) -> bytes:
-    """Score the passages of a block, and write its lines."""
+    """Score the passages of a block, and return its lines with the scores."""
     passages = {line: _passages(record) for line, record in records}
     rows = {
         (str(line), passage.docno): (record["query"], passage)  # equal passages of a line are scored once

@@ -60,13 +60,13 @@ def train(
 
     Args:
         recipe: the model, the loss and the LoRA settings.
-        checkpoint: the start.
+        checkpoint: the checkpoint to start from.
         groups: the training data.
         arguments: the Trainer's; ``resume_from_checkpoint`` resumes from a folder, or from the last checkpoint.
-        validation: measured for nDCG@10; with ``load_best_model_at_end`` the best adapter is kept.
+        validation: the data to measure nDCG@10 on; with ``load_best_model_at_end``, the best adapter is kept.
         overwrite: remove an earlier run from the output folder first, unless it is the one to resume.
         stated: the user's facts about the model, for its card.
-        described: fields of its description that the user set, such as the lengths to score with.
+        described: fields of the model's description that the user set, such as the lengths to score with.
 
     Returns:
         The output folder.
@@ -134,7 +134,7 @@ def _without_sharding(arguments: TrainingArguments) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Collate:
-    """Return a batch as a dict, which the Trainer expects."""
+    """Returns a batch as a dict, which the Trainer expects."""
 
     collate: Collator
 
@@ -143,7 +143,7 @@ class _Collate:
 
 
 class GroupTrainer(Trainer):
-    """Transformers' Trainer with a loss over groups of passages.
+    """Extends transformers' Trainer by a loss over groups of passages.
 
     Precision, accumulation, schedules, checkpoints, resuming and several devices are the Trainer's own.
 
@@ -151,11 +151,11 @@ class GroupTrainer(Trainer):
         model: from :func:`~pyterrier_llmrerank.training.lora.with_lora`.
         args: the Trainer's.
         recipe: its loss, widths, encoding and PEFT task type are used.
-        checkpoint: the start of the model; its tokenizer is saved with adapters, and their card names it.
+        checkpoint: the checkpoint that training starts from. Its tokenizer is saved with adapters; their card names it.
         groups: the training data.
-        validation: measured with the scores of the deepest head whenever the Trainer evaluates.
+        validation: the data to measure, with the scores of the deepest head, whenever the Trainer evaluates.
         stated: the user's facts about the model, for its card.
-        described: fields of its description that the user set.
+        described: fields of the model's description that the user set.
 
     Raises:
         FloatingPointError: in training, if the loss is not finite; in saving, if a weight is not finite. Earlier
@@ -225,7 +225,7 @@ class GroupTrainer(Trainer):
         return (loss, {"scores": scores}) if return_outputs else loss
 
     def check_losses(self, leave: int = 0) -> None:
-        """Check that losses are finite. On CUDA, the last one is left until the next batch has been launched.
+        """Check that losses are finite, except the last ``leave``, whose computation a GPU may not have finished.
 
         Raises:
             FloatingPointError: a loss is not finite.
@@ -246,7 +246,7 @@ class GroupTrainer(Trainer):
         return metrics
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Tell whether a measurement is the best so far; if so, save the weights, since only saved ones can be kept."""
+        """Tell whether a measurement is the best so far; if so, save the weights: only saved ones can be kept."""
         best = super()._determine_best_metric(metrics, trial)
         if best and self.args.load_best_model_at_end:
             self.control.should_save = True
@@ -278,7 +278,7 @@ class GroupTrainer(Trainer):
         return scores
 
     def push_to_hub(self, commit_message: str | None = "End of training", *args: Any, **options: Any) -> Any:
-        """Upload the adapter with its tokenizer, card and description, and no file of the run; called at its end."""
+        """Upload the adapter with its tokenizer, card and description, and no file of the run, when the run ends."""
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None

@@ -19,7 +19,7 @@ Score = Callable[[Sequence[tuple[str, str, str | None]]], Sequence[float]]
 
 
 def no_common_query(results: pd.Series[Any], judgements: pd.Series[Any]) -> str:
-    """Return a hint for an error, with a qid of each, if results and judgements share none; else an empty string."""
+    """Return a hint for an error if results and judgements share no qid, with a qid of each; else an empty string."""
     if results.empty or judgements.empty or results.isin(set(judgements)).any():
         return ""
     return f"; no qid is in both: the results have {results.iloc[0]!r}, the judgements {judgements.iloc[0]!r}"
@@ -27,7 +27,7 @@ def no_common_query(results: pd.Series[Any], judgements: pd.Series[Any]) -> str:
 
 @dataclass(frozen=True)
 class Validation:
-    """Measure a scoring function on candidates with relevance judgements.
+    """Measures a scoring function on candidates with relevance judgements.
 
     Args:
         pairs: candidates: columns ``qid``, ``docno``, ``query``, ``body`` (the passage as the model reads it) and

@@ -1,4 +1,4 @@
-"""The widths that training draws: after which layers passages are pooled, and by which ratio."""
+"""The widths that training draws: the layers after which passages are pooled, and the ratio."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Widths:
-    """Draw the width of each batch.
+    """Draws the width of each batch.
 
     Args:
         layers: layers after which passages may be pooled, each with probability one half.
@@ -24,7 +24,7 @@ class Widths:
         """Draw layers and ratio by the batch's place in the run, so that all processes draw the same.
 
         Args:
-            step: number of optimizer steps before this one.
+            step: the number of optimiser steps before this one.
             part: index of the batch in the step, which may accumulate several.
         """
         generator = random.Random(f"{self.seed}/{step}/{part}")

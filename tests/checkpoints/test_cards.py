@@ -8,14 +8,14 @@ from conftest import MODELS
 from huggingface_hub import ModelCard
 
 from pyterrier_llmrerank import MatroyshkaReranker
-from pyterrier_llmrerank.checkpoints.cards import FOLDER, Stated, complete, trained, with_section
+from pyterrier_llmrerank.checkpoints.cards import FOLDER, Stated, adapter_card, hub_card, with_section
 
 STATED = Stated(["owner/data", "/home/someone/train.jsonl"], ["/home/someone/dev.jsonl"])
 
 
 def a_card(base: str = "owner/base", stated: Stated = STATED) -> str:
     recipe = "RankLLaMATraining(seed=1)"
-    return trained("rankllama", "RankLLaMAReranker", base, 7, recipe, stated, "nDCG@10 0.5000", None)
+    return adapter_card("rankllama", "RankLLaMAReranker", base, 7, recipe, stated, "nDCG@10 0.5000", None)
 
 
 def test_a_trained_card_is_complete() -> None:
@@ -49,7 +49,7 @@ def test_a_base_is_named_by_its_hub_id(base: str, named: str | None) -> None:
 
 def test_a_push_completes_the_card_of_the_training() -> None:
     def completed(stated: Stated) -> ModelCard:
-        card = complete(a_card(), "rankllama", "RankLLaMAReranker", "owner/base", "owner/model", stated)
+        card = hub_card(a_card(), "rankllama", "RankLLaMAReranker", "owner/base", "owner/model", stated)
         return ModelCard(card, ignore_metadata_errors=False)
 
     card = completed(Stated(["owner/other"], license="mit"))

@@ -321,7 +321,7 @@ def test_devices_work_at_once_and_the_faster_takes_more(monkeypatch: pytest.Monk
     pairs = [(f"{i} panda", words(i, 9)) for i in range(20)]
     wanted = RERANKERS["plain"].compute_score(pairs)
     devices = Devices(monkeypatch, on_batch)
-    monkeypatch.setattr(scoring, "SHARES", 10)  # a query per chunk
+    monkeypatch.setattr(scoring, "CHUNKS_PER_DEVICE", 10)  # a query per chunk
     np.testing.assert_allclose(devices.reranker.compute_score(pairs), wanted, atol=1e-4)
     assert devices.batches == [2, 18]
 

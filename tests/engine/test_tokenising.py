@@ -8,7 +8,7 @@ from conftest import MODELS, words
 
 from pyterrier_llmrerank import MatroyshkaReranker, ScoringError
 from pyterrier_llmrerank.engine import scoring
-from pyterrier_llmrerank.engine.call import Call
+from pyterrier_llmrerank.engine.call import ScoringCall
 from pyterrier_llmrerank.engine.decoder import decode
 from pyterrier_llmrerank.engine.inputs import Ids
 from pyterrier_llmrerank.engine.limits import Limits
@@ -42,7 +42,7 @@ def test_an_exit_during_tokenisation_is_no_scoring_error(error: BaseException, a
     def encode(given: list[tuple[str, str]]) -> object:
         raise ValueError("odd") if alone and len(given) > 1 else error
 
-    call = Call([("a", "b"), ("c", "d")], iter([]), 1, Observer(), None)
+    call = ScoringCall([("a", "b"), ("c", "d")], iter([]), 1, Observer(), None)
     with pytest.raises(type(error)) as info:
         ChunkTokenizer(encode, Limits(700), call)([0, 1])
     assert info.value is error
