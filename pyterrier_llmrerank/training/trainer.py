@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
 from peft import PeftModel
 from torch import nn
@@ -238,9 +239,11 @@ class GroupTrainer(Trainer):
                 )
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        """Measure nDCG@10; each process measures all validation queries."""
+        """Measure nDCG@10 on all validation queries in each process; the first process's value counts for all."""
         validation = cast(Validation, eval_dataset or self.eval_dataset)
-        metrics = {f"{metric_key_prefix}_{MEASURE}": validation(self.score_pairs)}
+        measured = [validation(self.score_pairs)]
+        broadcast_object_list(measured)  # rounding may differ, but all processes must save and stop together
+        metrics = {f"{metric_key_prefix}_{MEASURE}": measured[0]}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

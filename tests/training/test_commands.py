@@ -358,18 +358,39 @@ def test_token_and_cache_reach_the_hubs_client() -> None:
     assert ran.stdout.split()[-2:] == ["somewhere", "hf_x"]
 
 
-def test_two_processes_are_one_with_twice_the_batch(data: Path, tmp_path: Path) -> None:
-    same = ("--max_grad_norm", "0", "--max_steps", "2")
+#: A run whose processes measure different nDCG@10: the first gets better after two steps, the second does not.
+MEASURED_APART = """\
+import os, sys
+from pyterrier_llmrerank.__main__ import main
+from pyterrier_llmrerank.training.validation import Validation
+
+values = iter([[0.5, 0.6, 0.6], [0.5, 0.5, 0.5]][int(os.environ["RANK"])])
+Validation.__call__ = lambda *_: next(values)
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+def test_two_processes_are_one_with_twice_the_batch_even_if_they_measure_differently(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same = ["--max_grad_norm", "0", "--max_steps", "3", "--eval_data", str(data), "--eval_steps", "1"]
+    same += ["--save_steps", "4", "--patience", "1"]
     one = distill(data, tmp_path / "one", "--per_device_train_batch_size", "4", *same)
-    two = distill(data, tmp_path / "two", "--ddp_find_unused_parameters", "False", *same)
+    two = distill(data, tmp_path / "two", "--ddp_find_unused_parameters", "False", "--ddp_timeout", "60", *same)
+    values = iter([0.5, 0.6, 0.6])
+    monkeypatch.setattr(Validation, "__call__", lambda *_: next(values))
     assert main(["train", *one]) == 0
+    (tmp_path / "apart.py").write_text(MEASURED_APART)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     subprocess.run(
-        [*torchrun, "-m", "pyterrier_llmrerank", "train", *two],
+        [*torchrun, str(tmp_path / "apart.py"), *two],
         check=True, capture_output=True, env={**os.environ, **environment}, timeout=240,
     )  # fmt: skip
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
+    assert sorted(path.name for path in (tmp_path / "two").glob("checkpoint-*")) == [
+        "checkpoint-1", "checkpoint-2", "checkpoint-3"
+    ]  # fmt: skip
     weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two")]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, atol=5e-4, rtol=1e-3)  # Adam magnifies what rounds
