@@ -157,12 +157,13 @@ class SameSettings(TrainerCallback):
         return f"the run began with {begun}, not {now}; {advice}"
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check that steps remain."""
+        """Check that steps remain, and take the steps between saves, measurements and log lines from the arguments."""
         if state.global_step > state.max_steps:
             raise ValueError(
                 f"resume_from_checkpoint={str(self.resumed)!r}: step {state.global_step} is beyond max_steps="
                 f"{state.max_steps}; raise max_steps, or resume from an earlier checkpoint."
             )
+        state.compute_steps(args, state.max_steps)  # a resumed state brings those of the checkpoint
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record the settings."""
