@@ -17,14 +17,7 @@ from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
 from peft import PeftModel
 from torch import nn
-from transformers import (
-    EarlyStoppingCallback,
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.trainer_utils import HubStrategy
 
@@ -38,7 +31,7 @@ from ..engine.packing import PackedPairs, on_device
 from ..engine.pending import to_host
 from ..engine.threads import fastest_threads
 from .batches import Batch, Collator, Groups
-from .callbacks import LogLines, NewEpoch, ProgressBar
+from .callbacks import EarlyStopping, LogLines, NewEpoch, ProgressBar
 from .examples import Group
 from .lora import with_lora
 from .output import find_resumed, is_in, refuse_own_inputs, remove_runs
@@ -95,7 +88,7 @@ def train(
         model = with_lora(checkpoint, heads, recipe, dtype)
     trainer = GroupTrainer(model, arguments, recipe, checkpoint, groups, validation, stated, described)
     if recipe.patience is not None:
-        trainer.add_callback(EarlyStoppingCallback(recipe.patience))
+        trainer.add_callback(EarlyStopping(recipe.patience))
     trainer.add_callback(same_settings)
     if overwrite and not is_in(folder, resumed) and arguments.should_save:
         remove_runs(folder)
