@@ -171,6 +171,32 @@ def test_distil_and_compensate(data: Path, tmp_path: Path, capsys: pytest.Captur
     assert "[More Information Needed]" not in card
 
 
+def test_compensation_may_follow_an_adapter_that_was_trained_on_longer_texts(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    distilled, layer, token, further = (tmp_path / name for name in ("distilled", "layer", "token", "further"))
+
+    def compensate(output: Path, *options: str) -> int:
+        command = distill(data, output, "--train_method", "normal", "--max_steps", "1")[1:]
+        at = command.index("--compress_ratios")
+        return main(["train", "compensate", *command[:at], *command[at + 3 :], *options])
+
+    usual = ("--query_max_len", "32", "--passage_max_len", "192")
+    below = ("--raw_peft", str(distilled), str(layer))
+    assert main(["train", *distill(data, distilled, "--max_steps", "1", *usual)]) == 0
+    assert compensate(layer, "--raw_peft", str(distilled), "--passage_max_len", "600", "--query_max_len", "32") == 0
+    assert compensate(token, *below, *usual, "--finetune_type", "token", "--compress_ratios", "2") == 0
+    assert compensate(further, "--model_name_or_path", str(layer), "--raw_peft", str(distilled), *usual) == 0
+    for folder in (layer, token, further):
+        assert read_json(folder / "reranker.json")["max_length"] == 632
+    long = [("panda", "panda " * 900)]
+    assert ids_of(MatroyshkaReranker(token, dtype="float32"), long) == ids_of(
+        MatroyshkaReranker(MISTRAL, start_layer=4, max_length=632, dtype="float32"), long
+    )
+    with pytest.raises(ValueError, match="has query_max_length=384 and max_length=512, but .* give query_max_length"):
+        MatroyshkaReranker(MISTRAL, adapters=[distilled, layer], dtype="float32").compute_score(("panda", "a panda"))
+
+
 def test_the_printed_call_opens_a_base_of_a_relative_name(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
