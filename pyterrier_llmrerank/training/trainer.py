@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
 from huggingface_hub import HfApi
 from peft import PeftModel
 from torch import nn

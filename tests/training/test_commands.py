@@ -270,6 +270,7 @@ def test_rankllama_with_validation(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("intervals", ["--eval_steps 2 --save_steps 4", "--eval_steps 2 --save_steps 3",
+                                       "--eval_steps 2 --save_steps 3 --load_best_model_at_end True",
                                        "--eval_steps 2 --save_strategy epoch"])  # fmt: skip
 def test_the_best_weights_are_kept_even_if_no_checkpoint_is_due(
     intervals: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -322,6 +323,13 @@ def test_another_runs_output_is_left_alone(data: Path, tmp_path: Path, capsys: p
         (["--compress_ratios", "3"], "--compress_ratios 3; allowed: powers of two"),
         (["--start_layer", "9"], "start_layer=9"),
         (["--patience", "3"], "patience=3 needs eval_data"),
+        (["--load_best_model_at_end"], "--load_best_model_at_end needs eval_data"),
+        (["--eval_data", "x", "--eval_strategy", "no"], "eval_strategy='no' measures nothing on eval_data; allowed:"),
+        (["--eval_data", "x", "--eval_strategy", "no", "--patience", "2"], "eval_strategy='no' measures nothing on"),
+        (
+            ["--eval_data", "x", "--save_strategy", "no", "--patience", "2"],
+            "patience=2 needs saved .*save_strategy='no' ",
+        ),
         (["--warmup_ratio", "-0.1"], "--warmup_ratio=-0.1; allowed: a number from 0 to less than 1"),
         (["--warmup_ratio", "1"], "--warmup_ratio=1.0; allowed: a number from 0 to less than 1"),
         (["--eval-data", "nothing.jsonl"], "eval_data='nothing.jsonl': no such file"),
