@@ -113,12 +113,14 @@ def _one_device(device: str | tuple[str, ...] | None) -> torch.device:
 
 def _without_teacher(recipe: Recipe) -> Recipe:
     """Return the recipe that learns from labels alone; ValueError if a setting asks for a teacher."""
-    if isinstance(recipe, MatroyshkaTraining) and recipe.absolute_margin is None:
-        method = recipe.train_method.removesuffix("_teacher")
-        if recipe.train_method == type(recipe).train_method:
-            logger.info("The results have no column 'teacher': train_method=%r learns from their labels.", method)
-            return dataclasses.replace(recipe, train_method=method)
-    raise ValueError(f"{recipe.loss.teacher_settings}: the results have no column 'teacher', which it needs.")
+    needing = recipe.loss.teacher_settings
+    if isinstance(recipe, MatroyshkaTraining) and recipe.train_method == type(recipe).train_method:
+        needing = needing[1:]  # the default method is replaced
+    if needing or not isinstance(recipe, MatroyshkaTraining):
+        raise ValueError(f"{', '.join(needing)}: the results have no column 'teacher', which it needs.")
+    method = recipe.train_method.removesuffix("_teacher")
+    logger.info("The results have no column 'teacher': train_method=%r learns from their labels.", method)
+    return dataclasses.replace(recipe, train_method=method)
 
 
 def as_is(text: str, title: str | None) -> str:

@@ -1,4 +1,4 @@
-"""Validation of a model in training, by nDCG@10."""
+"""Validation of a model in training, by nDCG@10, and the arguments of a run that is validated."""
 
 from __future__ import annotations
 

@@ -156,7 +156,12 @@ def test_fit_keeps_the_best_weights_at_any_intervals(
     ("kind", "settings", "named"),
     [
         ("matroyshka", {"train_method": "distill_final_layer_teacher"}, "train_method='distill_final_layer_teacher'"),
-        ("matroyshka", {"absolute_margin": 1.5}, "absolute_margin=1.5"),  # with the default method
+        ("matroyshka", {"absolute_margin": 1.5}, "absolute_margin=1.5"),  # with the default method, which is replaced
+        (
+            "matroyshka",
+            {"train_method": "distill_last_layer_teacher", "absolute_margin": 1.5},
+            "train_method='distill_last_layer_teacher', absolute_margin=1.5",
+        ),
         ("rankllama", {"absolute_margin": 1.5}, "absolute_margin=1.5"),
         ("rankllama", {"teacher_weight": 2.0}, "teacher_weight=2.0"),
         ("rankllama", {"teacher_weight": 2.0, "absolute_margin": 1.5}, "teacher_weight=2.0, absolute_margin=1.5"),
