@@ -78,7 +78,7 @@ def write_depth(weights: Weights, layer: int, inputs: MatroyshkaInputs, base: st
     wanted = [ids.flat() for ids in MatroyshkaInputs(inputs.prompt)(tokenizer, PROBES)]  # of any length
     tokenizers.set_pair(tokenizer, special_ids(tokenizer), pieces, checkpoint.argument)
     limits = inputs.query_limit, inputs.max_length
-    card = exported_card(base, settings["architectures"][0], layer, pieces, instructions, limits)
+    card = exported_card(base, settings, weights.dtype, pieces, instructions, limits)
     description = Description(kind=EXPORTED, layers=layer, prompt=inputs.prompt)
     with all_or_nothing(folder):
         _write(weights, {"score.weight": head[None]}, settings, description, folder, tokenizer, card)

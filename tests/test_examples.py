@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import ir_datasets
 import ir_measures
 import nbformat
 import numpy as np
@@ -34,10 +35,10 @@ from pyterrier_llmrerank.training.data import open_data
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: str) -> None:
+def run(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: str, model: str = "mistral_base") -> None:
     """Run an example on a tiny model."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    monkeypatch.setattr(sys, "argv", [script, "--model", str(MODELS / "mistral_base"), *arguments])
+    monkeypatch.setattr(sys, "argv", [script, "--model", str(MODELS / model), *arguments])
     runpy.run_path(str(EXAMPLES / script), run_name="__main__")
 
 
@@ -74,23 +75,50 @@ def test_rerank_run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixtur
     assert found["8 layers"] != found["8 layers ratio 2"]
 
 
-def test_beir(collections: Path, tmp_path: Path) -> None:
-    """On real collections of ir_datasets, offline, in a new process, since ir_datasets reads its home on import."""
-    for name in ("cranfield", "beir"):
-        if not (collections / "irds_home" / name).is_dir():
-            pytest.skip(f"needs irds_home/{name} in LLMRERANK_DATA: a home of ir_datasets")
-        shutil.copytree(collections / "irds_home" / name, tmp_path / name, copy_function=shutil.copyfile)
-    small = ["--model", str(MODELS / "costwise_full"), "--candidates", "4", "--queries", "3", "--cutoffs", "4", "8"]
-    command = [sys.executable, str(EXAMPLES / "beir.py"), "cranfield", "beir/nfcorpus/test", *small]
-    environment = {**os.environ, "IR_DATASETS_HOME": str(tmp_path)}
-    ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240, env=environment)
-    title, heads, *rows, mean = [line for line in ran.stdout.splitlines() if line][-5:]
+SMALL_BEIR = ["--candidates", "4", "--queries", "3", "--cutoffs", "4", "8"]
+
+
+def check_beir(out: str, *names: str) -> None:
+    """Check a table with a row for each of two collections and their mean."""
+    title, heads, *rows, mean = [line for line in out.splitlines() if line][-5:]
     assert (title, heads.split()) == ("nDCG@10", ["name", "BM25", "4", "layers", "8", "layers"])
-    assert [row.rsplit(maxsplit=3)[0] for row in rows] == ["cranfield (3)", "beir/nfcorpus/test (3)"]
+    assert [row.rsplit(maxsplit=3)[0] for row in rows] == [f"{name} (3)" for name in names]
     numbers = np.array([row.rsplit(maxsplit=3)[1:] for row in (*rows, mean)], dtype=float)
     assert numbers[:2, 0].min() > 0.1  # BM25 finds something
     assert (numbers[:2, 1:] != numbers[:2, :1]).all()
     np.testing.assert_allclose(numbers[2], numbers[:2].mean(axis=0), atol=1e-4)
+
+
+def test_beir_on_datasets_made_here(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """On two halves of the topics of the example collection."""
+    monkeypatch.setenv("IR_DATASETS_HOME", str(tmp_path))
+    source = EXAMPLES / "collection"
+    documents = pd.read_json(source / "docs.jsonl", lines=True)
+    documents[["docno", "text"]].to_csv(tmp_path / "docs.tsv", sep="\t", header=False, index=False)
+    topics = (source / "topics.tsv").read_text().splitlines(keepends=True)
+    made = {}
+    for name, half in {"even": topics[::2], "odd": topics[1::2]}.items():
+        paths = {"docs_tsv": tmp_path / "docs.tsv", "queries_tsv": tmp_path / name, "qrels_trec": source / "qrels.txt"}
+        paths["queries_tsv"].write_text("".join(half))
+        made[name] = ir_datasets.create_dataset(**{part: str(path) for part, path in paths.items()})
+    monkeypatch.setattr(ir_datasets, "load", made.__getitem__)
+    run(monkeypatch, "beir.py", "even", "odd", *SMALL_BEIR, model="costwise_full")
+    check_beir(capfd.readouterr().out, "even", "odd")
+
+
+def test_beir_on_real_collections(collections: Path, tmp_path: Path) -> None:
+    """Offline, in a new process, since ir_datasets reads its home on import."""
+    for name in ("cranfield", "beir"):
+        if not (collections / "irds_home" / name).is_dir():
+            pytest.skip(f"needs irds_home/{name} in LLMRERANK_DATA: a home of ir_datasets")
+        shutil.copytree(collections / "irds_home" / name, tmp_path / name, copy_function=shutil.copyfile)
+    small = ["--model", str(MODELS / "costwise_full"), *SMALL_BEIR]
+    command = [sys.executable, str(EXAMPLES / "beir.py"), "cranfield", "beir/nfcorpus/test", *small]
+    environment = {**os.environ, "IR_DATASETS_HOME": str(tmp_path)}
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240, env=environment)
+    check_beir(ran.stdout, "cranfield", "beir/nfcorpus/test")
 
 
 def test_long_documents(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -26,10 +26,12 @@ class Assembly:
         given: the user's arguments; its base is the model as the user names it. Adapters replace the model's own and
             their token adapters.
         argument: the caller's argument for the model and its value, for messages.
+        training: whether the parts are trained on; they then have the lengths of the last described adapter, which was
+            trained over the adapters before it, and which may differ from theirs.
     """
 
-    def __init__(self, given: Description, argument: str) -> None:
-        self.given, self.argument = given, argument
+    def __init__(self, given: Description, argument: str, training: bool = False) -> None:
+        self.given, self.argument, self.training = given, argument, training
         self._model = bundled.base(str(given.base))
         self._fetched: dict[str, Path] = {}  # by reference
         self._known: dict[tuple[bool, bool], tuple[Hashable, Description]] = {}
@@ -131,6 +133,8 @@ class Assembly:
         """Return the parts with the lengths on which all descriptions agree; given ones settle a conflict."""
         if not described:
             return parts
+        if self.training:
+            described = described[-1:]
         place, lengths = described[0][0], self._lengths(described[0][1])
         for other, own in described[1:]:
             if (differing := self._lengths(own)) != lengths:

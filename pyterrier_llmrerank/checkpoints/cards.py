@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
+import torch
 from huggingface_hub import ModelCard, ModelCardData
 
 from . import bundled
@@ -55,8 +56,8 @@ def score(pairs):
 ```
 
 In transformers, `tokenizer("{query}" + query, "{passage}" + passage)` makes the ids. vLLM serves the model with
-`vllm serve {folder} --runner pooling`. Send `"{query}..."` as `query` and `"{passage}..."` as `documents` of its
-`/rerank`.
+`vllm serve {folder} --runner pooling --dtype {dtype}`. Send `"{query}..."` as `query` and `"{passage}..."` as
+`documents` of its `/rerank`.
 """
 
 
@@ -241,8 +242,8 @@ def merged_card(
 
 def exported_card(
     base: str | None,
-    architecture: str,
-    depth: int,
+    settings: Mapping[str, Any],
+    dtype: torch.dtype,
     pieces: tuple[Sequence[int], Sequence[int], Sequence[int]],
     instructions: tuple[str, str],
     limits: tuple[int, int],
@@ -251,18 +252,20 @@ def exported_card(
 
     Args:
         base: the model that it was exported from.
-        architecture: the class of transformers that opens it.
-        depth: its number of layers.
+        settings: its configuration: the class of transformers that opens it, and its number of layers.
+        dtype: the dtype of its weights.
         pieces: the ids that the tokenizer puts before the query, between query and passage, and after the passage.
         instructions: texts before query and passage.
         limits: the most tokens that are kept of a query and of a passage, including these texts.
     """
     start, between, end = map(list, pieces)
     query, passage = instructions
+    (architecture,), depth = settings["architectures"], settings["num_hidden_layers"]
+    name = str(dtype).removeprefix("torch.")  # vLLM computes a float32 model in float16 by default
     sections = {
         "": f"The first {depth} layers of a Matroyshka Re-Ranker with the head of that depth, as a plain "
         f"`{architecture}` with one label. Exported by pyterrier_llmrerank. Scores are logits.",
-        "Input": PAIRS.format(folder=FOLDER, query=query, passage=passage),
+        "Input": PAIRS.format(folder=FOLDER, query=query, passage=passage, dtype=name),
         "Ids": f"The input is `{start}`, the ids of `{query}` and the query, `{between}`, the ids of `{passage}` and "
         f"the passage, and `{end}`. Each text is tokenised by itself, without special tokens. pyterrier_llmrerank "
         f"keeps {limits[0]} tokens of the query and {limits[1]} of the passage; other programs cut long texts "

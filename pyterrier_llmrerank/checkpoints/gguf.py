@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import os
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 
 
 def dequantise(file: Path, argument: str = "model") -> Path:
-    """Convert a GGUF file to a folder of fp32 safetensors, once: the folder is kept in PyTerrier's home.
+    """Convert a GGUF file to a folder of fp32 safetensors, which is kept in PyTerrier's home.
+
+    Equal files are converted once, wherever they are: each environment may have the same model.
 
     Raises:
         ImportError: the ``gguf`` package is missing.
@@ -31,10 +34,9 @@ def dequantise(file: Path, argument: str = "model") -> Path:
         raise ImportError(f"{argument}={str(file)!r}: reading a GGUF file needs the gguf package: pip install gguf")
     file = file.resolve()
     refuse_pointer(file)
-    stat = file.stat()
     home = Path(pt.io.pyterrier_home()) / "llmrerank"
-    state = f"{file} {stat.st_size} {stat.st_mtime_ns}"
-    folder = home / f"{file.stem}-{hashlib.sha256(state.encode()).hexdigest()[:16]}"
+    stat = file.stat()
+    folder = home / f"{file.stem}-{_digest(file, stat.st_size, stat.st_mtime_ns)}"
     if folder.is_dir():
         return folder
     home.mkdir(parents=True, exist_ok=True)
@@ -59,6 +61,13 @@ def dequantise(file: Path, argument: str = "model") -> Path:
             if not folder.is_dir():
                 raise
     return folder
+
+
+@cache
+def _digest(file: Path, size: int, modified: int) -> str:
+    """Return a digest of a file's contents; a file of the same size and time of modification is read once."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
 
 
 def _read_gguf(file: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:

@@ -1,4 +1,4 @@
-"""Callbacks of the Trainer: epochs for the data, and losses in a progress bar or in the log."""
+"""Callbacks of the Trainer: epochs for the data, early stopping, and losses in a progress bar or in the log."""
 
 from __future__ import annotations
 
@@ -22,6 +22,23 @@ class NewEpoch(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Set the epoch."""
         self.groups.epoch = int(state.epoch or 0)
+
+
+class EarlyStopping(TrainerCallback):
+    """Stops a run after some measurements without an improvement; a resumed run counts the earlier ones too.
+
+    Args:
+        patience: the number of these measurements.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count the measurements after the best one."""
+        values = [entry[f"eval_{MEASURE}"] for entry in state.log_history if f"eval_{MEASURE}" in entry]
+        if len(values) - 1 - values.index(max(values)) >= self.patience:
+            control.should_training_stop = True
 
 
 class ProgressBar(ProgressCallback):

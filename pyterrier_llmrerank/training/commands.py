@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments
-from transformers.trainer_utils import SaveStrategy
 
 from ..checkpoints.cards import Stated
 from ..checkpoints.description import KINDS
@@ -29,7 +28,7 @@ from .output import find_resumed
 from .rankllama import RankLLaMATraining
 from .recipes import Recipe
 from .trainer import train
-from .validation import MEASURE, Validation
+from .validation import MeasuredArguments, Validation, keep_best, measured_every
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +70,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
     """Shows defaults, and keeps the line breaks of examples."""
 
 
-class TrainerOptions(TrainingArguments):
+class TrainerOptions(MeasuredArguments):
     """Holds transformers' options, in a group of their own."""
 
     _argument_group_name = "transformers' TrainingArguments: output, rates, batches, steps, devices and the rest"
@@ -136,8 +135,6 @@ def parse(command: str, argv: Sequence[str]) -> tuple[Recipe, Sources, TrainingA
     parser.set_defaults(**defaults, load_best_model_at_end=None)
     _set_defaults_by_others(parser, argv)
     sources, chosen, arguments, ignored = parser.parse_args_into_dataclasses(args=argv)
-    if arguments.load_best_model_at_end is None:  # set here, since transformers refuses intervals that differ
-        arguments.load_best_model_at_end = bool(sources.eval_data) and arguments.save_strategy != SaveStrategy.NO
     recipe = recipe_type(**vars(chosen), **{name: getattr(arguments, name) for name in defaults})
     for name, value in vars(ignored).items():
         if value is not None:
@@ -146,8 +143,7 @@ def parse(command: str, argv: Sequence[str]) -> tuple[Recipe, Sources, TrainingA
         raise ValueError("use_lora=False; allowed: True. Only LoRA adapters and heads are trained.")
     if not sources.train_data:
         raise ValueError("train_data is missing; expected JSON lines files, or a dataset's hub id.")
-    if not sources.eval_data and recipe.patience is not None:
-        raise ValueError(f"patience={recipe.patience} needs eval_data to measure nDCG@10 on.")
+    keep_best(arguments, recipe.patience, "eval_data", bool(sources.eval_data))
     return recipe, sources, arguments
 
 
@@ -197,10 +193,7 @@ def _set_defaults_by_others(parser: HfArgumentParser, argv: Sequence[str]) -> No
             raise ValueError(f"warmup_ratio={given.warmup_ratio}; allowed: a number from 0 to less than 1.")
         parser.set_defaults(warmup_steps=given.warmup_ratio)
     if given.eval_data:
-        every = given.save_steps if given.eval_steps is None else given.eval_steps
-        parser.set_defaults(
-            eval_strategy="steps", eval_steps=every, metric_for_best_model=f"eval_{MEASURE}", greater_is_better=True
-        )
+        parser.set_defaults(**measured_every(given.save_steps if given.eval_steps is None else given.eval_steps))
 
 
 def main(command: str, argv: Sequence[str]) -> Path:

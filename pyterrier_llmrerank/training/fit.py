@@ -14,7 +14,6 @@ import pandas as pd
 import pyterrier as pt
 import torch
 from transformers import TrainingArguments
-from transformers.trainer_utils import SaveStrategy
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.saving import empty_folder
@@ -25,7 +24,7 @@ from .matroyshka import MatroyshkaTraining
 from .output import adapter_alone
 from .recipes import Recipe
 from .trainer import train
-from .validation import MEASURE
+from .validation import MeasuredArguments, keep_best, measured_every
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +86,6 @@ def fit(
     measured = None
     if validation is not None:
         measured = validation_of(validation.results, check_qrels(validation.qrels, "qrels_va"), validation.bodies)
-    elif recipe.patience is not None:
-        raise ValueError(f"patience={recipe.patience} needs validation results to measure nDCG@10 on.")
     arguments = _arguments(recipe, place, resolve_dtype(dtype, place), measured is not None, verbose)
     checkpoint = start()
     if not arguments.resume_from_checkpoint:
@@ -116,12 +113,14 @@ def _one_device(device: str | tuple[str, ...] | None) -> torch.device:
 
 def _without_teacher(recipe: Recipe) -> Recipe:
     """Return the recipe that learns from labels alone; ValueError if a setting asks for a teacher."""
-    if isinstance(recipe, MatroyshkaTraining) and recipe.absolute_margin is None:
-        method = recipe.train_method.removesuffix("_teacher")
-        if recipe.train_method == type(recipe).train_method:
-            logger.info("The results have no column 'teacher': train_method=%r learns from their labels.", method)
-            return dataclasses.replace(recipe, train_method=method)
-    raise ValueError(f"{recipe.loss.teacher_settings}: the results have no column 'teacher', which it needs.")
+    needing = recipe.loss.teacher_settings
+    if isinstance(recipe, MatroyshkaTraining) and recipe.train_method == type(recipe).train_method:
+        needing = needing[1:]  # the default method is replaced
+    if needing or not isinstance(recipe, MatroyshkaTraining):
+        raise ValueError(f"{', '.join(needing)}: the results have no column 'teacher', which it needs.")
+    method = recipe.train_method.removesuffix("_teacher")
+    logger.info("The results have no column 'teacher': train_method=%r learns from their labels.", method)
+    return dataclasses.replace(recipe, train_method=method)
 
 
 def as_is(text: str, title: str | None) -> str:
@@ -148,9 +147,7 @@ def _arguments(
         run = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
         settings["output_dir"] = str(Path(pt.io.pyterrier_home()) / "llmrerank" / "trained" / run)
     if measured:
-        settings |= {"eval_strategy": "steps", "eval_steps": recipe.eval_steps or recipe.save_steps}
-        settings |= {"metric_for_best_model": f"eval_{MEASURE}", "greater_is_better": True}
-    arguments = TrainingArguments(**{**settings, **recipe.arguments})
-    if measured and "load_best_model_at_end" not in recipe.arguments:  # transformers refuses intervals that differ
-        arguments.load_best_model_at_end = arguments.save_strategy != SaveStrategy.NO
+        settings |= measured_every(recipe.eval_steps or recipe.save_steps)
+    arguments = MeasuredArguments(**{"load_best_model_at_end": None, **settings, **recipe.arguments})
+    keep_best(arguments, recipe.patience, "validation results", measured)
     return arguments

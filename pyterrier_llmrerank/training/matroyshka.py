@@ -80,7 +80,7 @@ class MatroyshkaTraining(Recipe):
 
         Returns:
             The checkpoint. Its heads and prompt are from the descriptions of the model and its adapters, or else from
-            the recipe; its lengths are from descriptions.
+            the recipe; its lengths are from the last description.
 
         Raises:
             ValueError: the model has too few layers for ``start_layer`` or ``compress_layers``, or it was trained with
@@ -102,7 +102,8 @@ class MatroyshkaTraining(Recipe):
         elif adapters:
             argument = f"raw_peft={list(adapters)}"
         given = Description(kind="matroyshka", base=model, adapters=tuple(adapters))
-        checkpoint = self.open_parts(Assembly(given, f"model={model!r}").parts(fetch=True), argument)
+        assembly = Assembly(given, f"model={model!r}", training=True)
+        checkpoint = self.open_parts(assembly.parts(fetch=True), argument)
         if trained is not None:  # checked with the others, but trained rather than merged
             checkpoint.adapters, checkpoint.adapter = checkpoint.adapters[:-1], checkpoint.adapters[-1]
         return checkpoint

@@ -30,7 +30,7 @@ class Loss(Protocol):
         """Whether the loss needs scores without compression."""
 
     @property
-    def teacher_settings(self) -> str:
+    def teacher_settings(self) -> tuple[str, ...]:
         """The settings that need a teacher's scores, with their values, for messages; empty if no setting does."""
 
     @property
@@ -103,11 +103,11 @@ class DistilledLoss:
     needs_full_pass: ClassVar[bool] = False
 
     @property
-    def teacher_settings(self) -> str:
-        """The settings that need a teacher's scores, with their values, for messages; empty if none does."""
+    def teacher_settings(self) -> tuple[str, ...]:
+        """The settings that need a teacher's scores, with their values, for messages."""
         weight = [f"teacher_weight={self.teacher_weight}"] if self.teacher_weight > 0 else []
         margin = [f"absolute_margin={self.absolute_margin}"] if self.absolute_margin is not None else []
-        return ", ".join(weight + margin)
+        return (*weight, *margin)
 
     @property
     def needs_teacher(self) -> bool:
@@ -129,7 +129,7 @@ class DistilledLoss:
         if not self.needs_teacher:
             return cross_entropy(scores)
         if teacher is None:
-            raise ValueError(f"{self.teacher_settings} needs teacher scores; the data has none.")
+            raise ValueError(f"{', '.join(self.teacher_settings)} needs teacher scores; the data has none.")
         teacher = teacher.to(scores.dtype)
         loss = cross_entropy(without(scores, likely_positives(teacher, self.absolute_margin)))
         if self.teacher_weight > 0:
@@ -181,11 +181,11 @@ class CascadeLoss:
         return self.method.startswith(TARGETS)
 
     @property
-    def teacher_settings(self) -> str:
-        """The setting that needs a teacher's scores, with its value, for messages; empty if none does."""
-        if self.absolute_margin is not None:
-            return f"absolute_margin={self.absolute_margin}"
-        return f"train_method={self.method!r}" if self.needs_teacher else ""
+    def teacher_settings(self) -> tuple[str, ...]:
+        """The settings that need a teacher's scores, with their values, for messages; the method is first."""
+        method = [f"train_method={self.method!r}"] if self.needs_teacher else []
+        margin = [f"absolute_margin={self.absolute_margin}"] if self.absolute_margin is not None else []
+        return (*method, *margin)
 
     @property
     def needs_teacher(self) -> bool:
@@ -207,7 +207,7 @@ class CascadeLoss:
 
         with_teacher = self.needs_teacher
         if with_teacher and teacher is None:
-            raise ValueError(f"{self.teacher_settings} needs teacher scores; the data has none.")
+            raise ValueError(f"{', '.join(self.teacher_settings)} needs teacher scores; the data has none.")
         if self.needs_full_pass and full is None:
             raise ValueError(f"train_method={self.method!r} needs the scores of a full pass.")
         kind = self.method.removesuffix("_teacher")

@@ -59,13 +59,6 @@ MEASURED = ("eval_strategy", "eval_steps", "eval_delay")
 #: The schedules in which the learning rate follows measurements.
 SCHEDULES_BY_MEASUREMENT = ("reduce_lr_on_plateau", "greedy")
 
-#: Settings that follow from another setting unless they are given, with the explanation for messages.
-DERIVED = {
-    "warmup_steps": "it follows warmup_ratio if that is given",
-    "eval_steps": "it follows save_steps if it is not given",
-    **dict.fromkeys(("bf16", "fp16"), "in fit, it follows the reranker's dtype if the recipe leaves it out"),
-}
-
 
 def fixed_settings(
     recipe: Recipe,
@@ -148,8 +141,8 @@ class SameSettings(TrainerCallback):
         if name == FINGERPRINTS:
             begun = f"the contents of {before.get(TRAINED_ON)} (fingerprints {before[name]})"
             now = f"of {self.settings[TRAINED_ON]} (fingerprints {self.settings[name]})"
-        if name in DERIVED:
-            now += f"; {DERIVED[name]}"
+        if name == "eval_steps":
+            now += "; it follows save_steps if it is not given"
         advice = "resume with the same, or begin in another output_dir"
         if name in LENGTH:
             advice += "; allowed where the learning rate does not depend on it: lr_scheduler_type='constant', or "
@@ -157,12 +150,20 @@ class SameSettings(TrainerCallback):
         return f"the run began with {begun}, not {now}; {advice}"
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check that steps remain."""
+        """Check that steps remain, and bring the state of a checkpoint up to date: its intervals, and its best weights.
+
+        The steps between saves, measurements and log lines may have changed, and the folder of the run may have moved.
+        """
         if state.global_step > state.max_steps:
             raise ValueError(
                 f"resume_from_checkpoint={str(self.resumed)!r}: step {state.global_step} is beyond max_steps="
                 f"{state.max_steps}; raise max_steps, or resume from an earlier checkpoint."
             )
+        state.compute_steps(args, state.max_steps)
+        if self.resumed is not None and state.best_global_step:
+            best = self.resumed.parent / f"checkpoint-{state.best_global_step}"
+            if best.is_dir():
+                state.best_model_checkpoint = str(best)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record the settings."""

@@ -13,17 +13,11 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
 from huggingface_hub import HfApi
 from peft import PeftModel
 from torch import nn
-from transformers import (
-    EarlyStoppingCallback,
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.trainer_utils import HubStrategy
 
@@ -37,7 +31,7 @@ from ..engine.packing import PackedPairs, on_device
 from ..engine.pending import to_host
 from ..engine.threads import fastest_threads
 from .batches import Batch, Collator, Groups
-from .callbacks import LogLines, NewEpoch, ProgressBar
+from .callbacks import EarlyStopping, LogLines, NewEpoch, ProgressBar
 from .examples import Group
 from .lora import with_lora
 from .output import find_resumed, is_in, refuse_own_inputs, remove_runs
@@ -94,7 +88,7 @@ def train(
         model = with_lora(checkpoint, heads, recipe, dtype)
     trainer = GroupTrainer(model, arguments, recipe, checkpoint, groups, validation, stated, described)
     if recipe.patience is not None:
-        trainer.add_callback(EarlyStoppingCallback(recipe.patience))
+        trainer.add_callback(EarlyStopping(recipe.patience))
     trainer.add_callback(same_settings)
     if overwrite and not is_in(folder, resumed) and arguments.should_save:
         remove_runs(folder)
@@ -238,9 +232,11 @@ class GroupTrainer(Trainer):
                 )
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        """Measure nDCG@10; each process measures all validation queries."""
+        """Measure nDCG@10 on all validation queries in each process; the first process's value counts for all."""
         validation = cast(Validation, eval_dataset or self.eval_dataset)
-        metrics = {f"{metric_key_prefix}_{MEASURE}": validation(self.score_pairs)}
+        measured = [validation(self.score_pairs)]
+        broadcast_object_list(measured)  # rounding may differ, but all processes must save and stop together
+        metrics = {f"{metric_key_prefix}_{MEASURE}": measured[0]}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

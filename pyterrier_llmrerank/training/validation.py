@@ -1,4 +1,4 @@
-"""Validation of a model in training, by nDCG@10."""
+"""Validation of a model in training, by nDCG@10, and the arguments of a run that is validated."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import ir_measures
 import pandas as pd
 from ir_measures import nDCG
+from transformers import TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from .examples import Body, read_example
 
@@ -73,3 +75,54 @@ class Validation:
             pd.DataFrame(pairs, columns=["qid", "docno", "query", "body", "prompt"], dtype=object),
             pd.DataFrame(qrels, columns=["qid", "docno", "label"]),
         )
+
+
+class MeasuredArguments(TrainingArguments):
+    """Holds transformers' arguments, and keeps the best weights at any intervals of saving and measuring.
+
+    ``load_best_model_at_end`` may be None until :func:`keep_best`.
+    """
+
+    def __post_init__(self) -> None:
+        """Check the arguments as transformers does, except for intervals that differ, which our Trainer allows."""
+        best, self.load_best_model_at_end = self.load_best_model_at_end, False
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        self.load_best_model_at_end = best
+
+
+def measured_every(steps: float) -> dict[str, Any]:
+    """Return the settings of a run that measures nDCG@10 after every few steps."""
+    return {
+        "eval_strategy": "steps",
+        "eval_steps": steps,
+        "metric_for_best_model": f"eval_{MEASURE}",
+        "greater_is_better": True,
+    }
+
+
+def keep_best(arguments: TrainingArguments, patience: int | None, data: str, given: bool) -> None:
+    """Set ``load_best_model_at_end`` if it is None: a run with validation data keeps its best weights if it saves any.
+
+    Args:
+        arguments: the arguments of the run.
+        patience: the recipe's.
+        data: the name of the validation data, for messages.
+        given: whether there are validation data.
+
+    Raises:
+        ValueError: there are validation data, but no measurements; or ``patience`` or ``load_best_model_at_end`` is
+            set, but nothing is measured or saved.
+    """
+    if given and arguments.eval_strategy == IntervalStrategy.NO:
+        raise ValueError(f"eval_strategy='no' measures nothing on {data}; allowed: 'steps', 'epoch', or no {data}.")
+    saves = arguments.save_strategy != SaveStrategy.NO
+    for name, value in {"patience": patience, "load_best_model_at_end": arguments.load_best_model_at_end}.items():
+        if value and not given:
+            raise ValueError(f"{name}={value} needs {data} to measure nDCG@10 on.")
+        if value and not saves:
+            raise ValueError(
+                f"{name}={value} needs saved weights, but save_strategy='no' saves none; allowed: 'steps', 'epoch', "
+                "'best'."
+            )
+    if arguments.load_best_model_at_end is None:
+        arguments.load_best_model_at_end = given and saves

@@ -1,8 +1,13 @@
 """Cards are complete, valid, and say nothing about the machine that wrote them."""
 
+import json
+from pathlib import Path
+
 import pytest
+from conftest import MODELS
 from huggingface_hub import ModelCard
 
+from pyterrier_llmrerank import MatroyshkaReranker
 from pyterrier_llmrerank.checkpoints.cards import FOLDER, Stated, adapter_card, hub_card, with_section
 
 STATED = Stated(["owner/data", "/home/someone/train.jsonl"], ["/home/someone/dev.jsonl"])
@@ -64,3 +69,14 @@ def test_a_section_is_replaced_or_added() -> None:
     assert with_section(card, "Data", "new") == "# A\n\n## Data\n\nnew\n\n## Licence\n\nx\n"
     assert with_section(card, "Licence", "y") == "# A\n\n## Data\n\nold\n\n## Licence\n\ny\n"
     assert with_section(card, "Citation", "z") == card + "\n## Citation\n\nz\n"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_card_of_an_exported_depth_serves_it_in_its_own_dtype(dtype: str, tmp_path: Path) -> None:
+    """Without ``--dtype``, vLLM computes a float32 model in float16."""
+    reranker = MatroyshkaReranker(MODELS / "costwise_full", dtype=dtype)
+    reranker.save(tmp_path / "served", merged=True, cutoff=3, form="sequence-classification")
+    assert json.loads((tmp_path / "served" / "config.json").read_text())["dtype"] == dtype
+    card = ModelCard.load(tmp_path / "served" / "README.md", ignore_metadata_errors=False)
+    assert f"vllm serve {FOLDER} --runner pooling --dtype {dtype}`" in card.text
+    assert "# One depth of a Matroyshka: 3 layers\n" in card.text

@@ -103,6 +103,19 @@ def test_a_full_disk_leaves_no_model_of_a_gguf(
     assert (dequantise(tiny_gguf[0]) / "model.safetensors").is_file()
 
 
+def test_equal_files_share_a_folder(
+    tiny_gguf: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each environment may have a copy of a model; a file with other contents is another model."""
+    monkeypatch.setenv("PYTERRIER_HOME", str(tmp_path / "home"))
+    folder = dequantise(tiny_gguf[0])
+    copy = tmp_path / tiny_gguf[0].name
+    copy.write_bytes(tiny_gguf[0].read_bytes())
+    assert dequantise(copy) == folder
+    copy.write_bytes(copy.read_bytes() + b"\0")
+    assert dequantise(copy) != folder
+
+
 def test_a_gguf_is_dequantised_once(smollm2: str) -> None:
     folder = dequantise(Path(smollm2))
     written = (folder / "model.safetensors").stat().st_mtime_ns

@@ -34,6 +34,7 @@ from pyterrier_llmrerank.engine import (
     decoder,
     device_scorer,
     devices,
+    fallback,
     kernels,
     packing,
     pending,
@@ -190,10 +191,21 @@ def scored(reranker: LLMReranker, queries: int = 1) -> None:
     """Open the weights, and score queries of four passages without a wait."""
     scorer = reranker.scorer()
     model: Any = scorer.open()
-    places = {tensor.device for layer in model.layers[: scorer.shape.cutoffs[-1]] for tensor in layer.parameters()}
-    assert places == {CUDA}
+    own_forward = isinstance(model, fallback.FallbackDecoder)
+    layers = [model] if own_forward else model.layers[: scorer.shape.cutoffs[-1]]
+    assert {tensor.device for layer in layers for tensor in layer.parameters()} == {CUDA}
     with NoWaiting():
         assert len(reranker(frame(queries, 4))) == 4 * queries
+
+
+def without_values(model: torch.nn.Module, device: torch.device) -> None:
+    """Put empty weights on a device in place of a model's own."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            there = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            module.register_parameter(name, torch.nn.Parameter(there, requires_grad=parameter.requires_grad))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
 
 
 def rankllama(**options: Any) -> LLMReranker:
@@ -234,6 +246,44 @@ def test_no_wait_for_a_whole_call_in_one_batch(cuda: None) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_family_waits(cuda: None, families: dict[str, Path], family: str) -> None:
     scored(MatroyshkaReranker(families[family], start_layer=2, compress_layers=[1], compress_ratio=2))
+
+
+@pytest.fixture
+def own_forward(cuda: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], LLMReranker]:
+    """Make a reranker over a family that runs by its own ``forward``, opened on the CPU and placed without values.
+
+    Of tensors with values, transformers asks whether a batch has padding, and waits once. It does not ask fake ones.
+    """
+
+    class Placed(fallback.FallbackDecoder):
+        def __init__(self, checkpoint: Any, device: torch.device, dtype: torch.dtype, quantize: Any = None) -> None:
+            with unset_fake_temporarily():
+                super().__init__(checkpoint, torch.device("cpu"), dtype, quantize)
+            without_values(self, device)
+
+    def make(family: str) -> LLMReranker:
+        with unset_fake_temporarily():
+            config = AutoConfig.for_model(family, **OTHER_FAMILIES[family], vocab_size=700, pad_token_id=0)
+            AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+            AutoTokenizer.from_pretrained(MODELS / "mistral_base").save_pretrained(tmp_path)
+        return MatroyshkaReranker(tmp_path, start_layer=1, cutoff=[2, 3], batch_size=3)
+
+    monkeypatch.setattr(weights, "FallbackDecoder", Placed)
+    return make
+
+
+OTHER_FAMILIES: dict[str, dict[str, int]] = {
+    "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4},
+    "gemma2": {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 6,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", OTHER_FAMILIES)
+def test_no_family_with_its_own_forward_waits(own_forward: Callable[[str], LLMReranker], family: str) -> None:
+    scored(own_forward(family))
 
 
 def test_a_batch_is_waited_for_when_the_next_has_started(cuda: None) -> None:
@@ -307,12 +357,7 @@ def trained(recipe: Recipe, base: Path, kind: torch.device, dtype: torch.dtype) 
     checkpoint = recipe.open(str(base))
     with unset_fake_temporarily():
         model = with_lora(checkpoint, recipe.heads(checkpoint, checkpoint.tokenizer(), 0), recipe, dtype)
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            there = torch.empty(parameter.shape, dtype=parameter.dtype, device=kind)
-            module.register_parameter(name, torch.nn.Parameter(there, requires_grad=parameter.requires_grad))
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            module.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype, device=kind))
+    without_values(model, kind)
     return model.train()
 
 
@@ -406,7 +451,7 @@ def _of_copies(copy: Callable[[torch.Tensor, torch.device], torch.Tensor]) -> Fa
     """Let indices be copied in another way."""
 
     def plant(patch: pytest.MonkeyPatch) -> None:
-        for module in (attention, decoder, packing, pooling):
+        for module in (attention, decoder, fallback, packing, pooling):
             patch.setattr(module, "on_device", lambda array, device: copy(torch.from_numpy(array), device))
 
     return plant
@@ -465,6 +510,20 @@ def test_a_fault_planted_in_training_is_caught(
     plant(monkeypatch)
     with pytest.raises(Exception, match=said), NoWaiting(), torch.autocast("cuda", torch.bfloat16):
         loss_of(recipe, model, batch, CUDA)
+
+
+@pytest.mark.parametrize(
+    "name", ["a blocking copy to the device", "memory that is not pinned", "indices that stay on the host"]
+)
+def test_a_fault_planted_below_a_models_own_forward_is_caught(
+    own_forward: Callable[[str], LLMReranker], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    said, plant = FAULTS[name]
+    reranker = own_forward("gpt2")
+    reranker.scorer().open()
+    plant(monkeypatch)
+    with pytest.raises(ScoringError, match=said), NoWaiting():
+        reranker(frame(1, 4))
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -171,6 +171,32 @@ def test_distil_and_compensate(data: Path, tmp_path: Path, capsys: pytest.Captur
     assert "[More Information Needed]" not in card
 
 
+def test_compensation_may_follow_an_adapter_that_was_trained_on_longer_texts(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    distilled, layer, token, further = (tmp_path / name for name in ("distilled", "layer", "token", "further"))
+
+    def compensate(output: Path, *options: str) -> int:
+        command = distill(data, output, "--train_method", "normal", "--max_steps", "1")[1:]
+        at = command.index("--compress_ratios")
+        return main(["train", "compensate", *command[:at], *command[at + 3 :], *options])
+
+    usual = ("--query_max_len", "32", "--passage_max_len", "192")
+    below = ("--raw_peft", str(distilled), str(layer))
+    assert main(["train", *distill(data, distilled, "--max_steps", "1", *usual)]) == 0
+    assert compensate(layer, "--raw_peft", str(distilled), "--passage_max_len", "600", "--query_max_len", "32") == 0
+    assert compensate(token, *below, *usual, "--finetune_type", "token", "--compress_ratios", "2") == 0
+    assert compensate(further, "--model_name_or_path", str(layer), "--raw_peft", str(distilled), *usual) == 0
+    for folder in (layer, token, further):
+        assert read_json(folder / "reranker.json")["max_length"] == 632
+    long = [("panda", "panda " * 900)]
+    assert ids_of(MatroyshkaReranker(token, dtype="float32"), long) == ids_of(
+        MatroyshkaReranker(MISTRAL, start_layer=4, max_length=632, dtype="float32"), long
+    )
+    with pytest.raises(ValueError, match="has query_max_length=384 and max_length=512, but .* give query_max_length"):
+        MatroyshkaReranker(MISTRAL, adapters=[distilled, layer], dtype="float32").compute_score(("panda", "a panda"))
+
+
 def test_the_printed_call_opens_a_base_of_a_relative_name(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -244,6 +270,7 @@ def test_rankllama_with_validation(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("intervals", ["--eval_steps 2 --save_steps 4", "--eval_steps 2 --save_steps 3",
+                                       "--eval_steps 2 --save_steps 3 --load_best_model_at_end True",
                                        "--eval_steps 2 --save_strategy epoch"])  # fmt: skip
 def test_the_best_weights_are_kept_even_if_no_checkpoint_is_due(
     intervals: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -296,6 +323,13 @@ def test_another_runs_output_is_left_alone(data: Path, tmp_path: Path, capsys: p
         (["--compress_ratios", "3"], "--compress_ratios 3; allowed: powers of two"),
         (["--start_layer", "9"], "start_layer=9"),
         (["--patience", "3"], "patience=3 needs eval_data"),
+        (["--load_best_model_at_end"], "--load_best_model_at_end needs eval_data"),
+        (["--eval_data", "x", "--eval_strategy", "no"], "eval_strategy='no' measures nothing on eval_data; allowed:"),
+        (["--eval_data", "x", "--eval_strategy", "no", "--patience", "2"], "eval_strategy='no' measures nothing on"),
+        (
+            ["--eval_data", "x", "--save_strategy", "no", "--patience", "2"],
+            "patience=2 needs saved .*save_strategy='no' ",
+        ),
         (["--warmup_ratio", "-0.1"], "--warmup_ratio=-0.1; allowed: a number from 0 to less than 1"),
         (["--warmup_ratio", "1"], "--warmup_ratio=1.0; allowed: a number from 0 to less than 1"),
         (["--eval-data", "nothing.jsonl"], "eval_data='nothing.jsonl': no such file"),
@@ -358,18 +392,39 @@ def test_token_and_cache_reach_the_hubs_client() -> None:
     assert ran.stdout.split()[-2:] == ["somewhere", "hf_x"]
 
 
-def test_two_processes_are_one_with_twice_the_batch(data: Path, tmp_path: Path) -> None:
-    same = ("--max_grad_norm", "0", "--max_steps", "2")
+#: A run whose processes measure different nDCG@10: the first gets better after two steps, the second does not.
+MEASURED_APART = """\
+import os, sys
+from pyterrier_llmrerank.__main__ import main
+from pyterrier_llmrerank.training.validation import Validation
+
+values = iter([[0.5, 0.6, 0.6], [0.5, 0.5, 0.5]][int(os.environ["RANK"])])
+Validation.__call__ = lambda *_: next(values)
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+def test_two_processes_are_one_with_twice_the_batch_even_if_they_measure_differently(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same = ["--max_grad_norm", "0", "--max_steps", "3", "--eval_data", str(data), "--eval_steps", "1"]
+    same += ["--save_steps", "4", "--patience", "1"]
     one = distill(data, tmp_path / "one", "--per_device_train_batch_size", "4", *same)
-    two = distill(data, tmp_path / "two", "--ddp_find_unused_parameters", "False", *same)
+    two = distill(data, tmp_path / "two", "--ddp_find_unused_parameters", "False", "--ddp_timeout", "60", *same)
+    values = iter([0.5, 0.6, 0.6])
+    monkeypatch.setattr(Validation, "__call__", lambda *_: next(values))
     assert main(["train", *one]) == 0
+    (tmp_path / "apart.py").write_text(MEASURED_APART)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     subprocess.run(
-        [*torchrun, "-m", "pyterrier_llmrerank", "train", *two],
+        [*torchrun, str(tmp_path / "apart.py"), *two],
         check=True, capture_output=True, env={**os.environ, **environment}, timeout=240,
     )  # fmt: skip
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
+    assert sorted(path.name for path in (tmp_path / "two").glob("checkpoint-*")) == [
+        "checkpoint-1", "checkpoint-2", "checkpoint-3"
+    ]  # fmt: skip
     weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two")]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, atol=5e-4, rtol=1e-3)  # Adam magnifies what rounds

@@ -137,6 +137,7 @@ def test_an_interrupted_fit_keeps_checkpoints_alone_and_names_their_folder(
 
 @pytest.mark.parametrize(
     "intervals", [{"save_steps": 4}, {"save_steps": 3}, {"arguments": {"save_steps": 3, "save_total_limit": 1}},
+                  {"save_steps": 3, "arguments": {"load_best_model_at_end": True}},
                   {"arguments": {"save_strategy": "epoch"}}],
 )  # fmt: skip
 def test_fit_keeps_the_best_weights_at_any_intervals(
@@ -155,7 +156,12 @@ def test_fit_keeps_the_best_weights_at_any_intervals(
     ("kind", "settings", "named"),
     [
         ("matroyshka", {"train_method": "distill_final_layer_teacher"}, "train_method='distill_final_layer_teacher'"),
-        ("matroyshka", {"absolute_margin": 1.5}, "absolute_margin=1.5"),  # with the default method
+        ("matroyshka", {"absolute_margin": 1.5}, "absolute_margin=1.5"),  # with the default method, which is replaced
+        (
+            "matroyshka",
+            {"train_method": "distill_last_layer_teacher", "absolute_margin": 1.5},
+            "train_method='distill_last_layer_teacher', absolute_margin=1.5",
+        ),
         ("rankllama", {"absolute_margin": 1.5}, "absolute_margin=1.5"),
         ("rankllama", {"teacher_weight": 2.0}, "teacher_weight=2.0"),
         ("rankllama", {"teacher_weight": 2.0, "absolute_margin": 1.5}, "teacher_weight=2.0, absolute_margin=1.5"),
@@ -238,6 +244,19 @@ def test_arguments_are_checked_before_training(tmp_path: Path) -> None:
         reranker.fit(results, qrels.assign(label=0))
     with pytest.raises(ValueError, match="patience=2 needs validation"):
         untrained("matroyshka", tmp_path, patience=2).fit(results, qrels)
+    for settings, message in (
+        ({"arguments": {"eval_strategy": "no"}}, "eval_strategy='no' measures nothing on validation results; allowed"),
+        (
+            {"patience": 2, "arguments": {"save_strategy": "no"}},
+            "patience=2 needs saved weights, but save_strategy='no'",
+        ),
+        (
+            {"arguments": {"save_strategy": "no", "load_best_model_at_end": True}},
+            "load_best_model_at_end=True needs saved",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            untrained("matroyshka", tmp_path, **settings).fit(results, qrels, results, qrels)
     with pytest.raises(ValueError, match=r"training=.*allowed: RankLLaMATraining"):
         RankLLaMAReranker(RANKLLAMA_BASE, training=DistillTraining())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"training=.*allowed: DistillTraining"):

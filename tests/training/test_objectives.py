@@ -62,8 +62,10 @@ def test_each_method_has_its_target_layers() -> None:
 def test_a_method_names_the_scores_that_it_lacks() -> None:
     with pytest.raises(ValueError, match="train_method='distil'; allowed: normal, distill,"):
         CascadeLoss("distil")
-    with pytest.raises(ValueError, match="needs teacher scores"):
+    with pytest.raises(ValueError, match=r"^train_method='distill_fix_layer_teacher' needs teacher scores"):
         CascadeLoss("distill_fix_layer_teacher")(SCORES, FULL)
+    with pytest.raises(ValueError, match=r"^train_method='distill_fix_layer_teacher', absolute_margin=1.5 needs teach"):
+        CascadeLoss("distill_fix_layer_teacher", absolute_margin=1.5)(SCORES, FULL)
     with pytest.raises(ValueError, match="needs the scores of a full pass"):
         CascadeLoss("distill_fix_layer")(SCORES)
     without_teacher = CascadeLoss("distill_fix_layer")(SCORES, FULL)

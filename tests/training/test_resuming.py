@@ -3,14 +3,17 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import MODELS, RECORDS, checkpointing
 from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments
 
+from pyterrier_llmrerank.__main__ import main
 from pyterrier_llmrerank.training import DistillTraining, RankLLaMATraining
 from pyterrier_llmrerank.training.batches import Groups
 from pyterrier_llmrerank.training.commands import parse
@@ -56,10 +59,10 @@ def recorded(folder: Path, begun_with: dict[str, Any]) -> Path:
         ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type='linear', not 'cosine'"),
         ({"optim": "adafactor"}, "optim='adamw_torch_fused', not 'adafactor'"),
         ({"weight_decay": 0.1}, "weight_decay=0.0, not 0.1"),
-        ({"warmup_steps": 3}, "warmup_steps=0, not 3"),
+        ({"warmup_steps": 3}, "warmup_steps=0, not 3; resume with the same"),
         ({"per_device_train_batch_size": 2}, "per_device_train_batch_size=8, not 2"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps=1, not 2"),
-        ({"bf16": True}, "bf16=False, not True; in fit, it follows the reranker's dtype if the recipe leaves it out; "),
+        ({"bf16": True}, "bf16=False, not True; resume with the same"),
         ({"seed": 7}, "seed=42, not 7"),
         ({"data_seed": 7}, "data_seed=None, not 7"),
         ({"dataloader_drop_last": True}, "dataloader_drop_last=False, not True"),
@@ -100,19 +103,77 @@ def of_command(*options: str, eval_data: bool = True) -> dict[str, Any]:
     return fixed_settings(recipe, recipe.open(BASE, ()), groups, arguments, validation)
 
 
+def run(folder: Path, options: str, values: Sequence[float] = ()) -> dict[str, Any]:
+    """Run a command at a constant rate, with stand-ins for its measurements; return the state at its end."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    data = folder.parent / "data.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    words = f"""--model_name_or_path {BASE} --train_data {data} --eval_data {data} --output_dir {folder} --use_cpu
+        --lr_scheduler_type constant --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --lora_rank 4
+        --train_group_size 4 --query_max_len 8 --passage_max_len 52 --report_to none --disable_tqdm True {options}"""
+    left = iter(values)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Validation, "__call__", lambda *_: next(left, 0.5))
+        assert main(["train", "compensate", *words.split()]) == 0
+    state: dict[str, Any] = json.loads((folder / "trainer_state.json").read_text())
+    return state
+
+
+def saved(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*"))
+
+
+def logged(state: dict[str, Any], name: str) -> list[int]:
+    return [entry["step"] for entry in state["log_history"] if name in entry]
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that saves after every second step, and measures and logs after every fourth; it stops after two."""
+    folder = tmp_path_factory.mktemp("begun") / "run"
+    run(folder, "--save_steps 2 --eval_steps 4 --logging_steps 4 --max_steps 2")
+    return folder
+
+
 @pytest.mark.parametrize(
-    "now",
+    ("now", "saves", "measures", "logs"),
     [
-        "--save_steps 120 --eval_steps 50", "--save_steps 100 --eval_steps 30", "--save_steps 120",
-        "--save_strategy epoch", "--eval_strategy epoch", "--save_strategy no", "--load_best_model_at_end False",
+        ("--save_steps 3 --eval_steps 2 --logging_steps 1", [2, 3, 6, 8], [2, 4, 6, 8], [3, 4, 5, 6, 7, 8]),
+        ("--save_steps 3 --logging_steps 0.25", [2, 3, 6, 8], [2, 3, 6, 8], [4, 6, 8]),
+        ("--save_strategy epoch --eval_strategy epoch", [2, 4, 8], [2, 4, 8], []),
+        ("--save_strategy no --eval_steps 8", [2], [2, 8], []),
+        ("--load_best_model_at_end False --eval_steps 5", [2, 8], [2, 5, 8], []),
     ],
-)  # fmt: skip
-def test_a_resumed_run_may_save_and_measure_at_other_steps(
-    now: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+)
+def test_a_resumed_run_saves_measures_and_logs_at_the_new_steps(
+    now: str, saves: list[int], measures: list[int], logs: list[int], begun: Path, tmp_path: Path
 ) -> None:
-    checkpoint = recorded(tmp_path / "checkpoint-1", of_command("--save_steps", "100", "--eval_steps", "50"))
-    SameSettings(of_command(*now.split()), checkpoint)
-    assert caplog.messages == []
+    shutil.copytree(begun, tmp_path / "run")
+    state = run(tmp_path / "run", f"--max_steps 8 --resume_from_checkpoint True {now}")
+    assert saved(tmp_path / "run") == saves
+    assert logged(state, "eval_nDCG@10") == measures
+    assert logged(state, "loss") == logs
+
+
+@pytest.mark.parametrize("place", ["in the moved folder", "elsewhere"])
+def test_a_run_that_moved_keeps_its_best_weights(place: str, tmp_path: Path) -> None:
+    options = "--save_steps 1 --eval_steps 1 --max_steps 4"
+    run(tmp_path / "begun", options, [0.5, 0.9, 0.5, 0.5])
+    moved = (tmp_path / "begun").rename(tmp_path / "moved")
+    folder = moved if place == "in the moved folder" else tmp_path / "elsewhere"
+    state = run(folder, f"{options} --resume_from_checkpoint {moved / 'checkpoint-4'}")
+    assert state["best_model_checkpoint"] == str(moved / "checkpoint-2")
+    kept, best = (load_file(each / "adapter_model.safetensors") for each in (folder, moved / "checkpoint-2"))
+    assert all(torch.equal(kept[name], tensor) for name, tensor in best.items())
+    assert "nDCG@10 0.9000 on `data.jsonl`, after 2 steps." in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("patience", [2, 3, 4])
+def test_patience_counts_measurements_before_an_interruption(patience: int, tmp_path: Path) -> None:
+    options = "--save_steps 1 --eval_steps 1"
+    run(tmp_path / "run", f"{options} --max_steps 3", [0.5, 0.9, 0.5])
+    run(tmp_path / "run", f"{options} --max_steps 8 --resume_from_checkpoint True --patience {patience}")
+    assert saved(tmp_path / "run")[-1] == 2 + patience
 
 
 def test_measured_steps_stay_if_the_learning_rate_depends_on_them(tmp_path: Path) -> None:
@@ -127,12 +188,6 @@ def test_measured_steps_stay_if_the_learning_rate_depends_on_them(tmp_path: Path
     }.items():
         with pytest.raises(ValueError, match=difference):
             SameSettings(of_command(*plateau, *change.split()), checkpoint)
-
-
-def test_a_setting_that_follows_another_names_it(tmp_path: Path) -> None:
-    checkpoint = recorded(tmp_path / "checkpoint-1", of_command("--warmup_ratio", "0.1"))
-    with pytest.raises(ValueError, match=r"warmup_steps=0.1, not 0.2; it follows warmup_ratio if that is given; "):
-        SameSettings(of_command("--warmup_ratio", "0.2"), checkpoint)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "constant_with_warmup"])
