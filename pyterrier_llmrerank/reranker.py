@@ -332,7 +332,8 @@ class LLMReranker(ValueSemantics, pt.Estimator):
                 if observer.parts:  # scoring began
                     usage = sum(observer.parts, Usage())
                     self.add_usage(usage)
-                    logger.log(self._usage_level, "%s: %s", repr(self), str(usage))  # a kept record keeps no weights
+                    if logger.isEnabledFor(self._usage_level):
+                        logger.log(self._usage_level, "%s: %s", repr(self), str(usage))  # a record holds no weights
         return scores_of(logits)
 
     # -- usage

@@ -6,14 +6,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from huggingface_hub import ModelCard, ModelCardData
 
 from . import bundled
 from .input_format import TEVATRON_2023, InputFormat
 from .locate import is_hub_id, without_revision
+
+if TYPE_CHECKING:
+    import torch
 
 #: The papers of the two rerankers.
 CITATIONS = {
