@@ -135,7 +135,7 @@ class LLMReranker(ValueSemantics, pt.Estimator):
         check=one_of(*ATTENTIONS),
         help='the attention kernel: ``"sdpa"``, ``"eager"``, ``"flex_attention"`` (compiled on first use, on CUDA and '
         'CPUs), ``"flash_attention_2"`` or ``"flash_attention_3"`` (on CUDA in bf16 or fp16, if their packages are '
-        'installed); None for ``"sdpa"``.',
+        "installed); None for the fastest kernel of torch.",
     )
     verbose: Option[bool] = Option(default=False, check=as_bool, help="show a progress bar.")
 

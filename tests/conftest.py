@@ -22,6 +22,8 @@ import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, which nothing has done yet
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 torch.set_num_threads(1)  # more only wait for each other on tiny models
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -3,7 +3,7 @@ r"""Measure everything on one GPU, unattended and in a given time, and print Mar
     python examples/benchmarks/gpu.py                       # in 8 minutes, on a GPU of 80 GB
     python examples/benchmarks/gpu.py --minutes 3 --json figures.json
     python examples/benchmarks/gpu.py --only attention "profile of the 7B"  # some sections, by the start of their names
-    python examples/benchmarks/gpu.py --attention varlen    # all scoring with another attention kernel
+    python examples/benchmarks/gpu.py --attention sdpa      # all scoring with another attention kernel
     python examples/benchmarks/gpu.py --tiny --minutes 0.2  # tiny shapes, to try the program on a CPU
 
 Weights are random and made on the device, texts are random words: nothing is downloaded and no data is needed. The
@@ -524,7 +524,7 @@ def measure_attention(bench: Bench, seconds: float) -> None:
     def attend(given: tuple[Any, tuple[torch.Tensor, ...]], layout: Any) -> torch.Tensor:
         return attention.attention(module, *given[1], None, scaling=width**-0.5, layout=layout)[0]
 
-    names = [None, kernels.VARLEN, "torch", "flash", "cudnn", "efficient", "math", "eager"]
+    names = [None, "sdpa", "torch", "flash", "cudnn", "efficient", "math", "eager"]
     if bench.total > 400:
         names.append("flex_attention")
     rows, exact = [], None
@@ -532,7 +532,7 @@ def measure_attention(bench: Bench, seconds: float) -> None:
         for name in names:
             try:
                 with attending(name) as chosen:
-                    kernel = kernels.kernel_of(chosen, bench.device, bench.dtype)
+                    kernel = kernels.kernel_of(chosen, bench.device, bench.dtype, width)
                     begun = bench.clock()
                     made = [attention.Layout(given[0], bench.device, kernel=kernel) for given in others]
                     laid_out = (bench.clock() - begun) / len(others)
@@ -561,7 +561,7 @@ def measure_attention(bench: Bench, seconds: float) -> None:
 
 def measure_kernels(bench: Bench, model: Model, weights: Weights, seconds: float) -> None:
     """Full depth, end to end, with each kernel."""
-    names = [None, kernels.VARLEN, "torch", "cudnn"] if bench.device.type == "cuda" else [None, "math", "eager"]
+    names = [None, "sdpa", "torch", "cudnn"] if bench.device.type == "cuda" else [None, "math", "eager"]
     systems = [model.ours(name or "as the package chooses", weights, kernel=name) for name in names]
     able = bench.in_turns(systems, seconds)
     rows = bench.rows(able, len(model.pairs))
@@ -835,7 +835,7 @@ def main(arguments: Sequence[str] | None = None) -> Bench:
     parser.add_argument("--minutes", type=float, default=8.0, help="all of it, about; 3 or more on a GPU")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, as a trial")
     parser.add_argument("--only", nargs="*", help="sections whose names start with one of these")
-    kinds = f"{', '.join(BACKENDS)} of SDPA, {kernels.VARLEN}, or an attn_implementation"
+    kinds = f"{', '.join(BACKENDS)} of SDPA, or an attn_implementation"
     parser.add_argument("--attention", help=f"kernel of all scoring: {kinds}")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     chosen = parser.parse_args(arguments)

@@ -15,6 +15,7 @@ pair::
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -82,15 +83,13 @@ class Layout:
         reuse_prefix: PrefixCache | None = None,
         save_prefix: PrefixCache | None = None,
     ) -> None:
-        length, places = packing.longest, packing.places
+        length = packing.longest
+        self._packing, self._device = packing, device
         self.shape = len(packing), length
         #: Each token's position in its pair, ``[tokens]``.
         self.positions = on_device(packing.positions, device)
         #: Index of each pair's last real token in the row, ``[pairs]``.
         self.last = on_device(packing.last, device)
-        #: The position in each pair that an :class:`AttentionTap` reads: the last one, padding included, ``[pairs]``.
-        self.tapped = on_device(packing.lengths - 1, device)
-        self._tapped_places = on_device(places[np.arange(len(packing)), packing.lengths - 1], device)
         #: A mask of the keys that are real, ``[pairs, length]``. None if causality hides all others anyway; then fused
         #: causal kernels can run.
         self.real_keys = None
@@ -104,13 +103,44 @@ class Layout:
             ends = (np.cumsum([0, *sizes], dtype=np.int32) for sizes in (packing.added, packing.lengths))
             queries, keys = (on_device(end, device) for end in ends)
             self.starts, self.longest = (queries, keys), (int(packing.added.max()), packing.longest)
-            self._key_places = on_device(places[np.arange(length) < packing.lengths[:, None]], device)
-        self._places = self._query_places = on_device(places.flatten(), device)
-        self._sources = on_device(packing.pair_of_token * length + packing.positions, device)
         self._reuse_prefix, self._save_prefix, self._last_prefix = reuse_prefix, save_prefix, packing.last_prefix
-        if reuse_prefix is not None:  # its tokens have no queries in the row: any other token stands in for them
-            in_row = np.where(places < len(packing.positions), places, 0)
-            self._query_places = on_device(in_row.flatten(), device)
+
+    # Each kernel needs some of these indices.
+
+    @cached_property
+    def _places(self) -> Tensor:
+        """Index in the row of each position of each pair."""
+        return on_device(self._packing.places.flatten(), self._device)
+
+    @cached_property
+    def _query_places(self) -> Tensor:
+        """The same for queries: a reused prefix has none in the row, so that any other token stands in for them."""
+        if self._reuse_prefix is None:
+            return self._places
+        in_row = np.where(self._packing.places < len(self._packing.positions), self._packing.places, 0)
+        return on_device(in_row.flatten(), self._device)
+
+    @cached_property
+    def _key_places(self) -> Tensor:
+        """Index in the row of the tokens of all pairs, one pair after another."""
+        real = np.arange(self._packing.longest) < self._packing.lengths[:, None]
+        return on_device(self._packing.places[real], self._device)
+
+    @cached_property
+    def _sources(self) -> Tensor:
+        """Index of each token of the row among the positions of all pairs."""
+        return on_device(self._packing.pair_of_token * self._packing.longest + self._packing.positions, self._device)
+
+    @cached_property
+    def tapped(self) -> Tensor:
+        """The position in each pair that an :class:`AttentionTap` reads: its last, padding included, ``[pairs]``."""
+        return on_device(self._packing.lengths - 1, self._device)
+
+    @cached_property
+    def _tapped_places(self) -> Tensor:
+        """Index in the row of each pair's tapped token."""
+        places = self._packing.places[np.arange(len(self._packing)), self._packing.lengths - 1]
+        return on_device(places, self._device)
 
     def gather_queries(self, states: Tensor) -> Tensor:
         """Gather queries of the row, ``[1, heads, tokens, width]``, to ``[pairs, heads, length, width]``."""
@@ -226,7 +256,8 @@ def _sdpa(
     if real_keys is not None or window is not None:
         mask = causal_mask(torch.arange(length, device=key.device)[None], length, real_keys, window)
     repeats = query.shape[1] // key.shape[1]
-    if repeats > 1 and query.device.type == "cuda" and (mask is not None or not has_flash(query.device, dtype)):
+    has_fused = mask is None and has_flash(query.device, dtype, query.shape[-1])
+    if repeats > 1 and query.device.type == "cuda" and not has_fused:
         # Without a flash kernel, grouped heads would run unfused.
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     if query.device.type == "cpu":  # the bf16 kernel's gradient takes twice as long

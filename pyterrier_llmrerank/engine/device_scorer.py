@@ -81,12 +81,14 @@ class DeviceScorer:
     ) -> None:
         self.call = call
         self._weights, self._shape = weights, shape
-        self._kernel = kernel_of(shape.attn_implementation, weights.device, weights.dtype)
+        config = weights.checkpoint.config
+        width = int(config.hidden_size)
+        head_width = getattr(config, "head_dim", None) or width // config.num_attention_heads
+        self._kernel = kernel_of(shape.attn_implementation, weights.device, weights.dtype, head_width)
         self._model, heads, tokenizer = weights.at_depth(shape.cutoffs[-1])
         if isinstance(self._model, FallbackDecoder):
             self._model.check_cutoffs(shape.cutoffs)
         self._heads = torch.stack([heads[index] for index in shape.heads])  # a list of indices would be copied
-        width = int(weights.checkpoint.config.hidden_size)
         self._budget = Budget(pairs=batch_size) if batch_size else Budget.of_device(weights.device, width)
         limits = Limits.of(self._model)
         if shape.pad_id is not None and shape.pad_id >= limits.vocabulary:

@@ -26,26 +26,28 @@ FLASH = {
 #: most ``window`` in all.
 Kernel = Callable[[Tensor, Tensor, Tensor, float, int | None], Tensor]
 
-#: A kernel that is not among the options yet: FlashAttention over the packed row itself, see :func:`packed_flash`.
-VARLEN = "varlen"
 
-
-def kernel_of(name: str | None, device: torch.device, dtype: torch.dtype) -> Kernel | None:
+def kernel_of(name: str | None, device: torch.device, dtype: torch.dtype, width: int) -> Kernel | None:
     """Return the kernel of this name, or None for SDPA.
 
     SDPA has no kernel here: :func:`~pyterrier_llmrerank.engine.attention.attention` calls it itself.
+
+    Args:
+        name: an ``attn_implementation``; None for :func:`packed_flash` where torch has it, else SDPA.
+        device: the device of the hidden states.
+        dtype: their dtype.
+        width: the width of a head.
 
     Raises:
         ValueError: the kernel does not run on the device or in the dtype.
         ImportError: its package is not installed.
     """
+    if name is None and has_flash(device, dtype, width):
+        return cast(Kernel, packed_flash)  # Layout knows it
     if name in (None, "sdpa"):
         return None
     if name == "eager":
         return eager
-    if name == VARLEN:
-        check_packed(device, dtype)
-        return cast(Kernel, packed_flash)  # Layout knows it
     if name == "flex_attention":
         if device.type not in ("cuda", "cpu"):
             raise ValueError(f"attn_implementation={name!r} cannot be used on {device}; allowed there: sdpa, eager.")
@@ -68,18 +70,18 @@ def check_flash(name: str, device: torch.device, dtype: torch.dtype) -> None:
         raise ImportError(f"attn_implementation={name!r} needs the package {package}: pip install {package}")
 
 
-def check_packed(device: torch.device, dtype: torch.dtype) -> None:
-    """Raise ValueError if torch has no FlashAttention for a device and dtype."""
-    if device.type != "cuda" or not has_flash(device, dtype):
-        raise ValueError(
-            f"attn_implementation={VARLEN!r} cannot be used on {device} in {dtype}; it needs CUDA of capability 8.0 or "
-            "higher, in bfloat16 or float16."
-        )
-
-
-def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether torch has FlashAttention for a CUDA device and a dtype; it takes no masks."""
-    return dtype in (torch.bfloat16, torch.float16) and _capability(device) >= (8, 0)
+def has_flash(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Return whether torch runs FlashAttention on a device, in a dtype and for heads of a width; it takes no masks."""
+    return (
+        device.type == "cuda"
+        and dtype in (torch.bfloat16, torch.float16)
+        and width % 8 == 0
+        and width <= 256
+        and torch.version.hip is None
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]
+        and _capability(device) >= (8, 0)
+    )
 
 
 @cache

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .attention import AttentionTap, Layout, attention, single_query_logits, sliding_window_of
+from .elementwise import rotate
 from .linears import linear_plus, mlp_plus
 
 
@@ -45,7 +46,7 @@ def run_layer(
     parts: Any = layer
     heads = parts.self_attn
     normed = parts.input_layernorm(hidden)
-    query, key = (_rotated(_project(heads, name, normed), rotary).transpose(1, 2) for name in "qk")
+    query, key = (rotate(_project(heads, name, normed), *rotary).transpose(1, 2) for name in "qk")
     value = _project(heads, "v", normed).transpose(1, 2)
     window = sliding_window_of(heads)
     mixed, _ = attention(
@@ -64,11 +65,11 @@ def run_last(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor], la
     # For a matrix of one row, torch uses another kernel, which rounds differently.
     last = layout.last.repeat(2) if len(layout.last) == 1 else layout.last
     normed = parts.input_layernorm(hidden)
-    key = _rotated(_project(heads, "k", normed), rotary).transpose(1, 2)
+    key = rotate(_project(heads, "k", normed), *rotary).transpose(1, 2)
     value = _project(heads, "v", normed).transpose(1, 2)
     key, value = layout.gather_keys_values(heads.layer_idx, key, value)
     cos, sin = rotary
-    query = _rotated(_project(heads, "q", normed[:, last]), (cos[:, last], sin[:, last]))[0]
+    query = rotate(_project(heads, "q", normed[:, last]), cos[:, last], sin[:, last])[0]
     window = sliding_window_of(heads)
     logits = single_query_logits(query, key, layout.positions[last], layout.real_keys, heads.scaling, window)
     weights = logits.softmax(-1)
@@ -87,14 +88,3 @@ def _project(heads: Any, name: str, states: Tensor) -> Tensor:
     projected: Tensor = getattr(heads, f"{name}_proj")(states).unflatten(-1, (-1, heads.head_dim))
     norm: Callable[[Tensor], Tensor] | None = getattr(heads, f"{name}_norm", None)  # Qwen3 has one
     return projected if norm is None else norm(projected)
-
-
-def _rotated(states: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Apply rotary positions to ``[1, tokens, heads, width]``."""
-    cos, sin = (table[:, :, None] for table in rotary)
-    first, second = states.chunk(2, dim=-1)
-    half = first.shape[-1]
-    rotated = states * cos
-    rotated[..., :half].addcmul_(second, sin[..., :half], value=-1)
-    rotated[..., half:].addcmul_(first, sin[..., half:])
-    return rotated

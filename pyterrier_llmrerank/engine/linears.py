@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from .devices import has_bf16
+from .elementwise import silu_times
 
 
 class PackedLinear(nn.Linear):
@@ -107,8 +108,9 @@ def linear_plus(layer: nn.Module, states: Tensor, term: Tensor) -> Tensor:
 def mlp_plus(mlp: Any, states: Tensor, term: Tensor) -> Tensor:
     """Compute ``mlp(states) + term`` for the gated MLP of a layer."""
     gate, up = mlp.gate_proj, mlp.up_proj
-    if not (isinstance(gate, PackedLinear) and isinstance(up, PackedLinear)):
-        return cast(Tensor, term + mlp(states))
     is_silu = mlp.config.hidden_act in ("silu", "swish")
+    if not (isinstance(gate, PackedLinear) and isinstance(up, PackedLinear)):
+        inner = silu_times(gate(states), up(states)) if is_silu else mlp.act_fn(gate(states)) * up(states)
+        return linear_plus(mlp.down_proj, inner, term)
     activated = gate.silu(states) if is_silu else mlp.act_fn(gate(states))
     return linear_plus(mlp.down_proj, up.times(states, activated), term)

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.functional import rms_norm
 
+from .elementwise import triton_kernels_for
+
 
 class RMSNorm(nn.Module):
     """Computes a decoder's norm with less work and, while the weight is frozen, its gradient too.
@@ -37,6 +39,10 @@ class _Normalise(Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.eps, scale = eps, None
+        fused = triton_kernels_for(states, weight)
+        if fused is not None:
+            ctx.save_for_backward(states, weight, scale)
+            return cast(Tensor, fused.normalise(states, weight, eps))
         if states.device.type == "cpu" and states.dtype != torch.float32:  # the mean of squares takes two passes
             wide = states.float()
             mean = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(wide.shape[-1])

@@ -7,7 +7,7 @@ above them raises where the host would wait for the device.
 from __future__ import annotations
 
 import ctypes
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
@@ -32,8 +32,8 @@ from pyterrier_llmrerank.checkpoints.tensors import TensorFiles
 from pyterrier_llmrerank.engine import (
     attention,
     decoder,
-    device_scorer,
     devices,
+    elementwise,
     fallback,
     kernels,
     packing,
@@ -115,6 +115,28 @@ class Event:
         self.asked.append(("wait", self.number))
 
 
+class Triton:
+    """In place of the kernels in Triton, operations on tensors of the same shapes; counts the calls."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+
+    def normalise(self, states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        self.calls["normalise"] += 1
+        return states * weight
+
+    def rotate(self, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        self.calls["rotate"] += 1
+        return states.addcmul_(cos[:, :, None], sin[:, :, None])
+
+    def silu_times(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        self.calls["silu_times"] += 1
+        return gate * up
+
+
+TRITON = Triton()
+
+
 @pytest.fixture(scope="module")
 def device_guard() -> Iterator[None]:
     """Let torch switch to a CUDA device. FakeTensorMode sees to it only in wheels with CUDA built in."""
@@ -150,6 +172,7 @@ def cuda(device_guard: None) -> Iterator[None]:
         raise Waits("torch.cuda.synchronize")
 
     Event.asked.clear()
+    TRITON.calls.clear()
     with ExitStack() as stack:
         for owner, name, stand_in in (
             (torch.Tensor, "pin_memory", pin_memory),
@@ -159,6 +182,8 @@ def cuda(device_guard: None) -> Iterator[None]:
             (torch.cuda, "device", lambda device: nullcontext()),
             (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
             (torch.cuda, "is_bf16_supported", lambda including_emulation=True: True),
+            (torch.backends.cuda, "is_flash_attention_available", lambda: True),
+            (elementwise, "_triton_kernels", lambda device: TRITON),
             (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
             (devices, "resolve_devices", lambda names: (CUDA,)),
             (devices, "has_bf16", lambda device: True),
@@ -311,16 +336,47 @@ def test_key_heads_are_repeated_where_no_flash_kernel_runs(
     monkeypatch.setattr(
         attention, "scaled_dot_product_attention", lambda query, key, value, **options: calls.append((key, options))
     )
-    query = torch.empty(2, 8, 16, 4, device=CUDA, dtype=getattr(torch, dtype))
+    query = torch.empty(2, 8, 16, 8, device=CUDA, dtype=getattr(torch, dtype))
     with pytest.raises(AttributeError):  # the stand-in returns nothing
         attention._sdpa(query, query[:, :2], query[:, :2], None, 1.0, window, 0.0)
     [(key, options)] = calls
     assert (key.shape[1], options["enable_gqa"]) == ((8, False) if repeated else (2, True))
 
 
-def test_attention_over_the_packed_row_never_waits(cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_scorer, "kernel_of", lambda *_: kernels.packed_flash)
-    scored(pooled(batch_size=3, prune={2: 2}))
+@pytest.mark.parametrize("name", SHAPES)
+def test_attention_runs_over_the_packed_row_where_torch_has_flash(
+    cuda: None, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Not in fp32, and not while masked padding is in the sequence."""
+    calls: Counter[str] = Counter()
+    for module, kernel in ((attention, "packed_flash"), (attention, "_sdpa")):
+        real = getattr(module, kernel)
+
+        def counted(*arguments: Any, kernel: str = kernel, real: Callable[..., Any] = real) -> Any:
+            calls[kernel] += 1
+            return real(*arguments)
+
+        monkeypatch.setattr(module, kernel, counted)
+        if kernel == "packed_flash":
+            monkeypatch.setattr(kernels, kernel, counted)  # Layout compares them
+    scored(SHAPES[name]())
+    wanted = {"fp32": {"_sdpa"}, "as released": {"_sdpa", "packed_flash"}, "eager": set()}
+    assert {*calls} == wanted.get(name, {"packed_flash"})
+
+
+def test_element_wise_work_runs_in_triton(cuda: None) -> None:
+    """In every layer, and in the norm before the head; never with another dtype than the weight's."""
+    scored(MatroyshkaReranker(FULL, cutoff=3))
+    assert TRITON.calls == {"normalise": 7, "rotate": 6, "silu_times": 3}
+    TRITON.calls.clear()
+    states = torch.empty(1, 4, 2, 8, device=CUDA, dtype=torch.bfloat16)
+    table = states[:, :, 0].contiguous()
+    strided = states.mT.contiguous().mT
+    for given, angles in ((states, table.float()), (states.double(), table.double()), (strided, table)):
+        with torch.inference_mode():
+            assert elementwise.rotate(given, angles, angles).dtype == torch.promote_types(given.dtype, angles.dtype)
+    elementwise.silu_times(states, states)  # with gradients
+    assert not TRITON.calls
 
 
 @pytest.mark.parametrize("quantization", [None, "int8"])
@@ -433,16 +489,21 @@ Fault = Callable[[pytest.MonkeyPatch], None]
 
 
 def _of_kernel(change: Callable[[torch.Tensor], Any]) -> Fault:
-    """Let something be done with the queries in attention."""
+    """Let something be done with the queries in attention, by flash in scoring and by SDPA in training."""
 
     def plant(patch: pytest.MonkeyPatch) -> None:
-        sound = attention.scaled_dot_product_attention
+        flash, sdpa = attention.Layout.attend_packed, attention.scaled_dot_product_attention
 
-        def faulty(query: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        def faulty_flash(layout: attention.Layout, query: torch.Tensor, *rest: Any) -> torch.Tensor:
             change(query)
-            return sound(query, *rest, **options)
+            return flash(layout, query, *rest)
 
-        patch.setattr(attention, "scaled_dot_product_attention", faulty)
+        def faulty_sdpa(query: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+            change(query)
+            return sdpa(query, *rest, **options)
+
+        patch.setattr(attention.Layout, "attend_packed", faulty_flash)
+        patch.setattr(attention, "scaled_dot_product_attention", faulty_sdpa)
 
     return plant
 

@@ -1,6 +1,7 @@
 """All attention kernels give the same as SDPA; a kernel that cannot run raises an error before scoring starts."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -84,7 +85,6 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     library = torch.library.Library("aten", "IMPL")
     library.impl("_flash_attention_forward", stand_in, "CPU")
-    monkeypatch.setattr(kernels, "check_packed", lambda *_: None)
     yield asked
     library._destroy()
 
@@ -93,7 +93,7 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 @torch.inference_mode()
 def test_attention_over_the_packed_row_equals_sdpa(packed: list[int], family: str) -> None:
     ours, _ = models(family)
-    kernel = kernels.kernel_of(kernels.VARLEN, CPU, torch.float32)
+    kernel: Any = kernels.packed_flash
     for pooled in ({}, {"compress_layers": {1, 3}, "compress_ratio": 2}):
         row = PackedPairs(pairs())
         wanted = decode(ours, row, [2, 4], **pooled)
@@ -120,11 +120,19 @@ def test_scores_over_the_packed_row_with_known_prefixes_and_cascades(
     assert len(packed) == 1  # the layer after the pooling; masked keys are left to SDPA
 
 
-def test_attention_over_the_packed_row_is_refused_where_torch_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_over_the_packed_row_is_the_usual_kernel_where_torch_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_capability", lambda device: (8, 6))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    of = partial(kernels.kernel_of, None)
+    assert [of(CUDA, dtype, 64) for dtype in (torch.bfloat16, torch.float16)] == [kernels.packed_flash] * 2
+    assert [of(CUDA, torch.float32, 64), of(CPU, torch.bfloat16, 64)] == [None, None]
+    assert [of(CUDA, torch.bfloat16, width) for width in (63, 264)] == [None, None]
+    assert kernels.kernel_of("sdpa", CUDA, torch.bfloat16, 64) is None
+    torch.backends.cuda.enable_flash_sdp(False)  # torch's own switch
+    assert of(CUDA, torch.bfloat16, 64) is None
+    torch.backends.cuda.enable_flash_sdp(True)
     monkeypatch.setattr(kernels, "_capability", lambda device: (7, 5))
-    for device, dtype in ((CPU, torch.bfloat16), (CUDA, torch.float32), (CUDA, torch.float16)):
-        with pytest.raises(ValueError, match=f"'varlen' cannot be used on {device} in {dtype}; it needs CUDA of"):
-            kernels.kernel_of(kernels.VARLEN, device, dtype)
+    assert of(CUDA, torch.bfloat16, 64) is None
 
 
 def test_cudnn_is_left_out_until_the_last_call_is_over() -> None:
@@ -151,7 +159,7 @@ def test_cudnn_is_left_out_until_the_last_call_is_over() -> None:
 def test_all_kernels_equal_sdpa(flash: list[int | None], family: str, name: str) -> None:
     ours, _ = models(family)
     calls = []
-    kernel = kernels.kernel_of(name, CPU, torch.float32)
+    kernel = kernels.kernel_of(name, CPU, torch.float32, 8)
 
     def counted(*arguments: Any) -> torch.Tensor:
         calls.append(1)
@@ -203,16 +211,16 @@ def test_flash_attention_that_cannot_run_is_refused(monkeypatch: pytest.MonkeyPa
             reranker(frame())
         cuda = torch.device("cuda")
         with pytest.raises(ValueError, match=f"'{name}' cannot be used in torch.float32; allowed: bfloat16, float16"):
-            kernels.kernel_of(name, cuda, torch.float32)
+            kernels.kernel_of(name, cuda, torch.float32, 8)
         with pytest.raises(ImportError, match=f"attn_implementation='{name}' needs the package flash-attn"):
-            kernels.kernel_of(name, cuda, torch.bfloat16)
+            kernels.kernel_of(name, cuda, torch.bfloat16, 8)
     monkeypatch.setitem(kernels.FLASH, FLASH, (lambda: True, "flash-attn"))
-    assert isinstance(kernels.kernel_of(FLASH, cuda, torch.bfloat16), kernels.Flash)
+    assert isinstance(kernels.kernel_of(FLASH, cuda, torch.bfloat16, 8), kernels.Flash)
 
 
 def test_flex_attention_that_cannot_run_is_refused() -> None:
     with pytest.raises(ValueError, match="attn_implementation='flex_attention' cannot be used on mps"):
-        kernels.kernel_of("flex_attention", torch.device("mps"), torch.float32)
+        kernels.kernel_of("flex_attention", torch.device("mps"), torch.float32, 8)
 
 
 def test_transformers_flash_function_accepts_the_call() -> None:

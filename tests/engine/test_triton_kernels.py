@@ -1,0 +1,96 @@
+"""The kernels in Triton: on a GPU, or else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+
+import pytest
+import torch
+from conftest import DEVICE
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_kernels import CONFIGS, models, pairs
+from torch import Tensor
+from torch.nn.functional import silu
+
+from pyterrier_llmrerank.engine import elementwise, norms
+from pyterrier_llmrerank.engine.decoder import decode
+from pyterrier_llmrerank.engine.packing import PackedPairs
+
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+few = partial(settings, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+
+
+@pytest.fixture(scope="module")
+def kernels() -> ModuleType:
+    pytest.importorskip("triton")
+    return importlib.import_module("pyterrier_llmrerank.engine.triton_kernels")
+
+
+def drawn(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE, dtype)
+
+
+def assert_rounded_once(got: Tensor, exact: Tensor) -> None:
+    """A result differs from the one in double precision by a rounding in its dtype."""
+    step = torch.finfo(got.dtype).eps
+    torch.testing.assert_close(got.double(), exact, rtol=step, atol=16 * torch.finfo(torch.float32).eps)
+
+
+@given(DTYPES, st.integers(1, 5), st.integers(1, 200))
+@few()
+def test_states_are_normalised(kernels: ModuleType, dtype: torch.dtype, rows: int, width: int) -> None:
+    states, weight = drawn(dtype, 1, rows, width), drawn(dtype, width)
+    wide = states.double()
+    exact = weight.double() * wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    assert_rounded_once(kernels.normalise(states, weight, 1e-5), exact)
+
+
+@given(DTYPES, st.integers(1, 5), st.integers(1, 9), st.integers(1, 40))
+@few()
+def test_heads_are_rotated_in_place(
+    kernels: ModuleType, dtype: torch.dtype, tokens: int, heads: int, half: int
+) -> None:
+    states = drawn(dtype, 1, tokens, heads, 2 * half)
+    cos, sin = drawn(dtype, 1, tokens, 2 * half), drawn(dtype, 1, 2 * half, tokens).mT.contiguous()
+    first, second = states.double().chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    exact = states.double() * cos.double()[:, :, None] + turned * sin.double()[:, :, None]
+    assert kernels.rotate(states, cos, sin) is states
+    assert_rounded_once(states, exact)
+
+
+@given(DTYPES, st.integers(1, 3000))
+@few()
+def test_a_gate_is_applied(kernels: ModuleType, dtype: torch.dtype, size: int) -> None:
+    gate, up = drawn(dtype, 1, size), drawn(dtype, 1, size + 1)[:, 1:].contiguous()
+    assert_rounded_once(kernels.silu_times(gate, up), silu(gate.double()) * up.double())
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@torch.inference_mode()
+def test_a_decoder_gives_the_same_with_them(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    ours, _ = models(family)
+    shape = {"compress_layers": {1}, "compress_ratio": 2}
+    wanted = decode(ours, PackedPairs(pairs()), [2, 3], **shape)
+    called: list[str] = []
+
+    def counted(name: str) -> Callable[..., Tensor]:
+        def call(*arguments: object) -> Tensor:
+            called.append(name)
+            result: Tensor = getattr(kernels, name)(*arguments)
+            return result
+
+        return call
+
+    fused = ModuleType("fused")
+    for name in ("normalise", "rotate", "silu_times"):
+        setattr(fused, name, counted(name))
+    for module in (elementwise, norms):
+        monkeypatch.setattr(module, "triton_kernels_for", lambda *_: fused)
+    got = decode(ours, PackedPairs(pairs()), [2, 3], **shape)
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+    assert (called.count("rotate"), called.count("silu_times")) == (6, 3)
