@@ -16,7 +16,7 @@ from rerank_run import with_title
 
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker
 from pyterrier_llmrerank.checkpoints.input_format import InputFormat
-from pyterrier_llmrerank.engine.operations import Operations
+from pyterrier_llmrerank.engine.flops import Operations
 
 
 class System(NamedTuple):

@@ -29,7 +29,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Mist
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker, tune
 from pyterrier_llmrerank.checkpoints import bundled
-from pyterrier_llmrerank.engine.operations import Operations
+from pyterrier_llmrerank.engine.flops import Operations
 from pyterrier_llmrerank.training.data import open_data
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
