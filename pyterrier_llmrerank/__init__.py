@@ -1,5 +1,7 @@
 """RankLLaMA and Matroyshka rerankers as PyTerrier transformers."""
 
+__version__ = "0.1.0"
+
 from .errors import ScoringError
 from .matroyshka import MatroyshkaReranker
 from .rankllama import RankLLaMAReranker

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
 import logging
 import os
 import sys
@@ -15,6 +14,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
+from . import __version__
 from .cli_options import ERRORS, OptionError, command_options, flag, flags, in_shell, naming, one_line, set_options
 from .matroyshka import MatroyshkaReranker
 from .options import options_of
@@ -69,7 +69,7 @@ app.add_typer(train, name="train")
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"llmrerank {importlib.metadata.version('pyterrier-llmrerank')}")
+        typer.echo(f"llmrerank {__version__}")
         raise typer.Exit
 
 

@@ -7,6 +7,7 @@ import contextlib
 import doctest
 import html
 import importlib
+import importlib.metadata
 import inspect
 import io
 import json
@@ -103,12 +104,13 @@ def test_pages_build_in_pyterriers_documentation(tmp_path: Path) -> None:
 
 
 def test_version_authors_and_citations_agree() -> None:
+    assert importlib.metadata.version("pyterrier-llmrerank") == pyterrier_llmrerank.__version__
     citation = yaml.safe_load((PAGES / "CITATION.cff").read_text(encoding="utf-8"))
-    assert citation["version"] == PROJECT["version"]
+    assert citation["version"] == pyterrier_llmrerank.__version__
     assert [author["name"] for author in citation["authors"]] == [author["name"] for author in PROJECT["authors"]]
     assert citation["license"] == PROJECT["license"]
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert re.findall(r"^## (\S+)", changes, re.MULTILINE)[0] == PROJECT["version"]
+    assert re.findall(r"^## (\S+)", changes, re.MULTILINE)[0] == pyterrier_llmrerank.__version__
     bibtex = "".join(code for _, code in blocks(PAGES / "citing.rst", "bibtex"))
     assert f"{{{PROJECT['version']}}}" in bibtex
     for work in citation["references"]:
@@ -235,8 +237,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def in_world(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def in_world(world: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A separate folder with the models, in which no hub, Java or real data is needed."""
+    tmp_path = tmp_path_factory.mktemp("page")  # it outlives the test: rerankers of later tests share these weights
     for path in (*world.iterdir(), ROOT / "examples"):
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)

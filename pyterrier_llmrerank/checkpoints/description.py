@@ -5,13 +5,13 @@ Every field is checked, and paths in it must be inside its own folder.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
+from .. import __version__
 from ..errors import short
 from ..values import RATIOS
 from .input_format import InputFormat, check_name
@@ -176,7 +176,7 @@ class Description:
             **{name: value for name in LENGTHS if (value := getattr(self, name)) is not None},
             "adapters": list(self.adapters),
             "token_adapters": {str(ratio): name for ratio, name in self.token_adapters},
-            "package_version": importlib.metadata.version("pyterrier-llmrerank"),
+            "package_version": __version__,
         }
         (folder / FILE).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
