@@ -112,7 +112,7 @@ def test_version_authors_and_citations_agree() -> None:
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert re.findall(r"^## (\S+)", changes, re.MULTILINE)[0] == pyterrier_llmrerank.__version__
     bibtex = "".join(code for _, code in blocks(PAGES / "citing.rst", "bibtex"))
-    assert f"{{{PROJECT['version']}}}" in bibtex
+    assert f"{{{pyterrier_llmrerank.__version__}}}" in bibtex
     for work in citation["references"]:
         assert re.sub(r"\W", "", work["title"]) in re.sub(r"\W", "", bibtex)
         assert all(f"{a['given-names']} {a['family-names']}" in bibtex.replace("\n ", "") for a in work["authors"])
