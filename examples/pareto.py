@@ -7,8 +7,6 @@ front are timed. The best of many shapes looks better than it is, so the last li
 that is best on the other folds.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 
@@ -17,13 +15,6 @@ from matplotlib import pyplot
 from rerank_run import load, with_title
 
 from pyterrier_llmrerank import MatroyshkaReranker, Tuning, tune
-
-
-def table(shapes: pd.DataFrame, measure: str) -> str:
-    """Format shapes as lines of a table."""
-    rounding = {measure: 4, "low": 4, "high": 4, "share": 3, "GFLOP": 1, "milliseconds": 0}
-    columns = ["cutoff", "compress_layers", "compress_ratio", "prune", *rounding]
-    return shapes.assign(GFLOP=shapes["operations"] / 1e9)[columns].round(rounding).to_string(index=False)
 
 
 def best_of(found: Tuning, name: str, shapes: pd.DataFrame) -> str:
@@ -56,32 +47,29 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("pareto.png"), help="file for the plot")
     arguments = parser.parse_args()
 
-    how = {"start_layer": arguments.start_layer, "dtype": arguments.dtype}
-    reranker = MatroyshkaReranker(arguments.model, verbose=True, **how)
+    deep = MatroyshkaReranker(arguments.model, start_layer=arguments.start_layer, dtype=arguments.dtype, verbose=True)
     size = (6 * len(arguments.folders), 4.5)
     figure, panels = pyplot.subplots(1, len(arguments.folders), figsize=size, squeeze=False)
     measured = []
     for folder, panel in zip(arguments.folders, panels[0], strict=True):
         topics, qrels, candidates = load(folder, arguments.run, arguments.candidates, arguments.queries)
         found = tune(
-            reranker, with_title(candidates), qrels, arguments.measure,
-            budget=arguments.budget, cutoffs=arguments.depths, compress_ratios=arguments.ratios,
-            keep=arguments.keep, timed=arguments.timed,
+            deep, with_title(candidates), qrels, arguments.measure, budget=arguments.budget, cutoffs=arguments.depths,
+            compress_ratios=arguments.ratios, keep=arguments.keep, timed=arguments.timed,
         )  # fmt: skip
-        found.plot(panel)
-        panel.set_title(f"{folder.name}, {len(topics)} queries, {arguments.candidates} candidates each")
+        found.plot(panel).set_title(f"{folder.name}, {len(topics)} queries, {arguments.candidates} candidates each")
         print(f"\n{panel.get_title()}: {len(found.shapes)} shapes, {len(found.front)} on the front")
         print(f"{arguments.run}: {found.measure} {found.first_stage:.4f}\n")
-        print(table(found.front, found.measure))
+        rounding = {found.measure: 4, "low": 4, "high": 4, "share": 3, "GFLOP": 1, "milliseconds": 0}
+        front = found.front.assign(GFLOP=found.front["operations"] / 1e9).round(rounding)
+        print(front[["cutoff", "compress_layers", "compress_ratio", "prune", *rounding]].to_string(index=False))
         affordable = found.shapes[found.shapes["share"] <= arguments.budget]
         is_cascade = affordable["prune"].str.len() > 0
         print(f"\nwithin {arguments.budget:.0%} of the operations of the full depth:")
         print(best_of(found, "best cascade", affordable[is_cascade]))
         print(best_of(found, "best without", affordable[~is_cascade]))
-        held = found.held_out(min(5, len(found.values)))
-        print(
-            f"chosen on other queries: {found.measure} {held.mean:.4f} ({held.low:.4f} to {held.high:.4f})", flush=True
-        )
+        mean, low, high, _ = found.held_out(min(5, len(found.values)))
+        print(f"chosen on other queries: {found.measure} {mean:.4f} ({low:.4f} to {high:.4f})", flush=True)
         measured.append(found.shapes.assign(collection=folder.name))
     figure.savefig(arguments.output, bbox_inches="tight", dpi=150)
     if arguments.csv:

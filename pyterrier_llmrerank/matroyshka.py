@@ -14,9 +14,9 @@ import pyterrier as pt
 
 from . import shapes
 from .checkpoints import bundled
-from .checkpoints.assembly import Assembly, token_adapter_for
 from .checkpoints.description import Description
 from .checkpoints.locate import absolute, is_hub_id, require, shortest
+from .checkpoints.matroyshka_parts import Assembly, token_adapter_for
 from .engine.inputs import PROMPT, MatroyshkaInputs
 from .features import PAPER, AtDepth, MatroyshkaFeatures
 from .frames import sigmoid
@@ -515,7 +515,7 @@ class MatroyshkaReranker(LLMReranker):
         parts = replace(parts, prompt=PROMPT if parts.prompt is None else parts.prompt)
         if not merged:
             return self._save_adapters(target, parts)
-        from .exports import write_depth, write_layer_wise
+        from .merged_models import write_depth, write_layer_wise
 
         if form is None:
             write_layer_wise(self._weights(), parts, target)

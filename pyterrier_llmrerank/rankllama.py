@@ -329,7 +329,7 @@ class RankLLaMAReranker(LLMReranker):
                 execution.
         """
         from .checkpoints.saving import all_or_nothing, copy_adapter
-        from .exports import write_rankllama
+        from .merged_models import write_rankllama
 
         weights, target = self._weights(), Path(folder).expanduser()
         described = {"input_format": self._form(), **self._lengths()}

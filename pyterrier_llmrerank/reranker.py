@@ -471,22 +471,14 @@ class LLMReranker(ValueSemantics, pt.Estimator):
         """
         import tempfile
 
-        from huggingface_hub import HfApi
-
         from .checkpoints.cards import Stated
-        from .checkpoints.saving import check_base, complete_card
+        from .checkpoints.uploading import upload
 
+        stated = Stated(datasets or (), license=license)
         with tempfile.TemporaryDirectory() as parent:
             folder = Path(parent) / "model"
             self.save(folder, merged=merged)
-            check_base(folder, repo_id)
-            api = HfApi(token=token)
-            url = api.create_repo(repo_id, private=private, exist_ok=True)  # the URL has the full id
-            complete_card(folder, url.repo_id, type(self).__name__, Stated(datasets or (), license=license))
-            api.upload_folder(  # replaces an earlier model with all its files
-                repo_id=url.repo_id, folder_path=folder, commit_message="Upload a reranker", delete_patterns="*"
-            )
-        return str(url)
+            return upload(folder, repo_id, type(self).__name__, stated, private=private, token=token)
 
     # -- weights: one copy for all rerankers, or one per device
 

@@ -17,7 +17,7 @@ from .matroyshka import MatroyshkaReranker
 from .runs.evaluation import Evaluation, Floats
 
 if TYPE_CHECKING:
-    from .engine.operations import Operations
+    from .engine.flops import Operations
 
 #: The most cutoffs to try if the user names none.
 CUTOFFS = 8
@@ -98,7 +98,7 @@ class Candidates:
 
     def operations(self, reranker: MatroyshkaReranker, depth: int) -> Operations:
         """Open ``depth`` layers, and return a counter of the operations that the pairs take."""
-        from .engine.operations import Operations
+        from .engine.flops import Operations
 
         scorer = reranker.scorer()
         queries = self._query_of_row[self.row_of_pair]

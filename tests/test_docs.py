@@ -139,7 +139,7 @@ ROOMS = [
     {"engine"},
     {"runs", "training", "scores", "replicas"},
     {"reranker"},
-    {"features", "exports"},
+    {"features", "merged_models"},
     {"matroyshka", "rankllama"},
     {"sweep"},
     {"tuning"},

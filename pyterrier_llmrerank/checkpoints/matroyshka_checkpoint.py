@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from ..errors import short
 from .adapters import Adapter
-from .assembly import Assembly, token_adapter_for
 from .checkpoint import EMBEDDINGS, Checkpoint, silence_warnings
 from .config import LAYER_WISE
 from .description import Description
 from .json_files import read_json
 from .locate import adapter_folder, folder_of, portable
+from .matroyshka_parts import Assembly, token_adapter_for
 
 
 def is_layer_wise(model: str) -> bool:

@@ -17,11 +17,10 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .cards import Stated, hub_card
 from .checkpoint import Checkpoint
 from .description import FILE, Description
 from .json_files import read_json
-from .locate import adapter_folder, is_hub_id, portable, without_revision
+from .locate import adapter_folder, portable, without_revision
 from .tensors import save_tensors
 from .tokenizer import VOCABULARIES, save_tokenizer
 
@@ -142,30 +141,6 @@ def describe_trained(
     description = checkpoint.description()
     parts = replace(description, base=checkpoint.base, adapters=merged, token_adapters=by_ratio, **inputs)
     parts.write(folder)
-
-
-def check_base(folder: Path, repo_id: str) -> None:
-    """Raise ValueError if a saved reranker opens on this machine alone, because its base is a local folder."""
-    base = read_json(folder / FILE)["base"]
-    if base is not None and not is_hub_id(base):
-        raise ValueError(
-            f"repo_id={repo_id!r}: the base {base!r} exists only on this machine; allowed: a base on the hub, or "
-            "merged=True."
-        )
-
-
-def complete_card(folder: Path, repo_id: str, name: str, stated: Stated) -> None:
-    """Write the model card of a saved reranker, or complete an existing card.
-
-    Args:
-        folder: the folder of the saved reranker.
-        repo_id: the repository that it is for, ``"owner/name"``.
-        name: the class that opens it.
-        stated: the user's facts about it.
-    """
-    description, path = read_json(folder / FILE), folder / "README.md"
-    card = path.read_text(encoding="utf-8") if path.is_file() else None
-    path.write_text(hub_card(card, description["kind"], name, description["base"], repo_id, stated), encoding="utf-8")
 
 
 def saved_files(folder: Path) -> list[str]:

@@ -23,12 +23,11 @@ from .fallback import FallbackDecoder
 from .inputs import Ids
 from .kernels import Kernel, kernel_of, packed_flash
 from .length_groups import STEP
-from .limits import Limits
 from .packing import PackedPairs, Packing, Row, regrouped
 from .pending import PendingResults
 from .prefetch import prefetch
 from .shape import Shape
-from .tokenising import ChunkTokenizer, TokenizedPairs
+from .tokenising import ChunkTokenizer, Limits, TokenizedPairs
 from .usage import Stopwatch, Usage
 from .weights import Weights
 

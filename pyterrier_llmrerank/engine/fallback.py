@@ -125,7 +125,7 @@ class FallbackDecoder(nn.Module):
         """Return the last real token's state at each cutoff.
 
         Args:
-            packed: the pairs, within the model's :class:`~pyterrier_llmrerank.engine.limits.Limits`.
+            packed: the pairs, within the model's :class:`~pyterrier_llmrerank.engine.tokenising.Limits`.
             cutoffs: how many layers to run before reading, ascending.
 
         Returns:

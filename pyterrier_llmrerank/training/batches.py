@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..engine.inputs import Ids
 from ..engine.packing import PackedPairs
-from .examples import Body, Group, read_example
+from .records import Body, Group, read_example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainingArguments
@@ -33,7 +33,7 @@ class Groups(torch.utils.data.Dataset[Group]):
     resumed run.
 
     Args:
-        records: rows for :func:`~pyterrier_llmrerank.training.examples.read_example`.
+        records: rows for :func:`~pyterrier_llmrerank.training.records.read_example`.
         size: passages in a group.
         seed: the seed for drawing groups.
         body: formats the passages.

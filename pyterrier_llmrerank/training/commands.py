@@ -24,7 +24,7 @@ from ..checkpoints.description import KINDS
 from .batches import Groups, draw_seed
 from .data import open_data
 from .matroyshka import CompensateTraining, DistillTraining
-from .output import find_resumed
+from .output_folder import find_resumed
 from .rankllama import RankLLaMATraining
 from .recipes import Recipe
 from .trainer import train

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.locate import HUB_ID
 from ..runs.text_files import malformed, objects
-from .examples import read_example
+from .records import read_example
 
 if TYPE_CHECKING:
     from datasets.arrow_dataset import Dataset

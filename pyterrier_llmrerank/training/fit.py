@@ -21,7 +21,7 @@ from ..engine.devices import resolve_device, resolve_dtype
 from .batches import Groups, draw_seed
 from .frames import check_qrels, records_of, validation_of
 from .matroyshka import MatroyshkaTraining
-from .output import adapter_alone
+from .output_folder import adapter_alone
 from .recipes import Recipe
 from .trainer import train
 from .validation import MeasuredArguments, keep_best, measured_every

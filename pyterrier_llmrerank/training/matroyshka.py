@@ -88,9 +88,9 @@ class MatroyshkaTraining(Recipe):
                 never conflict.
         """
         from ..checkpoints.adapters import Adapter
-        from ..checkpoints.assembly import Assembly
         from ..checkpoints.description import read_description
         from ..checkpoints.locate import folder_of
+        from ..checkpoints.matroyshka_parts import Assembly
 
         trained, folder, argument = None, folder_of(model, "model"), f"model={model!r}"
         if (folder / "adapter_config.json").is_file():

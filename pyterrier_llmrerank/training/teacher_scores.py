@@ -21,7 +21,7 @@ from ..errors import short
 from ..runs.journal import Block, JournaledFile, refuse_existing
 from ..runs.text_files import MAX_LINE, malformed, objects
 from ..values import is_finite
-from .examples import read_example
+from .records import read_example
 
 logger = logging.getLogger(__name__)
 

@@ -32,10 +32,10 @@ from ..engine.pending import to_host
 from ..engine.threads import fastest_threads
 from .batches import Batch, Collator, Groups
 from .callbacks import EarlyStopping, LogLines, NewEpoch, ProgressBar
-from .examples import Group
 from .lora import with_lora
-from .output import find_resumed, is_in, refuse_own_inputs, remove_runs
+from .output_folder import find_resumed, is_in, refuse_own_inputs, remove_runs
 from .recipes import Recipe
+from .records import Group
 from .resuming import SameSettings, fixed_settings
 from .validation import MEASURE, Validation
 
@@ -68,8 +68,8 @@ def train(
     Raises:
         ValueError: the checkpoint to resume from does not exist, has other settings or is beyond the last step; or the
             result cannot be uploaded as ``arguments`` ask.
-        FileExistsError: as :func:`~pyterrier_llmrerank.training.output.find_resumed`; or the run would remove the
-            model or adapter that it starts from.
+        FileExistsError: as :func:`~pyterrier_llmrerank.training.output_folder.find_resumed`; or the run would remove
+            the model or adapter that it starts from.
         FloatingPointError: as :class:`GroupTrainer`.
     """
     folder, resumed = Path(cast(str, arguments.output_dir)), find_resumed(arguments, overwrite)

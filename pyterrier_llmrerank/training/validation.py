@@ -12,7 +12,7 @@ from ir_measures import nDCG
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from .examples import Body, read_example
+from .records import Body, read_example
 
 MEASURE = "nDCG@10"
 

@@ -11,9 +11,8 @@ from pyterrier_llmrerank.engine import scoring
 from pyterrier_llmrerank.engine.call import ScoringCall
 from pyterrier_llmrerank.engine.decoder import decode
 from pyterrier_llmrerank.engine.inputs import Ids
-from pyterrier_llmrerank.engine.limits import Limits
 from pyterrier_llmrerank.engine.packing import PackedPairs
-from pyterrier_llmrerank.engine.tokenising import ChunkTokenizer
+from pyterrier_llmrerank.engine.tokenising import ChunkTokenizer, Limits
 from pyterrier_llmrerank.engine.usage import Observer
 
 FULL = MODELS / "costwise_full"

@@ -17,7 +17,7 @@ from pyterrier_llmrerank.engine.inputs import MatroyshkaInputs
 from pyterrier_llmrerank.training import DistillTraining, RankLLaMATraining
 from pyterrier_llmrerank.training.batches import Collator, Groups
 from pyterrier_llmrerank.training.data import COLUMNS, open_data, read_lines
-from pyterrier_llmrerank.training.examples import Example, read_example
+from pyterrier_llmrerank.training.records import Example, read_example
 
 MATROYSHKA = {"query": "q", "pos": ["p0", "p1"], "neg": ["n0", "n1", "n2"]}
 SCORED = {**MATROYSHKA, "pos_scores": [1.0, 2], "neg_scores": [0.1, 0.2, 0.3], "prompt": "Relevant?"}

@@ -20,7 +20,7 @@ from pyterrier_llmrerank.engine.packing import PackedPairs
 from pyterrier_llmrerank.training import CompensateTraining, DistillTraining, RankLLaMATraining
 from pyterrier_llmrerank.training.batches import Groups
 from pyterrier_llmrerank.training.lora import with_lora
-from pyterrier_llmrerank.training.output import find_resumed
+from pyterrier_llmrerank.training.output_folder import find_resumed
 from pyterrier_llmrerank.training.recipes import Recipe
 from pyterrier_llmrerank.training.trainer import GroupTrainer, train
 from pyterrier_llmrerank.training.validation import Validation

@@ -1,4 +1,4 @@
-"""Training examples: a query with its positives and negatives, read from either form of training data."""
+"""Training records: a query with its positives and negatives, read from either form of training data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Count the operations that scoring takes in a given shape, from the pairs' tokens and without running the model."""
+"""Count the operations (FLOPs) of scoring in a given shape, from the pairs' tokens and without running the model."""
 
 from __future__ import annotations
 

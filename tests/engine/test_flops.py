@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from pyterrier_llmrerank import MatroyshkaReranker
+from pyterrier_llmrerank.engine.flops import Layer, Operations
 from pyterrier_llmrerank.engine.inputs import Ids
-from pyterrier_llmrerank.engine.operations import Layer, Operations
 
 FULL = MatroyshkaReranker(MODELS / "costwise_full", dtype="float32")
 SHAPES: dict[str, dict[str, Any]] = {

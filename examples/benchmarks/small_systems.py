@@ -16,7 +16,7 @@ from rerank_run import with_title
 
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker
 from pyterrier_llmrerank.checkpoints.input_format import InputFormat
-from pyterrier_llmrerank.engine.operations import Operations
+from pyterrier_llmrerank.engine.flops import Operations
 
 
 class System(NamedTuple):
@@ -81,7 +81,7 @@ class MiniLM:
         matrices = sum(weight.numel() for weight in encoder.parameters() if weight.ndim > 1)
         attended = 4 * self.encoder.model.config.hidden_size * len(encoder.layer)
         texts = with_title(candidates)["text"].tolist() + candidates.drop_duplicates("qid")["query"].tolist()
-        lengths = [len(ids) for ids in self.encoder.ids(texts)]
+        lengths = [len(ids) for ids in self.encoder.tokenize(texts)["input_ids"]]
         work = sum(2 * matrices * length + attended * length * length for length in lengths)
         return {system.name: work / candidates["qid"].nunique() for system in self.systems}
 

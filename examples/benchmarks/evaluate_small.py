@@ -1,6 +1,6 @@
 """Measure the small models on whole collections: a table with significance, and a plot of quality against cost.
 
-    python examples/evaluate_small.py FOLDER [FOLDER ...] --output results --plot results/cost.png
+    python examples/benchmarks/evaluate_small.py FOLDER [FOLDER ...] --output results --plot results/cost.png
 
 Every query with judgements counts; the first stage is BM25, and its best candidates are reranked. A query without
 a judged candidate has the same value in any order, so that its candidates are not scored. A FOLDER
@@ -31,6 +31,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,10 +41,12 @@ import pandas as pd
 import pyterrier as pt
 import torch
 from pyterrier.measures import nDCG
-from rerank_run import load
-from small_systems import Model, System, models
 
 from pyterrier_llmrerank.checkpoints.bundled import reranker as folder_of_bundled
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from rerank_run import load
+from small_systems import Model, System, models
 
 #: Collections with so many relevant near-duplicates that fewer candidates are reranked.
 CANDIDATES = {"dev-insuranceqa": 20}
