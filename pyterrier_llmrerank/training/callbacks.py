@@ -6,9 +6,10 @@ import logging
 from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
 from .batches import Groups
-from .validation import MEASURE
+from .validation import MEASURE, measurements
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,8 @@ class NewEpoch(TrainerCallback):
 class EarlyStopping(TrainerCallback):
     """Stops a run after some measurements without an improvement; a resumed run counts the earlier ones too.
 
+    The last step is saved, as at the end of any run. A run that has stopped takes no step when it is resumed.
+
     Args:
         patience: the number of these measurements.
     """
@@ -34,11 +37,21 @@ class EarlyStopping(TrainerCallback):
     def __init__(self, patience: int) -> None:
         self.patience = patience
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count the measurements after the best one."""
-        values = [entry[f"eval_{MEASURE}"] for entry in state.log_history if f"eval_{MEASURE}" in entry]
-        if len(values) - 1 - values.index(max(values)) >= self.patience:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take no step if the run that is resumed has stopped."""
+        if self._is_exhausted(state):
             control.should_training_stop = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop, and save the last step."""
+        if self._is_exhausted(state):
+            control.should_training_stop = True
+            control.should_save |= args.save_strategy == SaveStrategy.STEPS
+
+    def _is_exhausted(self, state: Any) -> bool:
+        """Count the measurements after the best one."""
+        values = list(measurements(state).values())
+        return bool(values) and len(values) - 1 - values.index(max(values)) >= self.patience
 
 
 class ProgressBar(ProgressCallback):

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import TrainerCallback, TrainingArguments
 
@@ -18,7 +18,7 @@ from ..checkpoints.identity import fingerprint
 from ..checkpoints.json_files import read_json
 from .batches import Groups
 from .recipes import Recipe
-from .validation import Validation
+from .validation import MEASURE, Validation, measurements
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ class SameSettings(TrainerCallback):
         return f"the run began with {begun}, not {now}; {advice}"
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check that steps remain, and bring the state of a checkpoint up to date: its intervals, and its best weights.
+        """Bring the state of a checkpoint up to date: its intervals, and its best weights. Take no step beyond the last.
 
         The steps between saves, measurements and log lines may have changed, and the folder of the run may have moved.
         """
@@ -159,11 +159,29 @@ class SameSettings(TrainerCallback):
                 f"resume_from_checkpoint={str(self.resumed)!r}: step {state.global_step} is beyond max_steps="
                 f"{state.max_steps}; raise max_steps, or resume from an earlier checkpoint."
             )
+        if state.global_step == state.max_steps:
+            control.should_training_stop = True
         state.compute_steps(args, state.max_steps)
-        if self.resumed is not None and state.best_global_step:
-            best = self.resumed.parent / f"checkpoint-{state.best_global_step}"
-            if best.is_dir():
-                state.best_model_checkpoint = str(best)
+        if self.resumed is not None:
+            self._find_best(args, state)
+
+    def _find_best(self, args: Any, state: Any) -> None:
+        """Take the best checkpoint that exists as the best: weights that are lost must not outdo later ones."""
+        recorded, before = Path(state.best_model_checkpoint or ""), state.best_global_step
+        measured, kept = measurements(state), {}
+        for step in measured:
+            for folder in (cast(Path, self.resumed).parent / f"checkpoint-{step}", recorded):
+                if folder.name == f"checkpoint-{step}" and folder.is_dir():
+                    kept[step] = str(folder)
+                    break
+        best = max(kept, key=lambda step: measured[step], default=None)
+        if args.load_best_model_at_end and before is not None and best != before:
+            logger.warning(
+                "checkpoint-%d, with the best %s so far (%.4f), does not exist; the run continues with %s.",
+                before, MEASURE, state.best_metric, f"checkpoint-{best} as the best" if best else "none as the best",
+            )  # fmt: skip
+        state.best_global_step = best
+        state.best_metric, state.best_model_checkpoint = (measured[best], kept[best]) if best else (None, None)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record the settings."""

@@ -37,7 +37,7 @@ from .output_folder import find_resumed, is_in, refuse_own_inputs, remove_runs
 from .recipes import Recipe
 from .records import Group
 from .resuming import SameSettings, fixed_settings
-from .validation import MEASURE, Validation
+from .validation import MEASURE, Validation, measurements
 
 
 def train(
@@ -231,6 +231,11 @@ class GroupTrainer(Trainer):
                     f"the loss is {loss} {place}; earlier checkpoints are in {self.args.output_dir}."
                 )
 
+    def _run_epoch(self, *args: Any, **options: Any) -> None:
+        """Train for an epoch, unless a run that is resumed has ended."""
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **options)
+
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Measure nDCG@10 on all validation queries in each process; the first process's value counts for all."""
         validation = cast(Validation, eval_dataset or self.eval_dataset)
@@ -292,9 +297,8 @@ class GroupTrainer(Trainer):
 
     def _measured(self, steps: int) -> str | None:
         """Return the measure and its value after some steps; None if they were not measured."""
-        name = f"eval_{MEASURE}"
-        values = [entry[name] for entry in self.state.log_history if name in entry and entry["step"] == steps]
-        return f"{MEASURE} {values[-1]:.4f}" if values else None
+        value = measurements(self.state).get(steps)
+        return None if value is None else f"{MEASURE} {value:.4f}"
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log like the Trainer, and add the peak memory of the device or, on a CPU, of the process."""

@@ -9,7 +9,7 @@ from typing import Any
 import ir_measures
 import pandas as pd
 from ir_measures import nDCG
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from .records import Body, read_example
@@ -75,6 +75,12 @@ class Validation:
             pd.DataFrame(pairs, columns=["qid", "docno", "query", "body", "prompt"], dtype=object),
             pd.DataFrame(qrels, columns=["qid", "docno", "label"]),
         )
+
+
+def measurements(state: TrainerState) -> dict[int, float]:
+    """Return the measured nDCG@10 by step, in the order of measuring."""
+    name = f"eval_{MEASURE}"
+    return {int(entry["step"]): entry[name] for entry in state.log_history if name in entry}
 
 
 class MeasuredArguments(TrainingArguments):

@@ -168,6 +168,63 @@ def test_a_run_that_moved_keeps_its_best_weights(place: str, tmp_path: Path) -> 
     assert "nDCG@10 0.9000 on `data.jsonl`, after 2 steps." in (folder / "README.md").read_text()
 
 
+def result(folder: Path) -> dict[str, bytes]:
+    """The adapter that a run wrote, its card and its description."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.suffix != ".bin"} | {
+        "trainer_state.json": b""
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "values", "end"),
+    [
+        ("--max_steps 3 --save_steps 1 --eval_steps 1", [0.5, 0.6, 0.5], 3),
+        ("--max_steps 3 --save_steps 2 --eval_steps 1 --load_best_model_at_end False", [0.6, 0.5, 0.5], 3),
+        ("--max_steps 4 --save_strategy epoch --eval_strategy epoch", [0.5], 4),
+        ("--max_steps 8 --save_steps 1 --eval_steps 1 --patience 2", [0.9, 0.5, 0.5], 3),
+        ("--max_steps 8 --save_steps 4 --eval_steps 1 --patience 2", [0.5, 0.9, 0.5, 0.5], 4),
+        ("--max_steps 8 --save_steps 5 --eval_steps 1 --patience 2", [0.9, 0.5, 0.5], 3),
+        ("--max_steps 16 --save_steps 4 --eval_strategy epoch --patience 1", [0.9, 0.5], 8),
+    ],
+)
+def test_a_run_that_has_ended_takes_no_step(options: str, values: list[float], end: int, tmp_path: Path) -> None:
+    folder, options = tmp_path / "run", f"{options} --learning_rate 5e-3"
+    state = run(folder, options, values)
+    before, checkpoints = result(folder), saved(folder)
+    for _ in range(2):
+        again = run(folder, f"{options} --resume_from_checkpoint True", [0.95])
+        assert again["global_step"] == state["global_step"] == end
+        assert logged(again, "eval_nDCG@10") == logged(state, "eval_nDCG@10")
+        assert (result(folder), saved(folder)) == (before, checkpoints)
+
+
+def test_a_lost_best_checkpoint_does_not_outdo_later_ones(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder, options = tmp_path / "run", "--save_steps 2 --eval_steps 2 --max_steps"
+    run(folder, f"{options} 6", [0.9, 0.6, 0.5])
+    shutil.rmtree(folder / "checkpoint-2")
+    state = run(folder, f"{options} 6 --resume_from_checkpoint True")  # which takes no step
+    warning = "checkpoint-2, with the best nDCG@10 so far (0.9000), does not exist; the run continues with "
+    assert f"{warning}checkpoint-4 as the best." in caplog.messages
+    assert (state["best_global_step"], state["best_metric"]) == (4, 0.6)
+    assert "nDCG@10 0.6000 on `data.jsonl`, after 4 steps." in (folder / "README.md").read_text()
+    state = run(folder, f"{options} 10 --resume_from_checkpoint True", [0.7, 0.65])
+    assert (state["best_model_checkpoint"], state["best_metric"]) == (str(folder / "checkpoint-8"), 0.7)
+    kept, best = (load_file(each / "adapter_model.safetensors") for each in (folder, folder / "checkpoint-8"))
+    assert all(torch.equal(kept[name], tensor) for name, tensor in best.items())
+
+
+def test_a_best_measurement_that_was_not_saved_does_not_outdo_later_ones(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, options = tmp_path / "run", "--save_steps 2 --eval_steps 3"
+    run(folder, f"{options} --max_steps 4 --load_best_model_at_end False", [0.9, 0.5])
+    shutil.rmtree(folder / "checkpoint-4")
+    state = run(folder, f"{options} --max_steps 8 --resume_from_checkpoint True", [0.6, 0.8, 0.7])
+    assert (state["best_global_step"], state["best_metric"]) == (6, 0.8)
+    assert saved(folder) == [2, 3, 4, 6, 8]
+    assert not any("does not exist" in message for message in caplog.messages)
+
+
 @pytest.mark.parametrize("patience", [2, 3, 4])
 def test_patience_counts_measurements_before_an_interruption(patience: int, tmp_path: Path) -> None:
     options = "--save_steps 1 --eval_steps 1"
