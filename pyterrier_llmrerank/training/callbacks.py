@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from .batches import Groups
 from .validation import MEASURE, measurements
@@ -23,6 +23,24 @@ class NewEpoch(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Set the epoch."""
         self.groups.epoch = int(state.epoch or 0)
+
+
+class SaveAfterMeasuring(TrainerCallback):
+    """Saves the last step of an epoch after the measurement of the epoch, so that the checkpoint records it."""
+
+    def __init__(self) -> None:
+        self.due = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put off the checkpoint."""
+        ends = float(state.epoch).is_integer() or control.should_training_stop
+        self.due = control.should_save and ends and args.eval_strategy == IntervalStrategy.EPOCH
+        control.should_save &= not self.due
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save it."""
+        control.should_save |= self.due
+        self.due = False
 
 
 class EarlyStopping(TrainerCallback):

@@ -31,7 +31,7 @@ from ..engine.packing import PackedPairs, on_device
 from ..engine.pending import to_host
 from ..engine.threads import fastest_threads
 from .batches import Batch, Collator, Groups
-from .callbacks import EarlyStopping, LogLines, NewEpoch, ProgressBar
+from .callbacks import EarlyStopping, LogLines, NewEpoch, ProgressBar, SaveAfterMeasuring
 from .lora import with_lora
 from .output_folder import find_resumed, is_in, refuse_own_inputs, remove_runs
 from .recipes import Recipe
@@ -183,7 +183,7 @@ class GroupTrainer(Trainer):
             train_dataset=groups,
             eval_dataset=cast(Any, validation),
             data_collator=_Collate(self.collate),
-            callbacks=[NewEpoch(groups)],
+            callbacks=[NewEpoch(groups), SaveAfterMeasuring()],
         )
         for usual, ours in ((ProgressCallback, ProgressBar), (PrinterCallback, LogLines)):
             if any(type(callback) is usual for callback in self.callback_handler.callbacks):

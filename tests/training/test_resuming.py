@@ -213,16 +213,26 @@ def test_a_lost_best_checkpoint_does_not_outdo_later_ones(tmp_path: Path, caplog
     assert all(torch.equal(kept[name], tensor) for name, tensor in best.items())
 
 
-def test_a_best_measurement_that_was_not_saved_does_not_outdo_later_ones(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder, options = tmp_path / "run", "--save_steps 2 --eval_steps 3"
-    run(folder, f"{options} --max_steps 4 --load_best_model_at_end False", [0.9, 0.5])
-    shutil.rmtree(folder / "checkpoint-4")
-    state = run(folder, f"{options} --max_steps 8 --resume_from_checkpoint True", [0.6, 0.8, 0.7])
-    assert (state["best_global_step"], state["best_metric"]) == (6, 0.8)
-    assert saved(folder) == [2, 3, 4, 6, 8]
-    assert not any("does not exist" in message for message in caplog.messages)
+def test_a_best_measurement_that_was_not_saved_does_not_outdo_later_ones(tmp_path: Path) -> None:
+    folder, options = tmp_path / "run", "--save_steps 2 --eval_steps 1"
+    run(folder, f"{options} --max_steps 2 --load_best_model_at_end False", [0.9, 0.5])
+    state = run(folder, f"{options} --max_steps 6 --resume_from_checkpoint True", [0.6, 0.8, 0.6, 0.5])
+    assert (state["best_model_checkpoint"], state["best_metric"]) == (str(folder / "checkpoint-4"), 0.8)
+    assert saved(folder) == [2, 3, 4, 6]
+    assert "nDCG@10 0.8000 on `data.jsonl`, after 4 steps." in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("end", [8, 10])
+def test_a_checkpoint_at_an_epochs_end_records_the_measurement_of_the_epoch(end: int, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    options = "--save_steps 2 --eval_strategy epoch --lr_scheduler_type constant"
+    run(folder, f"{options} --max_steps {end}", [0.9, 0.5, 0.5])
+    assert saved(folder) == list(range(2, end + 1, 2))
+    for step in saved(folder):
+        state = json.loads((folder / f"checkpoint-{step}" / "trainer_state.json").read_text())
+        assert logged(state, "eval_nDCG@10") == [each for each in (4, 8, 10) if each <= step]
+    state = run(folder, f"{options} --max_steps 16 --patience 2 --resume_from_checkpoint True", [0.5, 0.5])
+    assert logged(state, "eval_nDCG@10") == ([4, 8, 12] if end == 8 else [4, 8, 10])
 
 
 @pytest.mark.parametrize("patience", [2, 3, 4])
