@@ -36,7 +36,7 @@ MAY_CHANGE = frozenset({
     "trackio_bucket_id", "trackio_static_space_id", "include_num_input_tokens_seen", "skip_memory_metrics", "debug",
     # At which steps the run saves, measures or stops early, and which weights it keeps. A step computes the same.
     "save_strategy", "save_steps", "save_total_limit", "save_only_model", "save_on_each_node", "enable_jit_checkpoint",
-    "eval_on_start", "per_device_eval_batch_size", "patience", "load_best_model_at_end",
+    "per_device_eval_batch_size", "patience", "load_best_model_at_end",
     "restore_callback_states_from_checkpoint",
     # How the same numbers are computed, up to rounding and, on another kind of device, dropout.
     "use_cpu", "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing",
@@ -183,11 +183,9 @@ class SameSettings(TrainerCallback):
         state.best_global_step = best
         state.best_metric, state.best_model_checkpoint = (measured[best], kept[best]) if best else (None, None)
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Record the settings."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if args.should_save and folder.is_dir():
-            (folder / self.FILE).write_text(json.dumps(self.settings, indent=2), encoding="utf-8")
+    def record(self, checkpoint: Path) -> None:
+        """Write the settings into a checkpoint."""
+        (checkpoint / self.FILE).write_text(json.dumps(self.settings, indent=2), encoding="utf-8")
 
 
 def has_constant_rate(settings: dict[str, Any]) -> bool:

@@ -90,7 +90,13 @@ class MeasuredArguments(TrainingArguments):
     """
 
     def __post_init__(self) -> None:
-        """Check the arguments as transformers does, except for intervals that differ, which our Trainer allows."""
+        """Check the arguments as transformers does, except for intervals that differ, which our Trainer allows.
+
+        Raises:
+            ValueError: ``eval_on_start`` is set: a resumed run would measure a step twice, and stop early.
+        """
+        if self.eval_on_start:
+            raise ValueError("eval_on_start=True; allowed: False. A run measures after its steps only.")
         best, self.load_best_model_at_end = self.load_best_model_at_end, False
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.load_best_model_at_end = best

@@ -323,6 +323,7 @@ def test_another_runs_output_is_left_alone(data: Path, tmp_path: Path, capsys: p
         (["--compress_ratios", "3"], "--compress_ratios 3; allowed: powers of two"),
         (["--start_layer", "9"], "start_layer=9"),
         (["--patience", "3"], "patience=3 needs eval_data"),
+        (["--eval_on_start"], "--eval_on_start; allowed: without it"),
         (["--load_best_model_at_end"], "--load_best_model_at_end needs eval_data"),
         (["--eval_data", "x", "--eval_strategy", "no"], "eval_strategy='no' measures nothing on eval_data; allowed:"),
         (["--eval_data", "x", "--eval_strategy", "no", "--patience", "2"], "eval_strategy='no' measures nothing on"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import MODELS, RECORDS, checkpointing
 from safetensors.torch import load_file, save_file
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from pyterrier_llmrerank.__main__ import main
 from pyterrier_llmrerank.training import DistillTraining, RankLLaMATraining
@@ -297,6 +297,20 @@ def test_settings_without_a_record_are_named(
     (checkpoint / "begun_with.json").unlink()
     SameSettings(settings(), checkpoint)
     assert ["has no begun_with.json: it cannot be checked" in message for message in caplog.messages] == [True]
+
+
+def test_a_complete_checkpoint_has_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is interrupted while it saves leaves a checkpoint that is refused, or one that can be compared."""
+    save, seen = TrainerState.save_to_json, []
+
+    def save_to_json(state: TrainerState, path: str) -> None:
+        seen.append((Path(path).parent / "begun_with.json").is_file())
+        save(state, path)
+
+    monkeypatch.setattr(TrainerState, "save_to_json", save_to_json)
+    run(tmp_path / "run", "--save_steps 1 --max_steps 2 --eval_steps 2")
+    assert seen == [True, True, False]  # both checkpoints, and the state beside the result
+    assert json.loads((tmp_path / "run" / "checkpoint-2" / "begun_with.json").read_text())["max_steps"] == 2
 
 
 def test_the_contents_of_a_deepspeed_file_are_recorded(tmp_path: Path) -> None:

@@ -312,6 +312,29 @@ def test_validation_scores_are_those_of_inference(tmp_path: Path) -> None:
     np.testing.assert_allclose(run.score_pairs([(*pair, "Relevant?") for pair in pairs]), other, atol=1e-4)
 
 
+def test_a_sharded_model_that_runs_out_of_memory_stops_at_once(tmp_path: Path) -> None:
+    """The other processes wait in the middle of the batch, so a smaller one would wait for them forever."""
+    run, batches = trainer(tmp_path), []
+    forward = run.model.forward
+
+    def short_of_memory(pairs: PackedPairs) -> Any:
+        batches.append(len(pairs))
+        if len(batches) == 1:
+            raise MemoryError
+        return forward(pairs)
+
+    run.model.forward = short_of_memory
+    pairs = [("panda", words(n, 3 + n), None) for n in range(8)]
+    assert len(run.score_pairs(pairs)) == 8
+    assert batches == [8, 4, 4]
+    batches.clear()
+    run.is_fsdp_enabled = True
+    with pytest.raises(RuntimeError, match="a batch of 8 pairs does not fit in memory, and the processes of a sharded"):
+        run.score_pairs(pairs)
+    assert batches == [8]
+    assert run.model.training
+
+
 def test_accumulation_is_averaging(tmp_path: Path) -> None:
     at_once = trainer(tmp_path, max_steps=2, per_device_train_batch_size=4)
     in_parts = trainer(tmp_path, max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2)
