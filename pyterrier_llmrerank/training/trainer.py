@@ -34,7 +34,7 @@ from ..errors import ScoringError
 from .batches import Batch, Collator, Groups
 from .callbacks import EarlyStopping, LogLines, NewEpoch, ProgressBar, SaveAfterMeasuring
 from .lora import with_lora
-from .output_folder import find_resumed, is_in, refuse_own_inputs, remove_runs
+from .output_folder import find_resumed, refuse_own_inputs, remove_runs
 from .recipes import Recipe
 from .records import Group
 from .resuming import SameSettings, fixed_settings
@@ -59,7 +59,7 @@ def train(
         groups: the training data.
         arguments: the Trainer's; ``resume_from_checkpoint`` resumes from a folder, or from the last checkpoint.
         validation: the data to measure nDCG@10 on; with ``load_best_model_at_end``, the best adapter is kept.
-        overwrite: remove an earlier run from the output folder first, unless it is the one to resume.
+        overwrite: remove an earlier run from the output folder first; of the run to resume, only later checkpoints.
         stated: the user's facts about the model, for its card.
         described: fields of the model's description that the user set, such as the lengths to score with.
 
@@ -90,8 +90,8 @@ def train(
     trainer = GroupTrainer(model, arguments, recipe, checkpoint, groups, validation, stated, described, same_settings)
     if recipe.patience is not None:
         trainer.add_callback(EarlyStopping(recipe.patience))
-    if overwrite and not is_in(folder, resumed) and arguments.should_save:
-        remove_runs(folder)
+    if overwrite and arguments.should_save:
+        remove_runs(folder, resumed)
     with without_cudnn(), fastest_threads(arguments.device):
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     trainer.save_state()
