@@ -83,6 +83,24 @@ def test_a_changed_setting_is_named(change: dict[str, Any], difference: str, che
         SameSettings(settings(**change), checkpoint)
 
 
+def test_another_number_of_processes_is_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    with pytest.raises(ValueError, match="the run began with processes=1, not 2; resume with the same"):
+        SameSettings(settings(), checkpoint)
+
+
+@pytest.mark.parametrize("changed", ["pairs", "qrels"])
+def test_other_validation_data_are_refused(changed: str, tmp_path: Path) -> None:
+    validation = Validation.of_records(RECORDS, DISTILL.body)
+    checkpoint = recorded(tmp_path / "checkpoint-1", settings(validation=validation))
+    SameSettings(settings(validation=Validation.of_records(RECORDS, DISTILL.body)), checkpoint)
+    column, value = {"pairs": ("body", "other"), "qrels": ("label", 2)}[changed]
+    frame = getattr(validation, changed).copy()
+    frame.loc[0, column] = value
+    with pytest.raises(ValueError, match=r"eval_data='\d+ records with .*', not '\d+ records"):
+        SameSettings(settings(validation=dataclasses.replace(validation, **{changed: frame})), checkpoint)
+
+
 def test_settings_that_change_no_weight_may_change(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
     harmless: dict[str, Any] = {
         "output_dir": "elsewhere", "logging_steps": 7, "save_steps": 3, "save_total_limit": 1, "report_to": "none",
@@ -153,6 +171,16 @@ def test_a_resumed_run_saves_measures_and_logs_at_the_new_steps(
     assert saved(tmp_path / "run") == saves
     assert logged(state, "eval_nDCG@10") == measures
     assert logged(state, "loss") == logs
+
+
+@pytest.mark.parametrize(("keeps", "saves"), [("True", [2, 5, 8]), ("False", [2, 8])])
+def test_improvements_are_saved_if_the_best_weights_are_kept(
+    keeps: str, saves: list[int], begun: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(begun, tmp_path / "run")
+    options = f"--max_steps 8 --save_steps 8 --eval_steps 5 --load_best_model_at_end {keeps}"
+    run(tmp_path / "run", f"{options} --resume_from_checkpoint True", [0.7, 0.6])
+    assert saved(tmp_path / "run") == saves
 
 
 @pytest.mark.parametrize("place", ["in the moved folder", "elsewhere"])
