@@ -185,11 +185,12 @@ def test_improvements_are_saved_if_the_best_weights_are_kept(
 
 @pytest.mark.parametrize("place", ["in the moved folder", "elsewhere"])
 def test_a_run_that_moved_keeps_its_best_weights(place: str, tmp_path: Path) -> None:
-    options = "--save_steps 1 --eval_steps 1 --max_steps 4"
-    run(tmp_path / "begun", options, [0.5, 0.9, 0.5, 0.5])
+    options = "--save_steps 1 --eval_steps 1"
+    run(tmp_path / "begun", f"{options} --max_steps 4", [0.5, 0.9, 0.5, 0.5])
     moved = (tmp_path / "begun").rename(tmp_path / "moved")
     folder = moved if place == "in the moved folder" else tmp_path / "elsewhere"
-    state = run(folder, f"{options} --resume_from_checkpoint {moved / 'checkpoint-4'}")
+    run(folder, f"{options} --max_steps 5 --resume_from_checkpoint {moved / 'checkpoint-4'}")
+    state = run(folder, f"{options} --max_steps 6 --resume_from_checkpoint True")
     assert state["best_model_checkpoint"] == str(moved / "checkpoint-2")
     kept, best = (load_file(each / "adapter_model.safetensors") for each in (folder, moved / "checkpoint-2"))
     assert all(torch.equal(kept[name], tensor) for name, tensor in best.items())
