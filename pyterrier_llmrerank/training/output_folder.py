@@ -38,8 +38,8 @@ def find_resumed(arguments: TrainingArguments, overwrite: bool = False) -> Path 
 
     Raises:
         ValueError: the checkpoint does not exist, or it has no state of the optimiser.
-        FileExistsError: ``output_dir`` holds a model; or ``overwrite`` is False, and ``output_dir`` holds another run or
-            a later checkpoint than the one to resume from.
+        FileExistsError: ``output_dir`` holds a model; or another run, or a later checkpoint than the one to resume
+            from, and ``overwrite`` is False.
     """
     folder, asked = Path(cast(str, arguments.output_dir)), arguments.resume_from_checkpoint
     resumed = None

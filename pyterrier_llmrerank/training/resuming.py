@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from transformers import TrainerCallback, TrainingArguments
 
@@ -150,7 +150,7 @@ class SameSettings(TrainerCallback):
         return f"the run began with {begun}, not {now}; {advice}"
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Bring the state of a checkpoint up to date: its intervals, and its best weights. Take no step beyond the last.
+        """Bring the state of a checkpoint up to date: its intervals, and its best weights. Take no step after the last.
 
         The steps between saves, measurements and log lines may have changed, and the folder of the run may have moved.
         """
@@ -163,14 +163,14 @@ class SameSettings(TrainerCallback):
             control.should_training_stop = True
         state.compute_steps(args, state.max_steps)
         if self.resumed is not None:
-            self._find_best(args, state)
+            self._find_best(self.resumed.parent, args, state)
 
-    def _find_best(self, args: Any, state: Any) -> None:
+    def _find_best(self, run: Path, args: Any, state: Any) -> None:
         """Take the best checkpoint that exists as the best: weights that are lost must not outdo later ones."""
         recorded, before = Path(state.best_model_checkpoint or ""), state.best_global_step
         measured, kept = measurements(state), {}
         for step in measured:
-            for folder in (cast(Path, self.resumed).parent / f"checkpoint-{step}", recorded):
+            for folder in (run / f"checkpoint-{step}", recorded):
                 if folder.name == f"checkpoint-{step}" and folder.is_dir():
                     kept[step] = str(folder)
                     break

@@ -18,7 +18,11 @@ from huggingface_hub import HfApi
 from peft import PeftModel
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments, set_seed
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.integrations.deepspeed import (
+    is_deepspeed_zero3_enabled,
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
 from transformers.trainer_utils import HubStrategy
 
 from ..checkpoints.cards import Stated
@@ -237,7 +241,7 @@ class GroupTrainer(Trainer):
     def _run_epoch(self, *args: Any, **options: Any) -> None:
         """Train for an epoch, unless a run that is resumed has ended."""
         if not self.control.should_training_stop:
-            super()._run_epoch(*args, **options)
+            super()._run_epoch(*args, **options)  # type: ignore[no-untyped-call]
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Measure nDCG@10 on all validation queries in each process; the first process's value counts for all."""
@@ -263,7 +267,8 @@ class GroupTrainer(Trainer):
         rows = [encode[prompt](self.collate.tokenizer, [(query, body)])[0] for query, body, prompt in asked]
         scores = [float("nan")] * len(rows)
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        together = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()  # all processes compute each batch together
+        # All processes of FSDP or of DeepSpeed's stage 3 compute each batch together.
+        together = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()  # type: ignore[no-untyped-call]
         model = cast(nn.Module, self.model_wrapped if sharded else self.model)
         model.eval()
 

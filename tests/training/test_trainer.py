@@ -272,7 +272,7 @@ def test_a_run_continues_with_the_same_settings_only(tmp_path: Path) -> None:
     run(tmp_path / "other", overwrite=True, max_steps=3, resume_from_checkpoint=str(last), **constant)
     assert {path.name for path in (tmp_path / "other").glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-of-mine"}
     assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 2
-    with pytest.raises(FileExistsError, match=f"a later checkpoint than '{tmp_path}/checkpoint-1' is there .checkpoint-2"):
+    with pytest.raises(FileExistsError, match="a later checkpoint than '.*/checkpoint-1' is there .checkpoint-2"):
         run(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-1"), **constant)
     assert find_resumed(arguments(tmp_path, resume_from_checkpoint=str(last))) == last
     (last / "optimizer.pt").unlink()
