@@ -67,7 +67,7 @@ def test_a_large_call_runs_on_the_fastest_number_of_threads(monkeypatch: pytest.
         "run_layers",
         lambda *args, **options: ran.append(torch.get_num_threads()) or real(*args, **options),
     )
-    reranker, pairs = RERANKERS["plain"], [pair(i, 10, i) for i in range(4)]
+    reranker, pairs = MatroyshkaReranker(FULL, dtype="float32", device="cpu"), [pair(i, 10, i) for i in range(4)]
     torch.set_num_threads(3)
     try:
         small, large = reranker.compute_score(pairs[:3]), reranker.compute_score(pairs)
