@@ -180,6 +180,7 @@ def cuda(device_guard: None) -> Iterator[None]:
             (torch.cuda, "Event", Event),
             (torch.cuda, "synchronize", refuse),
             (torch.cuda, "device", lambda device: nullcontext()),
+            (torch.cuda, "current_device", lambda: 0),
             (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
             (torch.cuda, "is_bf16_supported", lambda including_emulation=True: True),
             (torch.backends.cuda, "is_flash_attention_available", lambda: True),
@@ -376,6 +377,8 @@ def test_element_wise_work_runs_in_triton(cuda: None) -> None:
         with torch.inference_mode():
             assert elementwise.rotate(given, angles, angles).dtype == torch.promote_types(given.dtype, angles.dtype)
     elementwise.silu_times(states, states)  # with gradients
+    with torch.inference_mode(), mock.patch.object(torch.cuda, "current_device", return_value=1):
+        elementwise.silu_times(states, states)
     assert not TRITON.calls
 
 
