@@ -372,7 +372,7 @@ def attending(name: str | None) -> Iterator[str | None]:
         mock.patch.object(scoring, "without_cudnn", nullcontext),
         nullcontext() if order is None else sdpa_kernel(order, set_priority=True),
     ):
-        yield None
+        yield "sdpa"
 
 
 # -- sections
