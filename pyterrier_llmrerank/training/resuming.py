@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
 from dataclasses import fields
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import TrainerCallback, TrainingArguments
 
 from ..checkpoints.checkpoint import Checkpoint
@@ -96,9 +96,19 @@ def fixed_settings(
     return as_recorded
 
 
-def digest(records: Iterable[Any]) -> str:
-    """Return the number of records and a digest of their contents."""
+def digest(records: Any) -> str:
+    """Return the number of records and a digest of their contents.
+
+    A table of the package datasets is hashed in blocks, several times faster than record by record.
+    """
     sha, count = hashlib.sha256(), 0
+    if hasattr(records, "with_format"):
+        for table in records.with_format("arrow").iter(batch_size=1000):
+            copy = table.combine_chunks().take(np.arange(len(table)))  # its bytes depend on the rows alone
+            for block in copy.to_batches():
+                sha.update(block.serialize())
+            count += len(table)
+        return f"{count} records of {records.column_names} with SHA-256 {sha.hexdigest()[:16]}"
     for record in records:
         sha.update(json.dumps(record, sort_keys=True, default=str).encode())
         count += 1

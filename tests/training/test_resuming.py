@@ -19,7 +19,7 @@ from pyterrier_llmrerank.training.batches import Groups
 from pyterrier_llmrerank.training.commands import parse
 from pyterrier_llmrerank.training.data import open_data
 from pyterrier_llmrerank.training.recipes import Recipe
-from pyterrier_llmrerank.training.resuming import LENGTH, MAY_CHANGE, SameSettings, fixed_settings
+from pyterrier_llmrerank.training.resuming import LENGTH, MAY_CHANGE, SameSettings, digest, fixed_settings
 from pyterrier_llmrerank.training.validation import Validation
 
 BASE = str(MODELS / "mistral_base")
@@ -313,6 +313,25 @@ def test_models_and_data_are_compared_by_content(tmp_path: Path, caplog: pytest.
     assert caplog.messages == []
     with pytest.raises(ValueError, match=rf"contents of \['{begun}'\] \(fingerprints .*\), not of \['{other}'\]"):
         SameSettings(settings(base=other, records=data[0]), checkpoint)
+
+
+def test_the_digest_of_a_table_depends_on_its_rows_alone() -> None:
+    datasets = pytest.importorskip("datasets")
+    passages = [{"title": None, "text": "tea"}, {"title": "Pandas", "text": "bamboo"}]
+    forms: list[dict[str, Any]] = [{"query": "q", "pos": passages, "scores": None}]
+    forms += [{"query": None, "pos": passages[:1], "scores": [0.5]}, {"query": "tide", "pos": None, "scores": []}]
+    rows = [forms[number * number % 7 % 3] for number in range(1500)]
+    first = datasets.Dataset.from_list(rows)
+    table = first.features
+    tables = [
+        datasets.concatenate_datasets([datasets.Dataset.from_list(part, table) for part in (rows[:700], rows[700:])]),
+        datasets.Dataset.from_list(rows[-3:] + rows, table).select(range(3, 1503)),
+    ]
+    assert [digest(each) for each in tables] == [digest(first)] * 2
+    others = [rows[:-1], rows[1:] + rows[:1], [*rows[:-1], {**rows[-1], "query": "other"}]]
+    others += [[{**row, "pos": [passages[0] | {"title": ""}]} if row["query"] is None else row for row in rows]]
+    others += [[{**row, "scores": row["scores"] or None} for row in rows]]
+    assert len({digest(datasets.Dataset.from_list(other, table)) for other in [rows, *others]}) == 6
 
 
 def test_settings_without_a_record_are_named(
