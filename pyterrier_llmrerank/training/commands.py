@@ -193,7 +193,7 @@ def _set_defaults_by_others(parser: HfArgumentParser, argv: Sequence[str]) -> No
             raise ValueError(f"warmup_ratio={given.warmup_ratio}; allowed: a number from 0 to less than 1.")
         parser.set_defaults(warmup_steps=given.warmup_ratio)
     if given.eval_data:
-        parser.set_defaults(**measured_every(given.save_steps if given.eval_steps is None else given.eval_steps))
+        parser.set_defaults(**measured_every(given.eval_steps, given.save_steps))
 
 
 def main(command: str, argv: Sequence[str]) -> Path:

@@ -93,7 +93,7 @@ def fit(
     passages = sum(len(record["pos"]) + len(record["neg"]) for record in records)
     logger.info("Training on %d queries with %d passages; result in %s", len(records), passages, arguments.output_dir)
     groups = Groups(records, recipe.group_size, draw_seed(arguments), as_is)
-    if recipe.output_dir is not None or "output_dir" in recipe.arguments:
+    if recipe.output_dir is not None:
         return train(recipe, checkpoint, groups, arguments, measured, described=described)
     with adapter_alone(Path(str(arguments.output_dir))):
         return train(recipe, checkpoint, groups, arguments, measured, described=described)
@@ -147,7 +147,7 @@ def _arguments(
         run = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
         settings["output_dir"] = str(Path(pt.io.pyterrier_home()) / "llmrerank" / "trained" / run)
     if measured:
-        settings |= measured_every(recipe.eval_steps or recipe.save_steps)
+        settings |= measured_every(recipe.eval_steps, recipe.save_steps)
     arguments = MeasuredArguments(**{"load_best_model_at_end": None, **settings, **recipe.arguments})
     keep_best(arguments, recipe.patience, "validation results", measured)
     return arguments

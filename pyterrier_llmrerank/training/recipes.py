@@ -90,7 +90,9 @@ class Recipe(Declared, ABC):
         "relevant result",
         shell=False,
     )
-    arguments: Mapping[str, Any] = option({}, "further transformers.TrainingArguments by name, for fit", shell=False)
+    arguments: Mapping[str, Any] = option(
+        {}, "further transformers.TrainingArguments by name, for fit; none that is a setting of the recipe", shell=False
+    )
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -106,7 +108,12 @@ class Recipe(Declared, ABC):
         from transformers import TrainingArguments  # takes seconds to import
 
         allowed = [f.name for f in fields(TrainingArguments) if f.init]
+        own = {f.name for f in fields(self)}
         for name in self.arguments:
+            if name in own:
+                raise ValueError(
+                    f"arguments={dict(self.arguments)!r}: {name!r} is a setting of the recipe itself; set it there."
+                )
             if name not in allowed:
                 close = difflib.get_close_matches(str(name), allowed, 3, 0.0)
                 raise ValueError(

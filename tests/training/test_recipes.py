@@ -43,6 +43,11 @@ def test_defaults_are_the_original_programs() -> None:
         (RankLLaMATraining, {"seed": "x"}, "seed='x'"),
         (RankLLaMATraining, {"lora_dropout": 7}, "lora_dropout=7; allowed: a number from 0 to less than 1"),
         (RankLLaMATraining, {"arguments": {"max_step": 2}}, r"arguments=\{'max_step': 2\}: .* closest: max_steps,"),
+        (
+            RankLLaMATraining,
+            {"arguments": {"max_steps": 4}},
+            r"arguments=\{'max_steps': 4\}: 'max_steps' is a setting of",
+        ),
         (RankLLaMATraining, {"target_modules": "q_proj"}, "target_modules='q_proj'; allowed: a list of str"),
         (RankLLaMATraining, {"teacher_weight": -1}, "teacher_weight=-1; allowed: a number of at least 0"),
         (RankLLaMATraining, {"teacher_temperature": 0}, "teacher_temperature=0; allowed: a number above 0"),
