@@ -22,7 +22,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from ..checkpoints.cards import Stated
 from ..checkpoints.description import KINDS
 from .batches import Groups, draw_seed
-from .data import open_data
+from .data import check_scores, open_data
 from .matroyshka import CompensateTraining, DistillTraining
 from .output_folder import find_resumed
 from .rankllama import RankLLaMATraining
@@ -218,7 +218,8 @@ def main(command: str, argv: Sequence[str]) -> Path:
     checkpoint = recipe.open(sources.model_name_or_path, sources.raw_peft or [])
     recipe = recipe.following(checkpoint)
     with arguments.main_process_first(desc="reading the data"):
-        records = open_data("train_data", sources.train_data, sources.dataset_split, recipe.loss.needs_teacher)
+        records = open_data("train_data", sources.train_data, sources.dataset_split, bool(recipe.loss.teacher_settings))
+    check_scores("train_data", records)
     validation = None
     if sources.eval_data:
         validation = Validation.of_records(

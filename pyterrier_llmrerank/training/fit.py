@@ -21,6 +21,7 @@ from ..engine.devices import resolve_device, resolve_dtype
 from .batches import Groups, draw_seed
 from .frames import check_qrels, records_of, validation_of
 from .matroyshka import MatroyshkaTraining
+from .objectives import named
 from .output_folder import adapter_alone
 from .recipes import Recipe
 from .trainer import train
@@ -81,7 +82,7 @@ def fit(
     place = _one_device(device)  # raises before the slow steps
     qrels = check_qrels(training.qrels, "qrels_tr")
     records = records_of(training.results, qrels, training.bodies, recipe.min_label, recipe.text, training.text_field)
-    if recipe.loss.needs_teacher and "pos_scores" not in records[0]:
+    if recipe.loss.teacher_settings and "pos_scores" not in records[0]:
         recipe = _without_teacher(recipe)
     measured = None
     if validation is not None:
@@ -115,9 +116,9 @@ def _without_teacher(recipe: Recipe) -> Recipe:
     """Return the recipe that learns from labels alone; ValueError if a setting asks for a teacher."""
     needing = recipe.loss.teacher_settings
     if isinstance(recipe, MatroyshkaTraining) and recipe.train_method == type(recipe).train_method:
-        needing = needing[1:]  # the default method is replaced
+        del needing["train_method"]  # the default method is replaced
     if needing or not isinstance(recipe, MatroyshkaTraining):
-        raise ValueError(f"{', '.join(needing)}: the results have no column 'teacher', which it needs.")
+        raise ValueError(f"{named(needing)}: the results have no column 'teacher', which it needs.")
     method = recipe.train_method.removesuffix("_teacher")
     logger.info("The results have no column 'teacher': train_method=%r learns from their labels.", method)
     return dataclasses.replace(recipe, train_method=method)

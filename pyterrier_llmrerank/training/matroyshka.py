@@ -183,7 +183,8 @@ class DistillTraining(MatroyshkaTraining):
     """Train every layer from ``start_layer`` to rank, by cascaded self-distillation.
 
     Without teacher scores, ``fit`` uses the default method without its ``_teacher``. Training from files raises an
-    error, and so does ``fit`` with ``absolute_margin`` or another method that ends in ``_teacher``.
+    error, and so does ``fit`` with ``absolute_margin``, ``teacher_temperature`` or another method that ends in
+    ``_teacher``.
 
     >>> from pyterrier_llmrerank.training import DistillTraining
     >>> DistillTraining().train_method

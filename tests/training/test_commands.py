@@ -363,6 +363,17 @@ def test_errors_come_before_training(
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 
+def test_teacher_scores_are_in_all_records_or_in_none(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """distill_fix_layer learns from them if there are any, but a batch has them for all of its groups or for none."""
+    scored = [record | {"pos_scores": [1.0], "neg_scores": [0.0] * len(record["neg"])} for record in RECORDS[:2]]
+    data.write_text("".join(json.dumps(record) + "\n" for record in scored + RECORDS[2:]))
+    assert main(["train", *distill(data, tmp_path / "run")]) == 1
+    said = f"train_data: 6 of {len(RECORDS)} records have no pos_scores and neg_scores; allowed: teacher scores in all"
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("setting", [["--teacher_weight", "1"], ["--absolute_margin", "0"]])
 def test_rankllama_names_the_line_without_a_teachers_scores(
     setting: list[str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

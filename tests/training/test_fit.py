@@ -156,6 +156,8 @@ def test_fit_keeps_the_best_weights_at_any_intervals(
     ("kind", "settings", "named"),
     [
         ("matroyshka", {"train_method": "distill_final_layer_teacher"}, "train_method='distill_final_layer_teacher'"),
+        ("matroyshka", {"teacher_temperature": 2.0}, "teacher_temperature=2.0"),
+        ("matroyshka", {"train_method": "distill_last_layer", "teacher_temperature": 2.0}, "teacher_temperature=2.0"),
         ("matroyshka", {"absolute_margin": 1.5}, "absolute_margin=1.5"),  # with the default method, which is replaced
         (
             "matroyshka",
