@@ -27,6 +27,7 @@ from .matroyshka import CompensateTraining, DistillTraining
 from .output_folder import find_resumed
 from .rankllama import RankLLaMATraining
 from .recipes import Recipe
+from .resuming import MAY_CHANGE
 from .trainer import train
 from .validation import MeasuredArguments, Validation, keep_best, measured_every
 
@@ -135,7 +136,11 @@ def parse(command: str, argv: Sequence[str]) -> tuple[Recipe, Sources, TrainingA
     parser.set_defaults(**defaults, load_best_model_at_end=None)
     _set_defaults_by_others(parser, argv)
     sources, chosen, arguments, ignored = parser.parse_args_into_dataclasses(args=argv)
-    recipe = recipe_type(**vars(chosen), **{name: getattr(arguments, name) for name in defaults})
+    recipe = recipe_type(
+        **vars(chosen),
+        **{name: getattr(arguments, name) for name in (*defaults, "bf16")},
+        arguments=_further_arguments(parser, recipe_type, argv),
+    )
     for name, value in vars(ignored).items():
         if value is not None:
             logger.warning("--%s has no effect: %s", name, WITHOUT_EFFECT[name])
@@ -145,6 +150,14 @@ def parse(command: str, argv: Sequence[str]) -> tuple[Recipe, Sources, TrainingA
         raise ValueError("train_data is missing; expected JSON lines files, or a dataset's hub id.")
     keep_best(arguments, recipe.patience, "eval_data", bool(sources.eval_data))
     return recipe, sources, arguments
+
+
+def _further_arguments(parser: HfArgumentParser, recipe_type: type[Recipe], argv: Sequence[str]) -> dict[str, Any]:
+    """Return transformers' options that weights depend on, where a command line sets them and no recipe does."""
+    given = parser.parse_args(argv)  # TrainingArguments would change some values
+    elsewhere = MAY_CHANGE.union(f.name for f in dataclasses.fields(recipe_type))
+    values = {f.name: getattr(given, f.name) for f in dataclasses.fields(TrainingArguments) if f.name not in elsewhere}
+    return {name: value for name, value in values.items() if value != parser.get_default(name)}
 
 
 def _trainers() -> set[str]:

@@ -186,7 +186,9 @@ class Recipe(Declared, ABC):
         """
         from ..checkpoints.cards import adapter_card
 
-        settings = {name: value for name, value in self.arguments.items() if not name.endswith("_token")}
+        # The configurations of several devices may be paths of this machine.
+        left_out = ("_token", "_config", "deepspeed")
+        settings = {name: value for name, value in self.arguments.items() if not name.endswith(left_out)}
         recipe = replace(self, output_dir=None, text=None, arguments=settings)
         name = KINDS[checkpoint.kind]
         return adapter_card(checkpoint.kind, name, checkpoint.base, steps, repr(recipe), stated, measured, repo_id)

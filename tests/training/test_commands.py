@@ -27,7 +27,7 @@ from pyterrier_llmrerank.checkpoints.description import LENGTHS
 from pyterrier_llmrerank.checkpoints.input_format import InputFormat
 from pyterrier_llmrerank.checkpoints.json_files import read_json
 from pyterrier_llmrerank.engine.inputs import inputs_of
-from pyterrier_llmrerank.training import RankLLaMATraining
+from pyterrier_llmrerank.training import DistillTraining, RankLLaMATraining
 from pyterrier_llmrerank.training.commands import parse
 from pyterrier_llmrerank.training.trainer import GroupTrainer
 from pyterrier_llmrerank.training.validation import Validation
@@ -361,6 +361,20 @@ def test_errors_come_before_training(
     assert main(["train", *distill(data, tmp_path / "run", *change)]) == 1
     assert re.search(f"error: .*{message}", capsys.readouterr().err)
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+def test_a_card_names_the_settings_that_trained_the_model(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "fsdp.json").write_text("{}")
+    options = ["--weight_decay", "0.3", "--lr_scheduler_type", "cosine", "--bf16", "--optim", "adafactor"]
+    options += ["--max_grad_norm", "0.1", "--max_steps", "1", "--fsdp_config", str(tmp_path / "fsdp.json")]
+    assert main(["train", *distill(data, tmp_path / "run", *options)]) == 0
+    card = (tmp_path / "run" / "README.md").read_text()
+    (call,) = re.findall(r"^DistillTraining\(.*\)$", card, re.MULTILINE)
+    recipe = eval(call, {"DistillTraining": DistillTraining})
+    assert (recipe.bf16, recipe.max_steps, recipe.group_size) == (True, 1, 4)
+    settings = {"lr_scheduler_type": "cosine", "optim": "adafactor", "weight_decay": 0.3, "max_grad_norm": 0.1}
+    assert recipe.arguments == settings
+    assert str(tmp_path) not in card
 
 
 def test_teacher_scores_are_in_all_records_or_in_none(
