@@ -102,7 +102,7 @@ class MatroyshkaTraining(Recipe):
         elif adapters:
             argument = f"raw_peft={list(adapters)}"
         given = Description(kind="matroyshka", base=model, adapters=tuple(adapters))
-        assembly = Assembly(given, f"model={model!r}", training=True)
+        assembly = Assembly(given, f"model={model!r}")
         checkpoint = self.open_parts(assembly.parts(fetch=True), argument)
         if trained is not None:  # checked with the others, but trained rather than merged
             checkpoint.adapters, checkpoint.adapter = checkpoint.adapters[:-1], checkpoint.adapters[-1]

@@ -193,8 +193,12 @@ def test_compensation_may_follow_an_adapter_that_was_trained_on_longer_texts(
     assert ids_of(MatroyshkaReranker(token, dtype="float32"), long) == ids_of(
         MatroyshkaReranker(MISTRAL, start_layer=4, max_length=632, dtype="float32"), long
     )
+    both = MatroyshkaReranker(MISTRAL, adapters=[distilled, layer], dtype="float32")
+    assert ids_of(both, long) == ids_of(MatroyshkaReranker(layer, dtype="float32"), long)
+    assert both.compute_score(long) == MatroyshkaReranker(layer, dtype="float32").compute_score(long)
+    copy = shutil.copytree(MISTRAL, tmp_path / "copy")  # over another base, their order is not known
     with pytest.raises(ValueError, match="has query_max_length=384 and max_length=512, but .* give query_max_length"):
-        MatroyshkaReranker(MISTRAL, adapters=[distilled, layer], dtype="float32").compute_score(("panda", "a panda"))
+        MatroyshkaReranker(copy, adapters=[distilled, layer], dtype="float32").compute_score(("panda", "a panda"))
 
 
 def test_the_printed_call_opens_a_base_of_a_relative_name(
