@@ -176,7 +176,7 @@ def _parser(command: str, recipe_type: type[Recipe]) -> HfArgumentParser:
         ],
         namespace={"_argument_group_name": "recipe"},
     )
-    prog = f"python -m pyterrier_llmrerank train {command}"
+    prog = f"llmrerank train {command}"
     parser = HfArgumentParser(
         [Sources, options, TrainerOptions],  # type: ignore[list-item]
         prog=prog,

@@ -420,8 +420,8 @@ def test_help_begins_with_our_options_and_ends_with_examples(recipe: str, capsys
     assert len(runs) == 2
     for run in runs:
         words = run.split()
-        assert words[:5] == ["python", "-m", "pyterrier_llmrerank", "train", recipe]
-        _, sources, _ = parse(recipe, [*words[5:], "--use_cpu"])
+        assert words[:3] == ["llmrerank", "train", recipe]
+        _, sources, _ = parse(recipe, [*words[3:], "--use_cpu"])
         assert sources.model_name_or_path
 
 
