@@ -61,7 +61,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForSequenceClassification, LlamaConfig, MistralConfig, PreTrainedTokenizerFast
 
 from pyterrier_llmrerank.checkpoints.rankllama_checkpoint import RankLLaMACheckpoint
-from pyterrier_llmrerank.engine import attention, kernels, scoring
+from pyterrier_llmrerank.engine import attention, elementwise, kernels, scoring
 from pyterrier_llmrerank.engine.cascade import Cascade
 from pyterrier_llmrerank.engine.flops import Operations
 from pyterrier_llmrerank.engine.inputs import Ids, token_ids
@@ -81,6 +81,9 @@ BACKENDS: dict[str, list[SDPBackend] | None] = {
     "efficient": [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
     "math": [SDPBackend.MATH],
 }
+
+#: In place of a kernel's name: the package's choice of attention, and element-wise work by torch.
+WITHOUT_TRITON = "without Triton"
 
 
 # -- models and texts
@@ -356,6 +359,10 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 @contextmanager
 def attending(name: str | None) -> Iterator[str | None]:
     """Let SDPA prefer a backend, in place of the package's choice; yields the name of a kernel of the package."""
+    if name == WITHOUT_TRITON:
+        with mock.patch.object(elementwise, "_triton_kernels", return_value=None), attending(None) as own:
+            yield own
+        return
     if name not in BACKENDS:
         with kernels.without_cudnn():
             yield name
@@ -365,7 +372,7 @@ def attending(name: str | None) -> Iterator[str | None]:
         mock.patch.object(scoring, "without_cudnn", nullcontext),
         nullcontext() if order is None else sdpa_kernel(order, set_priority=True),
     ):
-        yield None
+        yield "sdpa"
 
 
 # -- sections
@@ -561,7 +568,7 @@ def measure_attention(bench: Bench, seconds: float) -> None:
 
 def measure_kernels(bench: Bench, model: Model, weights: Weights, seconds: float) -> None:
     """Full depth, end to end, with each kernel."""
-    names = [None, "sdpa", "torch", "cudnn"] if bench.device.type == "cuda" else [None, "math", "eager"]
+    names = [None, WITHOUT_TRITON, "sdpa", "torch", "cudnn"] if bench.device.type == "cuda" else [None, "math", "eager"]
     systems = [model.ours(name or "as the package chooses", weights, kernel=name) for name in names]
     able = bench.in_turns(systems, seconds)
     rows = bench.rows(able, len(model.pairs))

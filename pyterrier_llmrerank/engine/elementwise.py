@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import rms_norm, silu
 
 from ..errors import reason
 
@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary positions, without a gradient possibly in place.
+    """Apply rotary positions; without a gradient, ``states`` may be overwritten.
 
     Args:
         states: ``[1, tokens, heads, width]``.
@@ -27,9 +27,11 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         sin: its sine, of the same shape.
     """
     fused = triton_kernels_for(states, cos, sin)
-    if fused is not None:
-        rotated: Tensor = fused.rotate(states, cos, sin)
-        return rotated
+    rotated: Tensor = _rotate(states, cos, sin) if fused is None else fused.rotate(states, cos, sin)
+    return rotated
+
+
+def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos[:, :, None], sin[:, :, None]
     first, second = states.chunk(2, dim=-1)
     half = first.shape[-1]
@@ -48,23 +50,38 @@ def silu_times(gate: Tensor, up: Tensor) -> Tensor:
 
 def triton_kernels_for(*tensors: Tensor) -> ModuleType | None:
     """Return :mod:`~pyterrier_llmrerank.engine.triton_kernels` if they take these tensors, else None."""
-    first = tensors[0]
-    if first.device.type != "cuda" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    device, dtype = tensors[0].device, tensors[0].dtype
+    if device.type != "cuda" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    if first.dtype not in DTYPES or any(t.dtype != first.dtype or not t.is_contiguous() for t in tensors):
+    if dtype not in DTYPES or any(tensor.dtype != dtype or not tensor.is_contiguous() for tensor in tensors):
         return None
-    return _triton_kernels(first.device)
+    return _triton_kernels(device) if device.index == torch.cuda.current_device() else None
 
 
 @cache
 def _triton_kernels(device: torch.device) -> ModuleType | None:
-    """Return the kernels if they compile on a device; Triton comes with torch on Linux, and needs a C compiler."""
+    """Return the kernels if they compile on a device and give torch's results there.
+
+    Triton comes with torch on Linux, and needs a C compiler.
+    """
     try:
         from . import triton_kernels
 
-        ones: Any = torch.ones(1, 1, 1, 16, device=device)
-        triton_kernels.silu_times(ones, ones)
+        _check(triton_kernels, device)
     except Exception as error:
         logger.warning("Triton does not run on %s, so scoring is slower: %s", str(device), reason(error))
         return None
     return triton_kernels
+
+
+def _check(kernels: Any, device: torch.device) -> None:
+    """Run each kernel once, and compare its results with torch's."""
+    gate, up = torch.linspace(-3, 3, 240, device=device).sin().view(2, 1, 5, 24)
+    weight, heads = up[0, 0], gate.view(1, 5, 3, 8)
+    cos, sin = up[..., :8].contiguous(), up[..., 8:16].contiguous()
+    for got, wanted in (
+        (kernels.silu_times(gate, up), silu(gate) * up),
+        (kernels.normalise(gate, weight, 1e-6), rms_norm(gate, (24,), weight, 1e-6)),
+        (kernels.rotate(heads.clone(), cos, sin), _rotate(heads, cos, sin)),
+    ):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)

@@ -6,8 +6,6 @@ They work in fp32 and round once. A kernel's tensors are contiguous, on the curr
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -48,9 +46,12 @@ def silu_times(gate: Tensor, up: Tensor) -> Tensor:
     return product
 
 
-# One program for each row. A row's place may exceed 32 bits.
+# The kernels. Triton reads annotations, too: it knows its own alone.
+
+
 @triton.jit
-def _normalise(states: Any, weight: Any, normed: Any, eps: Any, width: Any, BLOCK: tl.constexpr) -> None:  # noqa: N803
+def _normalise(states, weight, normed, eps, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    """Normalise a row in each program. A row's place may exceed 32 bits."""
     column = tl.arange(0, BLOCK)
     inside = column < width
     place = tl.program_id(0).to(tl.int64) * width + column
@@ -60,11 +61,9 @@ def _normalise(states: Any, weight: Any, normed: Any, eps: Any, width: Any, BLOC
     tl.store(normed + place, wide * scale * factor, inside)
 
 
-# One program for each token.
 @triton.jit
-def _rotate(
-    states: Any, cos: Any, sin: Any, heads: Any, half: Any, HEADS: tl.constexpr, HALF: tl.constexpr  # noqa: N803
-) -> None:  # fmt: skip
+def _rotate(states, cos, sin, heads, half, HEADS: tl.constexpr, HALF: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    """Rotate a token's heads in each program."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]
     column = tl.arange(0, HALF)[None, :]
@@ -83,9 +82,9 @@ def _rotate(
     tl.store(second, right * cos_right + left * sin_right, inside)
 
 
-# One program for each block of elements.
 @triton.jit
-def _silu_times(gate: Any, up: Any, product: Any, size: Any, BLOCK: tl.constexpr) -> None:  # noqa: N803
+def _silu_times(gate, up, product, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    """Multiply a block of elements in each program."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < size
     wide = tl.load(gate + place, inside).to(tl.float32)

@@ -128,7 +128,7 @@ def test_a_change_of_an_adapters_description_is_seen(described: Path) -> None:
 def equal(ours: MatroyshkaReranker, wanted: MatroyshkaReranker) -> None:
     """Assert that two rerankers read the same ids and give the same scores, for texts beyond their lengths too."""
     assert ids_of(ours, LONG) == ids_of(wanted, LONG)
-    np.testing.assert_allclose(ours.compute_score([*PAIRS, *LONG]), wanted.compute_score([*PAIRS, *LONG]), atol=1e-5)
+    np.testing.assert_allclose(ours.compute_score([*PAIRS, *LONG]), wanted.compute_score([*PAIRS, *LONG]), atol=3e-5)
 
 
 @pytest.mark.parametrize("place", ["local", "hub"])

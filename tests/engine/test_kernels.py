@@ -106,9 +106,10 @@ def test_attention_over_the_packed_row_equals_sdpa(packed: list[int], family: st
 def test_scores_over_the_packed_row_with_known_prefixes_and_cascades(
     packed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shape = {"prune": {3: 3}, "compress_layers": 2, "compress_ratio": 2, "dtype": "float32"}
+    shape = {"prune": {3: 3}, "compress_layers": 2, "compress_ratio": 2, "dtype": "float32", "device": "cpu"}
     wanted = MatroyshkaReranker(FULL, **shape)(frame(2, 5))["score"]
-    released = MatroyshkaReranker(FULL, released=True, cutoff=4, compress_layers=2, compress_ratio=2, dtype="float32")
+    usual = {name: shape[name] for name in shape if name != "prune"}
+    released = MatroyshkaReranker(FULL, released=True, cutoff=4, **usual)
     padded = released(frame(2, 5))["score"]
     monkeypatch.setattr(device_scorer, "kernel_of", lambda *_: kernels.packed_flash)
     cascade = MatroyshkaReranker(FULL, batch_size=2, **shape)

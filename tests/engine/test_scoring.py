@@ -67,7 +67,7 @@ def test_a_large_call_runs_on_the_fastest_number_of_threads(monkeypatch: pytest.
         "run_layers",
         lambda *args, **options: ran.append(torch.get_num_threads()) or real(*args, **options),
     )
-    reranker, pairs = RERANKERS["plain"], [pair(i, 10, i) for i in range(4)]
+    reranker, pairs = MatroyshkaReranker(FULL, dtype="float32", device="cpu"), [pair(i, 10, i) for i in range(4)]
     torch.set_num_threads(3)
     try:
         small, large = reranker.compute_score(pairs[:3]), reranker.compute_score(pairs)
@@ -215,7 +215,7 @@ def test_ids_are_made_while_the_chunk_before_is_scored(monkeypatch: pytest.Monke
 def test_memory_does_not_grow_with_the_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither token ids nor hidden states are kept: they would take kilobytes per pair here."""
     monkeypatch.setattr(scoring, "CHUNK", 50)
-    reranker = MatroyshkaReranker(FULL, dtype="float32", cutoff=2, batch_size=25)
+    reranker = MatroyshkaReranker(FULL, dtype="float32", cutoff=2, batch_size=25, device="cpu")
     texts = [f"{words(i, 60)} {i}" for i in range(400)]
 
     def peak(count: int) -> int:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
@@ -68,6 +71,51 @@ def test_heads_are_rotated_in_place(
 def test_a_gate_is_applied(kernels: ModuleType, dtype: torch.dtype, size: int) -> None:
     gate, up = drawn(dtype, 1, size), drawn(dtype, 1, size + 1)[:, 1:].contiguous()
     assert_rounded_once(kernels.silu_times(gate, up), silu(gate.double()) * up.double())
+
+
+def test_kernels_are_used_only_if_their_results_are_torchs(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("pyterrier_llmrerank.engine.triton_kernels", kernels)
+    of_device = elementwise._triton_kernels.__wrapped__
+    assert of_device(DEVICE) is kernels
+    for name in ("normalise", "rotate", "silu_times"):
+        real = getattr(kernels, name)
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, name, lambda *arguments, real=real: real(*arguments) + 1e-3)
+            assert of_device(DEVICE) is None
+    assert [record.getMessage().startswith("Triton does not run on ") for record in caplog.records] == [True] * 3
+
+
+COMPILE = """
+import sys
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from pyterrier_llmrerank.engine import triton_kernels
+
+options = {"enable_fp_fusion": True}
+for name in ("_normalise", "_rotate", "_silu_times"):
+    kernel = getattr(triton_kernels, name)
+    for dtype in ("fp32", "bf16", "fp16"):
+        kinds, constants = {}, {}
+        for parameter in kernel.params:
+            numbers = {"eps": "fp32", **dict.fromkeys(("width", "heads", "half", "size"), "i32")}
+            kinds[parameter.name] = "constexpr" if parameter.is_constexpr else numbers.get(parameter.name, f"*{dtype}")
+            if parameter.is_constexpr:
+                constants[parameter.name] = 64
+        for capability in (75, 80, 90, 100):
+            target = GPUTarget("cuda", capability, 32)
+            assert compile(ASTSource(kernel, kinds, constants), target=target, options=options).asm["cubin"]
+print("compiled")
+"""
+
+
+def test_kernels_compile_for_gpus() -> None:
+    """Without one, and outside of the interpreter: its language is larger than the compiler's."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
+    assert done.stdout == "compiled\n", done.stderr
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -378,7 +378,8 @@ def killed_in(fatal: int | None, part: float) -> type[FileIO]:
 @pytest.mark.parametrize("name", ["run.tsv", "run.trec.gz"])
 def test_a_run_killed_in_any_write_resumes_to_the_same_bytes(name: str, source: Path, tmp_path: Path) -> None:
     draw, form = random.Random(name), "trec" if "trec" in name else "three"
-    rerank_file(MATROYSHKA, source, tmp_path / name, form=form)
+    reranker = MatroyshkaReranker(MODELS / "costwise_full", dtype="float32", cutoff=2, device="cpu")  # CUDA cannot fork
+    rerank_file(reranker, source, tmp_path / name, form=form)
     target = tmp_path / f"killed-{name}"
     for fatal in (1, 2, 3, 1, 4, None):  # journal lines and blocks alternate
         part = draw.random()
@@ -387,7 +388,7 @@ def test_a_run_killed_in_any_write_resumes_to_the_same_bytes(name: str, source: 
             journal.FileIO = killed_in(fatal, part)
             status = 1
             try:
-                rerank_file(MATROYSHKA, source, target, form=form, resume=True)
+                rerank_file(reranker, source, target, form=form, resume=True)
                 status = 0
             finally:
                 os._exit(status)

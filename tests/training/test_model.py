@@ -142,7 +142,8 @@ def test_the_deepest_layer_runs_for_last_tokens_alone_with_the_same_gradients(
         model = matroyshka("mistral_base", [], 2)
         monkeypatch.setattr(model, "runs_whole_layers", lambda whole=whole: whole)
         ran: list[torch.Size] = []
-        model.model.layers[-1].mlp.register_forward_hook(lambda _, inputs, __, ran=ran: ran.append(inputs[0].shape))
+        gate = model.model.layers[-1].mlp.gate_proj
+        gate.register_forward_hook(lambda _, inputs, __, ran=ran: ran.append(inputs[0].shape))
         model(batch, *shape).square().mean().backward()
         assert (ran[0].numel() == len(batch) * 64) is not whole
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
