@@ -175,14 +175,14 @@ def in_shell(message: str, names: Mapping[str, str], words: Sequence[str] = (), 
         return "without it" if found["false"] else ""  # an option is omitted instead of False or None
 
     own = [word.partition("=")[2] if word.startswith("--") else word for word in words]
-    own = [word for word in own if in_shell(word, names, repeat=repeat) != word]
+    own = [word for word in own if re.search("[={ ]", word)]  # "model" as a value says nothing about model='x'
     kept = "|".join([QUOTED, *(rf"(?<!\w){re.escape(word)}(?!\w)" for word in sorted(own, key=len, reverse=True))])
     parts = (
         rf"(?P<kept>{kept})",
-        rf"(?<![\w/'\"-])(?P<name>{'|'.join(names)})=(?P<value>{VALUE})?",
+        rf"(?<![^\s(])(?P<name>{'|'.join(names)})=(?P<value>{VALUE})?",
         r"(?P<pairs>\{\d+: \w+(?:, \d+: \w+)*\})",
         r"(?<=allowed: )(?P<false>False)",
-        r",? or None(?: for [^.;]*)?(?=[.;])",
+        r",? or None(?: for [^.;]*)?(?=[.;](?!\w))",
     )
     return re.sub("|".join(parts), spelled, message)
 

@@ -21,7 +21,7 @@ from .engine.inputs import PROMPT, MatroyshkaInputs
 from .features import PAPER, AtDepth, MatroyshkaFeatures
 from .frames import sigmoid
 from .options import Converted, Option, with_options
-from .reranker import LLMReranker, check_model, recipe_of, require_layerwise
+from .reranker import LLMReranker, check_model, recipe_of
 from .scores import Scores
 from .shapes import MatroyshkaShape
 from .values import (
@@ -427,9 +427,9 @@ class MatroyshkaReranker(LLMReranker):
         cutoffs = self.shape.check_layers(checkpoint.argument, with_head, checkpoint.layers)
         pools = self.shape.pools(cutoffs[-1])
         if pools:
-            require_layerwise(checkpoint, "compress_ratio", self.compress_ratio, "1, no compression")
+            checkpoint.require_layerwise("compress_ratio", self.compress_ratio, "1, no compression")
         if self.prune:
-            require_layerwise(checkpoint, "prune", dict(self.prune), "no cascade")
+            checkpoint.require_layerwise("prune", dict(self.prune), "no cascade")
         read, pad_id = tuple(sorted({*cutoffs, *dict(self.prune)})), None
         heads = tuple(with_head.index(layer) for layer in read)
         if self.released:

@@ -19,7 +19,6 @@ from .checkpoints.matroyshka_checkpoint import MatroyshkaCheckpoint
 from .checkpoints.saving import all_or_nothing, classifier_settings, write_merged
 from .engine.inputs import Encoding, MatroyshkaInputs, special_ids
 from .engine.weights import Weights, build_decoder
-from .reranker import require_layerwise
 
 #: Pairs whose ids show whether another program reads an exported tokenizer as intended.
 PROBES = [("what is tea?", "Leaves, 42 of them."), (" two  spaces\n", "naïve 大熊猫</s> don't"), ("", "")]
@@ -113,7 +112,7 @@ def write_rankllama(
 
 def _heads(weights: Weights) -> Tensor:
     """Return the heads, ``[heads, hidden]``; ValueError if the model cannot be merged or is untrained."""
-    require_layerwise(weights.checkpoint, "merged", True, "False")
+    weights.checkpoint.require_layerwise("merged", True, "False")
     return weights.checkpoint.heads(weights.checkpoint.tokenizer())
 
 

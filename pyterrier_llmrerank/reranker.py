@@ -199,7 +199,7 @@ class LLMReranker(ValueSemantics, pt.Estimator):
         for name, allowed in (("torch_compile", [False]), ("attn_implementation", [None, "sdpa"])):
             value = getattr(self, name)
             if value not in allowed:
-                require_layerwise(checkpoint, name, value, str(allowed[0]))
+                checkpoint.require_layerwise(name, value, str(allowed[0]))
 
     # -- frames and pairs
 
@@ -529,12 +529,3 @@ class LLMReranker(ValueSemantics, pt.Estimator):
 
     def _repr_value(self, name: str) -> Any:
         return shortest(self.model) if name == "model" else super()._repr_value(name)
-
-
-def require_layerwise(checkpoint: Checkpoint, name: str, value: object, allowed: str) -> None:
-    """Raise ValueError for an option's value if the checkpoint's layers cannot be run one by one."""
-    if not checkpoint.supports_layerwise:
-        raise ValueError(
-            f"{name}={value!r}: the layers of {checkpoint.argument} (model_type {checkpoint.config.model_type!r}) "
-            f"cannot be run one by one; allowed: {allowed}."
-        )

@@ -423,6 +423,20 @@ def test_quoted_texts_in_an_error_stay_as_they_are(quoted: str) -> None:
     assert cli_options.in_shell(message, names) == f"the model's qid is {quoted}; set --adapters"
 
 
+@pytest.mark.parametrize(
+    ("message", "words", "wanted"),
+    [
+        ("model='x': no", ["model"], "--model='x': no"),
+        ("x model=3: no", ["--output=x model=3"], "x model=3: no"),
+        ("url=http://x/?model=3&model=4: no (model=True)", [], "--url=http://x/?model=3&model=4: no (--model)"),
+        ("/a/b or None.txt: no", [], "/a/b or None.txt: no"),
+        ("b or None. txt: no; allowed: 1 or None.", ["b or None. txt"], "b or None. txt: no; allowed: 1."),
+    ],
+)
+def test_arguments_alone_are_spelled(message: str, words: list[str], wanted: str) -> None:
+    assert cli_options.in_shell(message, cli_options.flags("model", "url"), words) == wanted
+
+
 def test_names_of_files_in_an_error_stay_as_they_are(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("x").touch()
     for name in ("cutoff=20.txt", "this or None. allowed: False {8: 50}"):

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import inspect
 import json
+import logging
 import pickle
 import shutil
 import signal
@@ -29,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker, ScoringError
 from pyterrier_llmrerank.engine import device_scorer, pending, scoring
 from pyterrier_llmrerank.engine.packing import Row
+from pyterrier_llmrerank.engine.usage import Usage
 from pyterrier_llmrerank.options import options_of
 
 FULL = str(MODELS / "costwise_full")
@@ -114,6 +116,15 @@ def test_duplicate_rows_are_each_scored_and_run_once(monkeypatch: pytest.MonkeyP
     assert sum(seen) == 2
     assert got["score"].nunique() == 2
     assert sorted(got["rank"]) == list(range(6))
+
+
+def test_usage_is_written_out_only_for_a_log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    written = []
+    monkeypatch.setattr(Usage, "__str__", lambda usage: written.append(usage) or "")
+    for level, count in ((logging.WARNING, 0), (logging.INFO, 1)):
+        with caplog.at_level(level, "pyterrier_llmrerank"):
+            MATROYSHKA.compute_score(("a", "b"))
+        assert len(written) == count
 
 
 def test_a_frame_that_was_tokenised_before_has_the_same_scores() -> None:

@@ -187,11 +187,12 @@ def hub_card(card: str | None, kind: str, name: str, base: str | None, repo_id: 
             "Citation": citation(kind),
         }
         return compose(data, repo_id.partition("/")[2], sections)
-    written: Any = ModelCard(card.replace(FOLDER, repo_id), ignore_metadata_errors=False)
+    written: Any = ModelCard(card, ignore_metadata_errors=False)
     tags = sorted({*(written.data.tags or ()), *(data.tags or ())})
     for key, value in {**vars(data), "tags": tags}.items():
         if value is not None:
             setattr(written.data, key, value)
+    written.text = with_section(written.text, "Use", use_section(name, repo_id))  # it may name another repository
     for title, given_now in {"Data": stated.data, "Licence": stated.license}.items():
         if given_now:
             written.text = with_section(written.text, title, facts(stated)[title])

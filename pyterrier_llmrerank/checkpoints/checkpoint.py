@@ -95,6 +95,14 @@ class Checkpoint(MergedWeights, ABC):
         """Whether its layers can be run one by one; else transformers' own forward runs them all."""
         return self.config.model_type in FAMILIES
 
+    def require_layerwise(self, name: str, value: object, allowed: str) -> None:
+        """Raise ValueError for an option's value if the layers cannot be run one by one."""
+        if not self.supports_layerwise:
+            raise ValueError(
+                f"{name}={value!r}: the layers of {self.argument} (model_type {self.config.model_type!r}) cannot be "
+                f"run one by one; allowed: {allowed}."
+            )
+
     @property
     def layers(self) -> int:
         """The number of decoder layers."""

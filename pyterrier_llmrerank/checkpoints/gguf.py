@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyterrier as pt
+from filelock import FileLock
 
 from ..errors import reason, short
 from .families import FAMILIES
@@ -24,50 +25,63 @@ if TYPE_CHECKING:
 def dequantise(file: Path, argument: str = "model") -> Path:
     """Convert a GGUF file to a folder of fp32 safetensors, which is kept in PyTerrier's home.
 
-    Equal files are converted once, wherever they are: each environment may have the same model.
+    Equal files are converted once, whatever their names: each environment may have the same model. Of several processes
+    that ask for a model, one converts it while the others wait.
 
     Raises:
         ImportError: the ``gguf`` package is missing.
-        ValueError: the file cannot be read as a decoder of a known family.
+        ValueError: the file cannot be read as a decoder of a known family, or it changed while it was read.
     """
     if importlib.util.find_spec("gguf") is None:
         raise ImportError(f"{argument}={str(file)!r}: reading a GGUF file needs the gguf package: pip install gguf")
     file = file.resolve()
     refuse_pointer(file)
     home = Path(pt.io.pyterrier_home()) / "llmrerank"
-    stat = file.stat()
-    folder = home / f"{file.stem}-{_digest(file, stat.st_size, stat.st_mtime_ns)}"
+    state = _state(file)
+    folder = home / f"gguf-{_digest(file, state)}"
     if folder.is_dir():
         return folder
     home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=home) as temporary:
-        ready = Path(temporary) / "model"
-        try:
-            tokenizer, model = _read_gguf(file)
-        except Exception as error:  # a broken or hostile file makes its readers raise anything
-            raise ValueError(
-                f"{argument}={str(file)!r}: cannot be read as a GGUF language model: {reason(error)}"
-            ) from error
-        from .tokenizer import save_tokenizer  # transformers takes seconds to import
-
-        save_tokenizer(tokenizer, ready)
-        if hasattr(model.config, "quantization_config"):  # the weights written here are not quantised
-            del model.config.quantization_config
-        model.config.save_pretrained(ready)
-        save_tensors(dict(model.named_parameters()), ready / "model.safetensors")  # a tied head is listed once
-        try:
+    with FileLock(home / "gguf.lock"):
+        if folder.is_dir():  # another process has converted it
+            return folder
+        with tempfile.TemporaryDirectory(dir=home) as temporary:
+            ready = Path(temporary) / "model"
+            _convert(file, ready, argument)
+            if _state(file) != state:
+                raise ValueError(f"{argument}={str(file)!r} changed while it was read; try again when it is complete.")
             os.replace(ready, folder)
-        except OSError:  # another process was first
-            if not folder.is_dir():
-                raise
     return folder
 
 
+def _state(file: Path) -> tuple[int, int, int]:
+    """Return the inode, size and time of modification of a file, of which one changes with its contents."""
+    stat = file.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
 @cache
-def _digest(file: Path, size: int, modified: int) -> str:
-    """Return a digest of a file's contents; a file of the same size and time of modification is read once."""
+def _digest(file: Path, state: tuple[int, int, int]) -> str:
+    """Return a digest of a file's contents; a file in the same state is read once."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
+
+
+def _convert(file: Path, folder: Path, argument: str) -> None:
+    """Write the tokenizer, configuration and fp32 weights of a GGUF file into a new folder."""
+    try:
+        tokenizer, model = _read_gguf(file)
+    except Exception as error:  # a broken or hostile file makes its readers raise anything
+        raise ValueError(
+            f"{argument}={str(file)!r}: cannot be read as a GGUF language model: {reason(error)}"
+        ) from error
+    from .tokenizer import save_tokenizer  # transformers takes seconds to import
+
+    save_tokenizer(tokenizer, folder)
+    if hasattr(model.config, "quantization_config"):  # the weights written here are not quantised
+        del model.config.quantization_config
+    model.config.save_pretrained(folder)
+    save_tensors(dict(model.named_parameters()), folder / "model.safetensors")  # a tied head is listed once
 
 
 def _read_gguf(file: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:

@@ -26,12 +26,10 @@ class Assembly:
         given: the user's arguments; its base is the model as the user names it. Adapters replace the model's own and
             their token adapters.
         argument: the caller's argument for the model and its value, for messages.
-        training: whether the parts are trained on; they then have the lengths of the last described adapter, which was
-            trained over the adapters before it, and which may differ from theirs.
     """
 
-    def __init__(self, given: Description, argument: str, training: bool = False) -> None:
-        self.given, self.argument, self.training = given, argument, training
+    def __init__(self, given: Description, argument: str) -> None:
+        self.given, self.argument = given, argument
         self._model = bundled.base(str(given.base))
         self._fetched: dict[str, Path] = {}  # by reference
         self._known: dict[tuple[bool, bool], tuple[Hashable, Description]] = {}
@@ -69,6 +67,7 @@ class Assembly:
         if self.given.token_adapters:
             places += [("token_adapters", name, len(parts.adapters)) for _, name in parts.token_adapters]
         described: dict[str, list[Described]] = {"adapters": [], "token_adapters": []}
+        last: int | None = None  # the place of the last adapter that was trained over all before it
         for role, name, place in places:
             argument = f"{role}: {name!r}"
             found = self._local(name)
@@ -77,11 +76,13 @@ class Assembly:
             if found is not None and (found / "adapter_config.json").is_file():
                 adapter = Description.read(found, "matroyshka", argument)
                 if adapter is not None:
-                    self._check_place(adapter, found, parts.adapters[:place], str(parts.base), argument)
+                    over = self._check_place(adapter, found, parts.adapters[:place], str(parts.base), argument)
+                    if over and role == "adapters":
+                        last = len(described[role])
                     described[role].append((argument, adapter))
         parts = self._agreed(parts, [*described["adapters"], *described["token_adapters"]])
-        merged = described["adapters"]
-        if own is not None and not (own.adapters and merged):  # the model's own adapters are not replaced
+        merged = described["adapters"][last:]  # those before it may have been trained with other lengths
+        if own is not None and last is None and not (own.adapters and merged):  # its own adapters are not replaced
             merged = [(self.argument, own), *merged]
         if full_width and not merged and described["token_adapters"]:
             merged = [(f"{self.argument} at full width", Description(kind="matroyshka"))]
@@ -133,14 +134,13 @@ class Assembly:
         """Return the parts with the lengths on which all descriptions agree; given ones settle a conflict."""
         if not described:
             return parts
-        if self.training:
-            described = described[-1:]
         place, lengths = described[0][0], self._lengths(described[0][1])
         for other, own in described[1:]:
             if (differing := self._lengths(own)) != lengths:
                 raise ValueError(
                     f"{place} has query_max_length={lengths[0]} and max_length={lengths[1]}, but {other} has "
-                    f"{differing[0]} and {differing[1]}; give query_max_length and max_length."
+                    f"{differing[0]} and {differing[1]}; give query_max_length and max_length, or the base that they "
+                    "were trained on."
                 )
         own = described[0][1]
         return replace(
@@ -154,10 +154,11 @@ class Assembly:
         longest = self.given.max_length or own.max_length or MAX_LENGTH
         return self.given.query_max_length or own.query_max_length or longest * 3 // 4, longest
 
-    def _check_place(self, own: Description, folder: Path, before: Sequence[str], base: str, argument: str) -> None:
+    def _check_place(self, own: Description, folder: Path, before: Sequence[str], base: str, argument: str) -> bool:
         """Raise ValueError if an adapter is to be merged over other adapters than in training.
 
         A token adapter may be over more of them, such as a layer adapter. Over another base, their number may differ.
+        Return whether it has been checked: not over another base.
 
         Args:
             own: the description of the adapter.
@@ -167,7 +168,7 @@ class Assembly:
             argument: the caller's argument and its value, for messages.
         """
         if own.base != portable(base):
-            return
+            return False
         if "." in own.adapters:
             trained = own.adapters.index(".")
             if len(before) != trained:
@@ -175,13 +176,14 @@ class Assembly:
                     f"{argument} was trained on this base with {trained} adapters before it, but here it has "
                     f"{len(before)}; give all of them in order, or its folder as model."
                 )
-            return
+            return True
         merged = iter([self._local(name) or self._fetched.get(name) for name in before])
         if not all(any(_may_be_same(folder / name, other) for other in merged) for name in own.adapters):
             raise ValueError(
                 f"{argument} was trained on this base over {len(own.adapters)} adapters, which are not in order among "
                 f"the {len(before)} here: {list(before)}; allowed: at least copies of the adapters in {str(folder)!r}."
             )
+        return True
 
     def _local(self, name: str) -> Path | None:
         """Return the folder of an adapter: below the model's own, or at its path; None if it is on the hub."""

@@ -22,11 +22,12 @@ from transformers import HfArgumentParser, TrainingArguments
 from ..checkpoints.cards import Stated
 from ..checkpoints.description import KINDS
 from .batches import Groups, draw_seed
-from .data import open_data
+from .data import check_scores, open_data
 from .matroyshka import CompensateTraining, DistillTraining
 from .output_folder import find_resumed
 from .rankllama import RankLLaMATraining
 from .recipes import Recipe
+from .resuming import MAY_CHANGE
 from .trainer import train
 from .validation import MeasuredArguments, Validation, keep_best, measured_every
 
@@ -135,7 +136,11 @@ def parse(command: str, argv: Sequence[str]) -> tuple[Recipe, Sources, TrainingA
     parser.set_defaults(**defaults, load_best_model_at_end=None)
     _set_defaults_by_others(parser, argv)
     sources, chosen, arguments, ignored = parser.parse_args_into_dataclasses(args=argv)
-    recipe = recipe_type(**vars(chosen), **{name: getattr(arguments, name) for name in defaults})
+    recipe = recipe_type(
+        **vars(chosen),
+        **{name: getattr(arguments, name) for name in (*defaults, "bf16")},
+        arguments=_further_arguments(parser, recipe_type, argv),
+    )
     for name, value in vars(ignored).items():
         if value is not None:
             logger.warning("--%s has no effect: %s", name, WITHOUT_EFFECT[name])
@@ -145,6 +150,14 @@ def parse(command: str, argv: Sequence[str]) -> tuple[Recipe, Sources, TrainingA
         raise ValueError("train_data is missing; expected JSON lines files, or a dataset's hub id.")
     keep_best(arguments, recipe.patience, "eval_data", bool(sources.eval_data))
     return recipe, sources, arguments
+
+
+def _further_arguments(parser: HfArgumentParser, recipe_type: type[Recipe], argv: Sequence[str]) -> dict[str, Any]:
+    """Return transformers' options that weights depend on, where a command line sets them and no recipe does."""
+    given = parser.parse_args(argv)  # TrainingArguments would change some values
+    elsewhere = MAY_CHANGE.union(f.name for f in dataclasses.fields(recipe_type))
+    values = {f.name: getattr(given, f.name) for f in dataclasses.fields(TrainingArguments) if f.name not in elsewhere}
+    return {name: value for name, value in values.items() if value != parser.get_default(name)}
 
 
 def _trainers() -> set[str]:
@@ -163,7 +176,7 @@ def _parser(command: str, recipe_type: type[Recipe]) -> HfArgumentParser:
         ],
         namespace={"_argument_group_name": "recipe"},
     )
-    prog = f"python -m pyterrier_llmrerank train {command}"
+    prog = f"llmrerank train {command}"
     parser = HfArgumentParser(
         [Sources, options, TrainerOptions],  # type: ignore[list-item]
         prog=prog,
@@ -193,7 +206,7 @@ def _set_defaults_by_others(parser: HfArgumentParser, argv: Sequence[str]) -> No
             raise ValueError(f"warmup_ratio={given.warmup_ratio}; allowed: a number from 0 to less than 1.")
         parser.set_defaults(warmup_steps=given.warmup_ratio)
     if given.eval_data:
-        parser.set_defaults(**measured_every(given.save_steps if given.eval_steps is None else given.eval_steps))
+        parser.set_defaults(**measured_every(given.eval_steps, given.save_steps))
 
 
 def main(command: str, argv: Sequence[str]) -> Path:
@@ -218,7 +231,8 @@ def main(command: str, argv: Sequence[str]) -> Path:
     checkpoint = recipe.open(sources.model_name_or_path, sources.raw_peft or [])
     recipe = recipe.following(checkpoint)
     with arguments.main_process_first(desc="reading the data"):
-        records = open_data("train_data", sources.train_data, sources.dataset_split, recipe.loss.needs_teacher)
+        records = open_data("train_data", sources.train_data, sources.dataset_split, bool(recipe.loss.teacher_settings))
+    check_scores("train_data", records)
     validation = None
     if sources.eval_data:
         validation = Validation.of_records(

@@ -80,6 +80,20 @@ def open_data(argument: str, sources: Sequence[str], split: str = "train", teach
     return _from_files(files, teacher)
 
 
+def check_scores(argument: str, data: Dataset) -> None:
+    """Raise ValueError if some records have teacher scores and others have none.
+
+    The loss of a record would depend on the others in its batch, since a batch has scores for all groups or for none.
+    """
+    table: Any = data.data
+    without = table.column("pos_scores").null_count if "pos_scores" in data.column_names else 0
+    if 0 < without < len(data):
+        raise ValueError(
+            f"{argument}: {without} of {len(data)} records have no pos_scores and neg_scores; allowed: teacher scores "
+            "in all records, or in none."
+        )
+
+
 def _from_hub(name: str, split: str, teacher: bool) -> Dataset:
     from datasets.load import load_dataset
 

@@ -21,6 +21,7 @@ from ..engine.devices import resolve_device, resolve_dtype
 from .batches import Groups, draw_seed
 from .frames import check_qrels, records_of, validation_of
 from .matroyshka import MatroyshkaTraining
+from .objectives import named
 from .output_folder import adapter_alone
 from .recipes import Recipe
 from .trainer import train
@@ -81,7 +82,7 @@ def fit(
     place = _one_device(device)  # raises before the slow steps
     qrels = check_qrels(training.qrels, "qrels_tr")
     records = records_of(training.results, qrels, training.bodies, recipe.min_label, recipe.text, training.text_field)
-    if recipe.loss.needs_teacher and "pos_scores" not in records[0]:
+    if recipe.loss.teacher_settings and "pos_scores" not in records[0]:
         recipe = _without_teacher(recipe)
     measured = None
     if validation is not None:
@@ -93,7 +94,7 @@ def fit(
     passages = sum(len(record["pos"]) + len(record["neg"]) for record in records)
     logger.info("Training on %d queries with %d passages; result in %s", len(records), passages, arguments.output_dir)
     groups = Groups(records, recipe.group_size, draw_seed(arguments), as_is)
-    if recipe.output_dir is not None or "output_dir" in recipe.arguments:
+    if recipe.output_dir is not None:
         return train(recipe, checkpoint, groups, arguments, measured, described=described)
     with adapter_alone(Path(str(arguments.output_dir))):
         return train(recipe, checkpoint, groups, arguments, measured, described=described)
@@ -115,9 +116,9 @@ def _without_teacher(recipe: Recipe) -> Recipe:
     """Return the recipe that learns from labels alone; ValueError if a setting asks for a teacher."""
     needing = recipe.loss.teacher_settings
     if isinstance(recipe, MatroyshkaTraining) and recipe.train_method == type(recipe).train_method:
-        needing = needing[1:]  # the default method is replaced
+        del needing["train_method"]  # the default method is replaced
     if needing or not isinstance(recipe, MatroyshkaTraining):
-        raise ValueError(f"{', '.join(needing)}: the results have no column 'teacher', which it needs.")
+        raise ValueError(f"{named(needing)}: the results have no column 'teacher', which it needs.")
     method = recipe.train_method.removesuffix("_teacher")
     logger.info("The results have no column 'teacher': train_method=%r learns from their labels.", method)
     return dataclasses.replace(recipe, train_method=method)
@@ -147,7 +148,7 @@ def _arguments(
         run = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
         settings["output_dir"] = str(Path(pt.io.pyterrier_home()) / "llmrerank" / "trained" / run)
     if measured:
-        settings |= measured_every(recipe.eval_steps or recipe.save_steps)
+        settings |= measured_every(recipe.eval_steps, recipe.save_steps)
     arguments = MeasuredArguments(**{"load_best_model_at_end": None, **settings, **recipe.arguments})
     keep_best(arguments, recipe.patience, "validation results", measured)
     return arguments

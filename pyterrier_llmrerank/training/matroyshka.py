@@ -102,7 +102,7 @@ class MatroyshkaTraining(Recipe):
         elif adapters:
             argument = f"raw_peft={list(adapters)}"
         given = Description(kind="matroyshka", base=model, adapters=tuple(adapters))
-        assembly = Assembly(given, f"model={model!r}", training=True)
+        assembly = Assembly(given, f"model={model!r}")
         checkpoint = self.open_parts(assembly.parts(fetch=True), argument)
         if trained is not None:  # checked with the others, but trained rather than merged
             checkpoint.adapters, checkpoint.adapter = checkpoint.adapters[:-1], checkpoint.adapters[-1]
@@ -183,7 +183,8 @@ class DistillTraining(MatroyshkaTraining):
     """Train every layer from ``start_layer`` to rank, by cascaded self-distillation.
 
     Without teacher scores, ``fit`` uses the default method without its ``_teacher``. Training from files raises an
-    error, and so does ``fit`` with ``absolute_margin`` or another method that ends in ``_teacher``.
+    error, and so does ``fit`` with ``absolute_margin``, ``teacher_temperature`` or another method that ends in
+    ``_teacher``.
 
     >>> from pyterrier_llmrerank.training import DistillTraining
     >>> DistillTraining().train_method

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,15 +30,16 @@ class Loss(Protocol):
         """Whether the loss needs scores without compression."""
 
     @property
-    def teacher_settings(self) -> tuple[str, ...]:
-        """The settings that need a teacher's scores, with their values, for messages; empty if no setting does."""
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether the loss needs a teacher's scores."""
+    def teacher_settings(self) -> dict[str, Any]:
+        """The settings that need a teacher's scores, by name; empty if the loss needs none."""
 
     def __call__(self, student: Tensor, full: Tensor | None = None, teacher: Tensor | None = None) -> Tensor:
         """Compute the loss of ``[layers, groups, size]`` scores."""
+
+
+def named(settings: dict[str, Any]) -> str:
+    """Return settings with their values, for messages."""
+    return ", ".join(f"{name}={value!r}" for name, value in settings.items())
 
 
 def cross_entropy(scores: Tensor, target: Tensor | None = None) -> Tensor:
@@ -93,6 +94,9 @@ class DistilledLoss:
         teacher_temperature: divisor of the teacher's scores; above 1 flattens their distribution.
         absolute_margin: exclude a negative from the cross-entropy if its teacher score is above the positive's
             minus this margin; None keeps all.
+
+    Raises:
+        ValueError: ``teacher_temperature`` is set without ``teacher_weight``.
     """
 
     teacher_weight: float = 0.0
@@ -102,17 +106,19 @@ class DistilledLoss:
     #: RankLLaMA is trained at full width only.
     needs_full_pass: ClassVar[bool] = False
 
-    @property
-    def teacher_settings(self) -> tuple[str, ...]:
-        """The settings that need a teacher's scores, with their values, for messages."""
-        weight = [f"teacher_weight={self.teacher_weight}"] if self.teacher_weight > 0 else []
-        margin = [f"absolute_margin={self.absolute_margin}"] if self.absolute_margin is not None else []
-        return (*weight, *margin)
+    def __post_init__(self) -> None:
+        if self.teacher_temperature != 1 and not self.teacher_weight > 0:
+            raise ValueError(
+                f"teacher_temperature={self.teacher_temperature}: without teacher_weight, it has no effect; allowed: "
+                "1, or a teacher_weight above 0."
+            )
 
     @property
-    def needs_teacher(self) -> bool:
-        """Whether the loss needs a teacher's scores."""
-        return bool(self.teacher_settings)
+    def teacher_settings(self) -> dict[str, Any]:
+        """The settings that need a teacher's scores, by name."""
+        weight = {"teacher_weight": self.teacher_weight} if self.teacher_weight > 0 else {}
+        margin = {} if self.absolute_margin is None else {"absolute_margin": self.absolute_margin}
+        return {**weight, **margin}
 
     def __call__(self, student: Tensor, full: Tensor | None = None, teacher: Tensor | None = None) -> Tensor:
         """Compute the loss.
@@ -126,10 +132,10 @@ class DistilledLoss:
             ValueError: the teacher's scores are needed and missing.
         """
         scores = student[0]
-        if not self.needs_teacher:
+        if not self.teacher_settings:
             return cross_entropy(scores)
         if teacher is None:
-            raise ValueError(f"{', '.join(self.teacher_settings)} needs teacher scores; the data has none.")
+            raise ValueError(f"{named(self.teacher_settings)} needs teacher scores; the data has none.")
         teacher = teacher.to(scores.dtype)
         loss = cross_entropy(without(scores, likely_positives(teacher, self.absolute_margin)))
         if self.teacher_weight > 0:
@@ -159,7 +165,7 @@ class CascadeLoss:
             with ``_teacher``.
 
     Raises:
-        ValueError: the method is unknown, or has no teacher for ``absolute_margin``.
+        ValueError: the method is unknown, or has no teacher for ``absolute_margin`` or ``teacher_temperature``.
     """
 
     method: str = "distill_fix_layer_teacher"
@@ -169,7 +175,12 @@ class CascadeLoss:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"train_method={self.method!r}; allowed: {', '.join(METHODS)}.")
-        if self.absolute_margin is not None and not self.needs_teacher:
+        if self.teacher_temperature != 1 and not self.needs_full_pass:
+            raise ValueError(
+                f"teacher_temperature={self.teacher_temperature}: train_method={self.method!r} has no teacher; "
+                f"allowed: 1, or one of {', '.join(TARGETS)}, also with _teacher."
+            )
+        if self.absolute_margin is not None and not self._has_teacher:
             raise ValueError(
                 f"absolute_margin={self.absolute_margin}: train_method={self.method!r} has no teacher; allowed: None, "
                 "or a train_method that ends in _teacher."
@@ -181,15 +192,16 @@ class CascadeLoss:
         return self.method.startswith(TARGETS)
 
     @property
-    def teacher_settings(self) -> tuple[str, ...]:
-        """The settings that need a teacher's scores, with their values, for messages; the method is first."""
-        method = [f"train_method={self.method!r}"] if self.needs_teacher else []
-        margin = [f"absolute_margin={self.absolute_margin}"] if self.absolute_margin is not None else []
-        return (*method, *margin)
+    def teacher_settings(self) -> dict[str, Any]:
+        """The settings that need a teacher's scores, by name."""
+        method = {"train_method": self.method} if self._has_teacher else {}
+        temperature = {} if self.teacher_temperature == 1 else {"teacher_temperature": self.teacher_temperature}
+        margin = {} if self.absolute_margin is None else {"absolute_margin": self.absolute_margin}
+        return {**method, **temperature, **margin}
 
     @property
-    def needs_teacher(self) -> bool:
-        """Whether the loss needs a teacher's scores."""
+    def _has_teacher(self) -> bool:
+        """Whether each layer learns from a teacher's scores."""
         return self.method.endswith("_teacher")
 
     def __call__(self, student: Tensor, full: Tensor | None = None, teacher: Tensor | None = None) -> Tensor:
@@ -205,9 +217,8 @@ class CascadeLoss:
         """
         import torch
 
-        with_teacher = self.needs_teacher
-        if with_teacher and teacher is None:
-            raise ValueError(f"{', '.join(self.teacher_settings)} needs teacher scores; the data has none.")
+        if self.teacher_settings and teacher is None:
+            raise ValueError(f"{named(self.teacher_settings)} needs teacher scores; the data has none.")
         if self.needs_full_pass and full is None:
             raise ValueError(f"train_method={self.method!r} needs the scores of a full pass.")
         kind = self.method.removesuffix("_teacher")
@@ -222,11 +233,11 @@ class CascadeLoss:
             terms.append(cross_entropy(without(scores, excluded)))
             if not self.needs_full_pass:
                 continue
-            if soft is not None and (with_teacher or step == 0):
+            if soft is not None and (self._has_teacher or step == 0):
                 terms.append(cross_entropy(scores, soft))
             if target is not None:
                 terms.append(cross_entropy(scores, target))
-            if self._becomes_target(kind, step, with_teacher):
+            if self._becomes_target(kind, step, self._has_teacher):
                 assert full is not None
                 target = full[layer].detach().softmax(-1)
         return torch.stack(terms).sum()

@@ -61,6 +61,7 @@ class RankLLaMATraining(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.loss  # noqa: B018 # raises if the temperature has no effect
         if self.input_format is not None:
             check_name("input_format", self.input_format)
             self.form  # noqa: B018 # raises if options contradict each other

@@ -90,7 +90,9 @@ class Recipe(Declared, ABC):
         "relevant result",
         shell=False,
     )
-    arguments: Mapping[str, Any] = option({}, "further transformers.TrainingArguments by name, for fit", shell=False)
+    arguments: Mapping[str, Any] = option(
+        {}, "further transformers.TrainingArguments by name, for fit; none that is a setting of the recipe", shell=False
+    )
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -106,7 +108,12 @@ class Recipe(Declared, ABC):
         from transformers import TrainingArguments  # takes seconds to import
 
         allowed = [f.name for f in fields(TrainingArguments) if f.init]
+        own = {f.name for f in fields(self)}
         for name in self.arguments:
+            if name in own:
+                raise ValueError(
+                    f"arguments={dict(self.arguments)!r}: {name!r} is a setting of the recipe itself; set it there."
+                )
             if name not in allowed:
                 close = difflib.get_close_matches(str(name), allowed, 3, 0.0)
                 raise ValueError(
@@ -179,7 +186,9 @@ class Recipe(Declared, ABC):
         """
         from ..checkpoints.cards import adapter_card
 
-        settings = {name: value for name, value in self.arguments.items() if not name.endswith("_token")}
+        # The configurations of several devices may be paths of this machine.
+        left_out = ("_token", "_config", "deepspeed")
+        settings = {name: value for name, value in self.arguments.items() if not name.endswith(left_out)}
         recipe = replace(self, output_dir=None, text=None, arguments=settings)
         name = KINDS[checkpoint.kind]
         return adapter_card(checkpoint.kind, name, checkpoint.base, steps, repr(recipe), stated, measured, repo_id)

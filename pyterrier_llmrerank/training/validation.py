@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -93,20 +94,26 @@ class MeasuredArguments(TrainingArguments):
         """Check the arguments as transformers does, except for intervals that differ, which our Trainer allows.
 
         Raises:
-            ValueError: ``eval_on_start`` is set: a resumed run would measure a step twice, and stop early.
+            ValueError: ``eval_on_start`` is set, with which a resumed run would measure a step twice and stop early; or
+                ``eval_steps`` is not positive, which transformers would replace or never reach; or as transformers.
         """
         if self.eval_on_start:
             raise ValueError("eval_on_start=True; allowed: False. A run measures after its steps only.")
+        steps = self.eval_steps
+        if self.eval_strategy == IntervalStrategy.STEPS and steps is not None and not 0 < steps < math.inf:
+            raise ValueError(
+                f"eval_steps={steps}; allowed: a number above 0. It follows save_steps if it is not given."
+            )
         best, self.load_best_model_at_end = self.load_best_model_at_end, False
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.load_best_model_at_end = best
 
 
-def measured_every(steps: float) -> dict[str, Any]:
-    """Return the settings of a run that measures nDCG@10 after every few steps."""
+def measured_every(eval_steps: float | None, save_steps: float) -> dict[str, Any]:
+    """Return the settings of a run that measures nDCG@10 after every ``eval_steps``; for None, ``save_steps``."""
     return {
         "eval_strategy": "steps",
-        "eval_steps": steps,
+        "eval_steps": save_steps if eval_steps is None else eval_steps,
         "metric_for_best_model": f"eval_{MEASURE}",
         "greater_is_better": True,
     }
@@ -122,19 +129,47 @@ def keep_best(arguments: TrainingArguments, patience: int | None, data: str, giv
         given: whether there are validation data.
 
     Raises:
-        ValueError: there are validation data, but no measurements; or ``patience`` or ``load_best_model_at_end`` is
-            set, but nothing is measured or saved.
+        ValueError: there are validation data, but no measurements, or the weights to keep would not be those with the
+            highest nDCG@10; or a setting needs validation data, or saved weights, that the run does not have.
     """
-    if given and arguments.eval_strategy == IntervalStrategy.NO:
-        raise ValueError(f"eval_strategy='no' measures nothing on {data}; allowed: 'steps', 'epoch', or no {data}.")
-    saves = arguments.save_strategy != SaveStrategy.NO
-    for name, value in {"patience": patience, "load_best_model_at_end": arguments.load_best_model_at_end}.items():
-        if value and not given:
-            raise ValueError(f"{name}={value} needs {data} to measure nDCG@10 on.")
-        if value and not saves:
+    strategy, saves = IntervalStrategy(arguments.eval_strategy), SaveStrategy(arguments.save_strategy)
+    keeping = {"patience": patience, "load_best_model_at_end": arguments.load_best_model_at_end}
+    if given:
+        _check_measurements(arguments, strategy, data)
+    else:
+        measuring = {
+            "eval_strategy": None if strategy == IntervalStrategy.NO else strategy.value,
+            "save_strategy": saves.value if saves == SaveStrategy.BEST else None,
+        }
+        for name in ("eval_steps", "eval_delay", "metric_for_best_model", "greater_is_better"):
+            measuring[name] = getattr(arguments, name)
+        for name, value in {**keeping, **measuring}.items():
+            if value:
+                raise ValueError(f"{name}={value!r} needs {data} to measure nDCG@10 on.")
+    for name, value in keeping.items():
+        if value and saves == SaveStrategy.NO:
             raise ValueError(
                 f"{name}={value} needs saved weights, but save_strategy='no' saves none; allowed: 'steps', 'epoch', "
                 "'best'."
             )
     if arguments.load_best_model_at_end is None:
-        arguments.load_best_model_at_end = given and saves
+        arguments.load_best_model_at_end = given and saves != SaveStrategy.NO
+
+
+def _check_measurements(arguments: TrainingArguments, strategy: IntervalStrategy, data: str) -> None:
+    """Raise ValueError if nothing would be measured on validation data, or anything but the highest nDCG@10 kept."""
+    if strategy == IntervalStrategy.NO:
+        raise ValueError(f"eval_strategy='no' measures nothing on {data}; allowed: 'steps', 'epoch', or no {data}.")
+    metric = arguments.metric_for_best_model
+    if metric not in (MEASURE, f"eval_{MEASURE}"):
+        raise ValueError(f"metric_for_best_model={metric!r}: nDCG@10 alone is measured; allowed: 'eval_{MEASURE}'.")
+    if not arguments.greater_is_better:
+        raise ValueError("greater_is_better=False would keep the weights with the lowest nDCG@10; allowed: True.")
+    last: float = arguments.max_steps  # of steps or epochs, as far as they are known without the training data
+    if strategy == IntervalStrategy.EPOCH:
+        last = -1 if last > 0 else arguments.num_train_epochs
+    if 0 < last < arguments.eval_delay:
+        raise ValueError(
+            f"eval_delay={arguments.eval_delay}: the run ends at {last:g}, so nothing is measured on {data}; allowed: "
+            f"at most {last:g}."
+        )

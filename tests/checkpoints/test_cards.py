@@ -64,6 +64,17 @@ def test_a_push_completes_the_card_of_the_training() -> None:
     assert "`train.jsonl`" in kept.text
 
 
+def test_a_card_pushed_again_opens_its_new_repository() -> None:
+    card: str | None = a_card()
+    for repo_id in ("me/first", "me/second"):
+        card = hub_card(card, "rankllama", "RankLLaMAReranker", "owner/base", repo_id, Stated())
+    assert card is not None
+    assert 'RankLLaMAReranker("me/second")' in card
+    assert "me/first" not in card
+    assert FOLDER not in card
+    assert card.count("## Use") == 1
+
+
 def test_a_section_is_replaced_or_added() -> None:
     card = "# A\n\n## Data\n\nold\n\n## Licence\n\nx\n"
     assert with_section(card, "Data", "new") == "# A\n\n## Data\n\nnew\n\n## Licence\n\nx\n"

@@ -1,5 +1,8 @@
 """GGUF files score as their models do, and are refused by name if they are broken."""
 
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ def test_a_gguf_file_scores_as_its_model_does(
     with torch.inference_mode():
         logits = model.eval()(torch.tensor([ids.flat()])).logits[0, -1]
     assert score == pytest.approx(logits[tokenizer("Yes")["input_ids"][-1]].item(), abs=1e-4)
-    (folder,) = (tmp_path / "llmrerank").iterdir()
+    (folder,) = (tmp_path / "llmrerank").glob("gguf-*")
     written = (folder / "model.safetensors").stat().st_mtime_ns
     assert dequantise(path) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
@@ -53,7 +56,7 @@ def test_a_broken_gguf_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: 
     (tmp_path / "m.gguf").write_bytes(b"not a GGUF file")
     with pytest.raises(ValueError, match=r"base_model=.*m\.gguf.*cannot be read"):
         folder_of(str(tmp_path / "m.gguf"), "base_model")
-    assert list((tmp_path / "home" / "llmrerank").iterdir()) == []
+    assert [path.name for path in (tmp_path / "home" / "llmrerank").iterdir()] == ["gguf.lock"]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +84,7 @@ def test_a_gguf_that_lies_is_named_and_leaves_nothing(
     (tmp_path / "m.gguf").write_bytes(sound.replace(old, new))
     with pytest.raises(ValueError, match=rf"m\.gguf': cannot be read as a GGUF language model: .*{message}|{message}"):
         folder_of(str(tmp_path / "m.gguf"), "model")
-    assert list((tmp_path / "home" / "llmrerank").iterdir()) == []
+    assert [path.name for path in (tmp_path / "home" / "llmrerank").iterdir()] == ["gguf.lock"]
 
 
 def test_a_cut_off_gguf_is_named(tiny_gguf: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +102,7 @@ def test_a_full_disk_leaves_no_model_of_a_gguf(
     monkeypatch.setenv("PYTERRIER_HOME", str(tmp_path / "home"))
     with no_file_above(50_000), pytest.raises(OSError, match=r"model\.safetensors cannot be written: .*too large"):
         dequantise(tiny_gguf[0])
-    assert list((tmp_path / "home" / "llmrerank").iterdir()) == []
+    assert [path.name for path in (tmp_path / "home" / "llmrerank").iterdir()] == ["gguf.lock"]
     assert (dequantise(tiny_gguf[0]) / "model.safetensors").is_file()
 
 
@@ -109,11 +112,51 @@ def test_equal_files_share_a_folder(
     """Each environment may have a copy of a model; a file with other contents is another model."""
     monkeypatch.setenv("PYTERRIER_HOME", str(tmp_path / "home"))
     folder = dequantise(tiny_gguf[0])
-    copy = tmp_path / tiny_gguf[0].name
+    copy = tmp_path / "other.gguf"
     copy.write_bytes(tiny_gguf[0].read_bytes())
     assert dequantise(copy) == folder
     copy.write_bytes(copy.read_bytes() + b"\0")
     assert dequantise(copy) != folder
+
+
+def test_one_of_several_converts_a_file(
+    tiny_gguf: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTERRIER_HOME", str(tmp_path))
+    read, converted = gguf._read_gguf, []
+
+    def slow(file: Path) -> Any:
+        converted.append(file)
+        time.sleep(0.3)
+        return read(file)
+
+    monkeypatch.setattr(gguf, "_read_gguf", slow)
+    with ThreadPoolExecutor(3) as threads:
+        folders = set(threads.map(dequantise, [tiny_gguf[0]] * 3))
+    assert len(folders) == len(converted) == 1
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    replaced: bool, tiny_gguf: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise other weights would open under the digest of equal, sound files."""
+    monkeypatch.setenv("PYTERRIER_HOME", str(tmp_path / "home"))
+    read, sound, file = gguf._read_gguf, tiny_gguf[0].read_bytes(), tmp_path / "m.gguf"
+
+    def changing(path: Path) -> Any:
+        written = tmp_path / "new" if replaced else file
+        written.write_bytes(sound[:-4] + b"\0\0\x80\x3f")
+        os.utime(written, ns=(state.st_atime_ns, state.st_mtime_ns + (not replaced)))
+        written.replace(file)
+        return read(path)
+
+    file.write_bytes(sound)
+    state = file.stat()
+    monkeypatch.setattr(gguf, "_read_gguf", changing)
+    with pytest.raises(ValueError, match=r"model=.*m\.gguf' changed while it was read"):
+        dequantise(file)
+    assert list((tmp_path / "home" / "llmrerank").glob("gguf-*")) == []
 
 
 def test_a_gguf_is_dequantised_once(smollm2: str) -> None:

@@ -27,7 +27,7 @@ from pyterrier_llmrerank.checkpoints.description import LENGTHS
 from pyterrier_llmrerank.checkpoints.input_format import InputFormat
 from pyterrier_llmrerank.checkpoints.json_files import read_json
 from pyterrier_llmrerank.engine.inputs import inputs_of
-from pyterrier_llmrerank.training import RankLLaMATraining
+from pyterrier_llmrerank.training import DistillTraining, RankLLaMATraining
 from pyterrier_llmrerank.training.commands import parse
 from pyterrier_llmrerank.training.trainer import GroupTrainer
 from pyterrier_llmrerank.training.validation import Validation
@@ -193,8 +193,12 @@ def test_compensation_may_follow_an_adapter_that_was_trained_on_longer_texts(
     assert ids_of(MatroyshkaReranker(token, dtype="float32"), long) == ids_of(
         MatroyshkaReranker(MISTRAL, start_layer=4, max_length=632, dtype="float32"), long
     )
+    both = MatroyshkaReranker(MISTRAL, adapters=[distilled, layer], dtype="float32")
+    assert ids_of(both, long) == ids_of(MatroyshkaReranker(layer, dtype="float32"), long)
+    assert both.compute_score(long) == MatroyshkaReranker(layer, dtype="float32").compute_score(long)
+    copy = shutil.copytree(MISTRAL, tmp_path / "copy")  # over another base, their order is not known
     with pytest.raises(ValueError, match="has query_max_length=384 and max_length=512, but .* give query_max_length"):
-        MatroyshkaReranker(MISTRAL, adapters=[distilled, layer], dtype="float32").compute_score(("panda", "a panda"))
+        MatroyshkaReranker(copy, adapters=[distilled, layer], dtype="float32").compute_score(("panda", "a panda"))
 
 
 def test_the_printed_call_opens_a_base_of_a_relative_name(
@@ -333,6 +337,24 @@ def test_another_runs_output_is_left_alone(data: Path, tmp_path: Path, capsys: p
             ["--eval_data", "x", "--save_strategy", "no", "--patience", "2"],
             "patience=2 needs saved .*save_strategy='no' ",
         ),
+        (["--eval_data", "x", "--metric_for_best_model", "eval_loss"], "metric_for_best_model='eval_loss': nDCG@10 al"),
+        (
+            ["--eval_data", "x", "--greater_is_better", "False"],
+            "greater_is_better=False would keep the weights with the l",
+        ),
+        (["--eval_data", "x", "--eval_steps", "0"], "--eval_steps=0.0; allowed: a number above 0"),
+        (["--eval_data", "x", "--eval_steps", "-1"], "--eval_steps=-1.0; allowed: a number above 0"),
+        (["--eval_data", "x", "--eval_steps", "inf"], "--eval_steps=inf; allowed: a number above 0"),
+        (["--eval_data", "x", "--save_steps", "0"], "--eval_steps=0.0; allowed: .* It follows save_steps"),
+        (["--eval_data", "x", "--eval_delay", "5"], "eval_delay=5.0: the run ends at 4, so nothing is measured on"),
+        (
+            ["--eval_data", "x", "--max_steps", "-1", "--eval_strategy", "epoch", "--eval_delay", "2"],
+            "eval_delay=2.0: the run ends at 1, so nothing is measured on .*; allowed: at most 1",
+        ),
+        (["--eval_strategy", "steps"], "eval_strategy='steps' needs eval_data to measure"),
+        (["--save_strategy", "best"], "save_strategy='best' needs eval_data to measure"),
+        (["--eval_steps", "1"], "--eval_steps=1.0 needs eval_data to measure"),
+        (["--metric_for_best_model", "x"], "metric_for_best_model='x' needs eval_data to measure"),
         (["--warmup_ratio", "-0.1"], "--warmup_ratio=-0.1; allowed: a number from 0 to less than 1"),
         (["--warmup_ratio", "1"], "--warmup_ratio=1.0; allowed: a number from 0 to less than 1"),
         (["--eval-data", "nothing.jsonl"], "eval_data='nothing.jsonl': no such file"),
@@ -345,6 +367,31 @@ def test_errors_come_before_training(
     assert main(["train", *distill(data, tmp_path / "run", *change)]) == 1
     assert re.search(f"error: .*{message}", capsys.readouterr().err)
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+def test_a_card_names_the_settings_that_trained_the_model(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "fsdp.json").write_text("{}")
+    options = ["--weight_decay", "0.3", "--lr_scheduler_type", "cosine", "--bf16", "--optim", "adafactor"]
+    options += ["--max_grad_norm", "0.1", "--max_steps", "1", "--fsdp_config", str(tmp_path / "fsdp.json")]
+    assert main(["train", *distill(data, tmp_path / "run", *options)]) == 0
+    card = (tmp_path / "run" / "README.md").read_text()
+    (call,) = re.findall(r"^DistillTraining\(.*\)$", card, re.MULTILINE)
+    recipe = eval(call, {"DistillTraining": DistillTraining})
+    assert (recipe.bf16, recipe.max_steps, recipe.group_size) == (True, 1, 4)
+    settings = {"lr_scheduler_type": "cosine", "optim": "adafactor", "weight_decay": 0.3, "max_grad_norm": 0.1}
+    assert recipe.arguments == settings
+    assert str(tmp_path) not in card
+
+
+def test_teacher_scores_are_in_all_records_or_in_none(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """distill_fix_layer learns from them if there are any, but a batch has them for all of its groups or for none."""
+    scored = [record | {"pos_scores": [1.0], "neg_scores": [0.0] * len(record["neg"])} for record in RECORDS[:2]]
+    data.write_text("".join(json.dumps(record) + "\n" for record in scored + RECORDS[2:]))
+    assert main(["train", *distill(data, tmp_path / "run")]) == 1
+    said = f"train_data: 6 of {len(RECORDS)} records have no pos_scores and neg_scores; allowed: teacher scores in all"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("setting", [["--teacher_weight", "1"], ["--absolute_margin", "0"]])
@@ -375,8 +422,8 @@ def test_help_begins_with_our_options_and_ends_with_examples(recipe: str, capsys
     assert len(runs) == 2
     for run in runs:
         words = run.split()
-        assert words[:5] == ["python", "-m", "pyterrier_llmrerank", "train", recipe]
-        _, sources, _ = parse(recipe, [*words[5:], "--use_cpu"])
+        assert words[:3] == ["llmrerank", "train", recipe]
+        _, sources, _ = parse(recipe, [*words[3:], "--use_cpu"])
         assert sources.model_name_or_path
 
 

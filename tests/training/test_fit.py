@@ -136,7 +136,7 @@ def test_an_interrupted_fit_keeps_checkpoints_alone_and_names_their_folder(
 
 
 @pytest.mark.parametrize(
-    "intervals", [{"save_steps": 4}, {"save_steps": 3}, {"arguments": {"save_steps": 3, "save_total_limit": 1}},
+    "intervals", [{"save_steps": 4}, {"save_steps": 3}, {"save_steps": 3, "arguments": {"save_total_limit": 1}},
                   {"save_steps": 3, "arguments": {"load_best_model_at_end": True}},
                   {"arguments": {"save_strategy": "epoch"}}],
 )  # fmt: skip
@@ -156,6 +156,8 @@ def test_fit_keeps_the_best_weights_at_any_intervals(
     ("kind", "settings", "named"),
     [
         ("matroyshka", {"train_method": "distill_final_layer_teacher"}, "train_method='distill_final_layer_teacher'"),
+        ("matroyshka", {"teacher_temperature": 2.0}, "teacher_temperature=2.0"),
+        ("matroyshka", {"train_method": "distill_last_layer", "teacher_temperature": 2.0}, "teacher_temperature=2.0"),
         ("matroyshka", {"absolute_margin": 1.5}, "absolute_margin=1.5"),  # with the default method, which is replaced
         (
             "matroyshka",
@@ -244,7 +246,11 @@ def test_arguments_are_checked_before_training(tmp_path: Path) -> None:
         reranker.fit(results, qrels.assign(label=0))
     with pytest.raises(ValueError, match="patience=2 needs validation"):
         untrained("matroyshka", tmp_path, patience=2).fit(results, qrels)
+    with pytest.raises(ValueError, match="eval_steps=2 needs validation results to measure"):
+        untrained("matroyshka", tmp_path, eval_steps=2).fit(results, qrels)
     for settings, message in (
+        ({"eval_steps": 0}, "eval_steps=0; allowed: a number above 0"),
+        ({"arguments": {"metric_for_best_model": "loss"}}, "metric_for_best_model='loss': nDCG@10 alone"),
         ({"arguments": {"eval_strategy": "no"}}, "eval_strategy='no' measures nothing on validation results; allowed"),
         (
             {"patience": 2, "arguments": {"save_strategy": "no"}},

@@ -66,6 +66,8 @@ def test_a_method_names_the_scores_that_it_lacks() -> None:
         CascadeLoss("distill_fix_layer_teacher")(SCORES, FULL)
     with pytest.raises(ValueError, match=r"^train_method='distill_fix_layer_teacher', absolute_margin=1.5 needs teach"):
         CascadeLoss("distill_fix_layer_teacher", absolute_margin=1.5)(SCORES, FULL)
+    with pytest.raises(ValueError, match=r"^teacher_temperature=2.0 needs teacher scores; the data has none"):
+        CascadeLoss("distill_fix_layer", teacher_temperature=2.0)(SCORES, FULL)
     with pytest.raises(ValueError, match="needs the scores of a full pass"):
         CascadeLoss("distill_fix_layer")(SCORES)
     without_teacher = CascadeLoss("distill_fix_layer")(SCORES, FULL)
@@ -113,9 +115,9 @@ def test_without_a_weight_the_distilled_loss_is_the_original() -> None:
     scores, taught = SCORES[:1], TEACHER
     assert torch.equal(DistilledLoss()(scores), cross_entropy(scores[0]))
     assert torch.equal(DistilledLoss()(scores, teacher=taught), CascadeLoss("normal")(scores))
-    assert not DistilledLoss().needs_teacher
-    assert DistilledLoss(1.0).needs_teacher
-    assert DistilledLoss(absolute_margin=0.0).needs_teacher
+    assert not DistilledLoss().teacher_settings
+    assert DistilledLoss(1.0).teacher_settings
+    assert DistilledLoss(absolute_margin=0.0).teacher_settings
     with pytest.raises(ValueError, match=r"^teacher_weight=1.0 needs teacher scores; the data has none"):
         DistilledLoss(1.0)(scores)
     with pytest.raises(ValueError, match=r"^absolute_margin=0.0 needs teacher scores; the data has none"):

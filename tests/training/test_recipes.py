@@ -21,7 +21,7 @@ def test_defaults_are_the_original_programs() -> None:
     assert (rank.lora_rank, rank.lora_alpha, rank.lora_dropout, rank.learning_rate) == (32, 64, 0.1, 1e-4)
     assert (rank.group_size, rank.query_max_length, rank.passage_max_length) == (16, 32, 196)
     assert "k_proj" not in rank.target_modules
-    assert not rank.loss.needs_teacher
+    assert not rank.loss.teacher_settings
     assert (rank.per_device_train_batch_size, rank.gradient_accumulation_steps, rank.warmup_steps) == (4, 8, 0.1)
     distill = DistillTraining()
     assert (distill.learning_rate, distill.start_layer, distill.compress_ratios) == (2e-4, 4, (1, 2, 4, 8))
@@ -43,9 +43,25 @@ def test_defaults_are_the_original_programs() -> None:
         (RankLLaMATraining, {"seed": "x"}, "seed='x'"),
         (RankLLaMATraining, {"lora_dropout": 7}, "lora_dropout=7; allowed: a number from 0 to less than 1"),
         (RankLLaMATraining, {"arguments": {"max_step": 2}}, r"arguments=\{'max_step': 2\}: .* closest: max_steps,"),
+        (
+            RankLLaMATraining,
+            {"arguments": {"max_steps": 4}},
+            r"arguments=\{'max_steps': 4\}: 'max_steps' is a setting of",
+        ),
         (RankLLaMATraining, {"target_modules": "q_proj"}, "target_modules='q_proj'; allowed: a list of str"),
         (RankLLaMATraining, {"teacher_weight": -1}, "teacher_weight=-1; allowed: a number of at least 0"),
         (RankLLaMATraining, {"teacher_temperature": 0}, "teacher_temperature=0; allowed: a number above 0"),
+        (
+            RankLLaMATraining,
+            {"teacher_temperature": 2.0},
+            "teacher_temperature=2.0: without teacher_weight, it has no eff",
+        ),
+        (RankLLaMATraining, {"teacher_temperature": 2.0, "absolute_margin": 1.0}, "teacher_temperature=2.0: without"),
+        (
+            CompensateTraining,
+            {"teacher_temperature": 2.0},
+            "teacher_temperature=2.0: train_method='normal' has no teach",
+        ),
         (RankLLaMATraining, {"absolute_margin": -0.5}, "absolute_margin=-0.5; allowed: a number of at least 0"),
         (CompensateTraining, {"absolute_margin": 0.0}, "absolute_margin=0.0: train_method='normal' has no teacher"),
         (DistillTraining, {"compress_layers": 8}, "compress_layers=8; allowed: a list of int"),
