@@ -6,9 +6,10 @@ import logging
 from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from .batches import Groups
-from .validation import MEASURE
+from .validation import MEASURE, measurements
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +25,28 @@ class NewEpoch(TrainerCallback):
         self.groups.epoch = int(state.epoch or 0)
 
 
+class SaveAfterMeasuring(TrainerCallback):
+    """Saves the last step of an epoch after the measurement of the epoch, so that the checkpoint records it."""
+
+    def __init__(self) -> None:
+        self.due = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put off the checkpoint."""
+        ends = float(state.epoch).is_integer() or control.should_training_stop
+        self.due = control.should_save and ends and args.eval_strategy == IntervalStrategy.EPOCH
+        control.should_save &= not self.due
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save it."""
+        control.should_save |= self.due
+        self.due = False
+
+
 class EarlyStopping(TrainerCallback):
     """Stops a run after some measurements without an improvement; a resumed run counts the earlier ones too.
+
+    The last step is saved, as at the end of any run. A run that has stopped takes no step when it is resumed.
 
     Args:
         patience: the number of these measurements.
@@ -34,11 +55,21 @@ class EarlyStopping(TrainerCallback):
     def __init__(self, patience: int) -> None:
         self.patience = patience
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count the measurements after the best one."""
-        values = [entry[f"eval_{MEASURE}"] for entry in state.log_history if f"eval_{MEASURE}" in entry]
-        if len(values) - 1 - values.index(max(values)) >= self.patience:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take no step if the run that is resumed has stopped."""
+        if self._is_exhausted(state):
             control.should_training_stop = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop, and save the last step."""
+        if self._is_exhausted(state):
+            control.should_training_stop = True
+            control.should_save |= args.save_strategy == SaveStrategy.STEPS
+
+    def _is_exhausted(self, state: Any) -> bool:
+        """Count the measurements after the best one."""
+        values = list(measurements(state).values())
+        return bool(values) and len(values) - 1 - values.index(max(values)) >= self.patience
 
 
 class ProgressBar(ProgressCallback):

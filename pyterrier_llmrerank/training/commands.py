@@ -108,7 +108,7 @@ class Sources:
     license: str | None = _argument(None, "licence of the result, as the hub abbreviates it, for its model card")
     token: str | None = _argument(None, "token of the Hugging Face hub, like HF_TOKEN")
     overwrite_output_dir: bool = _argument(
-        False, "remove an earlier run from output_dir first; a run that is resumed is kept"
+        False, "remove an earlier run from output_dir first; of a run that is resumed, only later checkpoints"
     )
     cache_dir: str | None = _argument(None, "cache of hub files, like HF_HUB_CACHE")
 

@@ -38,16 +38,15 @@ def find_resumed(arguments: TrainingArguments, overwrite: bool = False) -> Path 
 
     Raises:
         ValueError: the checkpoint does not exist, or it has no state of the optimiser.
-        FileExistsError: ``output_dir`` holds a model; or another run, and ``overwrite`` is False.
+        FileExistsError: ``output_dir`` holds a model; or another run, or a later checkpoint than the one to resume
+            from, and ``overwrite`` is False.
     """
     folder, asked = Path(cast(str, arguments.output_dir)), arguments.resume_from_checkpoint
     resumed = None
     if str(asked).lower() == "true":
-        complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-        numbered = [path for path in complete if path.name.removeprefix("checkpoint-").isdecimal()]
-        if not numbered:
+        if not (complete := complete_checkpoints(folder)):
             raise ValueError(f"resume_from_checkpoint={asked}: no checkpoint in output_dir={str(folder)!r}.")
-        resumed = max(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+        resumed = complete[-1]
     elif asked and str(asked).lower() != "false":
         resumed = Path(asked)
         if not (resumed / "trainer_state.json").is_file():
@@ -69,7 +68,31 @@ def find_resumed(arguments: TrainingArguments, overwrite: bool = False) -> Path 
             f"output_dir={str(folder)!r}: another run is there ({written[0].name}); choose another folder, resume the "
             "run with resume_from_checkpoint=True, or replace it with overwrite_output_dir."
         )
+    if not overwrite and (later := later_checkpoints(folder, resumed)):
+        raise FileExistsError(
+            f"output_dir={str(folder)!r}: a later checkpoint than {str(resumed)!r} is there ({later[-1].name}); resume "
+            "the run with resume_from_checkpoint=True, choose another folder, or replace it with overwrite_output_dir."
+        )
     return resumed
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """List the complete checkpoints in a folder, in the order of their steps."""
+    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return sorted((path for path in complete if _step(path) >= 0), key=_step)
+
+
+def later_checkpoints(folder: Path, resumed: Path | None) -> list[Path]:
+    """List the complete checkpoints in a folder after the one to resume from, if that one is there too."""
+    if resumed is None or not is_in(folder, resumed) or _step(resumed) < 0:
+        return []
+    return [path for path in complete_checkpoints(folder) if _step(path) > _step(resumed)]
+
+
+def _step(checkpoint: Path) -> int:
+    """Return the number in the name of a checkpoint; -1 for another folder."""
+    number = checkpoint.resolve().name.removeprefix("checkpoint-")
+    return int(number) if number.isdecimal() else -1
 
 
 def refuse_own_inputs(folder: Path, inputs: Sequence[Path]) -> None:
@@ -78,9 +101,9 @@ def refuse_own_inputs(folder: Path, inputs: Sequence[Path]) -> None:
         raise FileExistsError(f"overwrite_output_dir would remove {str(inside[0])!r}, from which the run starts.")
 
 
-def remove_runs(folder: Path) -> None:
-    """Remove the files of earlier runs, and no others."""
-    for path in files_of_runs(folder):
+def remove_runs(folder: Path, resumed: Path | None = None) -> None:
+    """Remove the files of earlier runs, and no others; of a run that is resumed, only its later checkpoints."""
+    for path in later_checkpoints(folder, resumed) if is_in(folder, resumed) else files_of_runs(folder):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 

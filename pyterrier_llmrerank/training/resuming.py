@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
 from dataclasses import fields
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import TrainerCallback, TrainingArguments
 
 from ..checkpoints.checkpoint import Checkpoint
@@ -18,7 +18,7 @@ from ..checkpoints.identity import fingerprint
 from ..checkpoints.json_files import read_json
 from .batches import Groups
 from .recipes import Recipe
-from .validation import Validation
+from .validation import MEASURE, Validation, measurements
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ MAY_CHANGE = frozenset({
     "trackio_bucket_id", "trackio_static_space_id", "include_num_input_tokens_seen", "skip_memory_metrics", "debug",
     # At which steps the run saves, measures or stops early, and which weights it keeps. A step computes the same.
     "save_strategy", "save_steps", "save_total_limit", "save_only_model", "save_on_each_node", "enable_jit_checkpoint",
-    "eval_on_start", "per_device_eval_batch_size", "patience", "load_best_model_at_end",
+    "per_device_eval_batch_size", "patience", "load_best_model_at_end",
     "restore_callback_states_from_checkpoint",
     # How the same numbers are computed, up to rounding and, on another kind of device, dropout.
     "use_cpu", "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing",
@@ -96,9 +96,19 @@ def fixed_settings(
     return as_recorded
 
 
-def digest(records: Iterable[Any]) -> str:
-    """Return the number of records and a digest of their contents."""
+def digest(records: Any) -> str:
+    """Return the number of records and a digest of their contents.
+
+    A table of the package datasets is hashed in blocks, several times faster than record by record.
+    """
     sha, count = hashlib.sha256(), 0
+    if hasattr(records, "with_format"):
+        for table in records.with_format("arrow").iter(batch_size=1000):
+            copy = table.combine_chunks().take(np.arange(len(table)))  # its bytes depend on the rows alone
+            for block in copy.to_batches():
+                sha.update(block.serialize())
+            count += len(table)
+        return f"{count} records of {records.column_names} with SHA-256 {sha.hexdigest()[:16]}"
     for record in records:
         sha.update(json.dumps(record, sort_keys=True, default=str).encode())
         count += 1
@@ -150,7 +160,7 @@ class SameSettings(TrainerCallback):
         return f"the run began with {begun}, not {now}; {advice}"
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check that steps remain, and bring the state of a checkpoint up to date: its intervals, and its best weights.
+        """Bring the state of a checkpoint up to date: its intervals, and its best weights. Take no step after the last.
 
         The steps between saves, measurements and log lines may have changed, and the folder of the run may have moved.
         """
@@ -159,17 +169,33 @@ class SameSettings(TrainerCallback):
                 f"resume_from_checkpoint={str(self.resumed)!r}: step {state.global_step} is beyond max_steps="
                 f"{state.max_steps}; raise max_steps, or resume from an earlier checkpoint."
             )
+        if state.global_step == state.max_steps:
+            control.should_training_stop = True
         state.compute_steps(args, state.max_steps)
-        if self.resumed is not None and state.best_global_step:
-            best = self.resumed.parent / f"checkpoint-{state.best_global_step}"
-            if best.is_dir():
-                state.best_model_checkpoint = str(best)
+        if self.resumed is not None:
+            self._find_best(self.resumed.parent, args, state)
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Record the settings."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if args.should_save and folder.is_dir():
-            (folder / self.FILE).write_text(json.dumps(self.settings, indent=2), encoding="utf-8")
+    def _find_best(self, run: Path, args: Any, state: Any) -> None:
+        """Take the best checkpoint that exists as the best: weights that are lost must not outdo later ones."""
+        recorded, before = Path(state.best_model_checkpoint or ""), state.best_global_step
+        measured, kept = measurements(state), {}
+        for step in measured:
+            for folder in (run / f"checkpoint-{step}", recorded):
+                if folder.name == f"checkpoint-{step}" and folder.is_dir():
+                    kept[step] = str(folder)
+                    break
+        best = max(kept, key=lambda step: measured[step], default=None)
+        if args.load_best_model_at_end and before is not None and best != before:
+            logger.warning(
+                "checkpoint-%d, with the best %s so far (%.4f), does not exist; the run continues with %s.",
+                before, MEASURE, state.best_metric, f"checkpoint-{best} as the best" if best else "none as the best",
+            )  # fmt: skip
+        state.best_global_step = best
+        state.best_metric, state.best_model_checkpoint = (measured[best], kept[best]) if best else (None, None)
+
+    def record(self, checkpoint: Path) -> None:
+        """Write the settings into a checkpoint."""
+        (checkpoint / self.FILE).write_text(json.dumps(self.settings, indent=2), encoding="utf-8")
 
 
 def has_constant_rate(settings: dict[str, Any]) -> bool:

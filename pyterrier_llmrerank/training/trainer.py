@@ -18,26 +18,31 @@ from huggingface_hub import HfApi
 from peft import PeftModel
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments, set_seed
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.integrations.deepspeed import (
+    is_deepspeed_zero3_enabled,
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
 from transformers.trainer_utils import HubStrategy
 
 from ..checkpoints.cards import Stated
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.locate import is_hub_id
 from ..checkpoints.saving import describe_trained, saved_files
-from ..engine.batching import Budget, run_in_batches
+from ..engine.batching import Budget, is_out_of_memory, run_in_batches
 from ..engine.kernels import without_cudnn
 from ..engine.packing import PackedPairs, on_device
 from ..engine.pending import to_host
 from ..engine.threads import fastest_threads
+from ..errors import ScoringError
 from .batches import Batch, Collator, Groups
-from .callbacks import EarlyStopping, LogLines, NewEpoch, ProgressBar
+from .callbacks import EarlyStopping, LogLines, NewEpoch, ProgressBar, SaveAfterMeasuring
 from .lora import with_lora
-from .output_folder import find_resumed, is_in, refuse_own_inputs, remove_runs
+from .output_folder import find_resumed, refuse_own_inputs, remove_runs
 from .recipes import Recipe
 from .records import Group
 from .resuming import SameSettings, fixed_settings
-from .validation import MEASURE, Validation
+from .validation import MEASURE, Validation, measurements
 
 
 def train(
@@ -58,7 +63,7 @@ def train(
         groups: the training data.
         arguments: the Trainer's; ``resume_from_checkpoint`` resumes from a folder, or from the last checkpoint.
         validation: the data to measure nDCG@10 on; with ``load_best_model_at_end``, the best adapter is kept.
-        overwrite: remove an earlier run from the output folder first, unless it is the one to resume.
+        overwrite: remove an earlier run from the output folder first; of the run to resume, only later checkpoints.
         stated: the user's facts about the model, for its card.
         described: fields of the model's description that the user set, such as the lengths to score with.
 
@@ -86,12 +91,11 @@ def train(
     heads = recipe.heads(checkpoint, checkpoint.tokenizer(), arguments.seed)
     with _without_sharding(arguments):
         model = with_lora(checkpoint, heads, recipe, dtype)
-    trainer = GroupTrainer(model, arguments, recipe, checkpoint, groups, validation, stated, described)
+    trainer = GroupTrainer(model, arguments, recipe, checkpoint, groups, validation, stated, described, same_settings)
     if recipe.patience is not None:
         trainer.add_callback(EarlyStopping(recipe.patience))
-    trainer.add_callback(same_settings)
-    if overwrite and not is_in(folder, resumed) and arguments.should_save:
-        remove_runs(folder)
+    if overwrite and arguments.should_save:
+        remove_runs(folder, resumed)
     with without_cudnn(), fastest_threads(arguments.device):
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     trainer.save_state()
@@ -150,6 +154,7 @@ class GroupTrainer(Trainer):
         validation: the data to measure, with the scores of the deepest head, whenever the Trainer evaluates.
         stated: the user's facts about the model, for its card.
         described: fields of the model's description that the user set.
+        same_settings: the settings of the run, to be recorded with its checkpoints.
 
     Raises:
         FloatingPointError: in training, if the loss is not finite; in saving, if a weight is not finite. Earlier
@@ -166,8 +171,10 @@ class GroupTrainer(Trainer):
         validation: Validation | None = None,
         stated: Stated | None = None,
         described: Mapping[str, Any] | None = None,
+        same_settings: SameSettings | None = None,
     ) -> None:
         self.recipe = recipe
+        self.same_settings = same_settings
         self.stated = stated or Stated()
         self.described = described or {}
         self.checkpoint = checkpoint
@@ -183,7 +190,7 @@ class GroupTrainer(Trainer):
             train_dataset=groups,
             eval_dataset=cast(Any, validation),
             data_collator=_Collate(self.collate),
-            callbacks=[NewEpoch(groups)],
+            callbacks=[NewEpoch(groups), SaveAfterMeasuring(), *([same_settings] if same_settings else [])],
         )
         for usual, ours in ((ProgressCallback, ProgressBar), (PrinterCallback, LogLines)):
             if any(type(callback) is usual for callback in self.callback_handler.callbacks):
@@ -231,6 +238,11 @@ class GroupTrainer(Trainer):
                     f"the loss is {loss} {place}; earlier checkpoints are in {self.args.output_dir}."
                 )
 
+    def _run_epoch(self, *args: Any, **options: Any) -> None:
+        """Train for an epoch, unless a run that is resumed has ended."""
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **options)  # type: ignore[no-untyped-call]
+
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Measure nDCG@10 on all validation queries in each process; the first process's value counts for all."""
         validation = cast(Validation, eval_dataset or self.eval_dataset)
@@ -255,12 +267,23 @@ class GroupTrainer(Trainer):
         rows = [encode[prompt](self.collate.tokenizer, [(query, body)])[0] for query, body, prompt in asked]
         scores = [float("nan")] * len(rows)
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        # All processes of FSDP or of DeepSpeed's stage 3 compute each batch together.
+        together = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()  # type: ignore[no-untyped-call]
         model = cast(nn.Module, self.model_wrapped if sharded else self.model)
         model.eval()
 
         def run(batch: list[int]) -> None:
-            with self.autocast_smart_context_manager():
-                deepest = model(PackedPairs([rows[index] for index in batch]))[-1]
+            try:
+                with self.autocast_smart_context_manager():
+                    deepest = model(PackedPairs([rows[index] for index in batch]))[-1]
+            except (MemoryError, RuntimeError) as error:
+                if together and is_out_of_memory(error):  # the other processes wait in the middle of this batch
+                    raise ScoringError(
+                        f"validation: a batch of {len(batch)} pairs does not fit in memory, and the processes of a "
+                        "sharded model cannot try a smaller one; use shorter lengths, or more devices.",
+                        np.array(scores),
+                    ) from error
+                raise
             for index, score in zip(batch, deepest.tolist(), strict=True):
                 scores[index] = score
 
@@ -292,9 +315,8 @@ class GroupTrainer(Trainer):
 
     def _measured(self, steps: int) -> str | None:
         """Return the measure and its value after some steps; None if they were not measured."""
-        name = f"eval_{MEASURE}"
-        values = [entry[name] for entry in self.state.log_history if name in entry and entry["step"] == steps]
-        return f"{MEASURE} {values[-1]:.4f}" if values else None
+        value = measurements(self.state).get(steps)
+        return None if value is None else f"{MEASURE} {value:.4f}"
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log like the Trainer, and add the peak memory of the device or, on a CPU, of the process."""
@@ -325,6 +347,9 @@ class GroupTrainer(Trainer):
             config.task_type = None
         folder = Path(output_dir or cast(str, self.args.output_dir))
         self.collate.tokenizer.save_pretrained(folder)
+        whole = folder == Path(cast(str, self.args.output_dir))
+        if self.same_settings is not None and not whole:  # before the state, with which a checkpoint is complete
+            self.same_settings.record(folder)
         if self.args.should_save:
             # After training, the best checkpoint is saved, which need not be the last, unless it has been removed.
             best = self.args.load_best_model_at_end and self.state.best_model_checkpoint and not self.is_in_train
@@ -336,5 +361,5 @@ class GroupTrainer(Trainer):
                 folder,
                 {**self.recipe.described_inputs(self.checkpoint), **self.described},
                 ratio=self.recipe.token_ratio,
-                whole=folder == Path(cast(str, self.args.output_dir)),
+                whole=whole,
             )

@@ -10,7 +10,7 @@ from typing import Any
 import ir_measures
 import pandas as pd
 from ir_measures import nDCG
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from .records import Body, read_example
@@ -78,6 +78,12 @@ class Validation:
         )
 
 
+def measurements(state: TrainerState) -> dict[int, float]:
+    """Return the measured nDCG@10 by step, in the order of measuring."""
+    name = f"eval_{MEASURE}"
+    return {int(entry["step"]): entry[name] for entry in state.log_history if name in entry}
+
+
 class MeasuredArguments(TrainingArguments):
     """Holds transformers' arguments, and keeps the best weights at any intervals of saving and measuring.
 
@@ -88,9 +94,11 @@ class MeasuredArguments(TrainingArguments):
         """Check the arguments as transformers does, except for intervals that differ, which our Trainer allows.
 
         Raises:
-            ValueError: ``eval_steps`` is not positive, which transformers would replace or never reach; or as
-                transformers.
+            ValueError: ``eval_on_start`` is set, with which a resumed run would measure a step twice and stop early; or
+                ``eval_steps`` is not positive, which transformers would replace or never reach; or as transformers.
         """
+        if self.eval_on_start:
+            raise ValueError("eval_on_start=True; allowed: False. A run measures after its steps only.")
         steps = self.eval_steps
         if self.eval_strategy == IntervalStrategy.STEPS and steps is not None and not 0 < steps < math.inf:
             raise ValueError(
@@ -133,7 +141,7 @@ def keep_best(arguments: TrainingArguments, patience: int | None, data: str, giv
             "eval_strategy": None if strategy == IntervalStrategy.NO else strategy.value,
             "save_strategy": saves.value if saves == SaveStrategy.BEST else None,
         }
-        for name in ("eval_steps", "eval_delay", "eval_on_start", "metric_for_best_model", "greater_is_better"):
+        for name in ("eval_steps", "eval_delay", "metric_for_best_model", "greater_is_better"):
             measuring[name] = getattr(arguments, name)
         for name, value in {**keeping, **measuring}.items():
             if value:

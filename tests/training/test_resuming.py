@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import MODELS, RECORDS, checkpointing
 from safetensors.torch import load_file, save_file
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from pyterrier_llmrerank.__main__ import main
 from pyterrier_llmrerank.training import DistillTraining, RankLLaMATraining
@@ -19,7 +19,7 @@ from pyterrier_llmrerank.training.batches import Groups
 from pyterrier_llmrerank.training.commands import parse
 from pyterrier_llmrerank.training.data import open_data
 from pyterrier_llmrerank.training.recipes import Recipe
-from pyterrier_llmrerank.training.resuming import LENGTH, MAY_CHANGE, SameSettings, fixed_settings
+from pyterrier_llmrerank.training.resuming import LENGTH, MAY_CHANGE, SameSettings, digest, fixed_settings
 from pyterrier_llmrerank.training.validation import Validation
 
 BASE = str(MODELS / "mistral_base")
@@ -81,6 +81,24 @@ def recorded(folder: Path, begun_with: dict[str, Any]) -> Path:
 def test_a_changed_setting_is_named(change: dict[str, Any], difference: str, checkpoint: Path) -> None:
     with pytest.raises(ValueError, match=f"resume_from_checkpoint='{checkpoint}': the run began with .*{difference}"):
         SameSettings(settings(**change), checkpoint)
+
+
+def test_another_number_of_processes_is_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    with pytest.raises(ValueError, match="the run began with processes=1, not 2; resume with the same"):
+        SameSettings(settings(), checkpoint)
+
+
+@pytest.mark.parametrize("changed", ["pairs", "qrels"])
+def test_other_validation_data_are_refused(changed: str, tmp_path: Path) -> None:
+    validation = Validation.of_records(RECORDS, DISTILL.body)
+    checkpoint = recorded(tmp_path / "checkpoint-1", settings(validation=validation))
+    SameSettings(settings(validation=Validation.of_records(RECORDS, DISTILL.body)), checkpoint)
+    column, value = {"pairs": ("body", "other"), "qrels": ("label", 2)}[changed]
+    frame = getattr(validation, changed).copy()
+    frame.loc[0, column] = value
+    with pytest.raises(ValueError, match=r"eval_data='\d+ records with .*', not '\d+ records"):
+        SameSettings(settings(validation=dataclasses.replace(validation, **{changed: frame})), checkpoint)
 
 
 def test_settings_that_change_no_weight_may_change(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -155,17 +173,95 @@ def test_a_resumed_run_saves_measures_and_logs_at_the_new_steps(
     assert logged(state, "loss") == logs
 
 
+@pytest.mark.parametrize(("keeps", "saves"), [("True", [2, 5, 8]), ("False", [2, 8])])
+def test_improvements_are_saved_if_the_best_weights_are_kept(
+    keeps: str, saves: list[int], begun: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(begun, tmp_path / "run")
+    options = f"--max_steps 8 --save_steps 8 --eval_steps 5 --load_best_model_at_end {keeps}"
+    run(tmp_path / "run", f"{options} --resume_from_checkpoint True", [0.7, 0.6])
+    assert saved(tmp_path / "run") == saves
+
+
 @pytest.mark.parametrize("place", ["in the moved folder", "elsewhere"])
 def test_a_run_that_moved_keeps_its_best_weights(place: str, tmp_path: Path) -> None:
-    options = "--save_steps 1 --eval_steps 1 --max_steps 4"
-    run(tmp_path / "begun", options, [0.5, 0.9, 0.5, 0.5])
+    options = "--save_steps 1 --eval_steps 1"
+    run(tmp_path / "begun", f"{options} --max_steps 4", [0.5, 0.9, 0.5, 0.5])
     moved = (tmp_path / "begun").rename(tmp_path / "moved")
     folder = moved if place == "in the moved folder" else tmp_path / "elsewhere"
-    state = run(folder, f"{options} --resume_from_checkpoint {moved / 'checkpoint-4'}")
+    run(folder, f"{options} --max_steps 5 --resume_from_checkpoint {moved / 'checkpoint-4'}")
+    state = run(folder, f"{options} --max_steps 6 --resume_from_checkpoint True")
     assert state["best_model_checkpoint"] == str(moved / "checkpoint-2")
     kept, best = (load_file(each / "adapter_model.safetensors") for each in (folder, moved / "checkpoint-2"))
     assert all(torch.equal(kept[name], tensor) for name, tensor in best.items())
     assert "nDCG@10 0.9000 on `data.jsonl`, after 2 steps." in (folder / "README.md").read_text()
+
+
+def result(folder: Path) -> dict[str, bytes]:
+    """The adapter that a run wrote, its card and its description."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.suffix != ".bin"} | {
+        "trainer_state.json": b""
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "values", "end"),
+    [
+        ("--max_steps 3 --save_steps 1 --eval_steps 1", [0.5, 0.6, 0.5], 3),
+        ("--max_steps 3 --save_steps 2 --eval_steps 1 --load_best_model_at_end False", [0.6, 0.5, 0.5], 3),
+        ("--max_steps 4 --save_strategy epoch --eval_strategy epoch", [0.5], 4),
+        ("--max_steps 8 --save_steps 1 --eval_steps 1 --patience 2", [0.9, 0.5, 0.5], 3),
+        ("--max_steps 8 --save_steps 4 --eval_steps 1 --patience 2", [0.5, 0.9, 0.5, 0.5], 4),
+        ("--max_steps 8 --save_steps 5 --eval_steps 1 --patience 2", [0.9, 0.5, 0.5], 3),
+        ("--max_steps 16 --save_steps 4 --eval_strategy epoch --patience 1", [0.9, 0.5], 8),
+    ],
+)
+def test_a_run_that_has_ended_takes_no_step(options: str, values: list[float], end: int, tmp_path: Path) -> None:
+    folder, options = tmp_path / "run", f"{options} --learning_rate 5e-3"
+    state = run(folder, options, values)
+    before, checkpoints = result(folder), saved(folder)
+    for _ in range(2):
+        again = run(folder, f"{options} --resume_from_checkpoint True", [0.95])
+        assert again["global_step"] == state["global_step"] == end
+        assert logged(again, "eval_nDCG@10") == logged(state, "eval_nDCG@10")
+        assert (result(folder), saved(folder)) == (before, checkpoints)
+
+
+def test_a_lost_best_checkpoint_does_not_outdo_later_ones(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder, options = tmp_path / "run", "--save_steps 2 --eval_steps 2 --max_steps"
+    run(folder, f"{options} 6", [0.9, 0.6, 0.5])
+    shutil.rmtree(folder / "checkpoint-2")
+    state = run(folder, f"{options} 6 --resume_from_checkpoint True")  # which takes no step
+    warning = "checkpoint-2, with the best nDCG@10 so far (0.9000), does not exist; the run continues with "
+    assert f"{warning}checkpoint-4 as the best." in caplog.messages
+    assert (state["best_global_step"], state["best_metric"]) == (4, 0.6)
+    assert "nDCG@10 0.6000 on `data.jsonl`, after 4 steps." in (folder / "README.md").read_text()
+    state = run(folder, f"{options} 10 --resume_from_checkpoint True", [0.7, 0.65])
+    assert (state["best_model_checkpoint"], state["best_metric"]) == (str(folder / "checkpoint-8"), 0.7)
+    kept, best = (load_file(each / "adapter_model.safetensors") for each in (folder, folder / "checkpoint-8"))
+    assert all(torch.equal(kept[name], tensor) for name, tensor in best.items())
+
+
+def test_a_best_measurement_that_was_not_saved_does_not_outdo_later_ones(tmp_path: Path) -> None:
+    folder, options = tmp_path / "run", "--save_steps 2 --eval_steps 1"
+    run(folder, f"{options} --max_steps 2 --load_best_model_at_end False", [0.9, 0.5])
+    state = run(folder, f"{options} --max_steps 6 --resume_from_checkpoint True", [0.6, 0.8, 0.6, 0.5])
+    assert (state["best_model_checkpoint"], state["best_metric"]) == (str(folder / "checkpoint-4"), 0.8)
+    assert saved(folder) == [2, 3, 4, 6]
+    assert "nDCG@10 0.8000 on `data.jsonl`, after 4 steps." in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("end", [8, 10])
+def test_a_checkpoint_at_an_epochs_end_records_the_measurement_of_the_epoch(end: int, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    options = "--save_steps 2 --eval_strategy epoch --lr_scheduler_type constant"
+    run(folder, f"{options} --max_steps {end}", [0.9, 0.5, 0.5])
+    assert saved(folder) == list(range(2, end + 1, 2))
+    for step in saved(folder):
+        state = json.loads((folder / f"checkpoint-{step}" / "trainer_state.json").read_text())
+        assert logged(state, "eval_nDCG@10") == [each for each in (4, 8, 10) if each <= step]
+    state = run(folder, f"{options} --max_steps 16 --patience 2 --resume_from_checkpoint True", [0.5, 0.5])
+    assert logged(state, "eval_nDCG@10") == ([4, 8, 12] if end == 8 else [4, 8, 10])
 
 
 @pytest.mark.parametrize("patience", [2, 3, 4])
@@ -219,6 +315,25 @@ def test_models_and_data_are_compared_by_content(tmp_path: Path, caplog: pytest.
         SameSettings(settings(base=other, records=data[0]), checkpoint)
 
 
+def test_the_digest_of_a_table_depends_on_its_rows_alone() -> None:
+    datasets = pytest.importorskip("datasets")
+    passages = [{"title": None, "text": "tea"}, {"title": "Pandas", "text": "bamboo"}]
+    forms: list[dict[str, Any]] = [{"query": "q", "pos": passages, "scores": None}]
+    forms += [{"query": None, "pos": passages[:1], "scores": [0.5]}, {"query": "tide", "pos": None, "scores": []}]
+    rows = [forms[number * number % 7 % 3] for number in range(1500)]
+    first = datasets.Dataset.from_list(rows)
+    table = first.features
+    tables = [
+        datasets.concatenate_datasets([datasets.Dataset.from_list(part, table) for part in (rows[:700], rows[700:])]),
+        datasets.Dataset.from_list(rows[-3:] + rows, table).select(range(3, 1503)),
+    ]
+    assert [digest(each) for each in tables] == [digest(first)] * 2
+    others = [rows[:-1], rows[1:] + rows[:1], [*rows[:-1], {**rows[-1], "query": "other"}]]
+    others += [[{**row, "pos": [passages[0] | {"title": ""}]} if row["query"] is None else row for row in rows]]
+    others += [[{**row, "scores": row["scores"] or None} for row in rows]]
+    assert len({digest(datasets.Dataset.from_list(other, table)) for other in [rows, *others]}) == 6
+
+
 def test_settings_without_a_record_are_named(
     checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -230,6 +345,20 @@ def test_settings_without_a_record_are_named(
     (checkpoint / "begun_with.json").unlink()
     SameSettings(settings(), checkpoint)
     assert ["has no begun_with.json: it cannot be checked" in message for message in caplog.messages] == [True]
+
+
+def test_a_complete_checkpoint_has_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is interrupted while it saves leaves a checkpoint that is refused, or one that can be compared."""
+    save, seen = TrainerState.save_to_json, []
+
+    def save_to_json(state: TrainerState, path: str) -> None:
+        seen.append((Path(path).parent / "begun_with.json").is_file())
+        save(state, path)
+
+    monkeypatch.setattr(TrainerState, "save_to_json", save_to_json)
+    run(tmp_path / "run", "--save_steps 1 --max_steps 2 --eval_steps 2")
+    assert seen == [True, True, False]  # both checkpoints, and the state beside the result
+    assert json.loads((tmp_path / "run" / "checkpoint-2" / "begun_with.json").read_text())["max_steps"] == 2
 
 
 def test_the_contents_of_a_deepspeed_file_are_recorded(tmp_path: Path) -> None:

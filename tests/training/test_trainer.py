@@ -245,6 +245,16 @@ def test_overwriting_removes_the_earlier_run_alone(tmp_path: Path) -> None:
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_a_run_that_goes_back_replaces_its_later_checkpoints(tmp_path: Path) -> None:
+    back = {"lr_scheduler_type": "constant", "resume_from_checkpoint": str(tmp_path / "checkpoint-1"), "save_steps": 2}
+    run(tmp_path, max_steps=4, lr_scheduler_type="constant")
+    (tmp_path / "checkpoint-5").mkdir()  # whose writing was interrupted
+    run(tmp_path, overwrite=True, max_steps=3, **back)
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{n}" for n in (1, 2, 3, 5)}
+    run(tmp_path, max_steps=3, **back | {"resume_from_checkpoint": True})
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 3
+
+
 def test_a_run_continues_with_the_same_settings_only(tmp_path: Path) -> None:
     constant = {"lr_scheduler_type": "constant"}
     run(tmp_path, **constant)
@@ -262,6 +272,9 @@ def test_a_run_continues_with_the_same_settings_only(tmp_path: Path) -> None:
     run(tmp_path / "other", overwrite=True, max_steps=3, resume_from_checkpoint=str(last), **constant)
     assert {path.name for path in (tmp_path / "other").glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-of-mine"}
     assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 2
+    with pytest.raises(FileExistsError, match="a later checkpoint than '.*/checkpoint-1' is there .checkpoint-2"):
+        run(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-1"), **constant)
+    assert find_resumed(arguments(tmp_path, resume_from_checkpoint=str(last))) == last
     (last / "optimizer.pt").unlink()
     with pytest.raises(ValueError, match=f"resume_from_checkpoint='{last}': the optimiser's state is missing"):
         run(tmp_path, resume_from_checkpoint=str(last), **constant)
@@ -278,6 +291,8 @@ def test_the_last_complete_checkpoint_is_found(tmp_path: Path, caplog: pytest.Lo
         (tmp_path / name / "optimizer.pt").touch()
         if name != "checkpoint-11":  # whose writing ends with the state
             (tmp_path / name / "trainer_state.json").write_text("{}")
+    assert find_resumed(asked) == tmp_path / "checkpoint-10"
+    (tmp_path / "checkpoint-10" / "optimizer.pt").rename(tmp_path / "checkpoint-10" / "global_step10")  # DeepSpeed's
     assert find_resumed(asked) == tmp_path / "checkpoint-10"
     assert caplog.messages == []
 
@@ -310,6 +325,29 @@ def test_validation_scores_are_those_of_inference(tmp_path: Path) -> None:
     assert run.model.training
     other = MatroyshkaReranker(BASE, start_layer=4, dtype="float32", prompt="Relevant?").compute_score(pairs)
     np.testing.assert_allclose(run.score_pairs([(*pair, "Relevant?") for pair in pairs]), other, atol=1e-4)
+
+
+def test_a_sharded_model_that_runs_out_of_memory_stops_at_once(tmp_path: Path) -> None:
+    """The other processes wait in the middle of the batch, so a smaller one would wait for them forever."""
+    run, batches = trainer(tmp_path), []
+    forward = run.model.forward
+
+    def short_of_memory(pairs: PackedPairs) -> Any:
+        batches.append(len(pairs))
+        if len(batches) == 1:
+            raise MemoryError
+        return forward(pairs)
+
+    run.model.forward = short_of_memory
+    pairs = [("panda", words(n, 3 + n), None) for n in range(8)]
+    assert len(run.score_pairs(pairs)) == 8
+    assert batches == [8, 4, 4]
+    batches.clear()
+    run.is_fsdp_enabled = True
+    with pytest.raises(RuntimeError, match="a batch of 8 pairs does not fit in memory, and the processes of a sharded"):
+        run.score_pairs(pairs)
+    assert batches == [8]
+    assert run.model.training
 
 
 def test_accumulation_is_averaging(tmp_path: Path) -> None:
