@@ -360,7 +360,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 def attending(name: str | None) -> Iterator[str | None]:
     """Let SDPA prefer a backend, in place of the package's choice; yields the name of a kernel of the package."""
     if name == WITHOUT_TRITON:
-        with mock.patch.object(elementwise, "_triton_kernels", return_value=None), attending(None) as own:
+        with mock.patch.object(elementwise, "_checked", return_value=None), attending(None) as own:
             yield own
         return
     if name not in BACKENDS:

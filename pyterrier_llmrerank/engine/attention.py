@@ -256,8 +256,7 @@ def _sdpa(
     if real_keys is not None or window is not None:
         mask = causal_mask(torch.arange(length, device=key.device)[None], length, real_keys, window)
     repeats = query.shape[1] // key.shape[1]
-    has_fused = mask is None and has_flash(query.device, dtype, query.shape[-1])
-    if repeats > 1 and query.device.type == "cuda" and not has_fused:
+    if repeats > 1 and query.device.type == "cuda" and (mask is not None or not has_flash(query.device, dtype)):
         # Without a flash kernel, grouped heads would run unfused.
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     if query.device.type == "cpu":  # the bf16 kernel's gradient takes twice as long

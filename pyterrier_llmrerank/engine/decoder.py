@@ -155,7 +155,7 @@ class _Plan(NamedTuple):
 
 
 def _plan(row: Row, pooled_after: Sequence[int], ratio: int, lay_out: Callable[[Packing], Layout]) -> _Plan:
-    """Prepare all poolings and layouts before the first layer runs, so that no layer waits for a copy to the device."""
+    """Prepare all poolings and layouts before the first layer runs."""
     packing = row.packing
     layouts, poolings = {row.depth: lay_out(packing)}, {}
     for depth in pooled_after:

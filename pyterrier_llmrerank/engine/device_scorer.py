@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -80,10 +80,12 @@ class DeviceScorer:
     ) -> None:
         self.call = call
         self._weights, self._shape = weights, shape
-        config = weights.checkpoint.config
+        config: Any = weights.checkpoint.config
         width = int(config.hidden_size)
-        head_width = getattr(config, "head_dim", None) or width // config.num_attention_heads
-        self._kernel = kernel_of(shape.attn_implementation, weights.device, weights.dtype, head_width)
+        self._kernel: Kernel | None = None
+        if weights.checkpoint.supports_layerwise:
+            head_width = getattr(config, "head_dim", None) or width // config.num_attention_heads
+            self._kernel = kernel_of(shape.attn_implementation, weights.device, weights.dtype, head_width)
         self._model, heads, tokenizer = weights.at_depth(shape.cutoffs[-1])
         if isinstance(self._model, FallbackDecoder):
             self._model.check_cutoffs(shape.cutoffs)
@@ -107,7 +109,10 @@ class DeviceScorer:
                 devices are told to stop.
         """
         device = self._weights.device
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # torch keeps that per thread
+        with (  # torch keeps both per thread
+            torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
+            torch.autocast(device.type, enabled=False),
+        ):
             begun, waiting = time.perf_counter(), Stopwatch()
             try:
                 for chunk in prefetch(map(self._tokenize, iter(self.call.next_chunk, None)), waiting):

@@ -42,7 +42,7 @@ def kernel_of(name: str | None, device: torch.device, dtype: torch.dtype, width:
         ValueError: the kernel does not run on the device or in the dtype.
         ImportError: its package is not installed.
     """
-    if name is None and has_flash(device, dtype, width):
+    if name is None and _has_packed_flash(device, dtype, width):
         return cast(Kernel, packed_flash)  # Layout knows it
     if name in (None, "sdpa"):
         return None
@@ -70,17 +70,21 @@ def check_flash(name: str, device: torch.device, dtype: torch.dtype) -> None:
         raise ImportError(f"attn_implementation={name!r} needs the package {package}: pip install {package}")
 
 
-def has_flash(device: torch.device, dtype: torch.dtype, width: int) -> bool:
-    """Return whether torch runs FlashAttention on a device, in a dtype and for heads of a width; it takes no masks."""
+def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether torch has FlashAttention for a CUDA device and a dtype; it takes no masks."""
+    return dtype in (torch.bfloat16, torch.float16) and _capability(device) >= (8, 0)
+
+
+def _has_packed_flash(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Return whether :func:`packed_flash` runs on a device, in a dtype and for heads of a width."""
     return (
         device.type == "cuda"
-        and dtype in (torch.bfloat16, torch.float16)
         and width % 8 == 0
         and width <= 256
         and torch.version.hip is None
         and torch.backends.cuda.is_flash_attention_available()
         and torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]
-        and _capability(device) >= (8, 0)
+        and has_flash(device, dtype)
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.functional import rms_norm
 
-from .elementwise import triton_kernels_for
+from .elementwise import triton_kernel
 
 
 class RMSNorm(nn.Module):
@@ -39,10 +39,10 @@ class _Normalise(Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.eps, scale = eps, None
-        fused = triton_kernels_for(states, weight)
-        if fused is not None:
+        kernel = triton_kernel("normalise", states, weight)
+        if kernel is not None:
             ctx.save_for_backward(states, weight, scale)
-            return cast(Tensor, fused.normalise(states, weight, eps))
+            return kernel(states, weight, eps)
         if states.device.type == "cpu" and states.dtype != torch.float32:  # the mean of squares takes two passes
             wide = states.float()
             mean = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(wide.shape[-1])

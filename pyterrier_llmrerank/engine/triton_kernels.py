@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 1024
+#: Products and sums may be fused. Releases of Triton differ in the default.
+FUSED = {"enable_fp_fusion": True}
 
 
 def normalise(states: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -20,7 +22,7 @@ def normalise(states: Tensor, weight: Tensor, eps: float) -> Tensor:
     normed = torch.empty_like(states)
     warps = 8 if width > 2 * BLOCK else 4
     block = triton.next_power_of_2(width)
-    _normalise[(states.numel() // width,)](states, weight, normed, eps, width, BLOCK=block, num_warps=warps)
+    _normalise[(states.numel() // width,)](states, weight, normed, eps, width, BLOCK=block, num_warps=warps, **FUSED)
     return normed
 
 
@@ -35,14 +37,14 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     _, tokens, heads, width = states.shape
     half = width // 2
     blocks = {"HEADS": triton.next_power_of_2(heads), "HALF": triton.next_power_of_2(half)}
-    _rotate[(tokens,)](states, cos, sin, heads, half, **blocks)
+    _rotate[(tokens,)](states, cos, sin, heads, half, **blocks, **FUSED)
     return states
 
 
 def silu_times(gate: Tensor, up: Tensor) -> Tensor:
     """Compute ``silu(gate) * up`` of two tensors of one shape."""
     product = torch.empty_like(gate)
-    _silu_times[(triton.cdiv(gate.numel(), BLOCK),)](gate, up, product, gate.numel(), BLOCK=BLOCK)
+    _silu_times[(triton.cdiv(gate.numel(), BLOCK),)](gate, up, product, gate.numel(), BLOCK=BLOCK, **FUSED)
     return product
 
 

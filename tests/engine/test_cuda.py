@@ -184,7 +184,7 @@ def cuda(device_guard: None) -> Iterator[None]:
             (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
             (torch.cuda, "is_bf16_supported", lambda including_emulation=True: True),
             (torch.backends.cuda, "is_flash_attention_available", lambda: True),
-            (elementwise, "_triton_kernels", lambda device: TRITON),
+            (elementwise, "_checked", lambda name, *_: getattr(TRITON, name)),
             (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
             (devices, "resolve_devices", lambda names: (CUDA,)),
             (devices, "has_bf16", lambda device: True),
@@ -337,7 +337,7 @@ def test_key_heads_are_repeated_where_no_flash_kernel_runs(
     monkeypatch.setattr(
         attention, "scaled_dot_product_attention", lambda query, key, value, **options: calls.append((key, options))
     )
-    query = torch.empty(2, 8, 16, 8, device=CUDA, dtype=getattr(torch, dtype))
+    query = torch.empty(2, 8, 16, 4, device=CUDA, dtype=getattr(torch, dtype))
     with pytest.raises(AttributeError):  # the stand-in returns nothing
         attention._sdpa(query, query[:, :2], query[:, :2], None, 1.0, window, 0.0)
     [(key, options)] = calls
@@ -377,8 +377,9 @@ def test_element_wise_work_runs_in_triton(cuda: None) -> None:
         with torch.inference_mode():
             assert elementwise.rotate(given, angles, angles).dtype == torch.promote_types(given.dtype, angles.dtype)
     elementwise.silu_times(states, states)  # with gradients
-    with torch.inference_mode(), mock.patch.object(torch.cuda, "current_device", return_value=1):
-        elementwise.silu_times(states, states)
+    for owner, name, value in ((torch.cuda, "current_device", 1), (torch.compiler, "is_compiling", True)):
+        with torch.inference_mode(), mock.patch.object(owner, name, return_value=value):
+            elementwise.silu_times(states, states)
     assert not TRITON.calls
 
 

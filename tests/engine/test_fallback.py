@@ -23,6 +23,7 @@ from transformers import (
     GPTJConfig,
     GPTNeoConfig,
     GPTNeoXConfig,
+    MambaConfig,
     MixtralConfig,
     OPTConfig,
     Phi3Config,
@@ -97,6 +98,17 @@ def test_matroyshka_over_another_family_reads_layers_through_the_final_norm(tmp_
             with torch.inference_mode():
                 state = layers.base_model(input_ids=torch.tensor([pair.flat()])).last_hidden_state[0, -1]
                 assert score == pytest.approx((state @ head).item(), abs=1e-5)
+
+
+def test_a_model_without_attention_heads_scores_as_transformers_does(tmp_path: Path) -> None:
+    config = MambaConfig(hidden_size=32, num_hidden_layers=3, vocab_size=700, state_size=8, pad_token_id=0)
+    model = saved(tmp_path, config, AutoModelForCausalLM)
+    reranker = MatroyshkaReranker(tmp_path, start_layer=1, cutoff=3, dtype="float32", device="cpu")
+    yes = reranker.scorer().weights[0].at_depth(3)[2]("Yes", add_special_tokens=False)["input_ids"][-1]
+    with torch.inference_mode():
+        logits = [model(input_ids=torch.tensor([ids.flat()])).logits for ids in ids_of(reranker, PAIRS)]
+    wanted = [of[0, -1, yes].item() for of in logits]
+    np.testing.assert_allclose(reranker.compute_score(PAIRS), wanted, atol=1e-5)
 
 
 def test_both_decoders_give_the_same_scores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,8 +132,34 @@ def test_flash_over_the_packed_row_is_the_usual_kernel_where_torch_has_it(monkey
     torch.backends.cuda.enable_flash_sdp(False)  # torch's own switch
     assert of(CUDA, torch.bfloat16, 64) is None
     torch.backends.cuda.enable_flash_sdp(True)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.version, "hip", "7.0")
+        assert of(CUDA, torch.bfloat16, 64) is None
     monkeypatch.setattr(kernels, "_capability", lambda device: (7, 5))
     assert of(CUDA, torch.bfloat16, 64) is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with FlashAttention")
+@pytest.mark.parametrize("width", [64, 96, 128, 256])
+@pytest.mark.parametrize("window", [None, 5])
+@torch.inference_mode()
+def test_torchs_flash_over_the_packed_row_equals_plain_products(width: int, window: int | None) -> None:
+    """With grouped heads, fewer queries than keys, and sequences without queries."""
+    generator = torch.Generator().manual_seed(width)
+    queries, keys = [7, 0, 3, 40], [7, 5, 30, 40]
+    query, key, value = (
+        torch.randn(sum(counts), heads, width, generator=generator)
+        for counts, heads in ((queries, 4), (keys, 2), (keys, 2))
+    )
+    starts = [torch.tensor([0, *counts]).cumsum(0).int().cuda() for counts in (queries, keys)]
+    given = [states.cuda().bfloat16() for states in (query, key, value)]
+    got = kernels.packed_flash(*given, (starts[0], starts[1]), (40, 40), width**-0.5, window)
+    wanted = []
+    for q, k, v in zip(query.split(queries), key.split(keys), value.split(keys), strict=True):
+        whole = torch.cat([q.new_zeros(len(k) - len(q), 4, width), q])
+        mixed = kernels.eager(*(x.transpose(0, 1)[None] for x in (whole, k, v)), width**-0.5, window)
+        wanted.append(mixed[0].transpose(0, 1)[len(k) - len(q) :])
+    torch.testing.assert_close(got.float().cpu(), torch.cat(wanted), atol=0.03, rtol=0.03)
 
 
 def test_cudnn_is_left_out_until_the_last_call_is_over() -> None:

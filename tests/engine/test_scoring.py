@@ -78,6 +78,14 @@ def test_a_large_call_runs_on_the_fastest_number_of_threads(monkeypatch: pytest.
     np.testing.assert_allclose(large[:3], small, atol=1e-4)
 
 
+def test_an_autocast_around_a_call_changes_nothing() -> None:
+    """It would not reach the other devices' threads."""
+    reranker, pairs = RERANKERS["compressed"], [pair(i, 10, i) for i in range(4)]
+    wanted = reranker.compute_score(pairs)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        np.testing.assert_array_equal(reranker.compute_score(pairs), wanted)
+
+
 def test_memory_running_out_halves_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     reranker = RERANKERS["plain"]
     pairs = [pair(i, 10, i) for i in range(9)]
