@@ -192,7 +192,11 @@ def hub_card(card: str | None, kind: str, name: str, base: str | None, repo_id: 
     for key, value in {**vars(data), "tags": tags}.items():
         if value is not None:
             setattr(written.data, key, value)
-    written.text = with_section(written.text, "Use", use_section(name, repo_id))  # it may name another repository
+    if (use := _section("Use").search(written.text)) is None:
+        written.text = with_section(written.text, "Use", use_section(name, repo_id))
+    else:  # it may name another repository
+        call = re.compile(rf'{name}\("[^"\n]*"')
+        written.text = written.text.replace(use[0], call.sub(lambda _: f'{name}("{repo_id}"', use[0]))
     for title, given_now in {"Data": stated.data, "Licence": stated.license}.items():
         if given_now:
             written.text = with_section(written.text, title, facts(stated)[title])
@@ -281,8 +285,12 @@ def exported_card(
 
 def with_section(card: str, name: str, text: str) -> str:
     """Return a card with a section replaced, or added at its end."""
-    section = f"## {name}\n\n{text.strip()}\n"
-    pattern = re.compile(rf"^## {re.escape(name)}\n.*?(?=^## |\Z)", re.DOTALL | re.MULTILINE)
+    section, pattern = f"## {name}\n\n{text.strip()}\n", _section(name)
     if pattern.search(card):
         return pattern.sub(lambda found: section + ("\n" if found.end() < len(card) else ""), card, count=1)
     return f"{card.rstrip()}\n\n{section}"
+
+
+def _section(name: str) -> re.Pattern[str]:
+    """Return the pattern of a section, with its heading."""
+    return re.compile(rf"^## {re.escape(name)}\n.*?(?=^## |\Z)", re.DOTALL | re.MULTILINE)

@@ -6,6 +6,8 @@ import hashlib
 import importlib.util
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +44,7 @@ def dequantise(file: Path, argument: str = "model") -> Path:
     if folder.is_dir():
         return folder
     home.mkdir(parents=True, exist_ok=True)
-    with FileLock(home / "gguf.lock"):
+    with _locked(home / "gguf.lock"):
         if folder.is_dir():  # another process has converted it
             return folder
         with tempfile.TemporaryDirectory(dir=home) as temporary:
@@ -50,8 +52,24 @@ def dequantise(file: Path, argument: str = "model") -> Path:
             _convert(file, ready, argument)
             if _state(file) != state:
                 raise ValueError(f"{argument}={str(file)!r} changed while it was read; try again when it is complete.")
-            os.replace(ready, folder)
+            try:
+                os.replace(ready, folder)
+            except OSError:
+                if not folder.is_dir():  # else another process was faster
+                    raise
     return folder
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Wait for a lock; without one where the file system has none, or where another user's file cannot be opened."""
+    lock = FileLock(path)
+    with suppress(OSError):
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _state(file: Path) -> tuple[int, int, int]:

@@ -158,7 +158,7 @@ class Assembly:
         """Raise ValueError if an adapter is to be merged over other adapters than in training.
 
         A token adapter may be over more of them, such as a layer adapter. Over another base, their number may differ.
-        Return whether it has been checked: not over another base.
+        Return whether it was trained over all of them: not known over another base.
 
         Args:
             own: the description of the adapter.
@@ -169,21 +169,28 @@ class Assembly:
         """
         if own.base != portable(base):
             return False
+        merged = [self._local(name) or self._fetched.get(name) for name in before]
         if "." in own.adapters:
-            trained = own.adapters.index(".")
-            if len(before) != trained:
+            trained = own.adapters[: own.adapters.index(".")]
+            if len(before) != len(trained):
                 raise ValueError(
-                    f"{argument} was trained on this base with {trained} adapters before it, but here it has "
+                    f"{argument} was trained on this base with {len(trained)} adapters before it, but here it has "
                     f"{len(before)}; give all of them in order, or its folder as model."
                 )
+            for name, other, given in zip(trained, merged, before, strict=True):
+                if not _may_be_same(folder / name, other):
+                    raise ValueError(
+                        f"{argument} was trained on this base over {str(folder / name)!r}, of other weights than "
+                        f"{given!r}; give its folder as model."
+                    )
             return True
-        merged = iter([self._local(name) or self._fetched.get(name) for name in before])
-        if not all(any(_may_be_same(folder / name, other) for other in merged) for name in own.adapters):
+        rest = iter(merged)
+        if not all(any(_may_be_same(folder / name, other) for other in rest) for name in own.adapters):
             raise ValueError(
                 f"{argument} was trained on this base over {len(own.adapters)} adapters, which are not in order among "
                 f"the {len(before)} here: {list(before)}; allowed: at least copies of the adapters in {str(folder)!r}."
             )
-        return True
+        return len(own.adapters) == len(before)
 
     def _local(self, name: str) -> Path | None:
         """Return the folder of an adapter: below the model's own, or at its path; None if it is on the hub."""

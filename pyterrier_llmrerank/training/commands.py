@@ -138,7 +138,7 @@ def parse(command: str, argv: Sequence[str]) -> tuple[Recipe, Sources, TrainingA
     sources, chosen, arguments, ignored = parser.parse_args_into_dataclasses(args=argv)
     recipe = recipe_type(
         **vars(chosen),
-        **{name: getattr(arguments, name) for name in (*defaults, "bf16")},
+        **{name: getattr(arguments, name) for name in (*defaults, "bf16", "eval_steps")},
         arguments=_further_arguments(parser, recipe_type, argv),
     )
     for name, value in vars(ignored).items():
@@ -155,7 +155,8 @@ def parse(command: str, argv: Sequence[str]) -> tuple[Recipe, Sources, TrainingA
 def _further_arguments(parser: HfArgumentParser, recipe_type: type[Recipe], argv: Sequence[str]) -> dict[str, Any]:
     """Return transformers' options that weights depend on, where a command line sets them and no recipe does."""
     given = parser.parse_args(argv)  # TrainingArguments would change some values
-    elsewhere = MAY_CHANGE.union(f.name for f in dataclasses.fields(recipe_type))
+    elsewhere = MAY_CHANGE.difference(["save_strategy", "load_best_model_at_end"])  # these choose the weights to keep
+    elsewhere = elsewhere.union(f.name for f in dataclasses.fields(recipe_type))
     values = {f.name: getattr(given, f.name) for f in dataclasses.fields(TrainingArguments) if f.name not in elsewhere}
     return {name: value for name, value in values.items() if value != parser.get_default(name)}
 
@@ -232,7 +233,8 @@ def main(command: str, argv: Sequence[str]) -> Path:
     recipe = recipe.following(checkpoint)
     with arguments.main_process_first(desc="reading the data"):
         records = open_data("train_data", sources.train_data, sources.dataset_split, bool(recipe.loss.teacher_settings))
-    check_scores("train_data", records)
+    if recipe.loss.teacher_settings or recipe.loss.needs_full_pass:  # the loss reads teacher scores
+        check_scores("train_data", records)
     validation = None
     if sources.eval_data:
         validation = Validation.of_records(

@@ -73,6 +73,9 @@ def test_a_card_pushed_again_opens_its_new_repository() -> None:
     assert "me/first" not in card
     assert FOLDER not in card
     assert card.count("## Use") == 1
+    card = card.replace("## Use\n", "## Use\n\nCall it with at most 100 candidates.\n")
+    again = hub_card(card, "rankllama", "RankLLaMAReranker", "owner/base", "me/third", Stated())
+    assert again == card.replace("me/second", "me/third")
 
 
 def test_a_section_is_replaced_or_added() -> None:

@@ -1,6 +1,8 @@
 """GGUF files score as their models do, and are refused by name if they are broken."""
 
+import errno
 import os
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -134,6 +136,28 @@ def test_one_of_several_converts_a_file(
     with ThreadPoolExecutor(3) as threads:
         folders = set(threads.map(dequantise, [tiny_gguf[0]] * 3))
     assert len(folders) == len(converted) == 1
+
+
+def test_a_file_is_converted_where_nothing_can_be_locked(
+    tiny_gguf: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then several processes may convert it, and the first is as good as the last."""
+
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setenv("PYTERRIER_HOME", str(tmp_path))
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    convert = gguf._convert
+
+    def beside_another(file: Path, folder: Path, argument: str) -> None:
+        convert(file, folder, argument)
+        name = f"gguf-{gguf._digest(file, gguf._state(file))}"
+        shutil.copytree(folder, tmp_path / "llmrerank" / name)
+
+    monkeypatch.setattr(gguf, "_convert", beside_another)
+    folder = dequantise(tiny_gguf[0])
+    assert [path.name for path in (tmp_path / "llmrerank").iterdir() if path.is_dir()] == [folder.name]
 
 
 @pytest.mark.parametrize("replaced", [True, False])

@@ -107,6 +107,24 @@ def test_adapters_that_disagree_are_refused(described: Path, tmp_path: Path) -> 
         MatroyshkaReranker(BASE, adapters=other)
 
 
+def test_lengths_are_the_last_adapters_only_if_it_was_trained_over_the_others(described: Path, tmp_path: Path) -> None:
+    """The first was trained with 90 tokens, the second with the default's 512."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    shutil.copytree(described, first)
+    shutil.copytree(described, second)
+    change(first, max_length=90)
+    change(second, max_length=None, adapters=["adapter-1", "."])
+    shutil.copytree(first, second / "adapter-1")
+    MatroyshkaReranker(BASE, adapters=[first, second]).compute_score(PAIRS)
+    shutil.rmtree(second / "adapter-1")
+    shutil.copytree(ADAPTERS[1], second / "adapter-1")
+    with pytest.raises(ValueError, match=r"second' was trained on this base over '.*adapter-1', of other weights than"):
+        MatroyshkaReranker(BASE, adapters=[first, second])
+    change(second, adapters=[], token_adapters={"2": "."})
+    with pytest.raises(ValueError, match="first' has query_max_length=67 and max_length=90, but .*second' has 384"):
+        MatroyshkaReranker(BASE, adapters=[first, second])
+
+
 def test_an_adapter_over_fewer_adapters_than_in_its_training_is_refused(described: Path) -> None:
     change(described, adapters=["adapter-1", "."])
     with pytest.raises(

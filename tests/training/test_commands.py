@@ -373,12 +373,20 @@ def test_a_card_names_the_settings_that_trained_the_model(data: Path, tmp_path: 
     (tmp_path / "fsdp.json").write_text("{}")
     options = ["--weight_decay", "0.3", "--lr_scheduler_type", "cosine", "--bf16", "--optim", "adafactor"]
     options += ["--max_grad_norm", "0.1", "--max_steps", "1", "--fsdp_config", str(tmp_path / "fsdp.json")]
+    options += ["--eval_data", str(data), "--eval_steps", "7", "--save_strategy", "best"]
     assert main(["train", *distill(data, tmp_path / "run", *options)]) == 0
     card = (tmp_path / "run" / "README.md").read_text()
     (call,) = re.findall(r"^DistillTraining\(.*\)$", card, re.MULTILINE)
     recipe = eval(call, {"DistillTraining": DistillTraining})
-    assert (recipe.bf16, recipe.max_steps, recipe.group_size) == (True, 1, 4)
-    settings = {"lr_scheduler_type": "cosine", "optim": "adafactor", "weight_decay": 0.3, "max_grad_norm": 0.1}
+    assert (recipe.bf16, recipe.max_steps, recipe.group_size, recipe.eval_steps) == (True, 1, 4, 7)
+    settings = {
+        "save_strategy": "best",
+        "eval_strategy": "steps",
+        "lr_scheduler_type": "cosine",
+        "optim": "adafactor",
+        "weight_decay": 0.3,
+        "max_grad_norm": 0.1,
+    }
     assert recipe.arguments == settings
     assert str(tmp_path) not in card
 
@@ -392,6 +400,7 @@ def test_teacher_scores_are_in_all_records_or_in_none(
     assert main(["train", *distill(data, tmp_path / "run")]) == 1
     said = f"train_data: 6 of {len(RECORDS)} records have no pos_scores and neg_scores; allowed: teacher scores in all"
     assert said in capsys.readouterr().err
+    assert main(["train", *distill(data, tmp_path / "run", "--train_method", "normal", "--max_steps", "1")]) == 0
 
 
 @pytest.mark.parametrize("setting", [["--teacher_weight", "1"], ["--absolute_margin", "0"]])
