@@ -379,15 +379,8 @@ def test_a_card_names_the_settings_that_trained_the_model(data: Path, tmp_path: 
     (call,) = re.findall(r"^DistillTraining\(.*\)$", card, re.MULTILINE)
     recipe = eval(call, {"DistillTraining": DistillTraining})
     assert (recipe.bf16, recipe.max_steps, recipe.group_size, recipe.eval_steps) == (True, 1, 4, 7)
-    settings = {
-        "save_strategy": "best",
-        "eval_strategy": "steps",
-        "lr_scheduler_type": "cosine",
-        "optim": "adafactor",
-        "weight_decay": 0.3,
-        "max_grad_norm": 0.1,
-    }
-    assert recipe.arguments == settings
+    settings = {"lr_scheduler_type": "cosine", "optim": "adafactor", "weight_decay": 0.3, "max_grad_norm": 0.1}
+    assert recipe.arguments == settings | {"save_strategy": "best"}
     assert str(tmp_path) not in card
 
 
