@@ -293,7 +293,7 @@ def test_a_compress_layer_beyond_the_model_is_refused() -> None:
 
 def test_a_ratio_without_layers_gives_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     MatroyshkaReranker(FULL, compress_ratio=2)
-    assert caplog.messages == ["compress_ratio=2 has no effect without compress_layers from 1 on"]
+    assert caplog.messages == ["compress_ratio=2 has no effect without compress_layers (layers from 1 on)"]
     MatroyshkaReranker(FULL, compress_ratio=2, compress_layers=4)
     MatroyshkaReranker(FULL, compress_layers=4)
     assert len(caplog.messages) == 1
