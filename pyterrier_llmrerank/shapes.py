@@ -51,7 +51,9 @@ class MatroyshkaShape:
     def warn_without_effect(self) -> None:
         """Warn of compression that does nothing. It is not an error, because grids set one argument at a time."""
         if self.compress_ratio > 1 and not self.pools():
-            logger.warning("compress_ratio=%d has no effect without compress_layers (layers from 1 on)", self.compress_ratio)
+            logger.warning(
+                "compress_ratio=%d has no effect without compress_layers (layers from 1 on)", self.compress_ratio
+            )
         elif self.compress_ratio > 1 and not self.pools(self.deepest):
             logger.warning(
                 "compress_layers=%s: no layer from 1 to below the cutoff, %d, so nothing is pooled; the token adapter "

@@ -61,7 +61,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForSequenceClassification, LlamaConfig, MistralConfig, PreTrainedTokenizerFast
 
 from pyterrier_llmrerank.checkpoints.rankllama_checkpoint import RankLLaMACheckpoint
-from pyterrier_llmrerank.engine import attention, elementwise, kernels, scoring
+from pyterrier_llmrerank.engine import attention, attention_kernels, elementwise, scoring
 from pyterrier_llmrerank.engine.cascade import Cascade
 from pyterrier_llmrerank.engine.flops import Operations
 from pyterrier_llmrerank.engine.inputs import Ids, token_ids
@@ -364,7 +364,7 @@ def attending(name: str | None) -> Iterator[str | None]:
             yield own
         return
     if name not in BACKENDS:
-        with kernels.without_cudnn():
+        with attention_kernels.without_cudnn():
             yield name
         return
     order = BACKENDS[name]
@@ -539,7 +539,7 @@ def measure_attention(bench: Bench, seconds: float) -> None:
         for name in names:
             try:
                 with attending(name) as chosen:
-                    kernel = kernels.kernel_of(chosen, bench.device, bench.dtype, width)
+                    kernel = attention_kernels.kernel_of(chosen, bench.device, bench.dtype, width)
                     begun = bench.clock()
                     made = [attention.Layout(given[0], bench.device, kernel=kernel) for given in others]
                     laid_out = (bench.clock() - begun) / len(others)

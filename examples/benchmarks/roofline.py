@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForSequenceClassification
 
-from pyterrier_llmrerank.engine import elementwise, kernels, norms
+from pyterrier_llmrerank.engine import attention_kernels, elementwise, norms
 from pyterrier_llmrerank.engine.decoder import embedded, run_layers
 from pyterrier_llmrerank.engine.inputs import Ids
 from pyterrier_llmrerank.engine.packing import PackedPairs, regrouped
@@ -148,7 +148,11 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     checkpoint: Any = RandomCheckpoint(plain, None)
     model, heads, _ = Weights(lambda: checkpoint, META, torch.bfloat16).at_depth(config.num_hidden_layers)
     layers, quarter = config.num_hidden_layers, config.num_hidden_layers // 4
-    functions: dict[str, Any] = {"packed": kernels.packed_flash, "sdpa": None, "eager": kernels.eager}
+    functions: dict[str, Any] = {
+        "packed": attention_kernels.packed_flash,
+        "sdpa": None,
+        "eager": attention_kernels.eager,
+    }
     pairs = batch(chosen.pairs, chosen.tokens)
 
     def run(cutoff: int, keep: dict[int, float] | None = None, **shape: Any) -> Roofline:

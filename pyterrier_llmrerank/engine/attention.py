@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from .kernels import Kernel, causal_mask, has_flash, packed_flash
+from .attention_kernels import Kernel, causal_mask, has_flash, packed_flash
 from .length_groups import LengthGroups
 from .packing import Packing, on_device
 

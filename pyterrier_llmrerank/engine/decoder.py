@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import AttentionTap, Layout, PrefixCache
-from .kernels import Kernel
+from .attention_kernels import Kernel
 from .layers import call_layer, is_compiled, run_last, run_layer
 from .packing import PackedPairs, Packing, Row, on_device
 from .pooling import Pooling

@@ -15,13 +15,13 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import ScoringError, reason
 from .attention import PrefixCache
+from .attention_kernels import Kernel, kernel_of, packed_flash
 from .batching import Budget, run_in_batches
 from .call import ScoringCall, Stopped
 from .cascade import Cascade
 from .decoder import Decoder, embedded, run_layers
 from .fallback import FallbackDecoder
 from .inputs import Ids
-from .kernels import Kernel, kernel_of, packed_flash
 from .length_groups import STEP
 from .packing import PackedPairs, Packing, Row, regrouped
 from .pending import PendingResults

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from .attention_kernels import causal_mask
 from .devices import has_bf16
-from .kernels import causal_mask
 from .packing import Packing
 
 #: Lengths are rounded up to a multiple of this.

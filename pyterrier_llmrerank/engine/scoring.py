@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..checkpoints.checkpoint import Checkpoint
+from .attention_kernels import without_cudnn
 from .batching import query_chunks
 from .call import ScoringCall
 from .cascade import Cascade
@@ -20,7 +21,6 @@ from .decoder import Decoder
 from .device_scorer import DeviceScorer
 from .fallback import FallbackDecoder
 from .inputs import Ids
-from .kernels import without_cudnn
 from .shape import Shape
 from .threads import fastest_threads
 from .usage import Observer, Usage

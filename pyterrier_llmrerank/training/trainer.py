@@ -29,8 +29,8 @@ from ..checkpoints.cards import Stated
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.locate import is_hub_id
 from ..checkpoints.saving import describe_trained, saved_files
+from ..engine.attention_kernels import without_cudnn
 from ..engine.batching import Budget, is_out_of_memory, run_in_batches
-from ..engine.kernels import without_cudnn
 from ..engine.packing import PackedPairs, on_device
 from ..engine.pending import to_host
 from ..engine.threads import fastest_threads

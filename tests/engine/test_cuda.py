@@ -31,11 +31,11 @@ from pyterrier_llmrerank.checkpoints.families import FAMILIES
 from pyterrier_llmrerank.checkpoints.tensors import TensorFiles
 from pyterrier_llmrerank.engine import (
     attention,
+    attention_kernels,
     decoder,
     devices,
     elementwise,
     fallback,
-    kernels,
     packing,
     pending,
     pooling,
@@ -333,7 +333,7 @@ def test_key_heads_are_repeated_where_no_flash_kernel_runs(
 ) -> None:  # fmt: skip
     """Of the fused kernels on CUDA, flash alone takes grouped heads, and it takes no masks."""
     calls = []
-    monkeypatch.setattr(kernels, "_capability", lambda device: capability)
+    monkeypatch.setattr(attention_kernels, "_capability", lambda device: capability)
     monkeypatch.setattr(
         attention, "scaled_dot_product_attention", lambda query, key, value, **options: calls.append((key, options))
     )
@@ -359,7 +359,7 @@ def test_attention_runs_over_the_packed_row_where_torch_has_flash(
 
         monkeypatch.setattr(module, kernel, counted)
         if kernel == "packed_flash":
-            monkeypatch.setattr(kernels, kernel, counted)  # Layout compares them
+            monkeypatch.setattr(attention_kernels, kernel, counted)  # Layout compares them
     scored(SHAPES[name]())
     wanted = {"fp32": {"_sdpa"}, "as released": {"_sdpa", "packed_flash"}, "eager": set()}
     assert {*calls} == wanted.get(name, {"packed_flash"})
@@ -541,7 +541,7 @@ FAULTS: dict[str, tuple[str, Fault]] = {
     "a mask on the host": (
         "blocking copy",
         lambda patch: patch.setattr(
-            attention, "causal_mask", lambda queries, *rest: kernels.causal_mask(queries.cpu(), *rest)
+            attention, "causal_mask", lambda queries, *rest: attention_kernels.causal_mask(queries.cpu(), *rest)
         ),
     ),
 }

@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyterrier_llmrerank import LLMReranker, MatroyshkaReranker, RankLLaMAReranker, ScoringError
-from pyterrier_llmrerank.engine import device_scorer, kernels, length_groups
+from pyterrier_llmrerank.engine import attention_kernels, device_scorer, length_groups
+from pyterrier_llmrerank.engine.attention_kernels import eager, packed_flash
 from pyterrier_llmrerank.engine.batching import packed_size
 from pyterrier_llmrerank.engine.device_scorer import attended_positions
 from pyterrier_llmrerank.engine.inputs import Ids
-from pyterrier_llmrerank.engine.kernels import eager, packed_flash
 from pyterrier_llmrerank.engine.packing import PackedPairs, Row
 from pyterrier_llmrerank.engine.usage import Stopwatch, Usage
 
@@ -124,7 +124,7 @@ def test_positions_are_counted_where_attention_computes_them(kernel: str, monkey
     monkeypatch.setattr(
         length_groups, "scaled_dot_product_attention", watched(length_groups.scaled_dot_product_attention)
     )
-    monkeypatch.setattr(kernels, "eager", watched(kernels.eager))
+    monkeypatch.setattr(attention_kernels, "eager", watched(attention_kernels.eager))
     # Two layers: the second asks for the last tokens alone.
     reranker = matroyshka(device="cpu", attn_implementation=kernel, cutoff=2, batch_size=5)
     reranker.transform(frame(3, 4))

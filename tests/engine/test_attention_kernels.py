@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pyterrier_llmrerank import MatroyshkaReranker, RankLLaMAReranker
-from pyterrier_llmrerank.engine import device_scorer, kernels
+from pyterrier_llmrerank.engine import attention_kernels, device_scorer
 from pyterrier_llmrerank.engine.decoder import decode, embedded, run_layers
 from pyterrier_llmrerank.engine.packing import PackedPairs
 
@@ -26,7 +26,7 @@ FLASH = "flash_attention_2"
 @pytest.fixture(autouse=True)
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use FlexAttention's uncompiled reference, so that no test waits for a compiler."""
-    monkeypatch.setattr(kernels, "_compiled_flex", lambda: flex_attention)
+    monkeypatch.setattr(attention_kernels, "_compiled_flex", lambda: flex_attention)
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
         return out.transpose(1, 2), None
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, FLASH, stand_in)
-    monkeypatch.setattr(kernels, "check_flash", lambda *_: None)
+    monkeypatch.setattr(attention_kernels, "check_flash", lambda *_: None)
     return windows
 
 
@@ -93,7 +93,7 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 @torch.inference_mode()
 def test_attention_over_the_packed_row_equals_sdpa(packed: list[int], family: str) -> None:
     ours, _ = models(family)
-    kernel: Any = kernels.packed_flash
+    kernel: Any = attention_kernels.packed_flash
     for pooled in ({}, {"compress_layers": {1, 3}, "compress_ratio": 2}):
         row = PackedPairs(pairs())
         wanted = decode(ours, row, [2, 4], **pooled)
@@ -111,7 +111,7 @@ def test_scores_over_the_packed_row_with_known_prefixes_and_cascades(
     usual = {name: shape[name] for name in shape if name != "prune"}
     released = MatroyshkaReranker(FULL, released=True, cutoff=4, **usual)
     padded = released(frame(2, 5))["score"]
-    monkeypatch.setattr(device_scorer, "kernel_of", lambda *_: kernels.packed_flash)
+    monkeypatch.setattr(device_scorer, "kernel_of", lambda *_: attention_kernels.packed_flash)
     cascade = MatroyshkaReranker(FULL, batch_size=2, **shape)
     np.testing.assert_allclose(cascade(frame(2, 5))["score"], wanted, atol=1e-4)
     assert packed
@@ -122,20 +122,20 @@ def test_scores_over_the_packed_row_with_known_prefixes_and_cascades(
 
 
 def test_flash_over_the_packed_row_is_the_usual_kernel_where_torch_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_capability", lambda device: (8, 6))
+    monkeypatch.setattr(attention_kernels, "_capability", lambda device: (8, 6))
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-    of = partial(kernels.kernel_of, None)
-    assert [of(CUDA, dtype, 64) for dtype in (torch.bfloat16, torch.float16)] == [kernels.packed_flash] * 2
+    of = partial(attention_kernels.kernel_of, None)
+    assert [of(CUDA, dtype, 64) for dtype in (torch.bfloat16, torch.float16)] == [attention_kernels.packed_flash] * 2
     assert [of(CUDA, torch.float32, 64), of(CPU, torch.bfloat16, 64)] == [None, None]
     assert [of(CUDA, torch.bfloat16, width) for width in (63, 264)] == [None, None]
-    assert kernels.kernel_of("sdpa", CUDA, torch.bfloat16, 64) is None
+    assert attention_kernels.kernel_of("sdpa", CUDA, torch.bfloat16, 64) is None
     torch.backends.cuda.enable_flash_sdp(False)  # torch's own switch
     assert of(CUDA, torch.bfloat16, 64) is None
     torch.backends.cuda.enable_flash_sdp(True)
     with monkeypatch.context() as patch:
         patch.setattr(torch.version, "hip", "7.0")
         assert of(CUDA, torch.bfloat16, 64) is None
-    monkeypatch.setattr(kernels, "_capability", lambda device: (7, 5))
+    monkeypatch.setattr(attention_kernels, "_capability", lambda device: (7, 5))
     assert of(CUDA, torch.bfloat16, 64) is None
 
 
@@ -153,11 +153,11 @@ def test_torchs_flash_over_the_packed_row_equals_plain_products(width: int, wind
     )
     starts = [torch.tensor([0, *counts]).cumsum(0).int().cuda() for counts in (queries, keys)]
     given = [states.cuda().bfloat16() for states in (query, key, value)]
-    got = kernels.packed_flash(*given, (starts[0], starts[1]), (40, 40), width**-0.5, window)
+    got = attention_kernels.packed_flash(*given, (starts[0], starts[1]), (40, 40), width**-0.5, window)
     wanted = []
     for q, k, v in zip(query.split(queries), key.split(keys), value.split(keys), strict=True):
         whole = torch.cat([q.new_zeros(len(k) - len(q), 4, width), q])
-        mixed = kernels.eager(*(x.transpose(0, 1)[None] for x in (whole, k, v)), width**-0.5, window)
+        mixed = attention_kernels.eager(*(x.transpose(0, 1)[None] for x in (whole, k, v)), width**-0.5, window)
         wanted.append(mixed[0].transpose(0, 1)[len(k) - len(q) :])
     torch.testing.assert_close(got.float().cpu(), torch.cat(wanted), atol=0.03, rtol=0.03)
 
@@ -167,14 +167,14 @@ def test_cudnn_is_left_out_until_the_last_call_is_over() -> None:
     cudnn = torch.backends.cuda.cudnn_sdp_enabled
     for before in (True, False):
         torch.backends.cuda.enable_cudnn_sdp(before)
-        first, second = kernels.without_cudnn(), kernels.without_cudnn()
+        first, second = attention_kernels.without_cudnn(), attention_kernels.without_cudnn()
         first.__enter__()
         second.__enter__()
         first.__exit__(None, None, None)
         assert not cudnn()
         second.__exit__(None, None, None)
         assert cudnn() == before
-        with pytest.raises(KeyError), kernels.without_cudnn():
+        with pytest.raises(KeyError), attention_kernels.without_cudnn():
             raise KeyError
         assert cudnn() == before
     torch.backends.cuda.enable_cudnn_sdp(True)
@@ -186,7 +186,7 @@ def test_cudnn_is_left_out_until_the_last_call_is_over() -> None:
 def test_all_kernels_equal_sdpa(flash: list[int | None], family: str, name: str) -> None:
     ours, _ = models(family)
     calls = []
-    kernel = kernels.kernel_of(name, CPU, torch.float32, 8)
+    kernel = attention_kernels.kernel_of(name, CPU, torch.float32, 8)
 
     def counted(*arguments: Any) -> torch.Tensor:
         calls.append(1)
@@ -230,7 +230,7 @@ def test_padding_is_masked_by_sdpa(flash: list[int | None]) -> None:
 
 
 def test_flash_attention_that_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in kernels.FLASH:
+    for name in attention_kernels.FLASH:
         reranker = MatroyshkaReranker(FULL, attn_implementation=name, device="cpu")
         with pytest.raises(
             ValueError, match=f"attn_implementation='{name}' cannot be used on cpu; allowed there: sdpa"
@@ -238,23 +238,23 @@ def test_flash_attention_that_cannot_run_is_refused(monkeypatch: pytest.MonkeyPa
             reranker(frame())
         cuda = torch.device("cuda")
         with pytest.raises(ValueError, match=f"'{name}' cannot be used in torch.float32; allowed: bfloat16, float16"):
-            kernels.kernel_of(name, cuda, torch.float32, 8)
+            attention_kernels.kernel_of(name, cuda, torch.float32, 8)
         with pytest.raises(ImportError, match=f"attn_implementation='{name}' needs the package flash-attn"):
-            kernels.kernel_of(name, cuda, torch.bfloat16, 8)
-    monkeypatch.setitem(kernels.FLASH, FLASH, (lambda: True, "flash-attn"))
-    assert isinstance(kernels.kernel_of(FLASH, cuda, torch.bfloat16, 8), kernels.Flash)
+            attention_kernels.kernel_of(name, cuda, torch.bfloat16, 8)
+    monkeypatch.setitem(attention_kernels.FLASH, FLASH, (lambda: True, "flash-attn"))
+    assert isinstance(attention_kernels.kernel_of(FLASH, cuda, torch.bfloat16, 8), attention_kernels.Flash)
 
 
 def test_flex_attention_that_cannot_run_is_refused() -> None:
     with pytest.raises(ValueError, match="attn_implementation='flex_attention' cannot be used on mps"):
-        kernels.kernel_of("flex_attention", torch.device("mps"), torch.float32, 8)
+        attention_kernels.kernel_of("flex_attention", torch.device("mps"), torch.float32, 8)
 
 
 def test_transformers_flash_function_accepts_the_call() -> None:
     """It fails only because the package is missing."""
     states = torch.zeros(1, 2, 3, 8, dtype=torch.bfloat16)
     with pytest.raises(ImportError, match="flash_attn|kernels|flash_attention_2"):
-        kernels.Flash(FLASH)(states, states, states, 1.0, None)
+        attention_kernels.Flash(FLASH)(states, states, states, 1.0, None)
 
 
 def test_eager_attention_does_not_overflow_in_fp16() -> None:
@@ -264,7 +264,7 @@ def test_eager_attention_does_not_overflow_in_fp16() -> None:
     query, key = (40 * states.sign() + states for states in (query, key[:, :2]))
     key[:, :, 3] = query[:, ::2, 5]  # 64 * 40 * 40 is over 65504
     half = [states.half() for states in (query, key, value[:, :2])]
-    got = kernels.eager(*half, 1 / 8, None)
-    wanted = kernels.eager(*(states.float() for states in half), 1 / 8, None)
+    got = attention_kernels.eager(*half, 1 / 8, None)
+    wanted = attention_kernels.eager(*(states.float() for states in half), 1 / 8, None)
     assert got.dtype == torch.float16
     torch.testing.assert_close(got.float(), wanted, atol=2e-2, rtol=2e-2)
