@@ -17,7 +17,8 @@ class Shape:
         compress_ratio: hidden states pooled into one; 1 is off.
         pad_id: reproduce the released code's padding with this id; None for scores without padding.
         prune: pairs of a cutoff and the number of candidates per query that continue after it.
-        attn_implementation: the attention kernel, as for :func:`~pyterrier_llmrerank.engine.attention_kernels.kernel_of`.
+        attn_implementation: the attention kernel, a name that
+            :func:`~pyterrier_llmrerank.engine.attention_kernels.kernel_of` takes.
     """
 
     cutoffs: tuple[int, ...]

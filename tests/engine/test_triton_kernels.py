@@ -15,7 +15,7 @@ import torch
 from conftest import DEVICE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_kernels import CONFIGS, models, pairs
+from test_attention_kernels import CONFIGS, models, pairs
 from torch import Tensor
 from torch.nn.functional import silu
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
