@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from .batches import Groups
+from .output_folder import remove_runs
 from .validation import MEASURE, measurements
 
 logger = logging.getLogger(__name__)
@@ -23,6 +25,22 @@ class NewEpoch(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Set the epoch."""
         self.groups.epoch = int(state.epoch or 0)
+
+
+class RemoveRuns(TrainerCallback):
+    """Removes earlier runs from the output folder when training begins, after all checks that may refuse the run.
+
+    Args:
+        resumed: the checkpoint that the run resumes from; of its run, only later checkpoints are removed.
+    """
+
+    def __init__(self, resumed: Path | None) -> None:
+        self.resumed = resumed
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Remove them."""
+        if args.should_save:
+            remove_runs(Path(args.output_dir), self.resumed)
 
 
 class SaveAfterMeasuring(TrainerCallback):

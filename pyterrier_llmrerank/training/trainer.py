@@ -36,9 +36,9 @@ from ..engine.pending import to_host
 from ..engine.threads import fastest_threads
 from ..errors import ScoringError
 from .batches import Batch, Collator, Groups
-from .callbacks import EarlyStopping, LogLines, NewEpoch, ProgressBar, SaveAfterMeasuring
+from .callbacks import EarlyStopping, LogLines, NewEpoch, ProgressBar, RemoveRuns, SaveAfterMeasuring
 from .lora import with_lora
-from .output_folder import find_resumed, refuse_own_inputs, remove_runs
+from .output_folder import find_resumed, refuse_own_inputs
 from .recipes import Recipe
 from .records import Group
 from .resuming import SameSettings, fixed_settings
@@ -92,10 +92,10 @@ def train(
     with _without_sharding(arguments):
         model = with_lora(checkpoint, heads, recipe, dtype)
     trainer = GroupTrainer(model, arguments, recipe, checkpoint, groups, validation, stated, described, same_settings)
+    if overwrite:
+        trainer.add_callback(RemoveRuns(resumed))
     if recipe.patience is not None:
         trainer.add_callback(EarlyStopping(recipe.patience))
-    if overwrite and arguments.should_save:
-        remove_runs(folder, resumed)
     with without_cudnn(), fastest_threads(arguments.device):
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     trainer.save_state()

@@ -255,6 +255,14 @@ def test_a_run_that_goes_back_replaces_its_later_checkpoints(tmp_path: Path) -> 
     assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 3
 
 
+def test_a_refused_run_removes_no_checkpoint(tmp_path: Path) -> None:
+    run(tmp_path, max_steps=3, lr_scheduler_type="constant")
+    back = {"lr_scheduler_type": "constant", "resume_from_checkpoint": str(tmp_path / "checkpoint-2")}
+    with pytest.raises(ValueError, match="step 2 is beyond max_steps=1"):
+        run(tmp_path, overwrite=True, max_steps=1, **back)
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{n}" for n in (1, 2, 3)}
+
+
 def test_a_run_continues_with_the_same_settings_only(tmp_path: Path) -> None:
     constant = {"lr_scheduler_type": "constant"}
     run(tmp_path, **constant)
