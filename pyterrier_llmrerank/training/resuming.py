@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
 from transformers import TrainerCallback, TrainingArguments
 
 from ..checkpoints.checkpoint import Checkpoint
@@ -176,7 +177,10 @@ class SameSettings(TrainerCallback):
             self._find_best(self.resumed.parent, args, state)
 
     def _find_best(self, run: Path, args: Any, state: Any) -> None:
-        """Take the best checkpoint that exists as the best: weights that are lost must not outdo later ones."""
+        """Take the best checkpoint that exists as the best: weights that are lost must not outdo later ones.
+
+        The first process's disk counts for all, because all processes must save together.
+        """
         recorded, before = Path(state.best_model_checkpoint or ""), state.best_global_step
         measured, kept = measurements(state), {}
         for step in measured:
@@ -185,13 +189,15 @@ class SameSettings(TrainerCallback):
                     kept[step] = str(folder)
                     break
         best = max(kept, key=lambda step: measured[step], default=None)
+        found = [(best, measured[best], kept[best]) if best else (None, None, None)]
+        broadcast_object_list(found)
+        best, value, folder = found[0]
         if args.load_best_model_at_end and before is not None and best != before:
             logger.warning(
                 "checkpoint-%d, with the best %s so far (%.4f), does not exist; the run continues with %s.",
                 before, MEASURE, state.best_metric, f"checkpoint-{best} as the best" if best else "none as the best",
             )  # fmt: skip
-        state.best_global_step = best
-        state.best_metric, state.best_model_checkpoint = (measured[best], kept[best]) if best else (None, None)
+        state.best_global_step, state.best_metric, state.best_model_checkpoint = best, value, folder
 
     def record(self, checkpoint: Path) -> None:
         """Write the settings into a checkpoint."""

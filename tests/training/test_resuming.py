@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import MODELS, RECORDS, checkpointing
 from safetensors.torch import load_file, save_file
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from pyterrier_llmrerank.__main__ import main
-from pyterrier_llmrerank.training import DistillTraining, RankLLaMATraining
+from pyterrier_llmrerank.training import DistillTraining, RankLLaMATraining, resuming
 from pyterrier_llmrerank.training.batches import Groups
 from pyterrier_llmrerank.training.commands import parse
 from pyterrier_llmrerank.training.data import open_data
@@ -249,6 +249,19 @@ def test_a_best_measurement_that_was_not_saved_does_not_outdo_later_ones(tmp_pat
     assert (state["best_model_checkpoint"], state["best_metric"]) == (str(folder / "checkpoint-4"), 0.8)
     assert saved(folder) == [2, 3, 4, 6]
     assert "nDCG@10 0.8000 on `data.jsonl`, after 4 steps." in (folder / "README.md").read_text()
+
+
+def test_processes_continue_with_the_best_checkpoint_of_the_first(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their disks may differ, and they must save at the same steps."""
+    first: tuple[Any, ...] = (2, 0.9, "run/checkpoint-2")
+    monkeypatch.setattr(resuming, "broadcast_object_list", lambda found: found.__setitem__(0, first))
+    history = [{"step": 2, "eval_nDCG@10": 0.9}, {"step": 4, "eval_nDCG@10": 0.5}]
+    state = TrainerState(global_step=4, max_steps=6, log_history=history, best_global_step=2)
+    arguments = TrainingArguments("run", use_cpu=True)
+    SameSettings(settings(), checkpoint).on_train_begin(arguments, state, TrainerControl())
+    assert (state.best_global_step, state.best_metric, state.best_model_checkpoint) == first
 
 
 @pytest.mark.parametrize("end", [8, 10])
