@@ -44,20 +44,22 @@ class RemoveRuns(TrainerCallback):
 
 
 class SaveAfterMeasuring(TrainerCallback):
-    """Saves the last step of an epoch after the measurement of the epoch, so that the checkpoint records it."""
+    """Saves the last step of an epoch again after the measurement of the epoch, so that the checkpoint records it.
+
+    It is saved before too, because the measurement may fail.
+    """
 
     def __init__(self) -> None:
         self.due = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put off the checkpoint."""
+        """Tell whether a checkpoint is saved before the measurement."""
         ends = float(state.epoch).is_integer() or control.should_training_stop
         self.due = control.should_save and ends and args.eval_strategy == IntervalStrategy.EPOCH
-        control.should_save &= not self.due
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save it."""
-        control.should_save |= self.due
+        """Save it again, if there is a measurement."""
+        control.should_save |= self.due and control.should_evaluate
         self.due = False
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import MODELS, RECORDS, checkpointing
 from safetensors.torch import load_file, save_file
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from pyterrier_llmrerank.__main__ import main
 from pyterrier_llmrerank.training import DistillTraining, RankLLaMATraining, resuming
@@ -121,7 +121,7 @@ def of_command(*options: str, eval_data: bool = True) -> dict[str, Any]:
     return fixed_settings(recipe, recipe.open(BASE, ()), groups, arguments, validation)
 
 
-def run(folder: Path, options: str, values: Sequence[float] = ()) -> dict[str, Any]:
+def run(folder: Path, options: str, values: Iterable[float] = ()) -> dict[str, Any]:
     """Run a command at a constant rate, with stand-ins for its measurements; return the state at its end."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     data = folder.parent / "data.jsonl"
@@ -277,6 +277,35 @@ def test_a_checkpoint_at_an_epochs_end_records_the_measurement_of_the_epoch(end:
     assert logged(state, "eval_nDCG@10") == ([4, 8, 12] if end == 8 else [4, 8, 10])
 
 
+def failing() -> Iterator[float]:
+    """Measurements of which the first fails."""
+    raise OverflowError
+    yield 0.5
+
+
+def test_a_failed_measurement_of_an_epoch_loses_no_checkpoint(tmp_path: Path) -> None:
+    folder, options = tmp_path / "run", "--save_steps 4 --eval_strategy epoch --max_steps"
+    with pytest.raises(OverflowError):
+        run(folder, f"{options} 8", failing())
+    assert saved(folder) == [4]
+    state = run(folder, f"{options} 8 --resume_from_checkpoint True")
+    assert (state["global_step"], logged(state, "eval_nDCG@10")) == (8, [8])
+
+
+def test_a_checkpoint_that_is_saved_again_is_complete_only_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, complete = Trainer._save_optimizer_and_scheduler, []
+
+    def save_optimizer(trainer: Trainer, output_dir: str) -> None:
+        complete.append((Path(output_dir) / "trainer_state.json").exists())
+        save(trainer, output_dir)
+
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", save_optimizer)
+    run(tmp_path / "run", "--save_steps 4 --eval_strategy epoch --max_steps 4")
+    assert complete == [False, False]
+
+
 @pytest.mark.parametrize("patience", [2, 3, 4])
 def test_patience_counts_measurements_before_an_interruption(patience: int, tmp_path: Path) -> None:
     options = "--save_steps 1 --eval_steps 1"
@@ -372,6 +401,19 @@ def test_a_complete_checkpoint_has_its_settings(tmp_path: Path, monkeypatch: pyt
     run(tmp_path / "run", "--save_steps 1 --max_steps 2 --eval_steps 2")
     assert seen == [True, True, False]  # both checkpoints, and the state beside the result
     assert json.loads((tmp_path / "run" / "checkpoint-2" / "begun_with.json").read_text())["max_steps"] == 2
+
+
+def test_settings_are_recorded_with_a_sharded_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP writes shards of the weights with the optimiser, and ``save_model`` nothing."""
+    save = Trainer.save_model
+
+    def save_model(trainer: Trainer, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if output_dir is None:
+            save(trainer, output_dir, _internal_call)
+
+    monkeypatch.setattr(Trainer, "save_model", save_model)
+    run(tmp_path / "run", "--save_steps 1 --max_steps 1 --eval_steps 1 --load_best_model_at_end False")
+    assert (tmp_path / "run" / "checkpoint-1" / "begun_with.json").is_file()
 
 
 def test_the_contents_of_a_deepspeed_file_are_recorded(tmp_path: Path) -> None:
