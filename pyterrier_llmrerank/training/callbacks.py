@@ -74,9 +74,12 @@ class EarlyStopping(TrainerCallback):
 
     def __init__(self, patience: int) -> None:
         self.patience = patience
+        self.first = 0  # the first step whose measurement counts
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take no step if the run that is resumed has stopped."""
+        """Take no step if the run that is resumed has stopped. Measurements of lost weights do not count."""
+        if args.load_best_model_at_end:
+            self.first = state.global_step + 1 if state.best_global_step is None else state.best_global_step
         if self._is_exhausted(state):
             control.should_training_stop = True
 
@@ -88,7 +91,7 @@ class EarlyStopping(TrainerCallback):
 
     def _is_exhausted(self, state: Any) -> bool:
         """Count the measurements after the best one."""
-        values = list(measurements(state).values())
+        values = [value for step, value in measurements(state).items() if step >= self.first]
         return bool(values) and len(values) - 1 - values.index(max(values)) >= self.patience
 
 

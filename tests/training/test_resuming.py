@@ -314,6 +314,23 @@ def test_patience_counts_measurements_before_an_interruption(patience: int, tmp_
     assert saved(tmp_path / "run")[-1] == 2 + patience
 
 
+@pytest.mark.parametrize(("lost", "end"), [(False, 8), (True, 14)])
+def test_patience_does_not_count_from_lost_weights(lost: bool, end: int, tmp_path: Path) -> None:
+    folder, options = tmp_path / "run", "--save_steps 2 --eval_steps 2 --max_steps"
+    run(folder, f"{options} 6", [0.9, 0.6, 0.5])
+    if lost:
+        shutil.rmtree(folder / "checkpoint-2")
+    state = run(folder, f"{options} 16 --resume_from_checkpoint True --patience 3", [0.7, 0.5, 0.5, 0.5])
+    assert state["global_step"] == end
+
+
+def test_patience_does_not_count_from_weights_that_were_not_saved(tmp_path: Path) -> None:
+    folder, options = tmp_path / "run", "--save_steps 3 --eval_steps 2 --max_steps"
+    run(folder, f"{options} 3 --load_best_model_at_end False", [0.9])
+    state = run(folder, f"{options} 8 --resume_from_checkpoint True --patience 1", [0.6, 0.5])
+    assert (state["global_step"], state["best_global_step"]) == (6, 4)
+
+
 def test_measured_steps_stay_if_the_learning_rate_depends_on_them(tmp_path: Path) -> None:
     plateau = ("--lr_scheduler_type", "reduce_lr_on_plateau", "--save_steps", "100")
     checkpoint = recorded(tmp_path / "checkpoint-1", of_command(*plateau))
