@@ -298,11 +298,21 @@ def test_the_last_complete_checkpoint_is_found(tmp_path: Path, caplog: pytest.Lo
         (tmp_path / name).mkdir()
         (tmp_path / name / "optimizer.pt").touch()
         if name != "checkpoint-11":  # whose writing ends with the state
-            (tmp_path / name / "trainer_state.json").write_text("{}")
+            step = int(name.removeprefix("checkpoint-").replace("old", "12"))
+            (tmp_path / name / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     assert find_resumed(asked) == tmp_path / "checkpoint-10"
     (tmp_path / "checkpoint-10" / "optimizer.pt").rename(tmp_path / "checkpoint-10" / "global_step10")  # DeepSpeed's
     assert find_resumed(asked) == tmp_path / "checkpoint-10"
     assert caplog.messages == []
+
+
+@pytest.mark.parametrize("name", ["best", "checkpoint-9"])
+def test_a_renamed_copy_of_a_checkpoint_has_its_step(name: str, tmp_path: Path) -> None:
+    run(tmp_path, max_steps=3, lr_scheduler_type="constant")
+    copy = shutil.copytree(tmp_path / "checkpoint-2", tmp_path / name)
+    with pytest.raises(FileExistsError, match=f"a later checkpoint than '{copy}' is there .checkpoint-3"):
+        find_resumed(arguments(tmp_path, resume_from_checkpoint=str(copy)))
+    assert find_resumed(arguments(tmp_path, resume_from_checkpoint=True)) == tmp_path / "checkpoint-3"
 
 
 def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
