@@ -25,6 +25,9 @@ COMPANION_FILES = (
 #: Files and folders with the optimiser's state in a checkpoint: the Trainer's and FSDP's, and DeepSpeed's.
 OPTIMIZER_FILES = ("optimizer*", "global_step*")
 
+#: For messages: `fit` leaves this to its user.
+REMOVED_BY = " (as the command's --overwrite_output_dir does)"
+
 
 def find_resumed(arguments: TrainingArguments, overwrite: bool = False) -> Path | None:
     """Find the checkpoint to resume from, and check that the run overwrites no other.
@@ -67,12 +70,13 @@ def find_resumed(arguments: TrainingArguments, overwrite: bool = False) -> Path 
     if not overwrite and not is_in(folder, resumed) and (written := files_of_runs(folder)):
         raise FileExistsError(
             f"output_dir={str(folder)!r}: another run is there ({written[0].name}); choose another folder, resume the "
-            "run with resume_from_checkpoint=True, or replace it with overwrite_output_dir."
+            f"run with resume_from_checkpoint=True, or remove it{REMOVED_BY}."
         )
     if not overwrite and (later := later_checkpoints(folder, resumed)):
         raise FileExistsError(
             f"output_dir={str(folder)!r}: a later checkpoint than {str(resumed)!r} is there ({later[-1].name}); resume "
-            "the run with resume_from_checkpoint=True, choose another folder, or replace it with overwrite_output_dir."
+            "the run with resume_from_checkpoint=True, choose another folder, or remove the later checkpoints: "
+            f"{', '.join(path.name for path in later)}{REMOVED_BY}."
         )
     return resumed
 

@@ -18,6 +18,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.identity import fingerprint
 from ..checkpoints.json_files import read_json
 from .batches import Groups
+from .output_folder import REMOVED_BY
 from .recipes import Recipe
 from .validation import MEASURE, Validation, measurements
 
@@ -168,7 +169,8 @@ class SameSettings(TrainerCallback):
         if state.global_step > state.max_steps:
             raise ValueError(
                 f"resume_from_checkpoint={str(self.resumed)!r}: step {state.global_step} is beyond max_steps="
-                f"{state.max_steps}; raise max_steps, or resume from an earlier checkpoint."
+                f"{state.max_steps}; raise max_steps, or resume from an earlier checkpoint (of step {state.max_steps} at "
+                f"most), in another output_dir or with the later checkpoints removed{REMOVED_BY}."
             )
         if state.global_step == state.max_steps:
             control.should_training_stop = True

@@ -270,7 +270,7 @@ def test_a_run_continues_with_the_same_settings_only(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"resume_from_checkpoint='{last}': the run began with seed=3, not 4; resume"):
         run(tmp_path, resume_from_checkpoint=str(last), seed=4, **constant)
     with pytest.raises(
-        ValueError, match="step 2 is beyond max_steps=1; raise max_steps, or resume from an earlier checkpoint"
+        ValueError, match="step 2 is beyond max_steps=1; raise max_steps, or resume from an earlier checkpoint .of step 1 at most.,.* removed"
     ):
         run(tmp_path, max_steps=1, resume_from_checkpoint=str(last), **constant)
     (tmp_path / "other" / "checkpoint-1").mkdir(parents=True)
@@ -286,6 +286,18 @@ def test_a_run_continues_with_the_same_settings_only(tmp_path: Path) -> None:
     (last / "optimizer.pt").unlink()
     with pytest.raises(ValueError, match=f"resume_from_checkpoint='{last}': the optimiser's state is missing"):
         run(tmp_path, resume_from_checkpoint=str(last), **constant)
+
+
+def test_a_run_goes_back_once_the_named_checkpoints_are_removed(tmp_path: Path) -> None:
+    run(tmp_path, max_steps=3, lr_scheduler_type="constant")
+    back = arguments(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    with pytest.raises(FileExistsError, match="or remove the later checkpoints: checkpoint-2, checkpoint-3 "):
+        find_resumed(back)
+    for name in ("checkpoint-2", "checkpoint-3"):
+        shutil.rmtree(tmp_path / name)
+    assert find_resumed(back) == tmp_path / "checkpoint-1"
+    with pytest.raises(FileExistsError, match="another run is there .*, or remove it "):
+        find_resumed(arguments(tmp_path))
 
 
 def test_the_last_complete_checkpoint_is_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
