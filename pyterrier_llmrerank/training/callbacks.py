@@ -66,8 +66,8 @@ class SaveAfterMeasuring(TrainerCallback):
 class EarlyStopping(TrainerCallback):
     """Stops a run after some measurements without an improvement; a resumed run counts the earlier ones too.
 
-    The last step is saved, as at the end of any run. A run that has stopped takes no step when it is resumed,
-    unless it kept only its best checkpoint (``save_strategy`` "best").
+    The last step is saved, as at the end of any run. A run that has stopped takes no step when it is resumed, unless
+    the checkpoint of its last step is not kept, as with ``save_strategy="best"`` or ``save_total_limit=1``.
 
     Args:
         patience: the number of these measurements.

@@ -169,8 +169,8 @@ class SameSettings(TrainerCallback):
         if state.global_step > state.max_steps:
             raise ValueError(
                 f"resume_from_checkpoint={str(self.resumed)!r}: step {state.global_step} is beyond max_steps="
-                f"{state.max_steps}; raise max_steps, or resume from an earlier checkpoint (of step {state.max_steps} at "
-                f"most), in another output_dir or with the later checkpoints removed{REMOVED_BY}."
+                f"{state.max_steps}; raise max_steps, or resume from an earlier checkpoint (of step {state.max_steps} "
+                f"at most), in another output_dir or with the later checkpoints removed{REMOVED_BY}."
             )
         if state.global_step == state.max_steps:
             control.should_training_stop = True
@@ -193,13 +193,13 @@ class SameSettings(TrainerCallback):
         best = max(kept, key=lambda step: measured[step], default=None)
         found = [(best, measured[best], kept[best]) if best else (None, None, None)]
         broadcast_object_list(found)
-        best, value, folder = found[0]
+        best, value, path = found[0]
         if args.load_best_model_at_end and before is not None and best != before:
             logger.warning(
                 "checkpoint-%d, with the best %s so far (%.4f), does not exist; the run continues with %s.",
                 before, MEASURE, state.best_metric, f"checkpoint-{best} as the best" if best else "none as the best",
             )  # fmt: skip
-        state.best_global_step, state.best_metric, state.best_model_checkpoint = best, value, folder
+        state.best_global_step, state.best_metric, state.best_model_checkpoint = best, value, path
 
     def record(self, checkpoint: Path) -> None:
         """Write the settings into a checkpoint."""
