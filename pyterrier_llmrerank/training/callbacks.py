@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from .batches import Groups
+from .output_folder import remove_runs
 from .validation import MEASURE, measurements
 
 logger = logging.getLogger(__name__)
@@ -25,28 +27,47 @@ class NewEpoch(TrainerCallback):
         self.groups.epoch = int(state.epoch or 0)
 
 
+class RemoveRuns(TrainerCallback):
+    """Removes earlier runs from the output folder when training begins, after all checks that may refuse the run.
+
+    Args:
+        resumed: the checkpoint that the run resumes from; of its run, only later checkpoints are removed.
+    """
+
+    def __init__(self, resumed: Path | None) -> None:
+        self.resumed = resumed
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Remove them."""
+        if args.should_save:
+            remove_runs(Path(args.output_dir), self.resumed)
+
+
 class SaveAfterMeasuring(TrainerCallback):
-    """Saves the last step of an epoch after the measurement of the epoch, so that the checkpoint records it."""
+    """Saves the last step of an epoch again after the measurement of the epoch, so that the checkpoint records it.
+
+    It is saved before too, because the measurement may fail.
+    """
 
     def __init__(self) -> None:
         self.due = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put off the checkpoint."""
+        """Tell whether a checkpoint is saved before the measurement."""
         ends = float(state.epoch).is_integer() or control.should_training_stop
         self.due = control.should_save and ends and args.eval_strategy == IntervalStrategy.EPOCH
-        control.should_save &= not self.due
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save it."""
-        control.should_save |= self.due
+        """Save it again, if there is a measurement."""
+        control.should_save |= self.due and control.should_evaluate
         self.due = False
 
 
 class EarlyStopping(TrainerCallback):
     """Stops a run after some measurements without an improvement; a resumed run counts the earlier ones too.
 
-    The last step is saved, as at the end of any run. A run that has stopped takes no step when it is resumed.
+    The last step is saved, as at the end of any run. A run that has stopped takes no step when it is resumed, unless
+    the checkpoint of its last step is not kept, as with ``save_strategy="best"`` or ``save_total_limit=1``.
 
     Args:
         patience: the number of these measurements.
@@ -54,9 +75,12 @@ class EarlyStopping(TrainerCallback):
 
     def __init__(self, patience: int) -> None:
         self.patience = patience
+        self.first = 0  # the first step whose measurement counts
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take no step if the run that is resumed has stopped."""
+        """Take no step if the run that is resumed has stopped. Measurements of lost weights do not count."""
+        if args.load_best_model_at_end:
+            self.first = state.global_step + 1 if state.best_global_step is None else state.best_global_step
         if self._is_exhausted(state):
             control.should_training_stop = True
 
@@ -68,7 +92,7 @@ class EarlyStopping(TrainerCallback):
 
     def _is_exhausted(self, state: Any) -> bool:
         """Count the measurements after the best one."""
-        values = list(measurements(state).values())
+        values = [value for step, value in measurements(state).items() if step >= self.first]
         return bool(values) and len(values) - 1 - values.index(max(values)) >= self.patience
 
 

@@ -11,6 +11,7 @@ from typing import cast
 from transformers import TrainingArguments
 
 from ..checkpoints.description import FILE
+from ..checkpoints.json_files import read_json
 
 CHECKPOINTS = "checkpoint-[0-9]*"
 
@@ -23,6 +24,9 @@ COMPANION_FILES = (
 
 #: Files and folders with the optimiser's state in a checkpoint: the Trainer's and FSDP's, and DeepSpeed's.
 OPTIMIZER_FILES = ("optimizer*", "global_step*")
+
+#: For messages: `fit` leaves this to its user.
+REMOVED_BY = " (as the command's --overwrite_output_dir does)"
 
 
 def find_resumed(arguments: TrainingArguments, overwrite: bool = False) -> Path | None:
@@ -37,7 +41,7 @@ def find_resumed(arguments: TrainingArguments, overwrite: bool = False) -> Path 
         The checkpoint, or None for a new run.
 
     Raises:
-        ValueError: the checkpoint does not exist, or it has no state of the optimiser.
+        ValueError: the checkpoint does not exist, it has no state of the optimiser, or the state of a run is damaged.
         FileExistsError: ``output_dir`` holds a model; or another run, or a later checkpoint than the one to resume
             from, and ``overwrite`` is False.
     """
@@ -66,12 +70,13 @@ def find_resumed(arguments: TrainingArguments, overwrite: bool = False) -> Path 
     if not overwrite and not is_in(folder, resumed) and (written := files_of_runs(folder)):
         raise FileExistsError(
             f"output_dir={str(folder)!r}: another run is there ({written[0].name}); choose another folder, resume the "
-            "run with resume_from_checkpoint=True, or replace it with overwrite_output_dir."
+            f"run with resume_from_checkpoint=True, or remove it{REMOVED_BY}."
         )
     if not overwrite and (later := later_checkpoints(folder, resumed)):
         raise FileExistsError(
             f"output_dir={str(folder)!r}: a later checkpoint than {str(resumed)!r} is there ({later[-1].name}); resume "
-            "the run with resume_from_checkpoint=True, choose another folder, or replace it with overwrite_output_dir."
+            "the run with resume_from_checkpoint=True, choose another folder, or remove the later checkpoints: "
+            f"{', '.join(path.name for path in later)}{REMOVED_BY}."
         )
     return resumed
 
@@ -79,20 +84,19 @@ def find_resumed(arguments: TrainingArguments, overwrite: bool = False) -> Path 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """List the complete checkpoints in a folder, in the order of their steps."""
     complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return sorted((path for path in complete if _step(path) >= 0), key=_step)
+    return sorted((path for path in complete if path.name.removeprefix("checkpoint-").isdecimal()), key=_step)
 
 
 def later_checkpoints(folder: Path, resumed: Path | None) -> list[Path]:
     """List the complete checkpoints in a folder after the one to resume from, if that one is there too."""
-    if resumed is None or not is_in(folder, resumed) or _step(resumed) < 0:
+    if resumed is None or not is_in(folder, resumed):
         return []
     return [path for path in complete_checkpoints(folder) if _step(path) > _step(resumed)]
 
 
 def _step(checkpoint: Path) -> int:
-    """Return the number in the name of a checkpoint; -1 for another folder."""
-    number = checkpoint.resolve().name.removeprefix("checkpoint-")
-    return int(number) if number.isdecimal() else -1
+    """Return the step at which a checkpoint was saved; its folder may have another name."""
+    return int(read_json(checkpoint / "trainer_state.json").get("global_step", 0))
 
 
 def refuse_own_inputs(folder: Path, inputs: Sequence[Path]) -> None:

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
 from transformers import TrainerCallback, TrainingArguments
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.identity import fingerprint
 from ..checkpoints.json_files import read_json
 from .batches import Groups
+from .output_folder import REMOVED_BY
 from .recipes import Recipe
 from .validation import MEASURE, Validation, measurements
 
@@ -167,7 +169,8 @@ class SameSettings(TrainerCallback):
         if state.global_step > state.max_steps:
             raise ValueError(
                 f"resume_from_checkpoint={str(self.resumed)!r}: step {state.global_step} is beyond max_steps="
-                f"{state.max_steps}; raise max_steps, or resume from an earlier checkpoint."
+                f"{state.max_steps}; raise max_steps, or resume from an earlier checkpoint (of step {state.max_steps} "
+                f"at most), in another output_dir or with the later checkpoints removed{REMOVED_BY}."
             )
         if state.global_step == state.max_steps:
             control.should_training_stop = True
@@ -176,7 +179,10 @@ class SameSettings(TrainerCallback):
             self._find_best(self.resumed.parent, args, state)
 
     def _find_best(self, run: Path, args: Any, state: Any) -> None:
-        """Take the best checkpoint that exists as the best: weights that are lost must not outdo later ones."""
+        """Take the best checkpoint that exists as the best: weights that are lost must not outdo later ones.
+
+        The first process's disk counts for all, because all processes must save together.
+        """
         recorded, before = Path(state.best_model_checkpoint or ""), state.best_global_step
         measured, kept = measurements(state), {}
         for step in measured:
@@ -185,13 +191,15 @@ class SameSettings(TrainerCallback):
                     kept[step] = str(folder)
                     break
         best = max(kept, key=lambda step: measured[step], default=None)
+        found = [(best, measured[best], kept[best]) if best else (None, None, None)]
+        broadcast_object_list(found)
+        best, value, path = found[0]
         if args.load_best_model_at_end and before is not None and best != before:
             logger.warning(
                 "checkpoint-%d, with the best %s so far (%.4f), does not exist; the run continues with %s.",
                 before, MEASURE, state.best_metric, f"checkpoint-{best} as the best" if best else "none as the best",
             )  # fmt: skip
-        state.best_global_step = best
-        state.best_metric, state.best_model_checkpoint = (measured[best], kept[best]) if best else (None, None)
+        state.best_global_step, state.best_metric, state.best_model_checkpoint = best, value, path
 
     def record(self, checkpoint: Path) -> None:
         """Write the settings into a checkpoint."""

@@ -36,9 +36,9 @@ from ..engine.pending import to_host
 from ..engine.threads import fastest_threads
 from ..errors import ScoringError
 from .batches import Batch, Collator, Groups
-from .callbacks import EarlyStopping, LogLines, NewEpoch, ProgressBar, SaveAfterMeasuring
+from .callbacks import EarlyStopping, LogLines, NewEpoch, ProgressBar, RemoveRuns, SaveAfterMeasuring
 from .lora import with_lora
-from .output_folder import find_resumed, refuse_own_inputs, remove_runs
+from .output_folder import find_resumed, refuse_own_inputs
 from .recipes import Recipe
 from .records import Group
 from .resuming import SameSettings, fixed_settings
@@ -92,10 +92,10 @@ def train(
     with _without_sharding(arguments):
         model = with_lora(checkpoint, heads, recipe, dtype)
     trainer = GroupTrainer(model, arguments, recipe, checkpoint, groups, validation, stated, described, same_settings)
+    if overwrite:
+        trainer.add_callback(RemoveRuns(resumed))
     if recipe.patience is not None:
         trainer.add_callback(EarlyStopping(recipe.patience))
-    if overwrite and arguments.should_save:
-        remove_runs(folder, resumed)
     with without_cudnn(), fastest_threads(arguments.device):
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     trainer.save_state()
@@ -329,6 +329,16 @@ class GroupTrainer(Trainer):
             logs["peak_memory_gb"] = round(taken / 1e9, 3)
         super().log(logs, start_time)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save like the Trainer, and record the settings in a checkpoint, which FSDP may save in other ways."""
+        checkpoint = Path(output_dir) if output_dir and _internal_call and self.args.should_save else None
+        if checkpoint is not None:  # with its state, written last, it is complete
+            (checkpoint / "trainer_state.json").unlink(missing_ok=True)
+        super().save_model(output_dir, _internal_call)
+        if checkpoint is not None and self.same_settings is not None:
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            self.same_settings.record(checkpoint)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save the adapter under the original programs' task type, with its tokenizer, card and description."""
         self.check_losses()
@@ -348,8 +358,6 @@ class GroupTrainer(Trainer):
         folder = Path(output_dir or cast(str, self.args.output_dir))
         self.collate.tokenizer.save_pretrained(folder)
         whole = folder == Path(cast(str, self.args.output_dir))
-        if self.same_settings is not None and not whole:  # before the state, with which a checkpoint is complete
-            self.same_settings.record(folder)
         if self.args.should_save:
             # After training, the best checkpoint is saved, which need not be the last, unless it has been removed.
             best = self.args.load_best_model_at_end and self.state.best_model_checkpoint and not self.is_in_train

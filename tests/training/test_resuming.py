@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import MODELS, RECORDS, checkpointing
 from safetensors.torch import load_file, save_file
-from transformers import TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from pyterrier_llmrerank.__main__ import main
-from pyterrier_llmrerank.training import DistillTraining, RankLLaMATraining
+from pyterrier_llmrerank.training import DistillTraining, RankLLaMATraining, resuming
 from pyterrier_llmrerank.training.batches import Groups
 from pyterrier_llmrerank.training.commands import parse
 from pyterrier_llmrerank.training.data import open_data
@@ -121,7 +121,7 @@ def of_command(*options: str, eval_data: bool = True) -> dict[str, Any]:
     return fixed_settings(recipe, recipe.open(BASE, ()), groups, arguments, validation)
 
 
-def run(folder: Path, options: str, values: Sequence[float] = ()) -> dict[str, Any]:
+def run(folder: Path, options: str, values: Iterable[float] = ()) -> dict[str, Any]:
     """Run a command at a constant rate, with stand-ins for its measurements; return the state at its end."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     data = folder.parent / "data.jsonl"
@@ -251,6 +251,19 @@ def test_a_best_measurement_that_was_not_saved_does_not_outdo_later_ones(tmp_pat
     assert "nDCG@10 0.8000 on `data.jsonl`, after 4 steps." in (folder / "README.md").read_text()
 
 
+def test_processes_continue_with_the_best_checkpoint_of_the_first(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their disks may differ, and they must save at the same steps."""
+    first: tuple[Any, ...] = (2, 0.9, "run/checkpoint-2")
+    monkeypatch.setattr(resuming, "broadcast_object_list", lambda found: found.__setitem__(0, first))
+    history = [{"step": 2, "eval_nDCG@10": 0.9}, {"step": 4, "eval_nDCG@10": 0.5}]
+    state = TrainerState(global_step=4, max_steps=6, log_history=history, best_global_step=2)
+    arguments = TrainingArguments("run", use_cpu=True)
+    SameSettings(settings(), checkpoint).on_train_begin(arguments, state, TrainerControl())
+    assert (state.best_global_step, state.best_metric, state.best_model_checkpoint) == first
+
+
 @pytest.mark.parametrize("end", [8, 10])
 def test_a_checkpoint_at_an_epochs_end_records_the_measurement_of_the_epoch(end: int, tmp_path: Path) -> None:
     folder = tmp_path / "run"
@@ -264,12 +277,58 @@ def test_a_checkpoint_at_an_epochs_end_records_the_measurement_of_the_epoch(end:
     assert logged(state, "eval_nDCG@10") == ([4, 8, 12] if end == 8 else [4, 8, 10])
 
 
+def failing() -> Iterator[float]:
+    """Measurements of which the first fails."""
+    raise OverflowError
+    yield 0.5
+
+
+def test_a_failed_measurement_of_an_epoch_loses_no_checkpoint(tmp_path: Path) -> None:
+    folder, options = tmp_path / "run", "--save_steps 4 --eval_strategy epoch --max_steps"
+    with pytest.raises(OverflowError):
+        run(folder, f"{options} 8", failing())
+    assert saved(folder) == [4]
+    state = run(folder, f"{options} 8 --resume_from_checkpoint True")
+    assert (state["global_step"], logged(state, "eval_nDCG@10")) == (8, [8])
+
+
+def test_a_checkpoint_that_is_saved_again_is_complete_only_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, complete = Trainer._save_optimizer_and_scheduler, []
+
+    def save_optimizer(trainer: Trainer, output_dir: str) -> None:
+        complete.append((Path(output_dir) / "trainer_state.json").exists())
+        save(trainer, output_dir)
+
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", save_optimizer)
+    run(tmp_path / "run", "--save_steps 4 --eval_strategy epoch --max_steps 4")
+    assert complete == [False, False]
+
+
 @pytest.mark.parametrize("patience", [2, 3, 4])
 def test_patience_counts_measurements_before_an_interruption(patience: int, tmp_path: Path) -> None:
     options = "--save_steps 1 --eval_steps 1"
     run(tmp_path / "run", f"{options} --max_steps 3", [0.5, 0.9, 0.5])
     run(tmp_path / "run", f"{options} --max_steps 8 --resume_from_checkpoint True --patience {patience}")
     assert saved(tmp_path / "run")[-1] == 2 + patience
+
+
+@pytest.mark.parametrize(("lost", "end"), [(False, 8), (True, 14)])
+def test_patience_does_not_count_from_lost_weights(lost: bool, end: int, tmp_path: Path) -> None:
+    folder, options = tmp_path / "run", "--save_steps 2 --eval_steps 2 --max_steps"
+    run(folder, f"{options} 6", [0.9, 0.6, 0.5])
+    if lost:
+        shutil.rmtree(folder / "checkpoint-2")
+    state = run(folder, f"{options} 16 --resume_from_checkpoint True --patience 3", [0.7, 0.5, 0.5, 0.5])
+    assert state["global_step"] == end
+
+
+def test_patience_does_not_count_from_weights_that_were_not_saved(tmp_path: Path) -> None:
+    folder, options = tmp_path / "run", "--save_steps 3 --eval_steps 2 --max_steps"
+    run(folder, f"{options} 3 --load_best_model_at_end False", [0.9])
+    state = run(folder, f"{options} 8 --resume_from_checkpoint True --patience 1", [0.6, 0.5])
+    assert (state["global_step"], state["best_global_step"]) == (6, 4)
 
 
 def test_measured_steps_stay_if_the_learning_rate_depends_on_them(tmp_path: Path) -> None:
@@ -359,6 +418,19 @@ def test_a_complete_checkpoint_has_its_settings(tmp_path: Path, monkeypatch: pyt
     run(tmp_path / "run", "--save_steps 1 --max_steps 2 --eval_steps 2")
     assert seen == [True, True, False]  # both checkpoints, and the state beside the result
     assert json.loads((tmp_path / "run" / "checkpoint-2" / "begun_with.json").read_text())["max_steps"] == 2
+
+
+def test_settings_are_recorded_with_a_sharded_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP writes shards of the weights with the optimiser, and ``save_model`` nothing."""
+    save = Trainer.save_model
+
+    def save_model(trainer: Trainer, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if output_dir is None:
+            save(trainer, output_dir, _internal_call)
+
+    monkeypatch.setattr(Trainer, "save_model", save_model)
+    run(tmp_path / "run", "--save_steps 1 --max_steps 1 --eval_steps 1 --load_best_model_at_end False")
+    assert (tmp_path / "run" / "checkpoint-1" / "begun_with.json").is_file()
 
 
 def test_the_contents_of_a_deepspeed_file_are_recorded(tmp_path: Path) -> None:

@@ -255,6 +255,14 @@ def test_a_run_that_goes_back_replaces_its_later_checkpoints(tmp_path: Path) -> 
     assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 3
 
 
+def test_a_refused_run_removes_no_checkpoint(tmp_path: Path) -> None:
+    run(tmp_path, max_steps=3, lr_scheduler_type="constant")
+    back = {"lr_scheduler_type": "constant", "resume_from_checkpoint": str(tmp_path / "checkpoint-2")}
+    with pytest.raises(ValueError, match="step 2 is beyond max_steps=1"):
+        run(tmp_path, overwrite=True, max_steps=1, **back)
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{n}" for n in (1, 2, 3)}
+
+
 def test_a_run_continues_with_the_same_settings_only(tmp_path: Path) -> None:
     constant = {"lr_scheduler_type": "constant"}
     run(tmp_path, **constant)
@@ -262,7 +270,7 @@ def test_a_run_continues_with_the_same_settings_only(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"resume_from_checkpoint='{last}': the run began with seed=3, not 4; resume"):
         run(tmp_path, resume_from_checkpoint=str(last), seed=4, **constant)
     with pytest.raises(
-        ValueError, match="step 2 is beyond max_steps=1; raise max_steps, or resume from an earlier checkpoint"
+        ValueError, match="step 2 is beyond max_steps=1; raise max_steps, or .* .of step 1 at most.,.* removed"
     ):
         run(tmp_path, max_steps=1, resume_from_checkpoint=str(last), **constant)
     (tmp_path / "other" / "checkpoint-1").mkdir(parents=True)
@@ -280,6 +288,18 @@ def test_a_run_continues_with_the_same_settings_only(tmp_path: Path) -> None:
         run(tmp_path, resume_from_checkpoint=str(last), **constant)
 
 
+def test_a_run_goes_back_once_the_named_checkpoints_are_removed(tmp_path: Path) -> None:
+    run(tmp_path, max_steps=3, lr_scheduler_type="constant")
+    back = arguments(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    with pytest.raises(FileExistsError, match="or remove the later checkpoints: checkpoint-2, checkpoint-3 "):
+        find_resumed(back)
+    for name in ("checkpoint-2", "checkpoint-3"):
+        shutil.rmtree(tmp_path / name)
+    assert find_resumed(back) == tmp_path / "checkpoint-1"
+    with pytest.raises(FileExistsError, match="another run is there .*, or remove it "):
+        find_resumed(arguments(tmp_path))
+
+
 def test_the_last_complete_checkpoint_is_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     asked = arguments(tmp_path, resume_from_checkpoint="True")
     with pytest.raises(ValueError, match=f"resume_from_checkpoint=True: no checkpoint in output_dir='{tmp_path}'"):
@@ -290,11 +310,21 @@ def test_the_last_complete_checkpoint_is_found(tmp_path: Path, caplog: pytest.Lo
         (tmp_path / name).mkdir()
         (tmp_path / name / "optimizer.pt").touch()
         if name != "checkpoint-11":  # whose writing ends with the state
-            (tmp_path / name / "trainer_state.json").write_text("{}")
+            step = int(name.removeprefix("checkpoint-").replace("old", "12"))
+            (tmp_path / name / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     assert find_resumed(asked) == tmp_path / "checkpoint-10"
     (tmp_path / "checkpoint-10" / "optimizer.pt").rename(tmp_path / "checkpoint-10" / "global_step10")  # DeepSpeed's
     assert find_resumed(asked) == tmp_path / "checkpoint-10"
     assert caplog.messages == []
+
+
+@pytest.mark.parametrize("name", ["best", "checkpoint-9"])
+def test_a_renamed_copy_of_a_checkpoint_has_its_step(name: str, tmp_path: Path) -> None:
+    run(tmp_path, max_steps=3, lr_scheduler_type="constant")
+    copy = shutil.copytree(tmp_path / "checkpoint-2", tmp_path / name)
+    with pytest.raises(FileExistsError, match=f"a later checkpoint than '{copy}' is there .checkpoint-3"):
+        find_resumed(arguments(tmp_path, resume_from_checkpoint=str(copy)))
+    assert find_resumed(arguments(tmp_path, resume_from_checkpoint=True)) == tmp_path / "checkpoint-3"
 
 
 def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
