@@ -27,7 +27,7 @@ from .matroyshka import CompensateTraining, DistillTraining
 from .output_folder import find_resumed
 from .rankllama import RankLLaMATraining
 from .recipes import Recipe
-from .resuming import MAY_CHANGE
+from .resumed_settings import MAY_CHANGE
 from .trainer import train
 from .validation import MeasuredArguments, Validation, keep_best, measured_every
 

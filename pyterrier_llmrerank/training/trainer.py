@@ -41,7 +41,7 @@ from .lora import with_lora
 from .output_folder import find_resumed, refuse_own_inputs
 from .recipes import Recipe
 from .records import Group
-from .resuming import SameSettings, fixed_settings
+from .resumed_settings import SameSettings, fixed_settings
 from .validation import MEASURE, Validation, measurements
 
 

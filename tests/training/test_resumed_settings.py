@@ -19,7 +19,7 @@ from pyterrier_llmrerank.training.batches import Groups
 from pyterrier_llmrerank.training.commands import parse
 from pyterrier_llmrerank.training.data import open_data
 from pyterrier_llmrerank.training.recipes import Recipe
-from pyterrier_llmrerank.training.resuming import LENGTH, MAY_CHANGE, SameSettings, digest, fixed_settings
+from pyterrier_llmrerank.training.resumed_settings import LENGTH, MAY_CHANGE, SameSettings, digest, fixed_settings
 from pyterrier_llmrerank.training.validation import Validation
 
 BASE = str(MODELS / "mistral_base")
