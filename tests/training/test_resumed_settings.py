@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from pyterrier_llmrerank.__main__ import main
-from pyterrier_llmrerank.training import DistillTraining, RankLLaMATraining, resuming
+from pyterrier_llmrerank.training import DistillTraining, RankLLaMATraining, resumed_settings
 from pyterrier_llmrerank.training.batches import Groups
 from pyterrier_llmrerank.training.commands import parse
 from pyterrier_llmrerank.training.data import open_data
@@ -256,7 +256,7 @@ def test_processes_continue_with_the_best_checkpoint_of_the_first(
 ) -> None:
     """Their disks may differ, and they must save at the same steps."""
     first: tuple[Any, ...] = (2, 0.9, "run/checkpoint-2")
-    monkeypatch.setattr(resuming, "broadcast_object_list", lambda found: found.__setitem__(0, first))
+    monkeypatch.setattr(resumed_settings, "broadcast_object_list", lambda found: found.__setitem__(0, first))
     history = [{"step": 2, "eval_nDCG@10": 0.9}, {"step": 4, "eval_nDCG@10": 0.5}]
     state = TrainerState(global_step=4, max_steps=6, log_history=history, best_global_step=2)
     arguments = TrainingArguments("run", use_cpu=True)
