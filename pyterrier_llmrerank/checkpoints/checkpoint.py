@@ -86,6 +86,11 @@ class Checkpoint(MergedWeights, ABC):
         return Description(kind=self.kind, layers=self.layers)
 
     @property
+    def all_adapters(self) -> list[Adapter]:
+        """The adapters below, and the one that training continues."""
+        return [*self.adapters, *([self.adapter] if self.adapter else [])]
+
+    @property
     def layer_wise(self) -> bool:
         """Whether it is a layer-wise checkpoint, with a head for each of several layers."""
         return str(self.settings.get("model_type")).startswith(LAYER_WISE)

@@ -74,7 +74,7 @@ def fixed_settings(
     Models, adapters and data are compared by digests of their contents, since files may have moved. Validation data
     are included because they choose the best checkpoint, and the number of processes because it multiplies the batch.
     """
-    adapters = [*checkpoint.adapters, *([checkpoint.adapter] if checkpoint.adapter else [])]
+    adapters = checkpoint.all_adapters
     folders = dict.fromkeys([checkpoint.folder, *(adapter.folder for adapter in adapters)])
     measured = None
     if validation is not None:

@@ -82,8 +82,7 @@ def train(
         _check_upload(checkpoint, arguments)
     same_settings = SameSettings(fixed_settings(recipe, checkpoint, groups, arguments, validation), resumed)
     if overwrite:
-        adapters = [*checkpoint.adapters, *([checkpoint.adapter] if checkpoint.adapter else [])]
-        refuse_own_inputs(folder, [checkpoint.folder, *(adapter.folder for adapter in adapters)])
+        refuse_own_inputs(folder, [checkpoint.folder, *(adapter.folder for adapter in checkpoint.all_adapters)])
     set_seed(arguments.seed)
     arguments.dataloader_pin_memory &= torch.accelerator.is_available()
     arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel cannot split our batches; torchrun uses several GPUs
